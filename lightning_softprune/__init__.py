@@ -1,0 +1,1 @@
+"""Structured pruning inside Lightning training runs."""
