@@ -1,1 +1,34 @@
-"""Structured pruning inside Lightning training runs."""
+"""Structured pruning inside Lightning training runs: physically smaller networks that keep their task metric."""
+
+from lightning_softprune.callback import SoftPruning
+from lightning_softprune.groups import PruningGroup
+from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
+from lightning_softprune.round import find_groups
+from lightning_softprune.search import (
+    GradientSearch,
+    GridSearch,
+    NormBaseline,
+    RandomSearch,
+    SearchStrategy,
+    SensitivitySearch,
+    UniformBaseline,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Costs",
+    "GradientSearch",
+    "GridSearch",
+    "GroupResult",
+    "NormBaseline",
+    "PruningGroup",
+    "PruningResult",
+    "RandomSearch",
+    "SearchStrategy",
+    "SensitivitySearch",
+    "SoftPruning",
+    "Trial",
+    "UniformBaseline",
+    "find_groups",
+]

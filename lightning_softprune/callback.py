@@ -1,0 +1,336 @@
+"""SoftPruning: the Trainer's hooks around a round.
+
+The callback decides *when* a round runs and *what* it aims at, and tells people about it; :mod:`.round` does the work.
+A round for epoch ``e`` runs at the start of that epoch's training: validation of the epoch before is over, and what
+checkpoints, schedulers and EarlyStopping did with its metrics belongs to the weights those metrics came from.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_softprune.groups import match_modules
+from lightning_softprune.importance import IMPORTANCES
+from lightning_softprune.progress import print_round
+from lightning_softprune.report import log_values, round_folder, write_files
+from lightning_softprune.results import Costs, PruningResult
+from lightning_softprune.round import RoundSettings, run_round
+from lightning_softprune.scoring import finish_epoch_without_training, logging_step
+from lightning_softprune.search import GradientSearch, SearchStrategy
+
+__all__ = ["SoftPruning", "cubic_schedule"]
+
+
+class SoftPruning(pl.Callback):
+    """Make the network physically smaller while it trains, and keep its task metric.
+
+    Args:
+        monitor: The score of a plan: any metric the module logs while validating.
+        mode: Whether a lower ("min") or a higher ("max") score is better.
+        epochs: Epoch ``e``: the search runs after the validation that closed epoch ``e - 1``, and the prune is in
+            force when epoch ``e`` starts training. Several epochs: one round at each.
+        target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
+            (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing.
+        tolerance: A plan is feasible when its sparsity is at most this far from the target.
+        search: How coefficients are searched. The callback works on a copy.
+        components: Component name -> module-name patterns. Default: the top-level children of the module.
+        ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
+        bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
+        importance: Which channels of a group go first: "magnitude", "activation", "taylor" or "random".
+        round_to: Kept channels are a multiple of it, unless a group is left whole.
+        search_batches: Validation batches per trial. Default: as many as validation uses.
+        calibration_batches: Training batches that "activation" and "taylor" look at.
+        finetune_epochs: After the last round: train on to ``max_epochs`` (None), or that many epochs more and stop;
+            0: stop with the pruned, validated, checkpointed model.
+        seed: A round depends on seed and epoch alone: same data and weights, same plan.
+        report: Write ``result.json`` and ``trials.csv`` under ``<log_dir>/softprune/epoch=<e>/``.
+        verbose: Progress bar and tables on rank zero.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        TypeError: An argument is of the wrong type.
+
+    Attributes:
+        results: One :class:`PruningResult` per round.
+
+    >>> SoftPruning(target_sparsity=1.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: target_sparsity: 1.5 is not between 0 and 1 (both excluded)
+    """
+
+    def __init__(
+        self,
+        *,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        epochs: Union[int, list[int]] = 1,  # noqa: UP007 - the command line parser reads these annotations
+        target_sparsity: Union[float, list[float]] = 0.5,  # noqa: UP007
+        tolerance: float = 0.02,
+        search: SearchStrategy = GradientSearch(),  # noqa: B008 - never changed, see `self.search`
+        components: dict[str, list[str]] | None = None,
+        ignore: list[str] | None = None,
+        bounds: dict[str, list[float]] | None = None,
+        importance: Literal["magnitude", "activation", "taylor", "random"] = "activation",
+        round_to: int = 1,
+        search_batches: int | None = None,
+        calibration_batches: int = 8,
+        finetune_epochs: int | None = None,
+        seed: int = 0,
+        report: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__()
+        self.monitor = _typed("monitor", monitor, str)
+        self.mode = _one_of("mode", mode, ("min", "max"))
+        self.epochs = _epochs(epochs)
+        self.targets = _targets(target_sparsity, len(self.epochs))
+        self.tolerance = _number("tolerance", tolerance, 0.0, 1.0, low_included=True)
+        if not isinstance(search, SearchStrategy):
+            raise TypeError(f"search: {search!r} is not a SearchStrategy, for example GradientSearch()")
+        self.search = copy.deepcopy(search)
+        self.components = _patterns("components", components)
+        self.ignore = tuple(_strings("ignore", ignore))
+        self.bounds = _bounds(bounds)
+        self.importance = _one_of("importance", importance, IMPORTANCES)
+        self.round_to = _whole("round_to", round_to, 1)
+        self.search_batches = None if search_batches is None else _whole("search_batches", search_batches, 1)
+        self.calibration_batches = _whole("calibration_batches", calibration_batches, 1)
+        self.finetune_epochs = None if finetune_epochs is None else _whole("finetune_epochs", finetune_epochs, 0)
+        self.seed = _whole("seed", seed, 0)
+        self.report = _typed("report", report, bool)
+        self.verbose = _typed("verbose", verbose, bool)
+        self.results: list[PruningResult] = []
+        self._dense: Costs | None = None
+
+    @property
+    def state_key(self) -> str:
+        """One key for every configuration, so that a checkpoint is understood after an argument was changed."""
+        return "SoftPruning"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far, in plain types."""
+        return {"results": [result.to_dict() for result in self.results]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the rounds of a checkpoint: they are not repeated."""
+        self.results = [PruningResult.from_dict(result) for result in state_dict["results"]]
+        self._dense = self.results[0].costs_before if self.results else None
+
+    # ------------------------------------------------------------------------------------------------------- hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse, before anything runs, what cannot work with this trainer."""
+        if stage != "fit":
+            return
+        others = [callback for callback in trainer.callbacks if isinstance(callback, SoftPruning)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise MisconfigurationException(
+                f"callbacks: {len(others)} SoftPruning callbacks in one Trainer; one callback takes several `epochs`"
+            )
+        if not is_overridden("validation_step", pl_module):
+            raise MisconfigurationException(
+                f"SoftPruning scores plans by validation, and {type(pl_module).__name__} has no `validation_step`"
+            )
+        if trainer.world_size > 1:
+            raise MisconfigurationException(
+                f"devices: SoftPruning runs on one device so far, this trainer has {trainer.world_size}; "
+                "prune on one device and go on from its checkpoint"
+            )
+        if trainer.barebones:
+            raise MisconfigurationException(
+                "barebones=True: there is no `self.log`, which SoftPruning needs for scores"
+            )
+        last, end = max(self.epochs), trainer.max_epochs
+        if end is not None and end != -1:
+            if last >= end:
+                raise MisconfigurationException(
+                    f"epochs={last} is never reached with max_epochs={end}; the largest allowed is {end - 1}"
+                )
+            if self.finetune_epochs is not None and last + self.finetune_epochs > end:
+                raise MisconfigurationException(
+                    f"finetune_epochs={self.finetune_epochs} after epochs={last} "
+                    f"needs max_epochs >= {last + self.finetune_epochs}, this trainer has max_epochs={end}"
+                )
+        least = trainer.min_epochs or 0
+        if self.finetune_epochs is not None and last + self.finetune_epochs < least:
+            raise MisconfigurationException(
+                f"finetune_epochs={self.finetune_epochs} would stop at epoch {last + self.finetune_epochs}, "
+                f"which min_epochs={least} forbids"
+            )
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check names against the module; a fit that resumes nothing starts with an empty history."""
+        if trainer.ckpt_path is None and trainer.current_epoch == 0 and trainer.global_step == 0:
+            self.results, self._dense = [], None
+        try:
+            match_modules(pl_module, self.ignore, "ignore")
+            for name, patterns in (self.components or {}).items():
+                match_modules(pl_module, patterns, f"components[{name!r}]")
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the rounds that are due."""
+        self._run_due_rounds(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches."""
+        self._run_due_rounds(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop after the fine-tuning that was asked for."""
+        if self.finetune_epochs is not None and trainer.current_epoch + 1 >= max(self.epochs) + self.finetune_epochs:
+            trainer.should_stop = True
+
+    # ------------------------------------------------------------------------------------------------------ rounds
+
+    def _run_due_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done = {result.epoch for result in self.results}
+        for epoch, target in zip(self.epochs, self.targets, strict=True):
+            if epoch <= trainer.current_epoch and epoch not in done:
+                self._run_round(trainer, pl_module, epoch, target)
+
+    def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float) -> None:
+        result = run_round(trainer, pl_module, self._settings(trainer), epoch=epoch, target=target, dense=self._dense)
+        self._dense = self._dense or result.costs_before
+        self.results.append(result)
+        for logger in trainer.loggers:
+            logger.log_metrics(log_values(result), step=logging_step(trainer))
+        log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: asked for on every rank
+        self._tell(result, round_folder(Path(log_dir), epoch))
+        if epoch == max(self.epochs) and self.finetune_epochs == 0:
+            finish_epoch_without_training(trainer)
+
+    @rank_zero_only
+    def _tell(self, result: PruningResult, folder: Path) -> None:
+        if self.report:
+            write_files(result, folder)
+        if self.verbose:
+            print_round(result)
+
+    def _settings(self, trainer: pl.Trainer) -> RoundSettings:
+        return RoundSettings(
+            monitor=self.monitor,
+            mode=self.mode,
+            tolerance=self.tolerance,
+            search=self.search,
+            components=self.components,
+            ignore=self.ignore,
+            bounds=self.bounds,
+            importance=self.importance,
+            round_to=self.round_to,
+            search_batches=self.search_batches,
+            calibration_batches=self.calibration_batches,
+            seed=self.seed,
+            verbose=self.verbose and trainer.is_global_zero,
+        )
+
+
+def cubic_schedule(target: float, rounds: int) -> list[float]:
+    """Sparsity of each round on the way to the last one's: ``s * (1 - (1 - k / n)^3)`` (arXiv 1710.01878, eq. 1).
+
+    >>> [round(sparsity, 4) for sparsity in cubic_schedule(0.7, 3)]
+    [0.4926, 0.6741, 0.7]
+    """
+    return [target * (1.0 - (1.0 - k / rounds) ** 3) for k in range(1, rounds + 1)]
+
+
+# --------------------------------------------------------------------------------------------------------- arguments
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name}: {value!r} is not a {kind.__name__}")
+    return value
+
+
+def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
+    return value
+
+
+def _whole(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: {value!r} is not a whole number")
+    if value < least:
+        raise ValueError(f"{name}: {value} is less than {least}")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float, low_included: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {value!r} is not a number")
+    if not (low < value < high or (low_included and value == low)):
+        raise ValueError(
+            f"{name}: {value} is not between {low:g} and {high:g} ({'upper end' if low_included else 'both'} excluded)"
+        )
+    return float(value)
+
+
+def _epochs(value: Any) -> list[int]:
+    epochs = [_whole("epochs", epoch, 0) for epoch in (value if isinstance(value, (list, tuple)) else [value])]
+    if not epochs:
+        raise ValueError("epochs: an empty list; give at least one epoch")
+    if sorted(set(epochs)) != epochs:
+        raise ValueError(f"epochs: {value} is not a strictly increasing list")
+    return epochs
+
+
+def _targets(value: Any, rounds: int) -> list[float]:
+    if not isinstance(value, (list, tuple)):
+        return cubic_schedule(_number("target_sparsity", value, 0.0, 1.0), rounds)
+    targets = [_number("target_sparsity", target, 0.0, 1.0) for target in value]
+    if len(targets) != rounds:
+        raise ValueError(
+            f"target_sparsity: {len(targets)} values for {rounds} epochs; give one value, or one per epoch"
+        )
+    if any(later < earlier for earlier, later in zip(targets, targets[1:], strict=False)):
+        raise ValueError(f"target_sparsity: {value} decreases; removed channels do not come back")
+    return targets
+
+
+def _strings(name: str, value: Any) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        raise TypeError(f"{name}: {value!r} is not a list of strings")
+    return list(value)
+
+
+def _mapping(name: str, value: Any, read: Callable[[str, Any], Any]) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name}: {value!r} is not a dictionary with string keys")
+    return {key: read(f"{name}[{key!r}]", item) for key, item in value.items()}
+
+
+def _patterns(name: str, value: Any) -> dict[str, list[str]] | None:
+    found: dict[str, list[str]] | None = _mapping(name, value, _strings)
+    return found
+
+
+def _bounds(value: Any) -> dict[str, list[float]] | None:
+    def read(name: str, pair: Any) -> list[float]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise ValueError(f"{name}: {pair!r} is not a pair [low, high]")
+        if any(isinstance(end, bool) or not isinstance(end, (int, float)) or math.isnan(end) for end in pair):
+            raise TypeError(f"{name}: {pair!r} is not a pair of numbers")
+        low, high = (float(end) for end in pair)
+        if not 0.0 <= low <= high <= 1.0:
+            raise ValueError(f"{name}: {pair!r} is not 0 <= low <= high <= 1")
+        return [low, high]
+
+    found: dict[str, list[float]] | None = _mapping("bounds", value, read)
+    return found

@@ -1,0 +1,129 @@
+"""What a round leaves behind for people: files in a folder, scalars for the Trainer's loggers.
+
+Each file is a pure function from a `PruningResult` to text (`_FILES`); writing is one function for all of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from lightning_softprune.results import PruningResult, pareto_front
+
+Cell = str | int | float | bool
+
+
+def round_folder(root: Path, epoch: int) -> Path:
+    """Where the files of the round at `epoch` belong.
+
+    >>> round_folder(Path("logs"), 10).as_posix()
+    'logs/softprune/epoch=10'
+    """
+    return Path(root) / "softprune" / f"epoch={epoch}"
+
+
+def write_files(result: PruningResult, folder: Path) -> list[Path]:
+    """Write `result.json` and `trials.csv`, replacing those of an earlier run.
+
+    A reader sees an old file or a new one, never half of one.
+
+    Args:
+        result: The round.
+        folder: Where to write; made if it is not there.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        OSError: If the folder cannot be written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {name: render(result) for name, render in _FILES.items()}  # all of them first: what fails writes nothing
+    return [_replace(folder / name, text) for name, text in texts.items()]
+
+
+def read_result(path: Path) -> PruningResult:
+    """Read a `result.json`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is corrupt or not a pruning result; the message names the file.
+    """
+    content = Path(path).read_bytes()
+    try:
+        return PruningResult.from_dict(json.loads(content))
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path}: cannot be read as a pruning result ({error})") from error
+
+
+def log_values(result: PruningResult) -> dict[str, float]:
+    """The scalars that the Trainer's loggers get at a round.
+
+    Returns:
+        `softprune/sparsity`, `softprune/params`, `softprune/macs`, `softprune/score`, `softprune/evaluations` and one
+        `softprune/coefficient/<group>` per group.
+    """
+    values = {
+        "sparsity": result.sparsity,
+        "params": result.costs_after.params,
+        "macs": result.costs_after.macs,
+        "score": result.score_after,
+        "evaluations": result.evaluations,
+        **{f"coefficient/{group.name}": group.coefficient for group in result.groups},
+    }
+    return {f"softprune/{name}": float(value) for name, value in values.items()}
+
+
+def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
+    """The trials as a table.
+
+    Returns:
+        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `metric/<name>` for every metric any
+        trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an empty cell.
+    """
+    metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.metrics))
+    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds"]
+    header += [f"metric/{name}" for name in metrics]
+    header += [f"coefficient/{group.name}" for group in result.groups]
+    front = set(pareto_front([t.sparsity for t in result.trials], [t.score for t in result.trials], result.mode))
+    rows = []
+    for index, trial in enumerate(result.trials):
+        row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
+        row.append(float(trial.seconds))
+        row += [float(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
+        row += map(float, trial.coefficients)
+        rows.append(row)
+    return header, rows
+
+
+def _json_text(result: PruningResult) -> str:
+    return json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def _csv_text(result: PruningResult) -> str:
+    header, rows = trial_rows(result)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")  # floats as repr: nothing is lost; NaN as nan
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+_FILES: dict[str, Callable[[PruningResult], str]] = {"result.json": _json_text, "trials.csv": _csv_text}
+
+
+def _replace(path: Path, text: str) -> Path:
+    # Opened the ordinary way, not by `tempfile`: the file gets the permissions the user's umask gives.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,341 @@
+"""What a round found: plain frozen dataclasses, and their form for files and checkpoints.
+
+`PruningResult.to_dict` yields only `dict`, `list`, `str`, `int`, `float`, `bool` and `None`, so that both `json` and
+`torch.load(weights_only=True)` take it. JSON has no NaN and no infinity: in that form they are the strings `"nan"`,
+`"inf"` and `"-inf"`, which `PruningResult.from_dict` turns back into floats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_MODES = ("min", "max")
+_NOT_IN_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs.
+
+    Attributes:
+        params: Number of parameters, tied weights counted once.
+        macs: Multiply-accumulate operations of one forward pass.
+    """
+
+    params: int
+    macs: int
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What a round did to one group.
+
+    Attributes:
+        name: The group's unique name.
+        component: The named sub-network the group belongs to.
+        kind: `"intra"` (all members in one component) or `"inter"` (it couples several).
+        channels_before: Channels before the round.
+        channels_after: Channels after it.
+        coefficient: The soft coefficient, in [0, 1]; at most one channel away from what was removed.
+    """
+
+    name: str
+    component: str
+    kind: str
+    channels_before: int
+    channels_after: int
+    coefficient: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One scored plan.
+
+    Attributes:
+        coefficients: One soft coefficient per group, in the order of `PruningResult.groups`.
+        sparsity: 1 - cost(pruned) / cost(dense).
+        score: The monitored metric of the plan; NaN if the user's metric was.
+        metrics: Every metric logged while the plan was scored.
+        feasible: Whether tolerance, limits and constraints are all met.
+        seconds: Time taken to score the plan.
+    """
+
+    coefficients: tuple[float, ...]
+    sparsity: float
+    score: float
+    metrics: dict[str, float]
+    feasible: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The score as one group alone is pruned.
+
+    Attributes:
+        group: The group's name.
+        coefficients: The coefficients tried.
+        scores: The score at each of them.
+    """
+
+    group: str
+    coefficients: tuple[float, ...]
+    scores: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.coefficients) != len(self.scores):
+            raise ValueError(
+                f"`scores` of group {self.group!r} needs one score per coefficient: "
+                f"got {len(self.scores)} for {len(self.coefficients)}"
+            )
+
+
+def pareto_front(sparsities: Sequence[float], scores: Sequence[float], mode: str) -> tuple[int, ...]:
+    """Indices of the points that no other point beats, by ascending sparsity.
+
+    A point is beaten by another that is at least as good in sparsity and score and better in one of them; equal points
+    do not beat each other. A point with a NaN is never on the front and beats none.
+
+    Args:
+        sparsities: Higher is better.
+        scores: One per sparsity.
+        mode: `"min"` if a lower score is better, `"max"` if a higher one is.
+
+    Returns:
+        Indices into the arguments.
+
+    Raises:
+        ValueError: If `mode` is neither.
+
+    >>> pareto_front([0.5, 0.6, 0.7, 0.7], [20.0, 20.5, 19.0, 18.0], mode="max")
+    (1, 2)
+    """
+    sign = 1.0 if _checked_mode(mode) == "max" else -1.0
+    points = [
+        (sparsity, sign * score, index)
+        for index, (sparsity, score) in enumerate(zip(sparsities, scores, strict=True))
+        if not (math.isnan(sparsity) or math.isnan(score))
+    ]
+    points.sort(key=lambda point: (-point[0], -point[1], -point[2]))  # the index: ties come out in trial order
+    front: list[int] = []
+    last: tuple[float, float] | None = None
+    for sparsity, score, index in points:
+        if last is None or score > last[1] or (sparsity, score) == last:
+            front.append(index)
+            last = (sparsity, score)
+    return tuple(reversed(front))
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """One round: what it found, what it cost, and what became of the model.
+
+    Attributes:
+        epoch: The epoch before which the round ran.
+        sparsity: 1 - cost(pruned) / cost(dense), against the first dense model.
+        target_sparsity: What the round aimed at; `None`: the highest sparsity that meets the constraints.
+        score_before: The monitored metric before the round.
+        score_after: The monitored metric after it.
+        metrics_before: Every metric logged while validating, before the round.
+        metrics_after: The same after it.
+        costs_before: Costs before the round.
+        costs_after: Costs after it.
+        groups: The prunable groups.
+        evaluations: Validation passes really run, sensitivity included, cache hits excluded.
+        seconds: The whole round, trace to commit.
+        strategy: Name of the search strategy.
+        stop_reason: Why the search ended.
+        applied: Whether the model was pruned.
+        trials: Every plan scored, in order.
+        monitor: Name of the monitored metric.
+        mode: `"min"` or `"max"`.
+        sensitivity: One curve per group, where the strategy took them.
+        reason: Why nothing was applied; empty otherwise.
+
+    Raises:
+        ValueError: If `mode` is unknown or a trial has not one coefficient per group.
+
+    >>> costs = Costs(params=1000, macs=2000), Costs(params=300, macs=500)
+    >>> group = GroupResult("encoder.0", "encoder", "intra", channels_before=64, channels_after=20, coefficient=0.69)
+    >>> trial = Trial((0.69,), sparsity=0.7, score=0.12, metrics={"val_loss": 0.12}, feasible=True, seconds=0.1)
+    >>> result = PruningResult(
+    ...     epoch=3, sparsity=0.7, target_sparsity=0.7, score_before=0.1, score_after=0.12,
+    ...     metrics_before={"val_loss": 0.1}, metrics_after={"val_loss": 0.12},
+    ...     costs_before=costs[0], costs_after=costs[1], groups=(group,), evaluations=2, seconds=0.4,
+    ...     strategy="UniformBaseline", stop_reason="exhausted", applied=True, trials=(trial,),
+    ...     monitor="val_loss", mode="min",
+    ... )
+    >>> result.summary
+    'epoch 3: 1,000 -> 300 parameters (-70.0 %), val_loss 0.1 -> 0.12 after 2 evaluations in 0.4 s (UniformBaseline: exhausted)'
+    >>> import json
+    >>> PruningResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
+    True
+    """  # noqa: E501
+
+    epoch: int
+    sparsity: float
+    target_sparsity: float | None
+    score_before: float
+    score_after: float
+    metrics_before: dict[str, float]
+    metrics_after: dict[str, float]
+    costs_before: Costs
+    costs_after: Costs
+    groups: tuple[GroupResult, ...]
+    evaluations: int
+    seconds: float
+    strategy: str
+    stop_reason: str
+    applied: bool
+    trials: tuple[Trial, ...]
+    monitor: str
+    mode: str
+    sensitivity: tuple[Sensitivity, ...] = ()
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        _checked_mode(self.mode)
+        for index, trial in enumerate(self.trials):
+            if len(trial.coefficients) != len(self.groups):
+                raise ValueError(
+                    f"`trials[{index}]` needs one coefficient per group: "
+                    f"got {len(trial.coefficients)} for {len(self.groups)} groups"
+                )
+
+    @property
+    def pareto(self) -> tuple[Trial, ...]:
+        """The trials that no other trial beats in sparsity and score, by ascending sparsity (see `pareto_front`)."""
+        front = pareto_front([t.sparsity for t in self.trials], [t.score for t in self.trials], self.mode)
+        return tuple(self.trials[index] for index in front)
+
+    @property
+    def summary(self) -> str:
+        """The round in one line."""
+        epoch = f"epoch {self.epoch}"
+        if not self.applied:
+            epoch += f", not applied ({self.reason})" if self.reason else ", not applied"
+        before, after = self.costs_before.params, self.costs_after.params
+        evaluations = f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"
+        return (
+            f"{epoch}: {before:,} -> {after:,} parameters ({format_change(before, after)}), "
+            f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "
+            f"after {evaluations} in {self.seconds:.1f} s ({self.strategy}: {self.stop_reason})"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result in plain types; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.
+
+        NumPy and torch scalars become Python's numbers.
+        """
+        encoded: dict[str, Any] = _encode(PruningResult, self)
+        return encoded
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PruningResult:
+        """The result that `to_dict` described.
+
+        Keys it does not know (a newer version's) are ignored.
+
+        Args:
+            data: What `to_dict` returned, also after a round trip through a JSON file or a checkpoint.
+
+        Raises:
+            ValueError: If something is missing or of the wrong type; the message says where.
+        """
+        result: PruningResult = _decode(PruningResult, data, "")
+        return result
+
+
+def format_change(before: float, after: float) -> str:
+    """The relative change in percent.
+
+    >>> format_change(1000, 298)
+    '-70.2 %'
+    >>> format_change(1000, 1000)
+    '0.0 %'
+    """
+    change = 100.0 * (after / before - 1.0) if before else 0.0
+    return f"{change:+.1f} %" if abs(change) >= 0.05 else "0.0 %"
+
+
+def _checked_mode(mode: str) -> str:
+    if mode not in _MODES:
+        raise ValueError(f"`mode` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+    return mode
+
+
+# The dataclasses' type hints are the schema: reading and writing follow them, so a new field needs no code here.
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _encode(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return {name: _encode(kind, getattr(value, name)) for name, kind in _hints(typing.cast(type, hint)).items()}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return [_encode(arguments[0], item) for item in value]
+    if origin is dict:
+        return {str(key): _encode(arguments[1], item) for key, item in value.items()}
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _encode(arguments[0], value)
+    if hint is float:
+        number = float(value)
+        return number if math.isfinite(number) else str(number)
+    if hint is int:
+        return operator.index(value)
+    return hint(value)  # str, bool
+
+
+def _decode(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _decode_fields(typing.cast(type, hint), value, where)
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise _wrong(where, "a list", value)
+        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, "a dict", value)
+        return {str(key): _decode(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _decode(arguments[0], value, where)
+    if hint is float:
+        if isinstance(value, str) and value in _NOT_IN_JSON:
+            return _NOT_IN_JSON[value]
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        raise _wrong(where, "a number", value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise _wrong(where, {int: "an integer", str: "a string", bool: "true or false"}[hint], value)
+    return value
+
+
+def _decode_fields(cls: type, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise _wrong(where, "a dict", value)
+    arguments = {}
+    for field in dataclasses.fields(cls):
+        place = f"{where}.{field.name}" if where else field.name
+        if field.name in value:
+            arguments[field.name] = _decode(_hints(cls)[field.name], value[field.name], place)
+        elif field.default is dataclasses.MISSING:
+            raise ValueError(f"not a pruning result: {place!r} is missing")
+    return cls(**arguments)
+
+
+def _wrong(where: str, expected: str, value: Any) -> ValueError:
+    got = f"{value!r:.60}"
+    return ValueError(f"not a pruning result: {where or 'the whole'!r} must be {expected}, got {got}")

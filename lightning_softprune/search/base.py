@@ -1,0 +1,237 @@
+"""The base class of search strategies: who calls what, and when.
+
+One search is one conversation (`run_search` holds it)::
+
+    strategy.start(space, seed)             # begins afresh, after check(space)
+    while (x := strategy.ask()) is not None:
+        strategy.tell(loss_of(x))           # lower is better; nan: no usable value
+    strategy.stop_reason                    # why it ended
+
+A subclass normally writes only `propose`, a generator that yields a vector of coefficients and receives its loss::
+
+    class Halving(SearchStrategy):
+        def propose(self, space, rng):
+            x = space.scale(np.ones(space.size))
+            loss = yield x
+            ...
+            return "converged"
+
+`ask`, `tell`, `state_dict` and `load_state_dict` come from the base class, which records the losses told and, to
+resume, replays them through a fresh generator. That is exact because a strategy may draw on `space`, `rng` and the
+losses only. A subclass that has to be driven from outside (an optimiser with an ask and tell of its own) overrides
+`ask` and `tell` instead, and with them `start`, `state_dict` and `load_state_dict`.
+
+Vectors that are off the sparsity target may be asked too: they are measurements (a sensitivity curve, for one). Whoever
+evaluates reports the loss of that plan as of any other, and alone decides which plans may be used in the end.
+
+Stop reasons of the strategies in this package: ``"exhausted"`` (every candidate was asked), ``"steps"``,
+``"patience"``, ``"converged"``, ``"no usable loss"`` (nan wherever the strategy looked), ``"off target"`` (it found
+no plan within the tolerance); and of the loop: ``"max_evaluations"``, ``"repeating"``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightning_softprune.search.space import FloatArray, SearchSpace
+
+_RUNNING = frozenset({"stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"})
+
+
+@dataclass(frozen=True)
+class SensitivityCurve:
+    """The loss as one coefficient rises and the others stay at their lowest.
+
+    Attributes:
+        index: Which coefficient.
+        coefficients: Its values, ascending; the first is its lowest.
+        losses: The loss at each, as measured; nan where there was none.
+    """
+
+    index: int
+    coefficients: tuple[float, ...]
+    losses: tuple[float, ...]
+
+
+class SearchStrategy:
+    """Proposes coefficient vectors and learns their losses. Knows numbers only, never a model.
+
+    An instance holds its arguments and, between `start` and the end, one running search. It can be started again, which
+    begins afresh, and copied, which copies the arguments alone.
+
+    Attributes:
+        max_evaluations: At most this many vectors are really evaluated; the loop sees to it. None: no limit.
+        stop_reason: Why the search ended; empty while it runs.
+    """
+
+    max_evaluations: int | None = None
+    stop_reason: str = ""
+
+    _space: SearchSpace | None = None
+    _seed: int = 0
+    _generator: Generator[FloatArray, float, str] | None = None
+    _pending: FloatArray | None = None
+    _told: tuple[float, ...] = ()
+    _curves: tuple[SensitivityCurve, ...] = ()
+
+    def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
+        """The strategy itself: yields a vector (k,) within the bounds, receives its loss, returns its stop reason.
+
+        It must draw randomness from `rng` alone, so that replaying the losses repeats the search.
+
+        Args:
+            space: What is searched.
+            rng: Seeded by `start`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define propose(space, rng), a generator of coefficient vectors, or else "
+            "override ask() and tell()."
+        )
+
+    def check(self, space: SearchSpace) -> None:
+        """Raises ValueError, before any evaluation, when this strategy cannot serve this space."""
+
+    def start(self, space: SearchSpace, seed: int) -> None:
+        """Begins a search, forgetting any earlier one.
+
+        Args:
+            space: What is searched.
+            seed: The same seed and the same losses give the same proposals.
+
+        Raises:
+            ValueError: If the strategy cannot serve this space (see `check`).
+        """
+        self.check(space)
+        self._space, self._seed = space, int(seed)
+        self._generator = self.propose(space, np.random.default_rng(self._seed))
+        self._pending, self._told, self._curves, self.stop_reason = None, (), (), ""
+
+    def ask(self) -> FloatArray | None:
+        """The next vector (k,) to evaluate, or None when the search has ended (`stop_reason` says why).
+
+        Asking again before `tell` gives the same vector.
+
+        Raises:
+            RuntimeError: If the search was not started.
+            ValueError: If `propose` yields a vector of the wrong shape or out of bounds.
+        """
+        if self._space is None or self._generator is None:
+            raise RuntimeError(f"{type(self).__name__}.ask() needs start(space, seed) first.")
+        if self._pending is None and not self.stop_reason:
+            try:
+                x = self._generator.send(self._told[-1]) if self._told else next(self._generator)
+            except StopIteration as end:
+                self.stop_reason = end.value or "exhausted"
+                return None
+            x = np.array(x, dtype=np.float64)
+            space = self._space
+            if x.shape != (space.size,) or not ((x >= space.low - 1e-9) & (x <= space.high + 1e-9)).all():
+                raise ValueError(
+                    f"{type(self).__name__}.propose must yield vectors of shape ({space.size},) within the bounds "
+                    f"{space.low} to {space.high}, got {x}."
+                )
+            self._pending = space.clip(x)
+        return None if self._pending is None else self._pending.copy()
+
+    def tell(self, loss: float) -> None:
+        """Reports the loss of the vector last asked for.
+
+        Args:
+            loss: Lower is better; nan: the vector has no usable value.
+
+        Raises:
+            RuntimeError: If no vector is waiting for its loss.
+        """
+        if self._pending is None:
+            raise RuntimeError(f"{type(self).__name__}.tell({loss!r}): no vector is waiting for its loss; ask() first.")
+        self._told = (*self._told, float(loss))
+        self._pending = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The running search as plain data (JSON can hold it; nan stays nan)."""
+        return {"strategy": type(self).__name__, "seed": self._seed, "losses": list(self._told)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the search `state` was taken from; call it after `start` with the same space.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            RuntimeError: If the search was not started.
+            ValueError: If the state is of another strategy, or does not fit this space and these arguments.
+        """
+        if self._space is None:
+            raise RuntimeError(f"{type(self).__name__}.load_state_dict() needs start(space, seed) first.")
+        if state["strategy"] != type(self).__name__:
+            raise ValueError(f"The state is of strategy {state['strategy']}, this is {type(self).__name__}.")
+        self.start(self._space, state["seed"])
+        for number, loss in enumerate(state["losses"]):
+            if self.ask() is None:
+                raise ValueError(
+                    f"The state has {len(state['losses'])} losses, but {self!r} ends after {number} on this space: "
+                    "it was saved with other arguments or for another network."
+                )
+            self.tell(loss)
+
+    @property
+    def sensitivity(self) -> tuple[SensitivityCurve, ...]:
+        """The sensitivity curves measured so far; empty for a strategy that measures none."""
+        return self._curves
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in _RUNNING}
+
+    def __repr__(self) -> str:
+        held = {name.removeprefix("_"): value for name, value in self.__getstate__().items()}
+        names = [name for name in inspect.signature(type(self)).parameters if name in held]
+        return f"{type(self).__name__}({', '.join(f'{name}={held[name]!r}' for name in names)})"
+
+
+def whole_number(name: str, value: int, least: int = 1) -> int:
+    """`value` if it is a whole number of at least `least`.
+
+    Raises:
+        TypeError: If it is not a whole number.
+        ValueError: If it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+    return int(value)
+
+
+def budget(value: int | None) -> int | None:
+    """`value` if it can be a `max_evaluations`: None or a positive whole number."""
+    return None if value is None else whole_number("max_evaluations", value)
+
+
+def fraction(name: str, value: float) -> float:
+    """`value` if it lies in (0, 1].
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must lie in (0, 1], got {value}.")
+    return float(value)
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value` if it is one of `allowed`.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    return value

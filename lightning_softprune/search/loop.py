@@ -1,0 +1,96 @@
+"""The one loop every strategy runs in: one budget, one cache keyed on the realised plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning_softprune.search.base import SearchStrategy, budget
+from lightning_softprune.search.space import FloatArray, SearchSpace
+
+MAX_REPEATS = 1000
+"""A strategy that asks this many times in a row for plans it has asked before in this search is ended."""
+
+
+@dataclass(frozen=True)
+class SearchOutcome:
+    """How a search went.
+
+    Attributes:
+        evaluations: Calls of `evaluate`.
+        asked: Vectors the strategy asked for, those answered from the cache included.
+        stop_reason: The strategy's own, or ``"max_evaluations"`` or ``"repeating"``.
+    """
+
+    evaluations: int
+    asked: int
+    stop_reason: str
+
+
+def run_search(
+    strategy: SearchStrategy,
+    space: SearchSpace,
+    evaluate: Callable[[FloatArray], float],
+    *,
+    seed: int,
+    cache: dict[tuple[int, ...], float] | None = None,
+    max_evaluations: int | None = None,
+    on_asked: Callable[[FloatArray, float, bool], None] | None = None,
+) -> SearchOutcome:
+    """Runs one search to its end.
+
+    A vector whose plan is in the cache is told at once and costs nothing. A search that was interrupted is therefore
+    resumed by running it again with the same seed and the same cache: what was measured is not measured again.
+
+    Args:
+        strategy: Started here, so any earlier search of it is forgotten.
+        space: What is searched.
+        evaluate: The loss of a vector (k,): lower is better, nan for no usable value. Called once per plan.
+        seed: Of the strategy's random numbers.
+        cache: Plan to loss; read and added to. Default: an empty one.
+        max_evaluations: Calls of `evaluate` allowed. The smaller of this and the strategy's own counts.
+        on_asked: Called after every vector with (vector, loss, whether it was evaluated now rather than cached).
+
+    Returns:
+        The numbers of evaluations and of vectors asked, and why the search ended.
+
+    Raises:
+        ValueError: If the strategy cannot serve this space. Exceptions of `evaluate` reach the caller untouched.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_softprune.search import UniformBaseline
+        >>> space = SearchSpace(
+        ...     low=np.zeros(2), high=np.ones(2), channels=np.array([8, 8]), norms=np.ones(2),
+        ...     target=0.75, tolerance=0.02,
+        ...     realise=lambda x: np.minimum(np.rint(x * 8), 7).astype(np.int64),
+        ...     sparsity=lambda removed: 1 - ((8 - removed) / 8).prod(axis=1),
+        ... )
+        >>> run_search(UniformBaseline(), space, lambda x: float(x.sum()), seed=0)
+        SearchOutcome(evaluations=1, asked=1, stop_reason='exhausted')
+    """
+    limits = [limit for limit in (strategy.max_evaluations, budget(max_evaluations)) if limit is not None]
+    allowed = min(limits, default=None)
+    losses = {} if cache is None else cache
+    strategy.start(space, seed)
+    evaluations = asked = repeats = 0
+    seen: set[tuple[int, ...]] = set()
+    while (x := strategy.ask()) is not None:
+        key = space.key(x)
+        evaluated = key not in losses
+        if evaluated:
+            if allowed is not None and evaluations >= allowed:
+                strategy.stop_reason = "max_evaluations"
+                break
+            losses[key] = float(evaluate(x.copy()))
+            evaluations += 1
+        asked += 1
+        repeats = repeats + 1 if key in seen else 0
+        seen.add(key)
+        strategy.tell(losses[key])
+        if on_asked is not None:
+            on_asked(x, losses[key], evaluated)
+        if repeats >= MAX_REPEATS:
+            strategy.stop_reason = "repeating"
+            break
+    return SearchOutcome(evaluations, asked, strategy.stop_reason)

@@ -1,0 +1,372 @@
+"""What a search strategy may know of a network: numbers.
+
+A *coefficient* in [0, 1] is the fraction of a group's channels to remove. A vector of them *realises* as a plan: a
+whole number of removed channels per group. A plan has a *sparsity*, and a vector is *on target* when its plan's
+sparsity is within the tolerance of the target. Sparsity is a step function of the coefficients and is not separable
+over groups (a layer's parameters are a product of two widths), so putting a vector on the target takes a search of
+its own: this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+EXACT_PLANS = 300_000
+"""Networks with at most this many plans are enumerated, which makes `nearest` and `project` exact."""
+
+_SLACK = 1e-12  # sparsities are quotients of integers: equal ones may differ in the last bits
+_SAMPLES = 8192  # per coefficient, when its values that realise differently are looked for
+_PAIRS = 64  # beyond this many coefficients single steps are fine enough, and pairs too many
+
+
+@dataclass(frozen=True, eq=False)
+class SearchSpace:
+    """The coefficients of a network, what they realise as, and the sparsity asked for.
+
+    Attributes:
+        low: Smallest coefficient allowed, shape (k,).
+        high: Largest coefficient allowed, shape (k,).
+        channels: Channels behind each coefficient, shape (k,): a change below ``1 / channels`` may change nothing.
+        realise: Coefficients (n, k) to removed channels per group (n, m), monotone in each coefficient; each group
+            follows one coefficient, one coefficient may drive several groups.
+        sparsity: Removed channels (n, m) to sparsity (n,), monotone.
+        target: The sparsity asked for.
+        tolerance: How far from it a plan may lie.
+        norms: Mean weight norm of the groups behind each coefficient, shape (k,).
+        unit: Channels per smallest removable step, shape (k,). Default: one.
+
+    Raises:
+        ValueError: If shapes disagree or a number is out of its range; the message names it.
+
+    Example:
+        >>> import numpy as np
+        >>> space = SearchSpace(
+        ...     low=np.zeros(2), high=np.ones(2), channels=np.array([8, 4]), norms=np.ones(2),
+        ...     target=0.5, tolerance=0.02,
+        ...     realise=lambda x: np.minimum(np.rint(x * [8, 4]), [7, 3]).astype(np.int64),
+        ...     sparsity=lambda removed: 1 - (8 - removed[:, 0]) * (4 - removed[:, 1]) / 32,
+        ... )
+        >>> space.key(np.array([0.5, 0.0]))
+        (4, 0)
+        >>> space.sparsity_of(np.array([0.5, 0.5]))
+        0.75
+        >>> space.on_target(space.project(np.array([0.1, 0.1])))
+        True
+    """
+
+    low: FloatArray
+    high: FloatArray
+    channels: IntArray
+    realise: Callable[[FloatArray], IntArray]
+    sparsity: Callable[[IntArray], FloatArray]
+    target: float
+    tolerance: float
+    norms: FloatArray
+    unit: IntArray | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: ArrayLike, dtype: type[Any]) -> NDArray[Any]:
+            array = np.array(value, dtype=dtype)
+            if array.ndim != 1 or len(array) == 0 or array.shape != np.shape(self.low):
+                raise ValueError(
+                    f"{name} must have one entry per coefficient, shape {np.shape(self.low)}, got shape {array.shape}."
+                )
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+            return array
+
+        low, high = put("low", self.low, np.float64), put("high", self.high, np.float64)
+        if not ((low >= 0) & (low <= high) & (high <= 1)).all():
+            raise ValueError(f"low and high must satisfy 0 <= low <= high <= 1, got low={low} and high={high}.")
+        channels = put("channels", self.channels, np.int64)
+        unit = put("unit", np.ones_like(channels) if self.unit is None else self.unit, np.int64)
+        for name, counts in (("channels", channels), ("unit", unit)):
+            if (counts < 1).any():
+                raise ValueError(f"{name} must be positive whole numbers, got {counts}.")
+        put("norms", self.norms, np.float64)
+        if not 0 <= self.target <= 1:
+            raise ValueError(f"target must lie in [0, 1], got {self.target}.")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
+
+    # ------------------------------------------------------------------------------------------------ looking things up
+
+    @property
+    def size(self) -> int:
+        """The number of coefficients, k."""
+        return len(self.low)
+
+    @property
+    def step(self) -> FloatArray:
+        """The smallest change of each coefficient that may remove a channel more, shape (k,)."""
+        unit = np.ones_like(self.channels) if self.unit is None else self.unit
+        return np.minimum(unit / self.channels, 1.0)
+
+    @property
+    def floor(self) -> float:
+        """The smallest sparsity that is on target."""
+        return self.target - self.tolerance
+
+    def key(self, x: FloatArray) -> tuple[int, ...]:
+        """The plan a vector (k,) realises as; equal keys are the same network."""
+        return tuple(int(count) for count in self.realise(np.asarray(x, dtype=np.float64)[None])[0])
+
+    def sparsities(self, points: FloatArray) -> FloatArray:
+        """The sparsity of every row of (n, k) coefficients, shape (n,)."""
+        return np.asarray(self.sparsity(self.realise(points)), dtype=np.float64)
+
+    def sparsity_of(self, x: FloatArray) -> float:
+        """The sparsity of the plan one vector (k,) realises as."""
+        return float(self.sparsities(np.asarray(x, dtype=np.float64)[None])[0])
+
+    def within(self, sparsities: FloatArray) -> NDArray[np.bool_]:
+        """Which sparsities are within the tolerance of the target."""
+        return np.asarray(np.abs(sparsities - self.target) <= self.tolerance + _SLACK)
+
+    def on_target(self, x: FloatArray) -> bool:
+        """Whether the plan of one vector (k,) is within the tolerance of the target."""
+        return bool(self.within(np.array([self.sparsity_of(x)]))[0])
+
+    def clip(self, x: FloatArray) -> FloatArray:
+        """The vector(s) moved into the bounds."""
+        return np.asarray(np.clip(x, self.low, self.high), dtype=np.float64)
+
+    @cached_property
+    def _states(self) -> tuple[tuple[FloatArray, FloatArray], ...]:
+        """Per coefficient: where each state (its groups' removed counts) begins, and the value that stands for it."""
+        states = []
+        for i in range(self.size):
+            count = int(self.channels[i])
+            # Rounding rules switch at whole, half or quarter channels; the very wide are sampled.
+            parts = 4 * count if 4 * count <= _SAMPLES else count if count <= _SAMPLES else _SAMPLES
+            ticks = np.arange(parts + 1) / parts
+            ticks = np.concatenate((ticks, ticks + 1e-7 / count))  # a tie may belong to either side
+            ticks = ticks[(ticks > self.low[i]) & (ticks < self.high[i])]
+            ticks = np.unique(np.concatenate(([self.low[i]], ticks, [self.high[i]])))
+            points = np.repeat(self.low[None], len(ticks), axis=0)
+            points[:, i] = ticks
+            removed = self.realise(points)
+            begins = np.flatnonzero(np.concatenate(([True], (np.diff(removed, axis=0) != 0).any(axis=1))))
+            ends = np.append(begins[1:], len(ticks))
+            natural = np.abs(ticks / self.step[i] - np.rint(ticks / self.step[i])) < 1e-9  # whole removable steps
+            stands = [
+                next((j for j in range(a, b) if natural[j]), (a + b) // 2) for a, b in zip(begins, ends, strict=True)
+            ]
+            states.append((ticks[begins], ticks[stands]))
+        return tuple(states)
+
+    @property
+    def levels(self) -> tuple[FloatArray, ...]:
+        """Per coefficient, one value for every state its groups can be in, ascending."""
+        return tuple(values for _, values in self._states)
+
+    def indices(self, x: FloatArray) -> IntArray:
+        """The index into `levels` of each coefficient of one vector (k,)."""
+        places = [
+            np.searchsorted(begins, x[i] + _SLACK, side="right") - 1 for i, (begins, _) in enumerate(self._states)
+        ]
+        return np.maximum(np.array(places, dtype=np.int64), 0)
+
+    def at(self, indices: IntArray) -> FloatArray:
+        """The vectors (n, k) at rows of indices into `levels`; indices beyond an end are moved onto it."""
+        columns = [np.take(values, indices[:, i], mode="clip") for i, values in enumerate(self.levels)]
+        return np.stack(columns, axis=1)
+
+    def snap(self, x: FloatArray) -> FloatArray:
+        """The vector that stands for the plan of `x`: whole channels, so that differences of vectors are real ones."""
+        snapped = self.at(self.indices(x)[None])[0]
+        return snapped if self.key(snapped) == self.key(x) else np.array(x, dtype=np.float64)
+
+    def settle(self, x: FloatArray) -> IntArray:
+        """Indices into `levels` of a plan near `x`, on target wherever one is found."""
+        point = self.at(self.indices(x)[None])[0]
+        return self.indices(point if self.on_target(point) else self._repair(point))
+
+    @property
+    def num_plans(self) -> int:
+        """How many plans the bounds allow."""
+        return math.prod(len(values) for values in self.levels)
+
+    @cached_property
+    def _table(self) -> tuple[FloatArray, FloatArray] | None:
+        """Every plan's vector (n, k) and sparsity (n,), or None where there are too many."""
+        if self.num_plans > EXACT_PLANS:
+            return None
+        points = np.stack([axis.ravel() for axis in np.meshgrid(*self.levels, indexing="ij")], axis=1)
+        return points, self.sparsities(points)
+
+    # ---------------------------------------------------------------------------------------------- reaching the target
+
+    def slope(self, x: FloatArray) -> FloatArray:
+        """The gradient (k,) of the sparsity at `x`, by differences wide enough to see past single channels."""
+        reach = np.maximum(0.05, 2 * self.step)
+        up, down = np.minimum(x + reach, self.high), np.maximum(x - reach, self.low)
+        points = np.repeat(np.asarray(x, dtype=np.float64)[None], 2 * self.size, axis=0)
+        rows = np.arange(self.size)
+        points[rows, rows], points[rows + self.size, rows] = up, down
+        values = self.sparsities(points)
+        rise = values[: self.size] - values[self.size :]
+        return np.asarray(rise / np.maximum(up - down, _SLACK), dtype=np.float64)
+
+    def project(self, x: FloatArray, direction: FloatArray | None = None, *, aim: float | None = None) -> FloatArray:
+        """The vector near `x` that is on the sparsity target.
+
+        `x` is shifted along `direction` and clipped to the bounds, by bisection on the length of the shift (the
+        sparsity is monotone along it). The default direction is the gradient of the sparsity: to first order the
+        shortest way to the target. Where the step the sparsity takes there jumps over the tolerance, the plan near by
+        that is within it is looked for: single channels and exchanges of channels between two groups, then, on
+        networks with at most `EXACT_PLANS` plans, all of them, so that there a plan within the tolerance is always
+        found if one exists.
+
+        Args:
+            x: Coefficients, shape (k,).
+            direction: No negative entries, shape (k,). Default: the gradient of the sparsity at `x`.
+            aim: The sparsity to come to rest at. Default: the target.
+
+        Returns:
+            Coefficients, shape (k,), within the bounds. Off target only where no plan within the tolerance was found:
+            then the nearest found.
+
+        Raises:
+            ValueError: If `direction` has negative entries or is all zeros.
+        """
+        x = self.clip(x)
+        if direction is None:
+            direction = self.slope(x)
+            if not direction.any():
+                direction = np.ones(self.size)
+        elif (direction < 0).any() or not direction.any():
+            raise ValueError(f"direction must have no negative and some positive entries, got {direction}.")
+        direction = direction / direction.max()
+        moving = direction > 1e-9
+        longest = float(((self.high - x)[moving] / direction[moving]).max())
+        shortest = float(((self.low - x)[moving] / direction[moving]).min())
+        aim = self.target if aim is None else aim
+        found = self._cross(lambda t: self.clip(x + t[:, None] * direction), shortest, longest, aim)
+        return found if self.on_target(found) else self._repair(found)
+
+    def scale(self, x: FloatArray) -> FloatArray:
+        """The multiple of `x`, clipped to the bounds, that is on the sparsity target.
+
+        Proportions between coefficients are kept, except where a bound is met or where no multiple is within the
+        tolerance: then the nearest plan that is (see `project`).
+
+        Args:
+            x: Coefficients, shape (k,), not negative; all zeros count as all equal.
+
+        Returns:
+            Coefficients, shape (k,), within the bounds.
+        """
+        x = np.maximum(np.asarray(x, dtype=np.float64), 0.0)
+        x = x / x.max() if x.max() > 0 else np.ones(self.size)
+        x = np.where(x > 0, np.maximum(x, 1e-6), 0.0)
+        longest = 1.0 / float(x[x > 0].min())
+        found = self._cross(lambda t: self.clip(t[:, None] * x), 0.0, longest, self.target)
+        return found if self.on_target(found) else self.project(found)
+
+    def nearest_point(self) -> FloatArray:
+        """The vector (k,) of the sparsity nearest to the target: exact up to `EXACT_PLANS` plans, else best effort."""
+        for end, beyond in ((self.low, self.sparsity_of(self.low)), (self.high, self.sparsity_of(self.high))):
+            if (end is self.low and beyond >= self.target) or (end is self.high and beyond <= self.target):
+                return np.array(end, dtype=np.float64)
+        if self._table is not None:
+            points, values = self._table
+            return np.array(points[np.argmin(np.abs(values - self.target))], dtype=np.float64)
+        rng = np.random.default_rng(0)
+        starts = [self.low, self.high, *rng.uniform(self.low, self.high, (16, self.size))]
+        best, least = self.scale(np.ones(self.size)), math.inf
+        for start in [best, *starts]:
+            point = self._polish(self.project(start), tolerance=0.0)
+            gap = abs(self.sparsity_of(point) - self.target)
+            if gap < least:
+                best, least = point, gap
+            if least < 1e-4:  # finer than any tolerance in use
+                break
+        return best
+
+    def nearest(self) -> float:
+        """The reachable sparsity nearest to the target (see `nearest_point`)."""
+        return self.sparsity_of(self.nearest_point())
+
+    def _cross(self, path: Callable[[FloatArray], FloatArray], begin: float, end: float, aim: float) -> FloatArray:
+        """Where the sparsity along a monotone path passes `aim`: the better of the two sides of the step."""
+        sides = np.array([begin, end])
+        finest = float(self.step.min()) / 64
+        for _ in range(6):  # 64 intervals each
+            places = np.linspace(sides[0], sides[1], 65)
+            above = int(np.searchsorted(self.sparsities(path(places)), aim - _SLACK))
+            sides = places[[max(above - 1, 0), min(above, 64)]]
+            ends = path(sides)
+            if above in (0, 65) or np.abs(ends[1] - ends[0]).max() < finest:
+                break
+        points = path(sides)
+        values = self.sparsities(points)
+        order = np.lexsort((np.abs(values - aim), ~self.within(values)))
+        return np.array(points[order[0]], dtype=np.float64)
+
+    def _repair(self, x: FloatArray) -> FloatArray:
+        """A plan near `x` that is on target, else the nearest found."""
+        near = self._polish(x, self.tolerance)
+        if self.on_target(near):
+            return near
+        if self._table is not None:
+            points, values = self._table
+        else:
+            rng = np.random.default_rng(0)  # a fixed neighbourhood: projection is a function
+            offsets = rng.integers(-3, 4, (4096, self.size)) * (rng.random((4096, self.size)) < 4 / self.size)
+            points = np.concatenate((near[None], self.at(np.maximum(self.indices(x) + offsets, 0))))
+            values = self.sparsities(points)
+        excess = np.maximum(np.abs(values - self.target) - self.tolerance, 0.0)
+        excess[excess <= _SLACK] = 0.0
+        nearest = np.lexsort((((points - x) ** 2).sum(axis=1), excess))[0]
+        return np.array(points[nearest], dtype=np.float64)
+
+    @cached_property
+    def _moves(self) -> IntArray:
+        eye = np.eye(self.size, dtype=np.int64)
+        moves = [eye, -eye, 2 * eye, -2 * eye]
+        if self.size <= _PAIRS:
+            moves += [eye[i][None] - np.delete(eye, i, axis=0) for i in range(self.size)]
+        return np.concatenate(moves)
+
+    def neighbours(self, x: FloatArray) -> FloatArray:
+        """The plans one or two steps of one coefficient, or an exchange between two, away from `x`, shape (n, k)."""
+        return self.at(np.maximum(self.indices(x) + self._moves, 0))
+
+    def around(self, x: FloatArray, reach: float) -> FloatArray:
+        """Other plans on target near `x`, shape (n, k): with few plans all within `reach`, else `neighbours`."""
+        if self._table is None:
+            points = self.neighbours(x)
+            values = self.sparsities(points)
+        else:
+            points, values = self._table
+        keep = self.within(values) & (points != x).any(axis=1)
+        if self._table is not None:
+            keep &= (np.abs(points - x) <= np.maximum(reach, 2 * self.step)).all(axis=1)
+        return np.array(points[keep], dtype=np.float64)
+
+    def _polish(self, x: FloatArray, tolerance: float) -> FloatArray:
+        """Single channels and exchanges between two groups, as long as they bring the sparsity nearer to the target."""
+        gap = abs(self.sparsity_of(x) - self.target)
+        current = x
+        for _ in range(64):
+            if gap <= tolerance + _SLACK:
+                break
+            points = self.neighbours(current)
+            gaps = np.abs(self.sparsities(points) - self.target)
+            excess = np.maximum(gaps - tolerance, 0.0)
+            best = int(np.lexsort((((points - x) ** 2).sum(axis=1), np.where(excess <= _SLACK, 0.0, excess)))[0])
+            if gaps[best] >= gap - _SLACK:
+                break
+            current, gap = points[best], float(gaps[best])
+        return np.array(current, dtype=np.float64)

@@ -1,0 +1,401 @@
+"""Surgery: make a plan true on the live model, undo it without a trace, or commit it with its optimizers.
+
+Applying a plan replaces the tensors of the layers it touches by smaller ones; everything else stays as it is, and no
+graph is needed. :class:`Transaction` remembers the module before, down to the containers and tensors its modules hold,
+and puts all of it back: the same objects with the same values. A committed plan is one that nobody rolled back; its
+:class:`Surgery` record says which elements of every tensor survived, and slices optimizer state by it.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_softprune.groups import PruningGroup
+from lightning_softprune.layers import Layout, layout_of, set_sizes
+from lightning_softprune.plan import Plan
+
+__all__ = ["OptimizerTransaction", "Surgery", "Transaction", "apply_plan", "probe", "repair_optimizers"]
+
+KeptByDim = dict[int, torch.Tensor]
+
+
+@dataclass
+class Surgery:
+    """What a plan did to the tensors of a model.
+
+    Attributes:
+        parameters: Pairs of (old, new) parameter with the kept indices of every sliced dimension.
+        kept: Name of every sliced parameter and buffer -> kept indices by dimension, in the numbering before.
+    """
+
+    parameters: list[tuple[nn.Parameter, nn.Parameter, KeptByDim]] = field(default_factory=list)
+    kept: dict[str, KeptByDim] = field(default_factory=dict)
+    _before: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
+        for mapping, items in self._before:
+            mapping.clear()
+            mapping.update(items)
+
+    def _remember(self, module: nn.Module) -> None:
+        for mapping in (module._parameters, module._buffers, module.__dict__):
+            self._before.append((mapping, dict(mapping)))
+
+
+def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> Surgery:
+    """Remove a plan's channels from the model, in place.
+
+    Each tensor is sliced once, from the indices that all groups remove together, in the numbering before the plan.
+    New parameters keep ``requires_grad``, dtype, memory format, attributes and the slice of a pending gradient;
+    tied parameters stay one tensor.
+
+    Args:
+        model: The model whose modules the groups name.
+        groups: The groups the plan speaks of, in its order.
+        plan: Removed channels by group.
+
+    Returns:
+        The record of what was sliced.
+
+    Raises:
+        ValueError: Groups do not fit the model, or the plan the groups.
+    """
+    removed = _removed_by_slot(groups, plan)
+    modules = dict(model.named_modules())
+    record = Surgery()
+    slices: dict[int, tuple[torch.Tensor, KeptByDim, list[tuple[nn.Module, str, str]]]] = {}
+    resized: list[tuple[nn.Module, dict[str, int]]] = []
+
+    def add(owner: nn.Module, full: str, dim: int, kept: torch.Tensor) -> None:
+        name = full.rpartition(".")[2]
+        tensor = getattr(owner, name)
+        _, by_dim, owners = slices.setdefault(id(tensor), (tensor, {}, []))
+        if dim in by_dim and not torch.equal(by_dim[dim], kept):
+            raise ValueError(f"{full}: two layers share this tensor and would keep different channels of it")
+        by_dim[dim] = kept
+        if (owner, name, full) not in owners:
+            owners.append((owner, name, full))
+
+    for module_name, masks in removed.items():
+        sizes = {}
+        module = modules.get(module_name)
+        if module is None:  # a bare parameter
+            parent, _, _ = module_name.rpartition(".")
+            for slot, mask in masks.items():
+                add(modules[parent], module_name, int(slot.removeprefix("dim")), _kept(mask))
+            continue
+        layout = layout_of(module)
+        if not isinstance(layout, Layout):
+            raise ValueError(f"{module_name}: {layout or 'this module is not a layer'}")
+        for slot, mask in masks.items():
+            if layout.slots[slot] != len(mask):
+                raise ValueError(
+                    f"{module_name}: the group expects {len(mask)} channels, there are {layout.slots[slot]}"
+                )
+            kept = _kept(mask)
+            sizes[slot] = len(kept)
+            for axis in layout.axes:
+                path, _, name = axis.tensor.rpartition(".")
+                owner = module.get_submodule(path)
+                if axis.slot == slot and getattr(owner, name, None) is not None:
+                    add(owner, f"{module_name}.{axis.tensor}", axis.dim, axis.expand(kept, layout.slots[slot]))
+        resized.append((module, sizes))
+
+    _complete_tied(model, slices)
+    sliced = {
+        key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else slice_tensor(tensor, by_dim)
+        for key, (tensor, by_dim, _) in slices.items()
+    }
+    # Nothing has been written so far; from here on nothing can fail.
+    touched = {id(m): m for m, _ in resized} | {id(o): o for *_, owners in slices.values() for o, *_ in owners}
+    for module in [inner for module in touched.values() for inner in module.modules()]:
+        record._remember(module)
+    for module, sizes in resized:
+        set_sizes(module, sizes)
+    for key, (tensor, by_dim, owners) in slices.items():
+        new = sliced[key]
+        for owner, name, full in owners:
+            if isinstance(new, nn.Parameter):
+                owner._parameters[name] = new
+            else:
+                owner._buffers[name] = new
+            record.kept[full] = by_dim
+        if isinstance(new, nn.Parameter):
+            record.parameters.append((tensor, new, by_dim))  # type: ignore[arg-type]
+    return record
+
+
+def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Keep the given indices of the given dimensions; memory format is preserved, autograd is not involved."""
+    with torch.no_grad():
+        result = tensor.detach()
+        for dim, kept in by_dim.items():
+            result = result.index_select(dim, kept.to(tensor.device))
+        if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+            result = result.contiguous(memory_format=torch.channels_last)
+    return result
+
+
+def _slice_parameter(parameter: nn.Parameter, by_dim: KeptByDim) -> nn.Parameter:
+    new = nn.Parameter(slice_tensor(parameter, by_dim), requires_grad=parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    if parameter.grad is not None:
+        new.grad = slice_tensor(parameter.grad, by_dim)
+    return new
+
+
+def _complete_tied(model: nn.Module, slices: Mapping[int, tuple[Any, Any, list[tuple[nn.Module, str, str]]]]) -> None:
+    """Every module that holds a sliced parameter gets the new one, also where no group names it."""
+    for prefix, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in slices:
+                owners = slices[id(parameter)][2]
+                place = (module, name, f"{prefix}.{name}".lstrip("."))
+                if not any(owner is module and known == name for owner, known, _ in owners):
+                    owners.append(place)
+
+
+def _removed_by_slot(groups: Sequence[PruningGroup], plan: Plan) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    if len(groups) != len(plan.removed):
+        raise ValueError(f"plan: {len(plan.removed)} groups planned for {len(groups)} groups")
+    removed: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    for group, channels in zip(groups, plan.removed, strict=True):
+        if not channels:
+            continue
+        gone = np.zeros(group.num_channels + 1, dtype=bool)  # the last place serves owner == -1
+        gone[list(channels)] = True
+        for member in group.members:
+            masks = removed.setdefault(member.module, {})
+            mask = masks.setdefault(member.slot, np.zeros(len(member.owner), dtype=bool))
+            mask |= gone[member.owner]
+    return removed
+
+
+def _kept(mask: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(~mask))
+
+
+# ---------------------------------------------------------------------------------------------------- transaction
+
+
+class Transaction:
+    """Everything a module tree holds, to be put back: ``with Transaction(model) as t: ...; t.commit()``.
+
+    Leaving the block without :meth:`commit`, normally or by an exception, rolls back: every module has the attributes,
+    the containers and the tensors it had, the *same objects*, with the values they had; gradients and
+    ``requires_grad`` too. Tensors are copied once on entry; :meth:`rollback` may be called any number of times.
+
+    Args:
+        model: The module tree.
+        values: Whether parameter values are copied as well. ``False`` serves inner transactions whose caller holds
+            one with values: parameters are not written between, only replaced.
+    """
+
+    def __init__(self, model: nn.Module, values: bool = True) -> None:
+        self._done = False
+        self._modules = [_ModuleState(module) for module in model.modules()]
+        self._tensors: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        self._grads: list[tuple[nn.Parameter, torch.Tensor | None, torch.Tensor | None, bool]] = []
+        parameters = {id(p): p for p in model.parameters()}
+        held = {id(t): t for state in self._modules for t in state.tensors}
+        for key, tensor in held.items():
+            if key not in parameters or values:
+                self._tensors.append((tensor, tensor.detach().clone()))
+        for parameter in parameters.values():
+            grad = parameter.grad
+            copied = grad.detach().clone() if grad is not None and values else None
+            self._grads.append((parameter, grad, copied, parameter.requires_grad))
+
+    def __enter__(self) -> Transaction:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._done:
+            self.rollback()
+
+    def commit(self) -> None:
+        """Keep what was done since."""
+        self._done = True
+
+    def rollback(self) -> None:
+        """Put everything back."""
+        for state in self._modules:
+            state.restore()
+        with torch.no_grad():
+            for tensor, value in self._tensors:
+                if value is not None:
+                    tensor.detach().copy_(value)
+            for parameter, grad, value, flag in self._grads:
+                parameter.requires_grad_(flag)
+                if grad is not None and value is not None:
+                    grad.copy_(value)
+                parameter.grad = grad
+
+
+class _ModuleState:
+    """The attributes of one module: references, and copies of the containers and tensors behind them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(module.__dict__)
+        self.containers: list[tuple[Any, Any]] = []
+        self.tensors: list[torch.Tensor] = []
+        for value in self.attributes.values():
+            self._remember(value, depth=0)
+
+    def _remember(self, value: Any, depth: int) -> None:
+        if isinstance(value, torch.Tensor):
+            self.tensors.append(value)
+        elif depth <= 3 and type(value) in (dict, OrderedDict, list, set, deque):
+            self.containers.append((value, copy.copy(value)))
+            for item in value.values() if isinstance(value, dict) else value:
+                self._remember(item, depth + 1)
+        elif depth <= 3 and type(value) is tuple:
+            for item in value:
+                self._remember(item, depth + 1)
+
+    def restore(self) -> None:
+        current = self.module.__dict__
+        if current != self.attributes if _comparable(current, self.attributes) else True:
+            for name in [name for name in current if name not in self.attributes]:
+                del current[name]
+            current.update(self.attributes)
+        for container, items in self.containers:
+            container.clear()
+            container.extend(items) if isinstance(container, (list, deque)) else container.update(items)
+
+
+def _comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return len(one) == len(other) and all(one.get(name) is value for name, value in other.items())
+
+
+def probe(model: nn.Module, groups: Sequence[PruningGroup], run: Callable[[], Any]) -> list[PruningGroup]:
+    """Find the groups that the graph takes for prunable and the code does not.
+
+    From each prunable group a few channels (the first, the last and one between, if there are that many) are removed,
+    the model is run, and the channels are put back. A constant in a ``view``, an addition to the raw input or an
+    assumption about the width shows now, not in the middle of a search.
+
+    Args:
+        model: The model; unchanged afterwards.
+        groups: Traced groups.
+        run: Runs the steps of the model once; they are known to run on the dense model.
+
+    Returns:
+        The groups; those that fail are not prunable and carry the error's first line as their reason.
+    """
+    probed = []
+    for group in groups:
+        if not group.prunable:
+            probed.append(group)
+            continue
+        last = group.num_channels - 1
+        surgery = apply_plan(model, [group], Plan((tuple(sorted({0, last // 2, last})) if last > 3 else (0,),)))
+        try:
+            run()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever the user's code says to fewer channels is the reason
+            line = (str(error).splitlines() or [""])[0]
+            probed.append(group.refuse(f"the model does not run with fewer channels: {type(error).__name__}: {line}"))
+        else:
+            probed.append(group)
+        finally:
+            surgery.undo()
+    return probed
+
+
+# ----------------------------------------------------------------------------------------------------- optimizers
+
+
+def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None:
+    """Give every optimizer the new parameters in the places of the old ones, with their state sliced.
+
+    The optimizer objects, their parameter groups and the lists in them stay the same objects, so schedulers, gradient
+    scalers and wrappers go on. State tensors of the parameter's shape (or with dimensions of size one in its place)
+    are sliced by the kept indices; scalars are kept; LBFGS starts its history afresh. What cannot be sliced is dropped
+    with a warning.
+
+    Args:
+        optimizers: Optimizers over the model's parameters.
+        surgery: What was done to them.
+    """
+    replaced = {id(old): (old, new, by_dim) for old, new, by_dim in surgery.parameters}
+    for optimizer in optimizers:
+        touched = False
+        for group in optimizer.param_groups:
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in replaced:
+                    continue
+                touched = True
+                old, new, by_dim = replaced[id(parameter)]
+                group["params"][position] = new
+                if old in optimizer.state:
+                    state = optimizer.state.pop(old)
+                    optimizer.state[new] = _slice_state(optimizer, state, old, new, by_dim)
+        if touched and isinstance(optimizer, LBFGS):
+            optimizer.state.clear()
+            optimizer._numel_cache = None
+
+
+def _slice_state(
+    optimizer: Optimizer, state: Any, old: nn.Parameter, new: nn.Parameter, by_dim: KeptByDim
+) -> dict[str, Any]:
+    sliced: dict[str, Any] = {}
+    for name, value in dict(state).items():
+        if not isinstance(value, torch.Tensor) or value.ndim == 0 or (value.numel() == 1 and old.ndim > 0):
+            sliced[name] = value
+        elif value.ndim == old.ndim and all(v in (1, o) for v, o in zip(value.shape, old.shape, strict=True)):
+            follows = {dim: kept for dim, kept in by_dim.items() if value.shape[dim] == old.shape[dim]}
+            sliced[name] = slice_tensor(value, follows)
+        else:
+            warnings.warn(
+                f"{type(optimizer).__name__}: the state {name!r} of shape {tuple(value.shape)} does not follow its "
+                f"parameter's shape {tuple(old.shape)}; it starts afresh",
+                stacklevel=3,
+            )
+    return sliced
+
+
+class OptimizerTransaction:
+    """Parameter lists, settings and state of optimizers, to be put back when a round fails.
+
+    State tensors are not copied: a round replaces them and never writes them.
+    """
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self._saved = [
+            (
+                optimizer,
+                [(group, dict(group), list(group["params"])) for group in optimizer.param_groups],
+                {key: dict(value) if isinstance(value, dict) else value for key, value in optimizer.state.items()},
+                getattr(optimizer, "_numel_cache", None),
+            )
+            for optimizer in optimizers
+        ]
+
+    def rollback(self) -> None:
+        """Put everything back into the same objects."""
+        for optimizer, groups, state, numel in self._saved:
+            for group, settings, parameters in groups:
+                group.clear()
+                group.update(settings)
+                group["params"][:] = parameters
+            optimizer.state.clear()
+            optimizer.state.update(state)
+            if isinstance(optimizer, LBFGS):
+                optimizer._numel_cache = numel

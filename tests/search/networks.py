@@ -1,0 +1,74 @@
+"""Networks as numbers: multilayer perceptrons whose parameters are products of widths, and losses with known shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from lightning_softprune.search import FloatArray, IntArray, SearchSpace
+
+
+def mlp_space(
+    widths: list[int], target: float = 0.7, tolerance: float = 0.02, *, rounding: str = "nearest", **bounds: FloatArray
+) -> SearchSpace:
+    """The hidden layers of an MLP are its groups; sparsity counts weights and biases exactly."""
+    hidden = np.array(widths[1:-1])
+    k = len(hidden)
+    round_ = {"nearest": np.rint, "down": lambda x: np.floor(x + 1e-9)}[rounding]
+
+    def parameters(kept: IntArray) -> FloatArray:
+        n = len(kept)
+        full = np.column_stack([np.full(n, widths[0]), kept, np.full(n, widths[-1])]).astype(float)
+        return (full[:, :-1] * full[:, 1:] + full[:, 1:]).sum(axis=1)
+
+    dense = parameters(hidden[None])[0]
+    return SearchSpace(
+        low=bounds.get("low", np.zeros(k)),
+        high=bounds.get("high", np.ones(k)),
+        channels=hidden,
+        realise=lambda x: np.minimum(round_(x * hidden), hidden - 1).astype(np.int64),
+        sparsity=lambda removed: 1 - parameters(hidden - removed) / dense,
+        target=target,
+        tolerance=tolerance,
+        norms=np.linspace(1.0, 2.0, k),
+    )
+
+
+def plan_loss(space: SearchSpace, loss: Callable[[FloatArray], float]) -> Callable[[FloatArray], float]:
+    """A loss of the plan alone, as a real evaluation is."""
+    return lambda x: float(loss(np.array(space.key(x)) / space.channels))
+
+
+def quadratic(weights: list[float]) -> Callable[[FloatArray], float]:
+    return lambda r: 0.1 + float(np.dot(weights, r**2))
+
+
+def steep(weights: list[float]) -> Callable[[FloatArray], float]:
+    """Flat at first and steep at the end, as the loss of a pruned layer is."""
+    return lambda r: 0.1 + float(np.dot(weights, r**2 / (1.1 - r)))
+
+
+def coupled(weights: list[float]) -> Callable[[FloatArray], float]:
+    """Neighbouring layers hurt each other: not separable."""
+
+    def loss(r: FloatArray) -> float:
+        return 0.1 + float(np.dot(weights, r**2 / (1.1 - r))) + 0.8 * float((r[1:] * r[:-1]).sum())
+
+    return loss
+
+
+def valley(weights: list[float]) -> Callable[[FloatArray], float]:
+    """A strongly correlated quadratic around a point that is not on the target."""
+    k = len(weights)
+    A = 0.6 * np.ones((k, k)) + np.diag(weights)
+    return lambda r: 0.2 + float((r - 0.3) @ A @ (r - 0.3))
+
+
+LOSSES = {"quadratic": quadratic, "steep": steep, "coupled": coupled, "valley": valley}
+AUTOENCODER = [784, 512, 256, 32, 256, 512, 784]
+CASES = {
+    "3 groups": ([64, 128, 64, 32, 10], [1.0, 0.5, 2.0]),
+    "4 groups": ([784, 512, 256, 128, 64, 10], [1.0, 0.4, 2.0, 0.7]),
+    "5 groups": (AUTOENCODER, [1.0, 0.5, 3.0, 0.6, 1.5]),
+}

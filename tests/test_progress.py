@@ -1,0 +1,460 @@
+import io
+import math
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rich
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from rich.console import Console
+from rich.errors import LiveError
+from rich.live import Live
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_softprune.progress import SearchProgress, groups_table, print_round, progress_style
+from lightning_softprune.results import Costs, GroupResult, PruningResult
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+class Terminal(io.StringIO):
+    """A text file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _ordinary_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    yield
+    rich.reconfigure()  # RichProgressBar changes the global console
+
+
+def make_console(terminal: bool = True, width: int = 120) -> Console:
+    return Console(file=Terminal() if terminal else io.StringIO(), force_terminal=terminal, width=width)
+
+
+def output_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def visible(text: str) -> str:
+    return ESCAPES.sub("", text)
+
+
+def run_search(console: Console | None = None, total: int | None = 3, **arguments: Any) -> None:
+    with SearchProgress(total, "val_psnr", "max", console=console, **arguments) as bar:
+        for score in (18.0, 19.5, 19.0):
+            bar.advance(score)
+
+
+def make_result(**changes: Any) -> PruningResult:
+    values: dict[str, Any] = {
+        "epoch": 10,
+        "sparsity": 0.7016,
+        "target_sparsity": 0.7,
+        "score_before": 19.97,
+        "score_after": 19.71,
+        "metrics_before": {},
+        "metrics_after": {},
+        "costs_before": Costs(params=1_079_344, macs=2_000_000),
+        "costs_after": Costs(params=322_102, macs=500_000),
+        "groups": (
+            GroupResult("encoder[red].0", "encoder", "intra", 512, 154, 0.6993),
+            GroupResult("encoder.4", "encoder", "inter", 32, 32, 0.0),
+        ),
+        "evaluations": 41,
+        "seconds": 3.2,
+        "strategy": "GradientSearch",
+        "stop_reason": "patience",
+        "applied": True,
+        "trials": (),
+        "monitor": "val_psnr",
+        "mode": "max",
+    }
+    return PruningResult(**{**values, **changes})
+
+
+# The bar by itself
+
+
+@pytest.mark.parametrize("style", ["auto", "rich", "tqdm"])
+def test_on_a_terminal_the_bar_shows_count_and_best_and_goes_away(style: Any) -> None:
+    console = make_console()
+
+    with SearchProgress(3, "val_psnr", "max", style=style, console=console) as bar:
+        bar.advance(18.0)
+        bar.advance(19.5)
+        bar.advance(19.0)
+        if bar._display is not None and style != "tqdm":
+            bar._display._progress.refresh()  # type: ignore[attr-defined]  # not to wait for its thread
+        else:
+            bar._display._bar.refresh()  # type: ignore[union-attr]
+    text = visible(output_of(console))
+
+    assert "Search" in text
+    assert "3/3" in text
+    assert "best val_psnr 19.5" in text
+    # The last thing done is to erase the line.
+    assert output_of(console).endswith(("\x1b[2K", "\r")), repr(output_of(console)[-40:])
+
+
+@pytest.mark.parametrize("style", ["rich", "tqdm"])
+def test_an_unknown_total_is_a_question_mark(style: Any) -> None:
+    console = make_console()
+
+    run_search(console, total=None, style=style)
+
+    assert "0/?" in visible(output_of(console))
+    assert "%" not in visible(output_of(console))
+
+
+@pytest.mark.parametrize("style", ["rich", "tqdm", "plain"])
+def test_more_trials_than_announced_are_no_error(style: Any) -> None:
+    run_search(make_console(), total=1, style=style)
+
+
+@pytest.mark.parametrize("style", ["auto", "rich", "tqdm", "plain"])
+def test_without_a_terminal_there_are_two_plain_lines(style: Any) -> None:
+    console = make_console(terminal=False)
+
+    run_search(console, style=style)
+
+    first, second = output_of(console).splitlines()
+    assert first == "Search: up to 3 trials, val_psnr (max)"
+    assert re.fullmatch(r"Search: 3 trials, best val_psnr 19\.5, \d+\.\d s", second)
+    assert "\r" not in output_of(console)
+    assert "\x1b" not in output_of(console)
+
+
+@pytest.mark.parametrize("style", ["rich", "tqdm"])
+@pytest.mark.parametrize(
+    ("variable", "value", "file"),
+    [("FORCE_COLOR", "1", io.StringIO), ("TTY_INTERACTIVE", "0", Terminal), ("TERM", "dumb", Terminal)],
+)
+def test_coloured_logs_and_dumb_terminals_get_plain_lines(
+    style: Any, variable: str, value: str, file: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    console = Console(file=file(), width=120)
+    assert console.is_terminal
+
+    run_search(console, style=style)
+
+    assert len(output_of(console).splitlines()) == 2
+    assert "\r" not in output_of(console)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("style", ["auto", "rich", "tqdm", "plain"])
+def test_disabled_means_silent(style: Any, terminal: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    console = make_console(terminal)
+
+    run_search(console, style=style, enabled=False)
+    run_search(None, style=style, enabled=False)
+
+    assert output_of(console) == ""
+    assert capfd.readouterr() == ("", "")
+
+
+def test_lower_is_better_in_mode_min_and_nan_is_never_best() -> None:
+    with SearchProgress(None, "val_loss", "min", enabled=False) as bar:
+        for score in (math.nan, 0.5, 0.2, 0.3, math.nan):
+            bar.advance(score)
+
+    assert bar.best == 0.2
+    assert bar.trials == 5
+
+
+def test_the_searchs_own_best_is_shown_and_nan_means_none_yet() -> None:
+    console = make_console(terminal=False)
+    with SearchProgress(2, "val_psnr", "max", console=console) as bar:
+        bar.advance(25.0, best=math.nan)
+        assert math.isnan(bar.best)
+    with SearchProgress(2, "val_psnr", "max", console=console) as bar:
+        bar.advance(25.0, best=19.0)
+
+    lines = output_of(console).splitlines()
+    assert "best val_psnr -," in lines[1]
+    assert "1 trial, best val_psnr 19," in lines[3]
+
+
+@pytest.mark.parametrize("style", ["rich", "tqdm", "plain"])
+def test_an_exception_passes_and_the_screen_is_tidy(style: Any) -> None:
+    console = make_console()
+
+    def search() -> None:
+        with SearchProgress(3, "m", "max", style=style, console=console) as bar:
+            bar.advance(1.0)
+            raise KeyError("user")
+
+    with pytest.raises(KeyError, match="user"):
+        search()
+
+    if style == "plain":
+        assert "Search interrupted: 1 trial" in output_of(console)
+    if style == "rich":
+        assert output_of(console).count("\x1b[?25l") == output_of(console).count("\x1b[?25h")  # the cursor is back
+    run_search(console, style=style)  # and the console is free again
+
+
+def test_a_live_display_that_rich_refuses_falls_back_to_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise LiveError("Only one live display may be active at once")
+
+    console = make_console()
+    monkeypatch.setattr(console, "set_live", refuse)
+
+    run_search(console, style="rich")
+
+    assert len(output_of(console).splitlines()) == 2
+
+
+def test_inside_somebody_elses_live_display_nothing_breaks() -> None:
+    console = make_console()
+
+    with Live("other", console=console, auto_refresh=False) as live:
+        run_search(console, style="rich")
+        live.update("still alive", refresh=True)
+
+    assert "still alive" in visible(output_of(console))
+
+
+@pytest.mark.parametrize(("argument", "value"), [("mode", "best"), ("style", "fancy")])
+def test_an_unknown_argument_is_refused(argument: str, value: str) -> None:
+    arguments: dict[str, Any] = {"mode": "max", argument: value}
+    with pytest.raises(ValueError, match=f"`{argument}` must be one of .* got '{value}'"):
+        SearchProgress(1, "val_psnr", **arguments)
+
+
+# With Lightning's bars
+
+
+class Tiny(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 1)
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = self.layer(batch[0]).square().mean()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor], batch_idx: int) -> None:
+        self.log("val_psnr", self.layer(batch[0]).mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+class Searches(Callback):
+    """Runs a search at the start of each epoch, as a round does, and prints its result."""
+
+    def __init__(self, enabled: bool = True, total: int | None = 3) -> None:
+        self.enabled = enabled
+        self.total = total
+        self.displays: list[str] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        progress = SearchProgress(self.total, "val_[psnr]", "max", self.enabled, trainer=trainer)
+        with progress as bar:
+            self.displays.append(type(bar._display).__name__)
+            for score in (18.0, 19.5, 19.0):
+                bar.advance(score)
+            if bar._display is not None and isinstance(trainer.progress_bar_callback, RichProgressBar):
+                trainer.progress_bar_callback.refresh(hard=True)  # not to wait for its thread
+        if self.enabled:
+            print_round(make_result(epoch=trainer.current_epoch))
+
+
+def fit(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+    trainer = Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **arguments,
+    )
+    data: DataLoader[Any] = DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=2)
+    trainer.fit(Tiny(), data, data)
+    return trainer
+
+
+@pytest.mark.parametrize("search_first", [True, False])
+@pytest.mark.parametrize("leave", [True, False])
+@pytest.mark.parametrize("total", [3, None])
+def test_with_lightnings_rich_bar_the_search_is_a_row_of_it(
+    tmp_path: Path, search_first: bool, leave: bool, total: int | None
+) -> None:
+    terminal = Terminal()
+    lightning_bar = RichProgressBar(
+        leave=leave, console_kwargs={"file": terminal, "force_terminal": True, "width": 140}
+    )
+    searches = Searches(total=total)
+
+    fit(tmp_path, *((searches, lightning_bar) if search_first else (lightning_bar, searches)))
+    text = visible(terminal.getvalue())
+
+    assert searches.displays == ["_RichRow", "_RichRow"]
+    assert re.search(r"Search, best val_\[psnr\] 19\.5 .* 3/" + ("3" if total else "--"), text)
+    assert text.count("SoftPruning, epoch") == 2
+    assert re.search(r"Epoch 1/1 .* 4/4 ", text)  # Lightning's own bar goes on
+    assert "loss:" in text
+    assert "Search" not in text[text.rindex("Epoch 1/1") :]  # and at the end the search's row is gone
+    if not leave:
+        assert lightning_bar.train_progress_bar.description.startswith("Epoch 1/1")  # looked up by place in a list
+
+
+def test_with_lightnings_tqdm_bar_the_search_is_one_more_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    searches = Searches()
+
+    fit(tmp_path, searches, TQDMProgressBar())
+    text = visible(terminal.getvalue())
+
+    assert searches.displays == ["_TqdmBar", "_TqdmBar"]
+    assert "\n\rSearch:" in text  # below the training bar
+    assert "best val_[psnr]" in text
+    assert re.search(r"Epoch 1: 100%.* 4/4 .*loss=", text)
+    assert text.count("SoftPruning, epoch") == 2
+    titles = [line for line in re.split(r"[\r\n]+", text) if "SoftPruning" in line]
+    assert [title.strip() for title in titles] == ["SoftPruning, epoch 0", "SoftPruning, epoch 1"]  # not behind a bar
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_with_lightnings_bars_in_a_log_the_search_is_two_lines_per_round(
+    tmp_path: Path, bar: type[ProgressBar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", log)
+    searches = Searches()
+
+    fit(tmp_path, searches, bar())
+
+    assert searches.displays == ["_PlainLines", "_PlainLines"]
+    lines = [line.strip() for line in re.split(r"[\r\n]+", log.getvalue()) if "Search" in line and "Gra" not in line]
+    assert len(lines) == 4
+    assert lines[0] == lines[2] == "Search: up to 3 trials, val_[psnr] (max)"
+    assert lines[1].startswith("Search: 3 trials, best val_[psnr] 19.5, ")
+
+
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_a_silent_search_leaves_lightnings_bars_alone(
+    tmp_path: Path, bar: type[ProgressBar], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+
+    fit(tmp_path, Searches(enabled=False), bar())
+
+    assert "Search" not in terminal.getvalue()
+    assert "Epoch 1" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("bar", "style"),
+    [
+        (RichProgressBar(), "rich"),
+        (TQDMProgressBar(), "tqdm"),
+        (RichProgressBar(refresh_rate=0), "plain"),
+        (TQDMProgressBar(refresh_rate=0), "plain"),
+        (ProgressBar(), "plain"),
+    ],
+)
+def test_the_style_is_that_of_the_trainers_bar(tmp_path: Path, bar: Callback, style: str) -> None:
+    trainer = Trainer(callbacks=[bar], logger=False, accelerator="cpu", default_root_dir=tmp_path)
+
+    assert progress_style(trainer) == style
+
+
+def test_a_trainer_without_bar_gets_plain_lines(tmp_path: Path) -> None:
+    trainer = Trainer(enable_progress_bar=False, logger=False, accelerator="cpu", default_root_dir=tmp_path)
+    console = make_console()
+
+    run_search(console, trainer=trainer)
+
+    assert progress_style(trainer) == "plain"
+    assert len(output_of(console).splitlines()) == 2
+
+
+# Tables
+
+
+def row_with(text: str, name: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+    return re.split(r"\s{2,}", line.strip())
+
+
+def test_the_table_shows_each_group_before_and_after() -> None:
+    console = make_console(terminal=False)
+    print_round(make_result(), console)
+    text = output_of(console)
+
+    assert row_with(text, "encoder[red].0")[:-1] == ["encoder[red].0", "encoder", "intra", "512 -> 154", "0.699"]
+    assert row_with(text, "encoder[red].0")[-1] == "━━━"  # 154 of 512 in ten
+    assert row_with(text, "encoder.4") == ["encoder.4", "encoder", "inter", "32 -> 32", "0.000", "━" * 10]
+    assert row_with(text, "parameters") == ["parameters", "1.08 M -> 322 K", "-70.2 %"]
+    assert row_with(text, "MACs") == ["MACs", "2.00 M -> 500 K", "-75.0 %"]
+    assert row_with(text, "val_psnr") == ["val_psnr", "19.97 -> 19.71"]
+    assert row_with(text, "sparsity") == ["sparsity", "0.7016", "target 0.7"]
+
+
+def test_the_table_says_when_nothing_was_applied_and_why() -> None:
+    console = make_console(terminal=False)
+    print_round(make_result(applied=False, reason="dry run", target_sparsity=None, groups=()), console)
+
+    assert "SoftPruning, epoch 10 (not applied: dry run)" in output_of(console)
+    assert "target" not in output_of(console)
+
+
+def test_on_a_terminal_the_table_is_no_wider_than_the_screen() -> None:
+    console = make_console(width=80)
+    console.print(groups_table(make_result()))
+
+    lines = visible(output_of(console)).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("encoder[red].0" in line for line in lines) == 1  # and nothing had to be folded
+
+
+@pytest.mark.parametrize("width", [10, 40, 80])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_narrow_and_ascii_only_screens_are_no_error(width: int, terminal: bool) -> None:
+    buffer = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(buffer, encoding="ascii"), width=width, force_terminal=terminal)
+
+    with SearchProgress(3, "präzision", "max", style="plain", console=console) as bar:
+        bar.advance(1.0)
+    print_round(make_result(monitor="präzision", reason="…"), console)
+    console.file.flush()
+
+    text = visible(buffer.getvalue().decode("ascii"))
+    assert "best pr?zision 1," in text
+    assert "pr?zision 19.97 -> 19.71" in text
+    assert terminal or row_with(text, "encoder.4")[-1].endswith(" " + "-" * 10)
+
+
+def test_in_a_log_neither_table_nor_summary_is_folded() -> None:
+    console = make_console(terminal=False, width=60)
+    long_name = "encoder." + "block." * 12 + "0"
+    result = make_result()
+    result = replace(result, groups=(replace(result.groups[0], name=long_name),))
+
+    print_round(result, console)
+
+    assert output_of(console).splitlines()[-1] == result.summary
+    assert row_with(output_of(console), long_name)[-2:] == ["0.699", "━━━"]

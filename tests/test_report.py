@@ -1,0 +1,214 @@
+import csv
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_softprune.report import log_values, read_result, round_folder, trial_rows, write_files
+from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
+
+
+def make_result(names: tuple[str, str] = ("encoder.0", "encoder.4"), **changes: Any) -> PruningResult:
+    trials = (
+        Trial((0.7, 0.25), 0.7, 19.7, {"val_psnr": 19.7, "val_loss": 0.1}, True, 0.5),
+        Trial((0.1, 1 / 3), 0.6, 19.5, {"val_psnr": 19.5}, False, 0.25),
+        Trial((0.9, 0.0), 0.8, math.nan, {"val_psnr": math.nan, "val_loss": math.inf}, False, 0.125),
+    )
+    values: dict[str, Any] = {
+        "epoch": 4,
+        "sparsity": 0.7,
+        "target_sparsity": None,
+        "score_before": 20.0,
+        "score_after": 19.7,
+        "metrics_before": {"val_psnr": 20.0},
+        "metrics_after": {"val_psnr": 19.7},
+        "costs_before": Costs(1000, 2000),
+        "costs_after": Costs(300, 700),
+        "groups": (
+            GroupResult(names[0], "encoder", "intra", 512, 154, 0.7),
+            GroupResult(names[1], "encoder", "inter", 32, 24, 0.25),
+        ),
+        "evaluations": 4,
+        "seconds": 1.0,
+        "strategy": "RandomSearch",
+        "stop_reason": "exhausted",
+        "applied": True,
+        "trials": trials,
+        "monitor": "val_psnr",
+        "mode": "max",
+    }
+    return PruningResult(**{**values, **changes})
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_round_folder_is_named_by_its_epoch(tmp_path: Path) -> None:
+    assert round_folder(tmp_path, 12) == tmp_path / "softprune" / "epoch=12"
+
+
+def test_files_are_written_into_a_new_folder_and_nothing_else_is_left(tmp_path: Path) -> None:
+    folder = round_folder(tmp_path, 4)
+
+    paths = write_files(make_result(), folder)
+
+    assert paths == [folder / "result.json", folder / "trials.csv"]
+    assert sorted(folder.iterdir()) == sorted(paths)
+
+
+def test_the_result_read_is_the_result_written(tmp_path: Path) -> None:
+    result = make_result(trials=make_result().trials[:2])
+    write_files(result, tmp_path)
+
+    assert read_result(tmp_path / "result.json") == result
+
+
+def test_the_json_file_is_valid_json_in_spite_of_nan(tmp_path: Path) -> None:
+    write_files(make_result(), tmp_path)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    data = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"), parse_constant=refuse)
+    assert data["trials"][2]["score"] == "nan"
+    assert math.isnan(read_result(tmp_path / "result.json").trials[2].score)
+
+
+def test_the_csv_has_one_row_per_trial_with_every_value(tmp_path: Path) -> None:
+    write_files(make_result(), tmp_path)
+
+    rows = read_csv(tmp_path / "trials.csv")
+
+    assert rows[0] == {
+        "trial": "0",
+        "sparsity": "0.7",
+        "score": "19.7",
+        "feasible": "True",
+        "pareto": "True",
+        "seconds": "0.5",
+        "metric/val_psnr": "19.7",
+        "metric/val_loss": "0.1",
+        "coefficient/encoder.0": "0.7",
+        "coefficient/encoder.4": "0.25",
+    }
+    assert [row["pareto"] for row in rows] == ["True", "False", "False"]
+    assert [row["feasible"] for row in rows] == ["True", "False", "False"]
+    assert float(rows[1]["coefficient/encoder.4"]) == 1 / 3
+    assert rows[1]["metric/val_loss"] == ""
+    assert rows[2]["score"] == "nan"
+    assert rows[2]["metric/val_loss"] == "inf"
+
+
+def test_names_with_commas_quotes_and_line_breaks_survive_the_csv(tmp_path: Path) -> None:
+    names = ('a,b "quoted"', "ü\nsecond; line")
+    result = make_result(names)
+    result = replace(result, trials=(replace(result.trials[0], metrics={'m,"x"': 1.5}),))
+    write_files(result, tmp_path)
+
+    (row,) = read_csv(tmp_path / "trials.csv")
+
+    assert row[f"coefficient/{names[0]}"] == "0.7"
+    assert row[f"coefficient/{names[1]}"] == "0.25"
+    assert row['metric/m,"x"'] == "1.5"
+    assert len(row) == 9
+
+
+def test_a_round_without_trials_still_has_a_header(tmp_path: Path) -> None:
+    write_files(make_result(trials=()), tmp_path)
+
+    assert (tmp_path / "trials.csv").read_text().splitlines() == [
+        "trial,sparsity,score,feasible,pareto,seconds,coefficient/encoder.0,coefficient/encoder.4"
+    ]
+
+
+def test_trial_rows_are_as_wide_as_their_header() -> None:
+    header, rows = trial_rows(make_result())
+
+    assert [len(row) for row in rows] == [len(header)] * 3
+
+
+def test_writing_again_replaces_the_files(tmp_path: Path) -> None:
+    write_files(make_result(), tmp_path)
+    write_files(make_result(epoch=5, trials=()), tmp_path)
+
+    assert read_result(tmp_path / "result.json").epoch == 5
+    assert read_csv(tmp_path / "trials.csv") == []
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(make_result(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_files(make_result(epoch=99), tmp_path)
+
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_files_get_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+
+    for path in write_files(make_result(), tmp_path / "files"):
+        assert path.stat().st_mode == ordinary.stat().st_mode
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"not json",
+        b"[1, 2]",
+        b'{"epoch": 3}',
+        b"\x89PNG\r\n\x1a\n\xff",
+        b"[" * 100_000,
+        b"\x00" * 10,
+    ],
+)
+def test_a_corrupt_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "result.json"
+    path.write_bytes(content)
+
+    with pytest.raises(ValueError, match=r"result\.json: cannot be read as a pruning result"):
+        read_result(path)
+
+
+def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    (path, _) = write_files(make_result(), tmp_path)
+    content = path.read_bytes().rstrip()
+    for length in range(0, len(content), 97):
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match="cannot be read"):
+            read_result(path)
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"result\.json"):
+        read_result(tmp_path / "result.json")
+
+
+def test_log_values_are_the_scalars_of_the_contract() -> None:
+    values = log_values(make_result())
+
+    assert values == {
+        "softprune/sparsity": 0.7,
+        "softprune/params": 300.0,
+        "softprune/macs": 700.0,
+        "softprune/score": 19.7,
+        "softprune/evaluations": 4.0,
+        "softprune/coefficient/encoder.0": 0.7,
+        "softprune/coefficient/encoder.4": 0.25,
+    }
+    assert {type(value) for value in values.values()} == {float}

@@ -1,0 +1,256 @@
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_softprune.results import (
+    Costs,
+    GroupResult,
+    PruningResult,
+    Sensitivity,
+    Trial,
+    format_change,
+    pareto_front,
+)
+
+
+def make_trial(sparsity: float = 0.7, score: float = 19.7, **changes: Any) -> Trial:
+    values = {"coefficients": (0.7, 0.25), "metrics": {"val_psnr": score}, "feasible": True, "seconds": 0.08}
+    return Trial(**{**values, "sparsity": sparsity, "score": score, **changes})
+
+
+def make_result(**changes: Any) -> PruningResult:
+    values: dict[str, Any] = {
+        "epoch": 10,
+        "sparsity": 0.7016,
+        "target_sparsity": 0.7,
+        "score_before": 19.9712,
+        "score_after": 19.7089,
+        "metrics_before": {"val_psnr": 19.9712, "val_loss": 0.0101},
+        "metrics_after": {"val_psnr": 19.7089, "val_loss": 0.0107},
+        "costs_before": Costs(params=1_079_344, macs=1_076_224),
+        "costs_after": Costs(params=322_102, macs=320_000),
+        "groups": (
+            GroupResult("encoder.0", "encoder", "intra", 512, 154, 0.7),
+            GroupResult("encoder.4", "encoder", "inter", 32, 24, 0.25),
+        ),
+        "evaluations": 41,
+        "seconds": 3.21,
+        "strategy": "GradientSearch",
+        "stop_reason": "patience",
+        "applied": True,
+        "trials": (make_trial(), make_trial(0.68, 19.6, feasible=False)),
+        "monitor": "val_psnr",
+        "mode": "max",
+        "sensitivity": (Sensitivity("encoder.0", (0.0, 0.5), (19.97, 19.9)),),
+    }
+    return PruningResult(**{**values, **changes})
+
+
+def through_a_json_file(data: dict[str, Any]) -> Any:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(json.dumps(data), parse_constant=refuse)
+
+
+def plain_types(value: Any) -> set[type]:
+    if isinstance(value, Mapping):
+        return {type(value)}.union(*map(plain_types, value.keys()), *map(plain_types, value.values()))
+    if isinstance(value, (list, tuple)):
+        return {type(value)}.union(*map(plain_types, value))
+    return {type(value)}
+
+
+def test_a_result_survives_a_json_file() -> None:
+    result = make_result()
+
+    again = PruningResult.from_dict(through_a_json_file(result.to_dict()))
+
+    assert again == result
+    assert isinstance(again.trials, tuple)
+    assert isinstance(again.trials[1].coefficients, tuple)
+    assert isinstance(again.costs_after, Costs)
+
+
+def test_a_result_survives_a_checkpoint_loaded_with_weights_only() -> None:
+    result = make_result(trials=(make_trial(score=math.inf),), target_sparsity=None)
+    file = io.BytesIO()
+    torch.save({"softprune": result.to_dict()}, file)
+    file.seek(0)
+
+    assert PruningResult.from_dict(torch.load(file, weights_only=True)["softprune"]) == result
+
+
+def test_the_dict_holds_plain_types_only_even_if_the_result_does_not() -> None:
+    trial = make_trial(np.float64(0.7), np.float32(19.5), feasible=np.bool_(True), coefficients=np.array([0.7, 0.2]))
+    result = make_result(
+        trials=(trial,), evaluations=np.int64(41), score_after=torch.tensor(19.5), metrics_after={"a": np.float64(1)}
+    )
+
+    data = result.to_dict()
+
+    assert plain_types(data) <= {dict, list, str, int, float, bool, type(None)}
+    assert data["evaluations"] == 41
+    assert data["score_after"] == 19.5
+    assert data["trials"][0]["coefficients"] == [0.7, 0.2]
+    assert data["trials"][0]["feasible"] is True
+
+
+def test_nan_and_infinities_are_strings_in_the_file_and_floats_again_after_it() -> None:
+    trial = make_trial(score=math.nan, metrics={"a": math.inf, "b": -math.inf})
+    result = make_result(trials=(trial,), score_after=math.nan)
+
+    data = through_a_json_file(result.to_dict())
+    again = PruningResult.from_dict(data)
+
+    assert data["score_after"] == "nan"
+    assert data["trials"][0]["metrics"] == {"a": "inf", "b": "-inf"}
+    assert math.isnan(again.score_after)
+    assert math.isnan(again.trials[0].score)
+    assert again.trials[0].metrics == {"a": math.inf, "b": -math.inf}
+    assert again.to_dict() == data
+
+
+def test_keys_of_a_newer_version_are_ignored() -> None:
+    data = make_result().to_dict()
+    data["latency"] = 3.5
+    data["groups"][0]["colour"] = "red"
+
+    assert PruningResult.from_dict(data) == make_result()
+
+
+def test_fields_with_a_default_may_be_missing() -> None:
+    data = make_result(sensitivity=(), reason="").to_dict()
+    del data["sensitivity"], data["reason"]
+
+    assert PruningResult.from_dict(data) == make_result(sensitivity=(), reason="")
+
+
+@pytest.mark.parametrize(
+    "field", [f.name for f in dataclasses.fields(PruningResult) if f.default is dataclasses.MISSING]
+)
+def test_a_missing_field_is_named(field: str) -> None:
+    data = make_result().to_dict()
+    del data[field]
+
+    with pytest.raises(ValueError, match=rf"'{field}' is missing"):
+        PruningResult.from_dict(data)
+
+
+def test_a_missing_field_inside_a_trial_is_named_with_its_place() -> None:
+    data = make_result().to_dict()
+    del data["trials"][1]["score"]
+
+    with pytest.raises(ValueError, match=r"'trials\[1\]\.score' is missing"):
+        PruningResult.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("epoch", "10", "'epoch' must be an integer, got '10'"),
+        ("epoch", True, "'epoch' must be an integer, got True"),
+        ("score_after", None, "'score_after' must be a number, got None"),
+        ("score_after", "NaN", "'score_after' must be a number, got 'NaN'"),
+        ("score_after", False, "'score_after' must be a number, got False"),
+        ("applied", 1, "'applied' must be true or false, got 1"),
+        ("strategy", 3, "'strategy' must be a string, got 3"),
+        ("groups", {}, "'groups' must be a list, got {}"),
+        ("metrics_after", [1], r"'metrics_after' must be a dict, got \[1\]"),
+        ("metrics_after", {"a": "b"}, r"""metrics_after\['a'\]" must be a number, got 'b'"""),
+        ("costs_after", [1, 2], r"'costs_after' must be a dict, got \[1, 2\]"),
+        ("mode", "maximum", "`mode` must be one of 'min', 'max', got 'maximum'"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_named(field: str, value: object, expected: str) -> None:
+    data = make_result().to_dict()
+    data[field] = value
+
+    with pytest.raises(ValueError, match=expected):
+        PruningResult.from_dict(data)
+
+
+@pytest.mark.parametrize("data", [[], "text", 3, None])
+def test_what_is_no_dict_at_all_is_refused(data: Any) -> None:
+    with pytest.raises(ValueError, match="'the whole' must be a dict"):
+        PruningResult.from_dict(data)
+
+
+def test_a_trial_needs_one_coefficient_per_group() -> None:
+    with pytest.raises(ValueError, match=r"`trials\[1\]` needs one coefficient per group: got 1 for 2 groups"):
+        make_result(trials=(make_trial(), make_trial(coefficients=(0.5,))))
+
+
+def test_a_sensitivity_curve_needs_one_score_per_coefficient() -> None:
+    with pytest.raises(ValueError, match="got 1 for 2"):
+        Sensitivity("encoder.0", (0.0, 0.5), (1.0,))
+
+
+def test_summary_of_an_applied_round() -> None:
+    assert make_result().summary == (
+        "epoch 10: 1,079,344 -> 322,102 parameters (-70.2 %), val_psnr 19.97 -> 19.71 "
+        "after 41 evaluations in 3.2 s (GradientSearch: patience)"
+    )
+
+
+def test_summary_says_why_nothing_was_applied() -> None:
+    costs = Costs(1000, 1000)
+    result = make_result(
+        applied=False,
+        reason="no plan meets val_psnr >= 25",
+        costs_before=costs,
+        costs_after=costs,
+        score_after=math.nan,
+        evaluations=1,
+    )
+
+    assert result.summary == (
+        "epoch 10, not applied (no plan meets val_psnr >= 25): 1,000 -> 1,000 parameters (0.0 %), "
+        "val_psnr 19.97 -> nan after 1 evaluation in 3.2 s (GradientSearch: patience)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [(100, 30, "-70.0 %"), (100, 105, "+5.0 %"), (10**6, 10**6 - 1, "0.0 %"), (0, 0, "0.0 %")],
+)
+def test_format_change(before: float, after: float, text: str) -> None:
+    assert format_change(before, after) == text
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_pareto_front_equals_the_definition_on_random_points(mode: str) -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(200):
+        points = generator.integers(0, 5, size=(generator.integers(0, 12), 2)).astype(float)
+        points[generator.random(points.shape) < 0.05] = math.nan
+        gain = points * (1.0 if mode == "max" else np.array([1.0, -1.0]))
+        expected = {
+            i
+            for i, a in enumerate(gain)
+            if not np.isnan(a).any() and not any((b >= a).all() and (b > a).any() for b in gain)
+        }
+
+        front = pareto_front(points[:, 0].tolist(), points[:, 1].tolist(), mode)
+
+        assert set(front) == expected
+        assert [points[i, 0] for i in front] == sorted(points[i, 0] for i in front)
+
+
+def test_pareto_trials_follow_the_mode() -> None:
+    trials = (make_trial(0.7, 19.0), make_trial(0.5, 20.0), make_trial(0.6, 18.0), make_trial(0.9, math.nan))
+
+    assert make_result(trials=trials, mode="max").pareto == (trials[1], trials[0])
+    assert make_result(trials=trials, mode="min").pareto == (trials[2], trials[0])
+
+
+def test_pareto_refuses_an_unknown_mode() -> None:
+    with pytest.raises(ValueError, match="`mode` must be one of 'min', 'max', got 'best'"):
+        pareto_front([0.1], [1.0], "best")

@@ -1,0 +1,804 @@
+"""Oracle: `Trainer.validate` of a deep copy of the module, by another Trainer."""
+
+import copy
+import importlib
+import random
+import warnings
+from collections import deque
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_softprune import scoring
+from lightning_softprune.scoring import ValidationScorer, isolated_rng, run_step, training_batches, transfer, untouched
+
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
+    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors: more threads only get in each other's way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def data(n=22, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=generator)
+    return TensorDataset(x, (x.sum(1) > 0).long())
+
+
+def loader(n=22, seed=0, **kwargs):
+    return DataLoader(data(n, seed), **{"batch_size": 8, **kwargs})
+
+
+class Tiny(pl.LightningModule):
+    """Logs in every way there is, and keeps state in every way there is."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+        self.frozen = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
+        self.frozen.eval()
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=2)
+        both = [
+            torchmetrics.F1Score("multiclass", num_classes=2, average="macro"),
+            torchmetrics.Recall("multiclass", num_classes=2, average="macro"),
+        ]
+        self.collection = torchmetrics.MetricCollection(both, prefix="val_")
+        self.unlogged = torchmetrics.MeanMetric()
+        self.register_buffer("seen", torch.zeros(1))
+        self.plain = torch.zeros(2)
+        self.outputs, self.nested, self.names, self.recent = [], {"a": [1.0]}, {"x"}, deque([1], maxlen=9)
+        self.count = 0
+        self.broken = False
+
+    def on_train_epoch_start(self):
+        self.frozen.eval()
+
+    def forward(self, x):
+        return self.frozen(self.net(x))
+
+    def loss(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self(x), y)
+
+    def training_step(self, batch):
+        loss = self.loss(batch)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        out = self(x)
+        loss = nn.functional.cross_entropy(out, y)
+        self.outputs.append(loss)
+        self.nested["a"].append(batch_idx)
+        self.names.add(batch_idx)
+        self.recent.append(batch_idx)
+        self.count += 1
+        self.seen += 1
+        self.plain.add_(1)
+        self.accuracy(out, y)
+        self.collection(out, y)
+        self.unlogged.update(loss)
+        x.sub_(1.0)  # a careless user: the batch changes in place
+        self.log("val_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
+        self.log_dict({"val_max": loss, "val_sum": loss.double()}, reduce_fx="max")
+        self.log("val_min", out.min(), reduce_fx="min")
+        self.log("val_weighted", loss, batch_size=batch_idx + 1)
+        self.log("val_noise", torch.rand(()))
+        self.log("val_accuracy", self.accuracy)
+        self.log_dict(self.collection)
+        if self.broken and batch_idx == 1:
+            raise ZeroDivisionError("the user's own")
+
+    def on_validation_start(self):
+        self.zero_grad(set_to_none=False)
+
+    def on_validation_epoch_end(self):
+        self.log("val_epoch_end", torch.stack(self.outputs).mean() + self.unlogged.compute())
+        self.trainer.should_stop = True
+        if self.trainer.training or self.trainer.sanity_checking:
+            return
+        if self.trainer.state.fn == "fit":
+            for scheduler in [self.lr_schedulers()]:
+                scheduler.step()
+            self.optimizers().param_groups[0]["weight_decay"] = 0.5
+            self.net.requires_grad_(False)
+            self.net.train()
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
+
+
+class Polite(Tiny):
+    """The same without hooks that change the run."""
+
+    def on_validation_epoch_end(self):
+        self.log("val_epoch_end", torch.stack(self.outputs).mean())
+        self.outputs.clear()
+
+
+class Terse(Polite):
+    """Logs little: most of a pass's time is Lightning's logging."""
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.outputs.append(loss)
+        self.accuracy(self(batch[0]), batch[1])
+        self.log("val_loss", loss + 0.1 * torch.rand(()))
+        self.log("val_accuracy", self.accuracy)
+
+
+class Probe(Callback):
+    """Runs a function at the start of an epoch; counts the validation hooks it gets itself."""
+
+    def __init__(self, function, epoch=1):
+        self.function, self.epoch, self.result, self.calls = function, epoch, None, 0
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if self.epoch is None or trainer.current_epoch == self.epoch:
+            self.calls = 0
+            self.result = self.function(trainer, pl_module)
+            assert self.calls == 0
+
+    def _count(self, *args):
+        self.calls += 1
+
+    on_validation_start = on_validation_epoch_start = on_validation_batch_start = _count
+    on_validation_batch_end = on_validation_epoch_end = on_validation_end = _count
+
+
+def trainer_of(tmp_path, *callbacks, **kwargs):
+    kwargs = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, **QUIET, **kwargs}
+    return pl.Trainer(callbacks=list(callbacks), **kwargs)
+
+
+def score_and_validate(tmp_path, module, val, *, passes=1, train=None, max_batches=None, **kwargs):
+    """Scores in the second epoch of a fit, and validates a copy made just before."""
+    torch.manual_seed(0)
+
+    def both(trainer, pl_module):
+        pl_module.accuracy.update(torch.eye(2), torch.tensor([1, 0]))  # a metric in mid-use
+        oracle = copy.deepcopy(pl_module)
+        oracle._metric_attributes = None  # Lightning's cache of the original's metrics
+        for metric in oracle.modules():
+            if isinstance(metric, torchmetrics.Metric):
+                metric.reset()
+        with ValidationScorer(trainer, pl_module, max_batches=max_batches) as scorer:
+            scores = [scorer.metrics() for _ in range(passes)]
+        own = {key: kwargs[key] for key in ("limit_val_batches", "precision") if key in kwargs}
+        if max_batches is not None:
+            own["limit_val_batches"] = max_batches
+        other = trainer_of(tmp_path, **own)
+        with isolated_rng(0):
+            other.validate(oracle, val, verbose=False)
+        return scores, {key: float(value) for key, value in other.callback_metrics.items()}
+
+    probe = Probe(both)
+    trainer_of(tmp_path, probe, **kwargs).fit(module, train or loader(drop_last=True), val)
+    return probe.result
+
+
+class TwoLoaders(Polite):
+    add_index = True
+
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        x, y = batch
+        self.outputs.append(self.loss(batch))
+        name = "val_loss" if self.add_index else f"val_loss_of_{dataloader_idx}"
+        self.log(name, self.outputs[-1], add_dataloader_idx=self.add_index)
+        self.accuracy(self(x), y)
+        self.log("val_accuracy", self.accuracy)
+
+
+class TwoLoadersOneName(TwoLoaders):
+    add_index = False
+
+
+class Dicts(Polite):
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        if isinstance(batch, dict):
+            batch["x"] = batch["x"] * 0.5
+        return batch
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if isinstance(batch, dict):
+            scale = 1.0 if self.trainer.training else 3.0
+            return {"x": batch["x"] * scale, "y": batch["y"]}
+        return batch
+
+    def validation_step(self, batch, batch_idx):
+        y = batch.pop("y")
+        self.outputs.append(self.loss((batch["x"], y)))
+        self.log("val_loss", self.outputs[-1])
+
+
+class Batches:
+    """Neither a DataLoader nor a list, which Lightning would take for several loaders."""
+
+    def __init__(self, batches):
+        self.batches = [tuple(batch) for batch in batches]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+class DictData(Dataset):
+    def __len__(self):
+        return 22
+
+    def __getitem__(self, index):
+        x, y = data()[index]
+        return {"x": x, "y": y}
+
+
+def equal(score, oracle):
+    assert score.keys() == oracle.keys()
+    noise = {"val_noise"}  # random in the step: no two runs agree on it, only two passes do
+    assert {k: score[k] for k in score.keys() - noise} == pytest.approx(
+        {k: oracle[k] for k in oracle.keys() - noise}, abs=1e-6
+    )
+    assert len(score) > 1
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"limit_val_batches": 2},
+        {"limit_val_batches": 0.7},
+        {"max_batches": 1},
+        {"precision": "bf16-mixed"},
+        {"logger": True},
+        {"num_sanity_val_steps": 0},
+        {"check_val_every_n_epoch": 2},
+    ],
+    ids=str,
+)
+def test_a_pass_gives_what_validate_gives(tmp_path, kwargs):
+    logger = {"logger": CSVLogger(tmp_path)} if kwargs.pop("logger", False) else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        scores, oracle = score_and_validate(tmp_path, Polite(), loader(seed=1), passes=2, **kwargs, **logger)
+    equal(scores[0], oracle)
+    assert scores[0] == scores[1]
+    assert {"val_loss", "val_loss_epoch", "val_accuracy", "val_MulticlassF1Score", "val_epoch_end"} < set(scores[0])
+
+
+@pytest.mark.parametrize("module", [TwoLoaders, TwoLoadersOneName])
+@pytest.mark.parametrize("limit", [1.0, 2])
+def test_two_loaders_are_scored_as_validate_does(tmp_path, module, limit):
+    val = [loader(22, 1), loader(9, 2, batch_size=4)]
+    if module is TwoLoadersOneName:
+        module = type("Named", (TwoLoadersOneName,), {})
+    (score, again), oracle = score_and_validate(tmp_path, module(), val, passes=2, limit_val_batches=limit)
+    equal(score, oracle)
+    assert score == again
+
+
+def test_loaders_combined_in_another_mode_are_scored_as_validate_does(tmp_path):
+    class Combined(Polite):
+        def validation_step(self, batch, batch_idx):
+            self.outputs.append(self.loss(batch["a"]) - self.loss(batch["b"]))
+            self.log("val_loss", self.outputs[-1], batch_size=1)
+
+    def val():
+        return CombinedLoader({"a": loader(22, 1), "b": loader(9, 2, batch_size=4)}, "max_size_cycle")
+
+    (score, again), oracle = score_and_validate(tmp_path, Combined(), val(), passes=2)
+    equal(score, oracle)
+    assert score == again
+
+
+def test_dict_batches_and_transfer_hooks_are_scored_as_validate_does(tmp_path):
+    (score, again), oracle = score_and_validate(tmp_path, Dicts(), DataLoader(DictData(), 8), passes=2)
+    equal(score, oracle)
+    assert score == again
+
+
+def test_loaders_need_not_be_dataloaders(tmp_path):
+    val = Batches(loader(seed=1))
+    (score, again), oracle = score_and_validate(tmp_path, Polite(), val, passes=2)
+    # this loader hands out its own tensors, and the careless step changes them: only the scorer's passes do not
+    equal(score, oracle)
+    assert score == again
+
+
+def test_a_generator_as_validation_data_is_refused_by_name(tmp_path):
+    def attempt(trainer, pl_module):
+        with pytest.raises(MisconfigurationException, match=r"val_dataloaders.*generator"):
+            ValidationScorer(trainer, pl_module).__enter__()
+
+    val = (tuple(batch) for batch in loader(seed=1))
+    trainer_of(tmp_path, Probe(attempt, 0), num_sanity_val_steps=0, max_epochs=1).fit(Polite(), loader(), val)
+
+
+def test_missing_validation_is_refused_by_name(tmp_path):
+    def attempt(message):
+        def function(trainer, pl_module):
+            with pytest.raises(MisconfigurationException, match=message):
+                ValidationScorer(trainer, pl_module).__enter__()
+
+        return Probe(function, 0)
+
+    class Unvalidated(pl.LightningModule):
+        training_step, forward, loss = Tiny.training_step, Tiny.forward, Tiny.loss
+
+        def __init__(self):
+            super().__init__()
+            self.net, self.frozen = nn.Linear(4, 2), nn.Identity()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    def run(probe, module, *val, **kwargs):
+        trainer_of(tmp_path, probe, max_epochs=1, **kwargs).fit(module, loader(drop_last=True), *val)
+
+    run(attempt("no `validation_step`"), Unvalidated())
+    run(attempt("limit_val_batches=0"), Polite(), loader(), limit_val_batches=0)
+    with pytest.raises(ValueError, match="max_batches"):
+        ValidationScorer(None, None, max_batches=0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def everything(trainer, module):
+    """All that a pass could leave behind, as values to compare."""
+    metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
+    optimizer, scheduler = trainer.optimizers[0], trainer.lr_scheduler_configs[0].scheduler
+    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    state = {
+        "rng": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1]),  # noqa: NPY002
+        "weights": module.state_dict(),
+        "metrics": [(m._copy_state_dict(), m._update_count, m._computed, m._forward_cache) for m in metrics],
+        "modes": [(m.training, id(m)) for m in module.modules()],
+        "flags": [p.requires_grad for p in module.parameters()],
+        "gradients": [p.grad for p in module.parameters()],
+        "own": (module.outputs, module.nested, sorted(map(str, module.names)), list(module.recent), module.count),
+        "plain": module.plain,
+        "identity": [id(v) for v in (module.outputs, module.nested, module.nested["a"], module.names, module.seen)],
+        "gradient identity": [id(p.grad) for p in module.parameters()],
+        "parameters": [id(p) for p in module.parameters()],
+        "scheduler": {k: v for k, v in vars(scheduler).items() if k != "optimizer" and not callable(v)},
+        "groups": groups,
+        "optimizer": optimizer.state_dict()["state"],
+        "trainer": (trainer.should_stop, trainer.global_step, trainer.state.stage, trainer.state.fn),
+        "time": trainer._last_val_time,
+        "metrics seen": (dict(trainer.callback_metrics), dict(trainer.logged_metrics)),
+        "connector": id(trainer._logger_connector),
+        "loops": id(trainer.fit_loop.epoch_loop.val_loop),
+        "loop": trainer.fit_loop.epoch_loop.val_loop.state_dict(),
+        "callbacks": list(map(id, trainer.callbacks)),
+        "loggers": list(map(id, trainer.loggers)),
+        "profiler": id(trainer.profiler),
+        "model": id(trainer.strategy.model),
+        "fx": module._current_fx_name,
+        "log": "log" in vars(module),
+        "loaders": id(trainer.val_dataloaders),
+    }
+    return copy.deepcopy(state)
+
+
+def assert_same(before, after):
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True, msg=name) if isinstance(
+            before[name], torch.Tensor
+        ) else assert_equal(before[name], after[name], name)
+
+
+def assert_equal(before, after, name):
+    if isinstance(before, torch.Tensor):
+        assert torch.equal(before, after), name
+    elif isinstance(before, np.ndarray):
+        assert np.array_equal(before, after), name
+    elif isinstance(before, dict):
+        assert before.keys() == after.keys(), name
+        for key in before:
+            assert_equal(before[key], after[key], f"{name}.{key}")
+    elif isinstance(before, (list, tuple)):
+        assert len(before) == len(after), name
+        for index, (left, right) in enumerate(zip(before, after, strict=True)):
+            assert_equal(left, right, f"{name}[{index}]")
+    else:
+        assert before == after, name
+
+
+def pending_gradients(module):
+    for parameter in module.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+@pytest.mark.parametrize("outcome", ["scores", "raises"])
+def test_nothing_is_left_behind(tmp_path, outcome):
+    logger = CSVLogger(tmp_path)
+
+    def function(trainer, module):
+        module.trainer.should_stop = False
+        logger.save()
+        rows = (tmp_path / "lightning_logs/version_0/metrics.csv").read_bytes()
+        with torch.no_grad():
+            module.accuracy.update(torch.randn(3, 2), torch.zeros(3).long())
+        pending_gradients(module)
+        before = everything(trainer, module)
+        module.broken = outcome == "raises"
+        with ValidationScorer(trainer, module) as scorer:
+            assert_same(before, everything(trainer, module))
+            for _ in range(3):
+                if module.broken:
+                    with pytest.raises(ZeroDivisionError, match="the user's own"):
+                        scorer.metrics()
+                else:
+                    assert scorer.metrics()["val_loss"] > 0
+                assert_same(before, everything(trainer, module))
+            scorer.first_batch()
+        assert scorer.batches == []
+        module.broken = False
+        assert_same(before, everything(trainer, module))
+        logger.save()
+        assert (tmp_path / "lightning_logs/version_0/metrics.csv").read_bytes() == rows
+        module.net.zero_grad()
+        trainer.should_stop = True
+        return True
+
+    probe = Probe(function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer_of(tmp_path, probe, logger=logger, log_every_n_steps=1, num_sanity_val_steps=0, min_epochs=2).fit(
+            ScheduledLate(), loader(drop_last=True), loader(seed=1)
+        )
+    assert probe.result
+
+
+class ScheduledLate(Tiny):
+    """Misbehaves while it is scored only: the run itself must go on."""
+
+    def on_validation_epoch_end(self):
+        if self.trainer.current_epoch == 1:
+            super().on_validation_epoch_end()
+
+
+def test_hooks_may_look_at_callbacks_metrics_and_loggers(tmp_path):
+    looked = []
+
+    class Looks(Polite):
+        def on_validation_epoch_end(self):
+            super().on_validation_epoch_end()
+            if self.trainer.current_epoch == 1:
+                looked.append(self.trainer.callback_metrics["train_loss"])
+                looked.append(self.trainer.log_dir)
+                looked.append(self.trainer.val_dataloaders.dataset)
+                assert any(isinstance(callback, Probe) for callback in self.trainer.callbacks)
+                self.logger.experiment.add_image("reconstruction", 1)
+                self.logger.log_metrics({"mine": 1.0})
+
+    def function(trainer, module):
+        with ValidationScorer(trainer, module) as scorer:
+            score = scorer.metrics()
+        assert "train_loss" not in score
+        assert looked[1:] == [trainer.log_dir, trainer.val_dataloaders.dataset]
+        trainer.should_stop = True
+        return True
+
+    probe = Probe(function)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = trainer_of(tmp_path, probe, logger=CSVLogger(tmp_path))
+        trainer.fit(Looks(), loader(drop_last=True), loader(seed=1))  # stops before its own validation of epoch 1
+    assert probe.result
+
+
+class RandomData(Dataset):
+    """Augments with a generator of its own, in whichever process reads it."""
+
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+        self.reads = 0
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        self.reads += 1
+        x, y = data(24)[index]
+        return x + 0.1 * float(self.rng.normal()) + 0.1 * torch.randn(()), y
+
+
+def plain_fit(tmp_path, make_train, make_val, function=None, **kwargs):
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)  # noqa: NPY002
+    callbacks = [Probe(function, None)] if function else []
+    module = Terse()
+    trainer = trainer_of(tmp_path, *callbacks, **{"max_epochs": 2, **kwargs})
+    trainer.fit(module, make_train(), make_val())
+    return module.state_dict(), torch.get_rng_state(), {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+def five_passes(trainer, module):
+    with ValidationScorer(trainer, module) as scorer:
+        scores = [scorer.metrics() for _ in range(5)]
+        batch, batch_idx, dataloader_idx = scorer.first_batch()
+        with untouched(trainer, module), isolated_rng(1):
+            run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
+    assert all(score == scores[0] for score in scores)
+    for item in training_batches(trainer, 2):
+        with untouched(trainer, module), isolated_rng(1):
+            moved = transfer(trainer, module, item, step="training_step")
+            run_step(trainer, module, "training_step", moved).backward()
+
+
+def shuffled(**kwargs):
+    return lambda: loader(24, shuffle=True, **kwargs)
+
+
+def with_generator():
+    return loader(24, shuffle=True, generator=torch.Generator().manual_seed(3))
+
+
+LOADERS = {
+    "shuffle": (shuffled(), shuffled()),
+    "generator": (with_generator, with_generator),
+    "own random state": (lambda: DataLoader(RandomData(), 8, shuffle=True), lambda: DataLoader(RandomData(), 8)),
+    "persistent workers": (
+        shuffled(num_workers=1, persistent_workers=True),
+        lambda: DataLoader(RandomData(), 8, num_workers=1, persistent_workers=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_fit_that_scores_ends_with_the_weights_of_one_that_does_not(tmp_path, name, sanity):
+    if name == "persistent workers" and sanity:
+        pytest.skip("slow, and covered without sanity check")
+    make_train, make_val = LOADERS[name]
+    expected = plain_fit(tmp_path, make_train, make_val, num_sanity_val_steps=sanity)
+    scored = plain_fit(tmp_path, make_train, make_val, five_passes, num_sanity_val_steps=sanity)
+    assert_equal(expected, scored, name)
+
+
+def test_training_batches_in_mid_epoch_leave_the_training_order_alone(tmp_path):
+    def order(read):
+        seen = []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, module, batch, batch_idx):
+                seen.append(batch[0].clone())
+                if read and batch_idx == 1:
+                    with isolated_rng(7):
+                        batches.append(training_batches(trainer, 2))
+
+        torch.manual_seed(0)
+        trainer_of(tmp_path, Watch(), limit_val_batches=0).fit(Polite(), loader(64, shuffle=True))
+        return seen
+
+    batches = []
+    assert_equal(order(False), order(True), "order")
+    assert len(batches) == 2
+    assert_equal(batches[0], batches[1], "the same seed, the same batches")
+    assert [len(x) for x, _ in batches[0]] == [8, 8]
+
+
+def test_training_batches_have_the_structure_training_step_gets(tmp_path):
+    class Dicted(Polite):
+        def training_step(self, batch, batch_idx):
+            assert batch.keys() == {"a", "b"}
+            return self.loss(batch["a"]) + self.loss(batch["b"])
+
+    probe = Probe(lambda trainer, module: training_batches(trainer, 99), 0)
+    train = {"a": loader(24, shuffle=True), "b": Batches(loader(10))}
+    trainer_of(tmp_path, probe, limit_val_batches=0, limit_train_batches=2).fit(Dicted(), train)
+    assert [batch.keys() for batch in probe.result] == [{"a", "b"}] * 2
+
+
+def test_training_batches_from_a_generator_are_refused(tmp_path):
+    def attempt(trainer, module):
+        with pytest.raises(MisconfigurationException, match="train_dataloaders"):
+            training_batches(trainer, 1)
+
+    train = (tuple(batch) for batch in loader())
+    trainer_of(tmp_path, Probe(attempt, 0), limit_val_batches=0, max_epochs=1).fit(Polite(), train)
+
+
+def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path):
+    class InValidate(Callback):
+        def on_validation_start(self, trainer, module):
+            self.done = getattr(self, "done", 0) + 1
+            before = copy.deepcopy(module.state_dict())
+            with ValidationScorer(trainer, module) as scorer:
+                self.scores = [scorer.metrics() for _ in range(2)]
+                self.size = scorer.batch_size
+                batch, *_ = scorer.first_batch()
+            assert not any(tensor.is_inference() for tensor in batch)
+            assert training_batches(trainer, 3) == []
+            assert_equal(before, module.state_dict(), "weights")
+            with torch.inference_mode(False), torch.enable_grad(), untouched(trainer, module), isolated_rng(0):
+                run_step(trainer, module, "training_step", batch).backward()
+
+    callback, module = InValidate(), Polite()
+    trainer = trainer_of(tmp_path, callback)
+    with isolated_rng(0):
+        (result,) = trainer.validate(module, loader(seed=1), verbose=False)
+    assert callback.done == 1
+    assert callback.size == 8
+    assert callback.scores[0] == callback.scores[1]
+    assert {k: v for k, v in callback.scores[0].items() if k != "val_noise"} == pytest.approx(
+        {k: float(v) for k, v in trainer.callback_metrics.items() if k != "val_noise"}, abs=1e-6
+    )
+    assert result["val_loss_epoch"] == pytest.approx(callback.scores[0]["val_loss"])
+
+
+def test_run_step_gives_each_step_the_arguments_lightning_gives_it(tmp_path):
+    def function(trainer, module):
+        with ValidationScorer(trainer, module) as scorer:
+            batch, batch_idx, dataloader_idx = scorer.first_batch()
+        before = dict(trainer.callback_metrics)
+        for autocast in (False, True):
+            with untouched(trainer, module):
+                module.dtypes = []
+                run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx, autocast=autocast)
+                run_step(trainer, module, "training_step", batch, autocast=autocast)
+                assert module.dtypes == [torch.bfloat16 if autocast else torch.float32] * 2
+        with pytest.raises(ValueError, match="step"):
+            run_step(trainer, module, "test_step", batch)
+        assert trainer.callback_metrics == before
+        assert module._current_fx_name == "on_train_epoch_start"
+        return True
+
+    class Typed(TwoLoaders):
+        def forward(self, x):
+            out = super().forward(x)
+            self.dtypes = [*getattr(self, "dtypes", []), out.dtype]
+            return out.float()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.outputs.append(self.loss(batch))
+            self.log("val_loss", self.outputs[-1])
+
+    probe = Probe(function, 0)
+    val = [loader(), loader()]
+    trainer_of(tmp_path, probe, precision="bf16-mixed", max_epochs=1).fit(Typed(), loader(drop_last=True), val)
+    assert probe.result
+
+
+def test_isolated_rng_restores_after_an_exception_and_seeds_everything():
+    def draw():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+    with isolated_rng():
+        expected = draw()
+
+    def fail():
+        with isolated_rng(3):
+            drawn.append(draw())
+            raise KeyError
+
+    drawn = []
+    with pytest.raises(KeyError):
+        fail()
+    with isolated_rng(3):
+        assert [draw()] == drawn
+    assert draw() == expected
+
+
+def test_untouched_copes_with_odd_objects(tmp_path):
+    class Meter:
+        def __init__(self):
+            self.total, self.history = 0, []
+
+    def function(trainer, module):
+        module.meter, module.hidden = Meter(), [nn.BatchNorm1d(2)]
+        module.register_buffer("expanded", torch.zeros(1).expand(5))
+        module.array, module.generator = np.zeros(3), torch.Generator()
+        module.replaced, module.loop = torch.zeros(3), [1]
+        module.loop.append(module.loop)
+        state, buffer = module.generator.get_state(), module.replaced
+        with untouched(trainer, module):
+            module.meter.total += 1
+            module.meter.history.append(1)
+            module.hidden[0](torch.randn(4, 2))
+            module.array += 1
+            torch.rand(1, generator=module.generator)
+            module.replaced.data = torch.ones(7)
+            module.replaced = None
+            module.added = 1
+            module.register_buffer("new", torch.zeros(1))
+            module.register_forward_hook(lambda *_: None)
+            module.expanded = torch.ones(5)
+        assert module.meter.total == 0
+        assert module.meter.history == []
+        assert module.hidden[0].num_batches_tracked == 0
+        assert module.array.sum() == 0
+        assert torch.equal(module.generator.get_state(), state)
+        assert module.replaced is buffer
+        assert torch.equal(buffer, torch.zeros(3))
+        assert not hasattr(module, "added")
+        assert not hasattr(module, "new")
+        assert not module._forward_hooks
+        assert module.expanded.sum() == 0
+        return True
+
+    probe = Probe(function, 0)
+    trainer_of(tmp_path, probe, max_epochs=1).fit(Polite(), loader(drop_last=True), loader())
+    assert probe.result
+
+
+def test_a_graph_from_before_a_pass_can_still_be_differentiated(tmp_path):
+    def function(trainer, module):
+        module.frozen.train()
+        loss = module.loss(next(iter(loader())))
+        with ValidationScorer(trainer, module) as scorer:
+            scorer.metrics()
+        loss.backward()
+        module.zero_grad()
+        return True
+
+    probe = Probe(function, 1)
+    trainer_of(tmp_path, probe).fit(Polite(), loader(drop_last=True), loader())
+    assert probe.result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRIVATE = {
+    "lightning.fabric.utilities.data": ["_set_sampler_epoch"],
+    "lightning.pytorch.loops.evaluation_loop": ["_EvaluationLoop", "call"],
+    "lightning.pytorch.loops.evaluation_loop._EvaluationLoop": ["run", "setup_data"],
+    "lightning.pytorch.trainer.call": ["_call_callback_hooks"],
+    "lightning.pytorch.trainer.connectors.data_connector": ["_request_dataloader"],
+    "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": ["_LoggerConnector"],
+    "lightning.pytorch.utilities.data": ["_extract_batch_size"],
+    "lightning.pytorch.LightningModule": ["_on_before_batch_transfer"],
+    "trainer": ["_loggers", "_logger_connector", "fit_loop", "validate_loop"],
+    "trainer.strategy": ["_model"],
+    "trainer._logger_connector": ["_callback_metrics"],
+    "trainer.fit_loop": ["_combined_loader", "_data_source", "epoch_loop"],
+    "trainer.fit_loop.epoch_loop": ["val_loop"],
+    "trainer.fit_loop._data_source": ["instance", "is_defined"],
+    "trainer.validate_loop": ["_combined_loader", "_data_source", "_max_batches", "_trainer_fn"],
+    "module": ["_current_fx_name"],
+    "combined": ["_iterator", "_mode", "flattened"],
+}
+
+
+@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in PRIVATE.items() for name in names])
+def test_lightning_still_has(tmp_path, owner, name):
+    roots = {"trainer": trainer_of(tmp_path), "module": Tiny(), "combined": CombinedLoader([[1]], "sequential")}
+    first, *rest = owner.split(".")
+    value = roots.get(first)
+    if value is None:
+        try:
+            value, rest = importlib.import_module(owner), []
+        except ModuleNotFoundError:
+            path, last = owner.rsplit(".", 1)
+            value, rest = importlib.import_module(path), [last]
+    for part in rest:
+        value = getattr(value, part)
+    assert hasattr(value, name), f"Lightning {pl.__version__} has no {owner}.{name}, which scoring.py relies on"
+
+
+def test_the_contract_lists_every_private_name_that_is_imported():
+    imported = {name for name, value in vars(scoring).items() if name.startswith("_") and not name.startswith("__")}
+    foreign = {name for name in imported if getattr(getattr(scoring, name), "__module__", "").startswith("lightning.")}
+    assert foreign <= {name for names in PRIVATE.values() for name in names}
