@@ -282,6 +282,7 @@ def train(name: str, data: ImageData, search: SearchStrategy | None, args: argpa
             mode="max",
             epochs=args.prune_epoch,
             target_sparsity=args.target_sparsity,
+            tolerance=0.005,  # tighter than the default: networks of one size are compared
             search=search,
             seed=args.seed,
         )

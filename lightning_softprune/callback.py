@@ -8,16 +8,18 @@ checkpoints, schedulers and EarlyStopping did with its metrics belongs to the we
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.progress import print_round
@@ -45,10 +47,13 @@ class SoftPruning(pl.Callback):
         components: Component name -> module-name patterns. Default: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
-        importance: Which channels of a group go first: "magnitude", "activation", "taylor" or "random".
+        importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
+            selection of the channels from which the consumers' outputs are best rebuilt) or "random".
+        compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
+            "least_squares" (they are predicted from the kept channels). Closed form, no training.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
         search_batches: Validation batches per trial. Default: as many as validation uses.
-        calibration_batches: Training batches that "activation" and "taylor" look at.
+        calibration_batches: Training batches that rankings and compensation look at.
         finetune_epochs: After the last round: train on to ``max_epochs`` (None), or that many epochs more and stop;
             0: stop with the pruned, validated, checkpointed model.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
@@ -80,7 +85,8 @@ class SoftPruning(pl.Callback):
         components: dict[str, list[str]] | None = None,
         ignore: list[str] | None = None,
         bounds: dict[str, list[float]] | None = None,
-        importance: Literal["magnitude", "activation", "taylor", "random"] = "activation",
+        importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
+        compensation: Literal["none", "bias", "least_squares"] = "least_squares",
         round_to: int = 1,
         search_batches: int | None = None,
         calibration_batches: int = 8,
@@ -102,6 +108,7 @@ class SoftPruning(pl.Callback):
         self.ignore = tuple(_strings("ignore", ignore))
         self.bounds = _bounds(bounds)
         self.importance = _one_of("importance", importance, IMPORTANCES)
+        self.compensation = _one_of("compensation", compensation, COMPENSATIONS)
         self.round_to = _whole("round_to", round_to, 1)
         self.search_batches = None if search_batches is None else _whole("search_batches", search_batches, 1)
         self.calibration_batches = _whole("calibration_batches", calibration_batches, 1)
@@ -228,6 +235,7 @@ class SoftPruning(pl.Callback):
             ignore=self.ignore,
             bounds=self.bounds,
             importance=self.importance,
+            compensation=self.compensation,
             round_to=self.round_to,
             search_batches=self.search_batches,
             calibration_batches=self.calibration_batches,
@@ -295,7 +303,7 @@ def _targets(value: Any, rounds: int) -> list[float]:
         raise ValueError(
             f"target_sparsity: {len(targets)} values for {rounds} epochs; give one value, or one per epoch"
         )
-    if any(later < earlier for earlier, later in zip(targets, targets[1:], strict=False)):
+    if any(later < earlier for earlier, later in itertools.pairwise(targets)):
         raise ValueError(f"target_sparsity: {value} decreases; removed channels do not come back")
     return targets
 

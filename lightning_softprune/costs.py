@@ -50,12 +50,14 @@ class CostModel:
             loses 0, 1, ... channels; shape ``(channels + 1,)``.
         parameters: Terms of the parameter count.
         macs: Terms of the MAC count.
+        biases: Parameters that come into being with the first channel that a slot loses: (slot, term).
     """
 
     sizes: Mapping[Slot, int]
     tables: Mapping[Slot, tuple[tuple[int, IntArray], ...]]
     parameters: tuple[Term, ...]
     macs: tuple[Term, ...]
+    biases: tuple[tuple[Slot, Term], ...] = ()
 
     def count(self, what: str, counts: IntArray) -> IntArray:
         """Count plans.
@@ -74,12 +76,18 @@ class CostModel:
             for group, table in tables:
                 left -= table[counts[:, group]]
             kept[slot] = left
-        total = np.zeros(len(counts))
-        for term in self.parameters if what == "params" else self.macs:
+
+        def value(term: Term) -> FloatArray:
             product = np.full(len(counts), term.constant)
             for slot in term.slots:
                 product *= kept[slot]
-            total += product
+            return product
+
+        total = np.zeros(len(counts))
+        for term in self.parameters if what == "params" else self.macs:
+            total += value(term)
+        for slot, term in self.biases if what == "params" else ():
+            total += np.where(kept[slot] < self.sizes[slot], value(term), 0.0)
         return np.rint(total).astype(np.int64)
 
     @classmethod
@@ -89,6 +97,7 @@ class CostModel:
         groups: Sequence[PruningGroup],
         rankings: Sequence[IntArray],
         positions: Mapping[str, Positions],
+        new_biases: Sequence[str] = (),
     ) -> CostModel:
         """Describe a model's counts.
 
@@ -97,6 +106,7 @@ class CostModel:
             groups: The prunable groups.
             rankings: The order in which each group's channels go.
             positions: What :func:`record_macs` saw while the model ran.
+            new_biases: Linear and convolution layers without a bias that get one when their input is pruned.
         """
         sizes: dict[Slot, int] = {}
         tables: dict[Slot, list[tuple[int, IntArray]]] = {}
@@ -111,7 +121,14 @@ class CostModel:
                 tables.setdefault(slot, []).append((number, gone))
         merged = _merge(list(_parameter_terms(model, sizes)))
         macs = _merge(list(_mac_terms(model, sizes, positions)))
-        return cls(sizes, {slot: tuple(found) for slot, found in tables.items()}, merged, macs)
+        biases = []
+        for name in new_biases:
+            layout = layout_of(model.get_submodule(name))
+            if isinstance(layout, Layout) and (name, "in") in sizes:
+                out = (name, "out")
+                term = Term(1.0, (out,)) if out in sizes else Term(float(layout.slots["out"]), ())
+                biases.append(((name, "in"), term))
+        return cls(sizes, {slot: tuple(found) for slot, found in tables.items()}, merged, macs, tuple(biases))
 
 
 def _merge(terms: Sequence[Term]) -> tuple[Term, ...]:
@@ -219,7 +236,8 @@ def count_macs(model: nn.Module, positions: Mapping[str, Positions], samples: fl
 
 def _layer_macs(module: nn.Module, seen: Positions) -> float:
     if isinstance(module, nn.MultiheadAttention):
-        return 2 * (seen.applied + seen.keys) * module.embed_dim**2 + 2 * seen.pairs * module.embed_dim
+        width: int = module.embed_dim
+        return 2 * (seen.applied + seen.keys) * width**2 + 2 * seen.pairs * width
     if isinstance(module, _ConvNd):
         return seen.applied * module.in_channels * module.out_channels / module.groups
     if isinstance(module, nn.Linear):

@@ -245,7 +245,7 @@ def _trace(model: nn.Module, steps: Sequence[Step]) -> _Trace:
     layouts: dict[nn.Module, Layout] = {}
     reasons: dict[str, str] = {}
     inside_attention: set[nn.Module] = set()
-    for name, module in model.named_modules():
+    for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
             inside_attention |= {child for child in module.modules() if child is not module}
     for name, module in model.named_modules():
@@ -385,8 +385,8 @@ def _map_indices(graph: Any, recorder: _Recorder) -> None:
         elif node.type == ops.OPTYPE.SPLIT and hasattr(made, "_saved_dim"):
             shape = tuple(made._saved_self_sym_sizes)
             dim = _signed(made._saved_dim) % len(shape)
-            sizes = getattr(made, "_saved_split_sizes", None) or _even(shape[dim], made._saved_split_size)
-            offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
+            widths = getattr(made, "_saved_split_sizes", None) or _even(shape[dim], made._saved_split_size)
+            offsets = np.concatenate([[0], np.cumsum(widths)]).tolist()
             along = dim == 1 or (len(shape) == 3 and dim == 2)
             for other in set(node.outputs):
                 edges = [edge for maker in recorder.makers(other) for edge in maker.next_functions]
@@ -632,8 +632,8 @@ def _refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace:
         reason = ""
         places = {(member.module, member.slot): member.owner for member in group.members}
         for name, slot in places:
-            layout = trace.layouts.get(modules.get(name))  # type: ignore[arg-type]
-            for axis in layout.axes if layout and group.prunable else ():
+            found = trace.layouts.get(modules[name]) if name in modules else None
+            for axis in found.axes if found and group.prunable else ():
                 tensor = _get(modules[name], axis.tensor)
                 if axis.slot != slot or not isinstance(tensor, nn.Parameter):
                     continue

@@ -9,27 +9,28 @@ channel are summed over everything it touches, so that a group is ranked as a wh
   with: the variance that disappears from the layers' outputs when the channel is replaced by its mean.
 - ``taylor``: the squared first-order change of the loss, ``(sum of weight * gradient)^2`` over the channel's
   producing and reading weights (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
+- ``reconstruction``: greedy selection of the channels from which the readers' outputs are best rebuilt by least
+  squares (orthogonal matching pursuit on the covariance of the readers' inputs); the last to be selected goes first.
 - ``random``: a seeded permutation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lightning_softprune.calibration import InputStatistics, find_readers, is_reading, reading_weight
 from lightning_softprune.groups import Member, PruningGroup
 from lightning_softprune.layers import Layout, layout_of
 
-__all__ = ["IMPORTANCES", "Moments", "norms", "rank", "record_inputs"]
+__all__ = ["IMPORTANCES", "norms", "rank"]
 
-IMPORTANCES = ("magnitude", "activation", "taylor", "random")
+IMPORTANCES = ("magnitude", "activation", "taylor", "reconstruction", "random")
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -37,7 +38,12 @@ Steps = Sequence[Callable[[], Any]]
 
 
 def rank(
-    importance: str, model: nn.Module, groups: Sequence[PruningGroup], steps: Steps, rng: np.random.Generator
+    importance: str,
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    steps: Steps,
+    statistics: Mapping[str, InputStatistics],
+    rng: np.random.Generator,
 ) -> list[IntArray]:
     """Rank the channels of each group, the least important first.
 
@@ -45,21 +51,24 @@ def rank(
         importance: One of :data:`IMPORTANCES`.
         model: The dense model.
         groups: Its prunable groups.
-        steps: One function per calibration batch that runs the model on it; for ``taylor`` it returns the loss.
-        rng: Used by ``random``.
+        steps: For ``taylor``: one function per calibration batch that runs the model on it and returns the loss.
+        statistics: For ``activation`` and ``reconstruction``: what the groups' readers see.
+        rng: For ``random``.
 
     Returns:
         One permutation of ``range(num_channels)`` per group.
 
     Raises:
-        ValueError: ``taylor``, and a step returns no loss with a gradient.
+        ValueError: ``taylor``, and a step returns no loss with a gradient; or an unknown criterion.
     """
     if importance == "random":
         return [rng.permutation(group.num_channels).astype(np.int64) for group in groups]
     if importance == "magnitude":
         scores = _magnitude(model, groups)
     elif importance == "activation":
-        scores = _activation(model, groups, steps)
+        scores = _activation(model, groups, statistics)
+    elif importance == "reconstruction":
+        scores = _reconstruction(model, groups, statistics)
     elif importance == "taylor":
         scores = _taylor(model, groups, steps)
     else:
@@ -76,22 +85,90 @@ def _magnitude(model: nn.Module, groups: Sequence[PruningGroup]) -> list[FloatAr
     return [_sum_members(model, group, lambda weight: weight.detach().double().square()) for group in groups]
 
 
-def _activation(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> list[FloatArray]:
+def _activation(
+    model: nn.Module, groups: Sequence[PruningGroup], statistics: Mapping[str, InputStatistics]
+) -> list[FloatArray]:
     modules = dict(model.named_modules())
-    readers = {m.module: modules[m.module] for group in groups for m in group.members if _reads(modules, m)}
-    with record_inputs(readers) as moments, torch.no_grad():
-        for step in steps:
-            step()
     scores = []
     for group in groups:
         score = np.zeros(group.num_channels)
         for member in group.members:
-            found = moments.get(member.module) if _reads(modules, member) else None
+            found = statistics.get(member.module) if is_reading(modules, member) else None
             if found is not None:
-                weight = reading_weight(modules[member.module]).double().square().flatten(1).sum(1).cpu().numpy()
-                score += _per_channel(member, found.variance * weight, group.num_channels)
+                weight = reading_weight(modules[member.module]).double().square().flatten(1).sum(1)
+                score += _per_channel(member, (found.variance * weight.to(found.mean.device)).cpu().numpy(), group)
         scores.append(score if score.any() else _magnitude(model, [group])[0])  # nothing reads it: rank by weights
     return scores
+
+
+def _reconstruction(
+    model: nn.Module, groups: Sequence[PruningGroup], statistics: Mapping[str, InputStatistics]
+) -> list[FloatArray]:
+    """Score a channel by how early greedy selection takes it: the first to be kept has the highest score."""
+    modules = dict(model.named_modules())
+    strides = {(reader.name, reader.slot): reader.stride for reader in find_readers(model, groups)}
+    scores = []
+    for group in groups:
+        problems = []
+        for member in group.members:
+            if is_reading(modules, member) and member.module in statistics:
+                stride = strides[member.module, member.slot]
+                problems.append(_Selection(member, modules[member.module], statistics[member.module], stride))
+        if not problems:
+            scores.append(_magnitude(model, [group])[0])
+            continue
+        score = np.zeros(group.num_channels)
+        left = np.ones(group.num_channels, dtype=bool)
+        for rank_kept in range(group.num_channels, 0, -1):
+            gains = np.sum([problem.gains(group.num_channels) for problem in problems], axis=0)
+            chosen = int(np.argmax(np.where(left, gains, -np.inf)))
+            score[chosen], left[chosen] = rank_kept, False
+            for problem in problems:
+                problem.keep(chosen)
+        scores.append(score)
+    return scores
+
+
+class _Selection:
+    """What one reader's outputs still lack, given the channels kept so far.
+
+    ``D`` is the covariance of the reader's input channels given the kept ones, ``M`` the weights that read them. To
+    keep channel j next explains ``|D_j M|^2 / D_jj`` of the outputs' variance (orthogonal matching pursuit on the
+    covariance); then ``D -= D_j D_j^T / D_jj``.
+    """
+
+    def __init__(self, member: Member, module: nn.Module, known: InputStatistics, stride: int) -> None:
+        covariance = known.covariance
+        weight = reading_weight(module).to(covariance.device, torch.float64).flatten(1)
+        gram = torch.zeros_like(covariance)
+        for offset in range(stride):
+            gram += weight[offset::stride] @ weight[offset::stride].t()
+        values, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))
+        root = vectors * values.clamp(min=0.0).sqrt()  # M M^T = root root^T
+        self.owner = torch.from_numpy(member.owner[::stride]).to(covariance.device)
+        own = self.owner >= 0
+        self.ridge = max(1e-6 * float(covariance.diagonal().mean()), 1e-12)
+        if not bool(own.all()):  # channels of other groups are taken as kept
+            rest = covariance[~own][:, ~own]
+            rest = rest + self.ridge * torch.eye(len(rest), dtype=rest.dtype, device=rest.device)
+            across = covariance[own][:, ~own]
+            covariance = covariance[own][:, own] - across @ torch.linalg.solve(rest, across.t())
+            root, self.owner = root[own], self.owner[own]
+        self.left = covariance.clone()
+        self.unexplained = covariance @ root
+
+    def gains(self, num_channels: int) -> FloatArray:
+        variance = self.left.diagonal().clamp(min=0.0) + self.ridge
+        gain = self.unexplained.square().sum(1) / variance
+        total = torch.zeros(num_channels, dtype=torch.float64, device=gain.device)
+        return np.asarray(total.index_add(0, self.owner, gain).cpu().numpy())
+
+    def keep(self, channel: int) -> None:
+        for index in torch.nonzero(self.owner == channel)[:, 0].tolist():
+            column = self.left[:, index].clone()
+            scale = 1.0 / (max(float(column[index]), 0.0) + self.ridge)
+            self.unexplained -= torch.outer(column, self.unexplained[index].clone()) * scale
+            self.left -= torch.outer(column, column) * scale
 
 
 def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> list[FloatArray]:
@@ -138,7 +215,7 @@ def _sum_members(model: nn.Module, group: PruningGroup, value: Callable[[nn.Para
             if axis.slot != member.slot or tensor is None or tensor.ndim < 2 or axis.repeat > 1:
                 continue
             indices = value(tensor).transpose(0, axis.dim).flatten(1).sum(1).cpu().numpy()
-            score += _per_channel(member, np.tile(indices, axis.parts), group.num_channels)
+            score += _per_channel(member, np.tile(indices, axis.parts), group)
     return score
 
 
@@ -147,100 +224,8 @@ def _has(module: nn.Module, path: str) -> bool:
     return isinstance(getattr(module.get_submodule(parent), name, None), nn.Parameter)
 
 
-def _per_channel(member: Member, values: FloatArray, num_channels: int) -> FloatArray:
+def _per_channel(member: Member, values: FloatArray, group: PruningGroup) -> FloatArray:
     """Add up a slot's per-index values by channel."""
     own = member.owner >= 0
-    return np.bincount(member.owner[own], weights=np.nan_to_num(values[own]), minlength=num_channels)
-
-
-# ------------------------------------------------------------------------------------------------ inputs of readers
-
-
-class Moments:
-    """Streaming mean and variance of each channel at a layer's input (Chan et al. 1979), in double precision."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: FloatArray = np.zeros(0)
-        self._squares: FloatArray = np.zeros(0)
-
-    def add(self, rows: torch.Tensor) -> None:
-        """Add observations.
-
-        Args:
-            rows: Shape ``(observations, channels)``.
-        """
-        rows = rows.detach().double()
-        n = len(rows)
-        if n == 0:
-            return
-        mean = rows.mean(0)
-        squares = (rows - mean).square().sum(0).cpu().numpy()
-        means = mean.cpu().numpy()
-        if self.count == 0:
-            self.count, self.mean, self._squares = n, means, squares
-            return
-        total, delta = self.count + n, means - self.mean
-        self.mean = self.mean + delta * n / total
-        self._squares = self._squares + squares + delta**2 * self.count * n / total
-        self.count = total
-
-    @property
-    def variance(self) -> FloatArray:
-        """Population variance, shape ``(channels,)``."""
-        return self._squares / max(self.count, 1)
-
-
-@contextmanager
-def record_inputs(readers: Mapping[str, nn.Module]) -> Iterator[dict[str, Moments]]:
-    """Record the inputs of layers while the block runs the model.
-
-    Args:
-        readers: Linear, convolution and attention layers by name.
-    """
-    moments: dict[str, Moments] = {}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            source = args[0] if args else next(iter(kwargs.values()))
-            moments.setdefault(name, Moments()).add(as_rows(module, source))
-
-        return hook
-
-    handles = [m.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, m in readers.items()]
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def as_rows(module: nn.Module, source: torch.Tensor) -> torch.Tensor:
-    """Lay a layer's input out as ``(observations, channels)``: positions of a convolution are observations."""
-    if isinstance(module, _ConvNd):
-        channel = source.ndim - len(module.kernel_size) - 1
-        return source.movedim(channel, -1).reshape(-1, module.in_channels)
-    return source.reshape(-1, source.shape[-1])
-
-
-def reading_weight(module: nn.Module) -> torch.Tensor:
-    """The weights that read each input channel, shape ``(channels, ...)``."""
-    if isinstance(module, nn.MultiheadAttention):
-        return module.in_proj_weight.detach().t()
-    weight = module.weight.detach()
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{type(module).__name__} has no weight")
-    if isinstance(module, _ConvTransposeNd):
-        return weight
-    if isinstance(module, _ConvNd) and module.groups > 1:
-        grouped = weight.unflatten(0, (module.groups, -1))  # (groups, out / groups, in / groups, ...)
-        return grouped.transpose(1, 2).flatten(0, 1)
-    return weight.transpose(0, 1)
-
-
-def _reads(modules: Mapping[str, nn.Module], member: Member) -> bool:
-    """Whether the member is the input of a layer that mixes channels."""
-    module = modules.get(member.module)
-    return isinstance(module, nn.MultiheadAttention) or (
-        isinstance(module, (nn.Linear, _ConvNd)) and member.slot == "in"
-    )
+    weights = np.nan_to_num(values[own])
+    return np.bincount(member.owner[own], weights=weights, minlength=group.num_channels).astype(np.float64)

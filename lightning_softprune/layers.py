@@ -78,8 +78,7 @@ def _convolution(module: _ConvNd) -> Layout | str:
     if groups > 1 and groups == module.in_channels:
         if module.out_channels != groups:
             return "a depthwise convolution with a channel multiplier"
-        axes = (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both"))
-        return Layout({"both": groups}, axes)
+        return Layout({"both": groups}, (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both")))
     first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
     axes = (
         TensorAxis("weight", 0, first),

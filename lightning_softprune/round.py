@@ -10,26 +10,27 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.coefficients import build_rounding, build_space
+from lightning_softprune.compensation import Compensation, DenseInputs, refine
 from lightning_softprune.costs import CostModel, Positions, record_macs
 from lightning_softprune.groups import PruningGroup, assign_components, trace_groups
 from lightning_softprune.importance import norms, rank
 from lightning_softprune.plan import Plan, Rounding
 from lightning_softprune.progress import SearchProgress
-from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
+from lightning_softprune.results import Costs, GroupResult, PruningResult, Sensitivity, Trial
 from lightning_softprune.scoring import (
     ValidationScorer,
     isolated_rng,
@@ -38,9 +39,10 @@ from lightning_softprune.scoring import (
     transfer,
     untouched,
 )
-from lightning_softprune.search import SearchSpace, SearchStrategy, run_search
+from lightning_softprune.search import SearchOutcome, SearchSpace, SearchStrategy, run_search
 from lightning_softprune.surgery import (
     OptimizerTransaction,
+    Surgery,
     Transaction,
     apply_plan,
     probe,
@@ -64,6 +66,7 @@ class RoundSettings:
     ignore: tuple[str, ...]
     bounds: dict[str, list[float]] | None
     importance: str
+    compensation: str
     round_to: int
     search_batches: int | None
     calibration_batches: int
@@ -101,7 +104,6 @@ def run_round(
     """
     started = time.monotonic()
     seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-    rng = np.random.default_rng(seed)
     optimizers = list(trainer.optimizers)
     optimizers_before = OptimizerTransaction(optimizers)
     with (
@@ -112,8 +114,8 @@ def run_round(
     ):
         before = scorer.metrics()
         score_before = _monitored(before, settings.monitor)
-        network = _Network.examine(trainer, module, scorer, settings, rng)
-        costs_before = network.costs_of(np.zeros((1, len(network.groups)), dtype=np.int64))
+        network = _Network.examine(trainer, module, scorer, settings, np.random.default_rng(seed))
+        costs_before = network.costs_of((0,) * len(network.groups))
         dense = dense or costs_before
         space = build_space(
             network.rounding,
@@ -123,66 +125,117 @@ def run_round(
             tolerance=settings.tolerance,
             norms=network.norms,
         )
-        _check_reachable(space)
         trials = _Trials(module, scorer, settings, network, space)
-        strategy = copy.deepcopy(settings.search)
-        try:
-            strategy.check(space)
-        except ValueError as error:
-            raise MisconfigurationException(f"search: {error}") from error
-        cache = {space.key(space.clip(np.zeros(space.size))): _loss(score_before, settings.mode)}
-        cache = cache if not any(next(iter(cache))) else {}  # bounds may forbid the dense model
-        with SearchProgress(
-            strategy.max_evaluations, settings.monitor, settings.mode, settings.verbose, trainer=trainer
-        ) as bar:
-            outcome = run_search(strategy, space, trials.evaluate_with(bar), seed=seed, cache=cache)
+        strategy, outcome = _search(trainer, settings, space, trials, seed, score_before)
         best = trials.best()
-        reason = "" if best is not None else trials.why_none(target)
-        after, score_after, costs_after = before, score_before, costs_before
-        counts: tuple[int, ...] = (0,) * len(network.groups)
-        coefficients: tuple[float, ...] = (0.0,) * len(network.groups)
-        if best is not None:
-            trial, counts = best
-            after, score_after, coefficients = trial.metrics, trial.score, trial.coefficients
-            costs_after = network.costs_of(np.array([counts]))
+        if best is None:
+            best = trials.unpruned(before)
+            reason = trials.why_none(target)
             if commit:
-                transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-                plan = Plan.from_counts(counts, network.rankings)
-                try:
-                    surgery = apply_plan(module, network.groups, plan)
-                    repair_optimizers(optimizers, surgery)
-                    _rehearse(trainer, module, scorer, seed)
-                except BaseException:
-                    optimizers_before.rollback()
-                    raise
-                transaction.commit()
-        elif commit:
-            rank_zero_warn(f"SoftPruning: the model is left as it is: {reason}")
-        groups = tuple(
-            GroupResult(group.name, group.component, group.kind, group.num_channels, group.num_channels - n, c)
-            for group, n, c in zip(network.groups, counts, coefficients, strict=True)
-        )
+                rank_zero_warn(f"SoftPruning: the model is left as it is: {reason}")
+        else:
+            reason = "" if commit else "this was a dry run"
+        if commit and not reason:
+            transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
+            try:
+                best = _commit(trainer, module, scorer, settings, network, trials, best, seed)
+            except BaseException:
+                optimizers_before.rollback()
+                raise
+            transaction.commit()
+        costs_after = network.costs_of(best.counts)
         return PruningResult(
             epoch=epoch,
             sparsity=1.0 - costs_after.params / dense.params,
             target_sparsity=target,
             score_before=score_before,
-            score_after=score_after,
+            score_after=best.trial.score,
             metrics_before=before,
-            metrics_after=after,
+            metrics_after=best.trial.metrics,
             costs_before=costs_before,
             costs_after=costs_after,
-            groups=groups,
-            evaluations=outcome.evaluations + 1,
+            groups=tuple(
+                GroupResult(group.name, group.component, group.kind, group.num_channels, group.num_channels - n, c)
+                for group, n, c in zip(network.groups, best.counts, best.trial.coefficients, strict=True)
+            ),
+            evaluations=1 + len(trials.done),
             seconds=time.monotonic() - started,
             strategy=type(strategy).__name__,
             stop_reason=outcome.stop_reason,
-            applied=commit and best is not None,
-            trials=tuple(trials.done),
+            applied=commit and not reason,
+            trials=tuple(scored.trial for scored in trials.done),
             monitor=settings.monitor,
             mode=settings.mode,
+            sensitivity=_sensitivity(strategy, network, settings.mode),
             reason=reason,
         )
+
+
+def _search(
+    trainer: pl.Trainer,
+    settings: RoundSettings,
+    space: SearchSpace,
+    trials: _Trials,
+    seed: int,
+    score_before: float,
+) -> tuple[SearchStrategy, SearchOutcome]:
+    _check_reachable(space)
+    strategy = copy.deepcopy(settings.search)
+    try:
+        strategy.check(space)
+    except ValueError as error:
+        raise MisconfigurationException(f"search: {error}") from error
+    dense = space.key(np.zeros(space.size))
+    cache = {} if any(dense) else {dense: _loss(score_before, settings.mode)}  # bounds may forbid the dense model
+    with SearchProgress(
+        strategy.max_evaluations, settings.monitor, settings.mode, settings.verbose, trainer=trainer
+    ) as bar:
+        return strategy, run_search(strategy, space, trials.evaluate_with(bar), seed=seed, cache=cache)
+
+
+def _commit(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    scorer: ValidationScorer,
+    settings: RoundSettings,
+    network: _Network,
+    trials: _Trials,
+    best: _Scored,
+    seed: int,
+) -> _Scored:
+    """Prune for good, and refine the compensation where that helps; the model's own score decides.
+
+    Returns:
+        The trial that the model now is.
+    """
+    dense = None
+    if settings.compensation == "least_squares":
+        dense = DenseInputs(module, network.compensation, network.calibration)
+    surgery = network.prune(module, Plan.from_counts(best.counts, network.rankings))
+    repair_optimizers(trainer.optimizers, surgery)
+    if dense is not None:
+        values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
+        values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
+        refine(module, surgery, network.compensation, dense)
+        refined = trials.score_as_it_is(best)
+        if refined.trial.feasible and refined.better_than(best, settings.mode):
+            best = refined
+        else:
+            with torch.no_grad():
+                for parameter, value in values:
+                    parameter.copy_(value)
+    _rehearse(trainer, module, scorer, seed)
+    return best
+
+
+def _sensitivity(strategy: SearchStrategy, network: _Network, mode: str) -> tuple[Sensitivity, ...]:
+    sign = 1.0 if mode == "min" else -1.0
+    return tuple(
+        Sensitivity(
+            network.groups[curve.index].name, tuple(curve.coefficients), tuple(sign * loss for loss in curve.losses)
+        )
+        for curve in strategy.sensitivity
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the network
@@ -197,6 +250,8 @@ class _Network:
     norms: Any
     rounding: Rounding
     costs: CostModel
+    compensation: Compensation
+    calibration: Steps
     samples: int
 
     @classmethod
@@ -214,7 +269,9 @@ class _Network:
         if not groups:
             raise MisconfigurationException(nothing_prunable(found))
         calibration = _calibration(trainer, module, scorer, settings)
-        rankings = rank(settings.importance, module, groups, calibration, rng)
+        statistics = collect_statistics(module, find_readers(module, groups), calibration)
+        rankings = rank(settings.importance, module, groups, calibration, statistics, rng)
+        compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
         positions: dict[str, Positions]
         with record_macs(module) as positions:
             _validation(trainer, module, scorer)()
@@ -224,13 +281,25 @@ class _Network:
             rankings=rankings,
             norms=norms(module, groups),
             rounding=build_rounding(groups, settings.bounds, settings.round_to),
-            costs=CostModel.build(module, groups, rankings, positions),
+            costs=CostModel.build(module, groups, rankings, positions, compensation.new_biases),
+            compensation=compensation,
+            calibration=calibration,
             samples=samples,
         )
 
-    def costs_of(self, counts: Any) -> Costs:
-        """Costs of one plan, given as removed channels per group, shape ``(1, groups)``."""
-        params, macs = (int(self.costs.count(what, counts)[0]) for what in ("params", "macs"))
+    def prune(self, module: nn.Module, plan: Plan) -> Surgery:
+        """Apply a plan with its compensation."""
+        surgery = apply_plan(module, self.groups, plan)
+        try:
+            self.compensation.apply(module, surgery)
+        except BaseException:
+            surgery.undo()
+            raise
+        return surgery
+
+    def costs_of(self, counts: Sequence[int]) -> Costs:
+        """Costs of the plan that removes so many channels from each group."""
+        params, macs = (int(self.costs.count(what, np.array([counts]))[0]) for what in ("params", "macs"))
         return Costs(params, round(macs / self.samples))
 
 
@@ -313,6 +382,17 @@ def _rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: Validatio
 # ----------------------------------------------------------------------------------------------------------- trials
 
 
+@dataclass(frozen=True)
+class _Scored:
+    """A trial with the channels it removes from each group."""
+
+    trial: Trial
+    counts: tuple[int, ...]
+
+    def better_than(self, other: _Scored, mode: str) -> bool:
+        return _loss(self.trial.score, mode) < _loss(other.trial.score, mode)
+
+
 class _Trials:
     """Scores plans and keeps every one."""
 
@@ -325,62 +405,60 @@ class _Trials:
         space: SearchSpace,
     ) -> None:
         self.module, self.scorer, self.settings, self.network, self.space = module, scorer, settings, network, space
-        self.done: list[Trial] = []
-        self.counts: list[tuple[int, ...]] = []
+        self.done: list[_Scored] = []
 
     def evaluate_with(self, bar: SearchProgress) -> Callable[[Any], float]:
         """Return the function that the search calls: coefficients in, loss out."""
 
         def evaluate(coefficients: Any) -> float:
             started = time.monotonic()
-            counts = self.space.realise(coefficients[None])[0]
-            metrics = self._score(Plan.from_counts(counts, self.network.rankings))
-            score = _monitored(metrics, self.settings.monitor)
-            sparsity = float(self.space.sparsity(counts[None])[0])
-            on_target = bool(self.space.within(np.array([sparsity]))[0])
-            soft = self.network.rounding.soft(coefficients, counts)
-            self.done.append(
-                Trial(
-                    coefficients=tuple(float(c) for c in soft),
-                    sparsity=sparsity,
-                    score=score,
-                    metrics=metrics,
-                    feasible=on_target and math.isfinite(score),
-                    seconds=time.monotonic() - started,
-                )
-            )
-            self.counts.append(tuple(int(n) for n in counts))
+            counts = tuple(int(n) for n in self.space.realise(coefficients[None])[0])
+            surgery = self.network.prune(self.module, Plan.from_counts(counts, self.network.rankings))
+            try:
+                metrics = self.scorer.metrics()
+            finally:
+                surgery.undo()
+            soft = self.network.rounding.soft(coefficients, np.array(counts))
+            scored = self._keep(metrics, tuple(float(c) for c in soft), counts, started)
             best = self.best()
-            bar.advance(score, best[0].score if best else math.nan)
-            return _loss(score, self.settings.mode)
+            bar.advance(scored.trial.score, best.trial.score if best else math.nan)
+            return _loss(scored.trial.score, self.settings.mode)
 
         return evaluate
 
-    def _score(self, plan: Plan) -> dict[str, float]:
-        with _applied(self.module, self.network.groups, plan):
-            return self.scorer.metrics()
+    def score_as_it_is(self, plan: _Scored) -> _Scored:
+        """Score the module as it is now, pruned by this plan in another way."""
+        started = time.monotonic()
+        return self._keep(self.scorer.metrics(), plan.trial.coefficients, plan.counts, started)
 
-    def best(self) -> tuple[Trial, tuple[int, ...]] | None:
-        """The best feasible trial with its removed channels; the earliest of equals."""
-        pairs = [pair for pair in zip(self.done, self.counts, strict=True) if pair[0].feasible]
-        return min(pairs, key=lambda pair: _loss(pair[0].score, self.settings.mode)) if pairs else None
+    def _keep(
+        self, metrics: dict[str, float], coefficients: tuple[float, ...], counts: tuple[int, ...], started: float
+    ) -> _Scored:
+        score = _monitored(metrics, self.settings.monitor)
+        sparsity = float(self.space.sparsity(np.array([counts]))[0])
+        feasible = bool(self.space.within(np.array([sparsity]))[0]) and math.isfinite(score)
+        trial = Trial(coefficients, sparsity, score, metrics, feasible, time.monotonic() - started)
+        self.done.append(_Scored(trial, counts))
+        return self.done[-1]
+
+    def best(self) -> _Scored | None:
+        """The best feasible trial; the earliest of equals."""
+        feasible = [scored for scored in self.done if scored.trial.feasible]
+        return min(feasible, key=lambda scored: _loss(scored.trial.score, self.settings.mode)) if feasible else None
+
+    def unpruned(self, metrics: dict[str, float]) -> _Scored:
+        """The module as it was, in the shape of a trial."""
+        groups = len(self.network.groups)
+        counts = (0,) * groups
+        sparsity = float(self.space.sparsity(np.array([counts]))[0])
+        return _Scored(Trial((0.0,) * groups, sparsity, metrics[self.settings.monitor], metrics, False, 0.0), counts)
 
     def why_none(self, target: float) -> str:
         """Say why no trial is feasible."""
-        if self.done and all(math.isnan(trial.score) for trial in self.done):
-            return f"{self.settings.monitor} is nan for each of the {len(self.done)} plans that were scored"
-        return (
-            f"none of the {len(self.done)} plans that were scored has a finite {self.settings.monitor} at {target:.1%}"
-        )
-
-
-@contextmanager
-def _applied(module: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> Iterator[None]:
-    surgery = apply_plan(module, groups, plan)
-    try:
-        yield
-    finally:
-        surgery.undo()
+        scores = [scored.trial.score for scored in self.done]
+        if scores and all(math.isnan(score) for score in scores):
+            return f"{self.settings.monitor} is nan for each of the {len(scores)} plans that were scored"
+        return f"none of the {len(scores)} scored plans has a finite {self.settings.monitor} at {target:.1%}"
 
 
 def _monitored(metrics: dict[str, float], monitor: str) -> float:

@@ -37,10 +37,12 @@ class Surgery:
     Attributes:
         parameters: Pairs of (old, new) parameter with the kept indices of every sliced dimension.
         kept: Name of every sliced parameter and buffer -> kept indices by dimension, in the numbering before.
+        created: Biases that compensation had to create: name, the weight beside it, the bias.
     """
 
     parameters: list[tuple[nn.Parameter, nn.Parameter, KeptByDim]] = field(default_factory=list)
     kept: dict[str, KeptByDim] = field(default_factory=dict)
+    created: list[tuple[str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
     _before: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
 
     def undo(self) -> None:
@@ -48,6 +50,13 @@ class Surgery:
         for mapping, items in self._before:
             mapping.clear()
             mapping.update(items)
+
+    def replace(self, module: nn.Module, attribute: str, name: str, new: nn.Parameter) -> None:
+        """Put a parameter of the same shape in the place of one that was not sliced: the old one has to survive."""
+        old = module.get_parameter(attribute)
+        module._parameters[attribute] = new
+        self.parameters.append((old, new, {}))
+        self.kept[name] = {}
 
     def _remember(self, module: nn.Module) -> None:
         for mapping in (module._parameters, module._buffers, module.__dict__):
@@ -120,8 +129,9 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
     }
     # Nothing has been written so far; from here on nothing can fail.
     touched = {id(m): m for m, _ in resized} | {id(o): o for *_, owners in slices.values() for o, *_ in owners}
-    for module in [inner for module in touched.values() for inner in module.modules()]:
-        record._remember(module)
+    for outer in touched.values():
+        for inner in outer.modules():
+            record._remember(inner)
     for module, sizes in resized:
         set_sizes(module, sizes)
     for key, (tensor, by_dim, owners) in slices.items():
@@ -326,7 +336,9 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
     """Give every optimizer the new parameters in the places of the old ones, with their state sliced.
 
     The optimizer objects, their parameter groups and the lists in them stay the same objects, so schedulers, gradient
-    scalers and wrappers go on. State tensors of the parameter's shape (or with dimensions of size one in its place)
+    scalers and wrappers go on. A bias that compensation created joins its weight's parameter group.
+
+    State tensors of the parameter's shape (or with dimensions of size one in its place)
     are sliced by the kept indices; scalars are kept; LBFGS starts its history afresh. What cannot be sliced is dropped
     with a warning.
 
@@ -335,6 +347,7 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
         surgery: What was done to them.
     """
     replaced = {id(old): (old, new, by_dim) for old, new, by_dim in surgery.parameters}
+    created = {id(weight): bias for _, weight, bias in surgery.created}
     for optimizer in optimizers:
         touched = False
         for group in optimizer.param_groups:
@@ -347,6 +360,9 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
                 if old in optimizer.state:
                     state = optimizer.state.pop(old)
                     optimizer.state[new] = _slice_state(optimizer, state, old, new, by_dim)
+            for parameter in list(group["params"]):
+                if id(parameter) in created:
+                    group["params"].append(created[id(parameter)])
         if touched and isinstance(optimizer, LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None

@@ -241,7 +241,7 @@ def test_main_prints_the_table_and_draws_the_picture(example, mnist_dir, tmp_pat
     rows = {line.split()[0]: line.split() for line in printed.splitlines() if line.rstrip().endswith("dB")}
     table = {name: int(rows[name][1].replace(",", "")) for name in ("dense", "uniform", "found")}
     for name in ("uniform", "found"):
-        assert 1 - table[name] / table["dense"] == pytest.approx(0.5, abs=0.02 + 1e-9)
+        assert 1 - table[name] / table["dense"] == pytest.approx(0.5, abs=0.005 + 1e-9)
     assert str(picture) in printed
 
     content = picture.read_bytes()

@@ -137,3 +137,21 @@ def test_the_step_solves_its_quadratic_program(seed):
     )
     assert normal @ step == pytest.approx(0, abs=1e-9)
     np.testing.assert_allclose(step, oracle.x, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", list(LOSSES))
+def test_sixty_evaluations_from_the_uniform_plan_come_within_one_percent_of_a_long_search(shape):
+    space = mlp_space(AUTOENCODER)
+    loss = plan_loss(space, LOSSES[shape](CASES["5 groups"][1]))
+    short, long = {}, {}
+    run_search(GradientSearch(start="uniform", max_evaluations=60), space, loss, seed=0, cache=short)
+    run_search(GradientSearch(steps=40), space, loss, seed=0, cache=long)
+    assert best_on_target(space, short) <= 1.01 * best_on_target(space, long)
+
+
+def test_the_curvature_of_a_separable_quadratic_is_found_from_pairs_of_probes():
+    rng = np.random.default_rng(0)
+    gradient, curvature = rng.normal(size=3), np.array([1.0, 0.0, 4.0])
+    moves = rng.normal(size=(6, 3))
+    differences = moves @ gradient + moves**2 @ curvature / 2
+    np.testing.assert_allclose(GradientSearch._curvature(moves, differences, gradient), curvature, atol=1e-9)

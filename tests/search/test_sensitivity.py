@@ -143,3 +143,15 @@ def test_the_model_that_is_really_separable_is_solved_to_the_best_of_all_plans()
     points, sparsities = space._table
     best = min(loss(x) for x in points[space.within(sparsities)])
     assert min(v for plan, v in cache.items() if space.within(space.sparsity(np.array([plan])))[0]) <= 1.01 * best
+
+
+@pytest.mark.parametrize("k", [5, 8])
+def test_no_exchange_of_a_channel_improves_a_combination_on_a_wide_network(k):
+    space = mlp_space([100, *([64, 128, 96, 48] * 2)[:k], 10])
+    curves = random_curves(space, np.random.default_rng(0))
+    found = best_combinations(space, curves, 1)[0]
+    assert space.num_plans > separable_module.EXACT_COMBINATIONS
+    near = space.neighbours(found)
+    near = near[space.within(space.sparsities(near))]
+    assert len(near) > 0
+    assert min(model(space, curves, x) for x in near) >= model(space, curves, found) - 1e-4
