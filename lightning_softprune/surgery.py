@@ -8,9 +8,7 @@ and puts all of it back: the same objects with the same values. A committed plan
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -23,6 +21,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.layers import Layout, layout_of, set_sizes
+from lightning_softprune.memory import Memory
 from lightning_softprune.plan import Plan
 
 __all__ = ["OptimizerTransaction", "Surgery", "Transaction", "apply_plan", "probe", "repair_optimizers"]
@@ -209,24 +208,12 @@ class Transaction:
 
     Args:
         model: The module tree.
-        values: Whether parameter values are copied as well. ``False`` serves inner transactions whose caller holds
-            one with values: parameters are not written between, only replaced.
     """
 
-    def __init__(self, model: nn.Module, values: bool = True) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._done = False
-        self._modules = [_ModuleState(module) for module in model.modules()]
-        self._tensors: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        self._grads: list[tuple[nn.Parameter, torch.Tensor | None, torch.Tensor | None, bool]] = []
-        parameters = {id(p): p for p in model.parameters()}
-        held = {id(t): t for state in self._modules for t in state.tensors}
-        for key, tensor in held.items():
-            if key not in parameters or values:
-                self._tensors.append((tensor, tensor.detach().clone()))
-        for parameter in parameters.values():
-            grad = parameter.grad
-            copied = grad.detach().clone() if grad is not None and values else None
-            self._grads.append((parameter, grad, copied, parameter.requires_grad))
+        self._memory = Memory(values=True)
+        self._memory.contents(model)
 
     def __enter__(self) -> Transaction:
         return self
@@ -243,54 +230,7 @@ class Transaction:
 
     def rollback(self) -> None:
         """Put everything back."""
-        for state in self._modules:
-            state.restore()
-        with torch.no_grad():
-            for tensor, value in self._tensors:
-                if value is not None:
-                    tensor.detach().copy_(value)
-            for parameter, grad, value, flag in self._grads:
-                parameter.requires_grad_(flag)
-                if grad is not None and value is not None:
-                    grad.copy_(value)
-                parameter.grad = grad
-
-
-class _ModuleState:
-    """The attributes of one module: references, and copies of the containers and tensors behind them."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(module.__dict__)
-        self.containers: list[tuple[Any, Any]] = []
-        self.tensors: list[torch.Tensor] = []
-        for value in self.attributes.values():
-            self._remember(value, depth=0)
-
-    def _remember(self, value: Any, depth: int) -> None:
-        if isinstance(value, torch.Tensor):
-            self.tensors.append(value)
-        elif depth <= 3 and type(value) in (dict, OrderedDict, list, set, deque):
-            self.containers.append((value, copy.copy(value)))
-            for item in value.values() if isinstance(value, dict) else value:
-                self._remember(item, depth + 1)
-        elif depth <= 3 and type(value) is tuple:
-            for item in value:
-                self._remember(item, depth + 1)
-
-    def restore(self) -> None:
-        current = self.module.__dict__
-        if current != self.attributes if _comparable(current, self.attributes) else True:
-            for name in [name for name in current if name not in self.attributes]:
-                del current[name]
-            current.update(self.attributes)
-        for container, items in self.containers:
-            container.clear()
-            container.extend(items) if isinstance(container, (list, deque)) else container.update(items)
-
-
-def _comparable(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return len(one) == len(other) and all(one.get(name) is value for name, value in other.items())
+        self._memory.restore()
 
 
 def probe(model: nn.Module, groups: Sequence[PruningGroup], run: Callable[[], Any]) -> list[PruningGroup]:
