@@ -21,7 +21,16 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_softprune.groups import Member, PruningGroup
 
-__all__ = ["InputStatistics", "Reader", "as_rows", "collect_statistics", "find_readers", "reading_weight"]
+__all__ = [
+    "InputStatistics",
+    "Reader",
+    "as_rows",
+    "collect_statistics",
+    "find_readers",
+    "in_double",
+    "reading_weight",
+    "watch_inputs",
+]
 
 IntArray = NDArray[np.int64]
 
@@ -56,13 +65,12 @@ class InputStatistics:
         self._products = torch.zeros(0, 0, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor) -> None:
-        """Add observations; what is not finite counts as zero.
+        """Add observations; what is not finite in single precision counts as zero.
 
         Args:
             rows: Shape ``(observations, channels * stride)``.
         """
-        device = rows.device if rows.device.type != "mps" else torch.device("cpu")  # no double precision there
-        rows = rows.detach().to(device, torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        rows = in_double(rows)
         n = len(rows)
         if n == 0:
             return
@@ -75,6 +83,20 @@ class InputStatistics:
         self.mean = self.mean + delta * (n / total)
         self._products += products + self._pooled(delta[None]) * (self.count * n / total)
         self.count = total
+
+    def all_reduce(self) -> None:
+        """Merge the observations of all processes of the default process group, so that every one has the same."""
+        if self.count == 0:
+            return
+        device = self.mean.device
+        moments = torch.cat(
+            [torch.tensor([float(self.count)], dtype=torch.float64, device=device), self.count * self.mean]
+        )
+        torch.distributed.all_reduce(moments)
+        total, mean = int(moments[0].item()), moments[1:] / moments[0]
+        products = self._products + self._pooled((self.mean - mean)[None]) * self.count
+        torch.distributed.all_reduce(products)
+        self.count, self.mean, self._products = total, mean, products
 
     def _pooled(self, rows: torch.Tensor) -> torch.Tensor:
         by_channel = rows.reshape(len(rows), -1, self.stride).transpose(1, 2).flatten(0, 1)
@@ -133,7 +155,7 @@ def collect_statistics(
         steps: One function per batch that runs the model on it.
 
     Returns:
-        Statistics by module name; readers that did not run are missing.
+        Statistics by module name, over all processes; readers that did not run are missing.
     """
     found: dict[str, InputStatistics] = {}
     strides = {reader.name: reader.stride for reader in readers}
@@ -144,6 +166,9 @@ def collect_statistics(
     with watch_inputs(model, list(strides), add), torch.no_grad():
         for step in steps:
             step()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for name in sorted(found):
+            found[name].all_reduce()
     return found
 
 
@@ -172,6 +197,13 @@ def as_rows(module: nn.Module, source: torch.Tensor) -> torch.Tensor:
         channel = source.ndim - len(module.kernel_size) - 1
         return source.movedim(channel, -1).reshape(-1, module.in_channels)
     return source.reshape(-1, source.shape[-1])
+
+
+def in_double(rows: torch.Tensor) -> torch.Tensor:
+    """Observations in double precision, with zeros for what is not finite in single precision: squares are then."""
+    device = rows.device if rows.device.type != "mps" else torch.device("cpu")  # no double precision there
+    rows = rows.detach().to(device, torch.float64)
+    return torch.where(rows.abs() <= torch.finfo(torch.float32).max, rows, 0.0)
 
 
 def reading_weight(module: nn.Module) -> torch.Tensor:

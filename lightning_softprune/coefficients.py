@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_softprune.costs import CostModel
-from lightning_softprune.groups import PruningGroup, no_match
+from lightning_softprune.patterns import no_match
 from lightning_softprune.plan import Rounding
 from lightning_softprune.search import SearchSpace
 
@@ -23,8 +23,25 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
+class Named(Protocol):
+    """What this module has to know of a pruning group."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def component(self) -> str: ...  # noqa: D102
+    @property
+    def num_channels(self) -> int: ...  # noqa: D102
+
+
+class Counting(Protocol):
+    """What this module has to know of a cost model."""
+
+    def count(self, what: str, counts: IntArray) -> IntArray: ...  # noqa: D102
+
+
 def build_rounding(
-    groups: Sequence[PruningGroup], bounds: Mapping[str, Sequence[float]] | None, round_to: int
+    groups: Sequence[Named], bounds: Mapping[str, Sequence[float]] | None, round_to: int
 ) -> Rounding:
     """Find each group's bounds.
 
@@ -47,13 +64,13 @@ def build_rounding(
     return Rounding(channels, low, high, round_to)
 
 
-def _names(group: PruningGroup) -> tuple[str, ...]:
+def _names(group: Named) -> tuple[str, ...]:
     return (group.name, group.component)
 
 
 def build_space(
     rounding: Rounding,
-    costs: CostModel,
+    costs: Counting,
     *,
     dense: int,
     target: float,

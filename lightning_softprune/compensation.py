@@ -22,6 +22,7 @@ fitted to the dense network's outputs on the inputs that the already pruned netw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_softprune.calibration import InputStatistics, Reader, find_readers, watch_inputs
+from lightning_softprune.calibration import InputStatistics, Reader, find_readers, in_double, watch_inputs
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.surgery import Surgery
 
@@ -72,7 +73,7 @@ class Compensation:
         for reader in find_readers(model, groups):
             layer = model.get_submodule(reader.name)
             known = statistics.get(reader.name)
-            if known is None or not isinstance(layer, (nn.Linear, _ConvNd)) or id(layer.weight) in shared:
+            if known is None or not isinstance(layer, (nn.Linear, _ConvNd)) or _ids(layer) & shared:
                 continue
             order = _keep_order(reader, groups, rankings, layer)
             self._readers[reader.name] = _Regression(
@@ -187,12 +188,13 @@ class _Regression:
             mean = self.mean.reshape(-1, stride)
             missing = mean[goes] - solution @ mean[stays]  # (removed, stride)
             shifts.append(torch.einsum("orsp,rs->o", r, missing))
-        return _unblock(layer, torch.stack(folded)).to(weight.device), torch.cat(shifts).to(weight.device)
+        shift = torch.cat(shifts) / _spread(layer)
+        return _unblock(layer, torch.stack(folded)).to(weight.device), shift.to(weight.device)
 
 
-def ridge_of(covariance: torch.Tensor) -> float:
+def ridge_of(covariance: torch.Tensor, fraction: float = RIDGE) -> float:
     """The ridge for a covariance matrix; positive even if every channel is constant."""
-    return max(RIDGE * float(covariance.diagonal().mean()), 1e-12)
+    return max(fraction * float(covariance.diagonal().mean()), 1e-12)
 
 
 def _cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
@@ -266,6 +268,11 @@ def _unblock(layer: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
     return blocks.flatten(0, 1).reshape(-1, blocks.shape[2], *kernel)
 
 
+def _spread(layer: nn.Module) -> int:
+    """The steps of a transposed convolution spread a constant input over so many outputs: each gets its share."""
+    return math.prod(layer.stride) if isinstance(layer, _ConvTransposeNd) else 1
+
+
 def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surgery) -> None:
     weight = layer.get_parameter("weight")
     bias = layer._parameters.get("bias")
@@ -275,9 +282,15 @@ def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surg
         surgery.created.append((f"{name}.bias", weight, created))
     else:
         if not any(bias is new for _, new, _ in surgery.parameters):
-            bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            old, bias = bias, nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            bias.__dict__.update(old.__dict__)
+            bias.grad = None if old.grad is None else old.grad.detach().clone()
             surgery.replace(layer, "bias", f"{name}.bias", bias)
         bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))
+
+
+def _ids(layer: nn.Module) -> set[int]:
+    return {id(parameter) for parameter in layer.parameters(recurse=False)}
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -292,6 +305,9 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 # ------------------------------------------------------------------------------------------------- sequential refit
+
+REFINE_RIDGE = 1e-2
+"""How firmly the sequential variant holds on to the one-shot prediction, as a fraction of the mean variance."""
 
 MAX_ROWS = 4096
 """Observations per calibration batch and reader that the sequential variant keeps."""
@@ -341,8 +357,7 @@ def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense
             continue  # the pruned model calls the layer differently; the one-shot prediction stays
         stride = regression.reader.stride
         device = regression.mean.device
-        x = torch.cat(targets).to(device, torch.float64).nan_to_num(0.0, 0.0, 0.0)
-        z = torch.cat(seen).to(device, torch.float64).nan_to_num(0.0, 0.0, 0.0)
+        x, z = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
         mean_x, mean_z = x.mean(0), z.mean(0)
         x, z = _by_channel(x - mean_x, stride), _by_channel(z - mean_z, stride)
         kept = by_dim[_input_dim(layer)].to(device)[::stride] // stride
@@ -352,13 +367,14 @@ def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense
         prior = torch.zeros_like(s_xz)
         prior[kept, torch.arange(len(kept), device=device)] = 1.0
         prior[gone] = regression.coefficients(kept, gone.nonzero()[:, 0])
-        ridge = ridge_of(s_zz)
+        ridge = ridge_of(s_zz, REFINE_RIDGE)
         factor = _cholesky(s_zz, ridge)
         solution = torch.cholesky_solve((s_xz + ridge * prior).t(), factor).t()  # (channels, kept)
         blocks = _blocks(layer, before.detach(), by_dim).to(device, torch.float64)[0]
         blocks = blocks.reshape(len(blocks), -1, stride, blocks.shape[-1])
         folded = torch.einsum("ocsp,ck->oksp", blocks, solution).flatten(1, 2)[None]
-        shift = torch.einsum("ocsp,cs->o", blocks, mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride))
+        missing = mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride)
+        shift = torch.einsum("ocsp,cs->o", blocks, missing) / _spread(layer)
         with torch.no_grad():
             weight.copy_(_unblock(layer, folded).to(weight.device, weight.dtype))
             bias = layer.get_parameter("bias")

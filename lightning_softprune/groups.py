@@ -14,7 +14,6 @@ the raw input) is found by :func:`probe`: remove one channel, run, undo.
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import warnings
 from collections import defaultdict
@@ -33,6 +32,7 @@ from torch_pruning import _helpers, ops
 from torch_pruning.dependency import index_mapping, shape_infer
 
 from lightning_softprune.layers import Layout, layout_of
+from lightning_softprune.patterns import no_match
 
 __all__ = ["Component", "Member", "PruningGroup", "assign_components", "match_modules", "trace_groups"]
 
@@ -137,12 +137,6 @@ def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> d
     return found
 
 
-def no_match(argument: str, pattern: str, names: Sequence[str], what: str) -> str:
-    """Word the error for a pattern that matches nothing."""
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or list(names[:8])
-    return f"{argument}: the pattern {pattern!r} matches no {what}; near names: {', '.join(map(repr, near)) or 'none'}"
-
-
 def default_components(model: nn.Module) -> list[Component]:
     """The top-level children with parameters; a single wrapping child is looked through."""
     prefix, current = "", model
@@ -238,6 +232,7 @@ class _Trace:
     ran: set[str]  # names of the layers that ran, sliceable or not
     reasons: dict[str, str]  # names of layers that cannot be sliced -> why
     markers: dict[Any, str]  # autograd node -> why a group that reaches it is not prunable
+    owners: dict[nn.Parameter, nn.Module]  # parameters of the sliceable layers
 
 
 def _trace(model: nn.Module, steps: Sequence[Step]) -> _Trace:
@@ -265,26 +260,47 @@ def _trace(model: nn.Module, steps: Sequence[Step]) -> _Trace:
                 step()
         return recorder.finish()
 
-    graph = tp.DependencyGraph()
+    graph = _Graph()
     with _traceable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning announces bare parameters and operators it does not know
-        graph.build_dependency(model, example_inputs=(), forward_fn=run, verbose=False)
-    _map_indices(graph, recorder)
+        graph.build(model, run)
+        _map_indices(graph, recorder)
     names.update({p: n for n, p in model.named_parameters()})
-    return _Trace(graph, names, layouts, recorder.order, recorder.ran, reasons, recorder.markers)
+    owners = {parameter: layer for layer in layouts for parameter in layer.parameters(recurse=False)}
+    return _Trace(graph, names, layouts, recorder.order, recorder.ran, reasons, recorder.markers, owners)
+
+
+class _Graph(tp.DependencyGraph):  # type: ignore[misc]
+    """torch-pruning's dependency graph, without its index mappings: it guesses them, and stumbles over some."""
+
+    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[torch.Tensor]]) -> None:
+        """Trace the model; every step but the mapping of indices is torch-pruning's."""
+        self.verbose = False
+        self.model = model
+        self.ignored_params: list[nn.Parameter] = []
+        self._module2name = {module: name for name, module in model.named_modules()}
+        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
+        self.module2node = self._trace(model, (), run, None)
+        self._build_dependency(self.module2node)
+        for node in self.module2node.values():
+            if node.type == ops.OPTYPE.UNBIND:
+                index_mapping.update_unbind_index_mapping(self, node)
+            elif node.type == ops.OPTYPE.EXPAND:
+                index_mapping.update_expand_index_mapping(self, node)
 
 
 class _Recorder(TorchFunctionMode):
     """Forward hooks that note what runs, cut the graph around layers that cannot be sliced and mark the outputs.
 
-    As a function mode it also notes the sizes that were concatenated: autograd keeps none for tensors without
-    gradients (an action that is joined to a latent state), and torch-pruning would then map the others wrongly.
+    As a function mode it also notes what autograd does not keep: the sizes that were concatenated (a raw action joined
+    to a latent state has no gradient) and the shapes before and after a reshape.
     """
 
     def __init__(
         self, names: Mapping[Any, str], layouts: Mapping[nn.Module, Layout], reasons: Mapping[str, str]
     ) -> None:
         super().__init__()
+        self.reshapes: dict[Any, tuple[torch.Size, torch.Size]] = {}  # autograd node -> shapes before and after
         self.joins: dict[Any, tuple[int, tuple[int, ...]]] = {}  # autograd node of a concatenation -> (dim, sizes)
         self.names, self.layouts, self.reasons = names, layouts, reasons
         self.order: list[nn.Module] = []
@@ -296,10 +312,14 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
+        if func in _RESHAPES and isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            self.reshapes[output.grad_fn] = (args[0].shape if args else kwargs["input"].shape, output.shape)
         if func in _JOINS and output.grad_fn is not None:
             given = {**dict(zip(("tensors", "dim"), args, strict=False)), **(kwargs or {})}
             dim = int(given.get("dim", given.get("axis", 0))) % output.ndim
-            self.joins[output.grad_fn] = (dim, tuple(tensor.shape[dim] for tensor in given["tensors"]))
+            # torch lets an empty tensor of one dimension join any others
+            sizes = [tensor.shape[dim] if tensor.ndim == output.ndim else 0 for tensor in given["tensors"]]
+            self.joins[output.grad_fn] = (dim, tuple(sizes))
         return output
 
     @contextmanager
@@ -323,7 +343,8 @@ class _Recorder(TorchFunctionMode):
         last: dict[Any, tuple[torch.Tensor, str]] = {}
         for tensor, name in self._outputs:
             last.setdefault(tensor.grad_fn, (tensor, name))  # the innermost layer, not the modules around it
-        consumed = _reached_from(list(last), set(last))
+        fed = [end.grad_fn for end in self._ends]  # what feeds a layer that cannot be sliced is no output
+        consumed = _reached_from([*last, *fed], set(last))
         for node, (tensor, name) in last.items():
             if node not in consumed:
                 self._mark(tensor, f"{name} produces an output of the network")
@@ -345,7 +366,10 @@ class _Recorder(TorchFunctionMode):
         self.ran.add(self.names[module])
         if module in self.layouts and module not in self.order:
             self.order.append(module)
-        for tensor in _tensors(output):
+        tensors = _tensors(output)
+        if module in self.layouts:
+            tensors = tensors[:1]  # attention weights hold no channels
+        for tensor in tensors:
             if tensor.grad_fn is not None and tensor.ndim > 0:
                 self._outputs.append((tensor, self.names[module]))
                 self.made[module].append(tensor.grad_fn)
@@ -362,13 +386,17 @@ class _Recorder(TorchFunctionMode):
 
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
+_RESHAPES = (
+    *(torch.flatten, torch.reshape, torch.unflatten),
+    *(torch.Tensor.flatten, torch.Tensor.reshape, torch.Tensor.unflatten, torch.Tensor.view),
+)
 
 
 def _map_indices(graph: Any, recorder: _Recorder) -> None:
-    """Replace torch-pruning's index mappings of concatenations, splits and slices by ones that autograd proves.
+    """Map indices across reshapes, concatenations, splits and slices.
 
     torch-pruning guesses which input of a node is which from the order in which it met them. The edges of the
-    autograd graph say it: an edge knows the number of the output it comes from.
+    autograd graph say it: an edge knows the number of the output it comes from. Shapes are those that were seen.
     """
     for node in list(graph.module2node.values()):
         made = node.grad_fn
@@ -393,13 +421,56 @@ def _map_indices(graph: Any, recorder: _Recorder) -> None:
                 spans = [offsets[j : j + 2] for parent, j in edges if parent is made] if along else []
                 _set(node, other, 0, [index_mapping._SplitIndexMapping(offset=x, reverse=False) for x in spans])
                 _set(other, node, 0, [index_mapping._SplitIndexMapping(offset=x, reverse=True) for x in spans])
-        elif node.type == ops.OPTYPE.SLICE:
+        elif node.type == ops.OPTYPE.SLICE and hasattr(made, "_saved_dim"):
             shape = tuple(made._saved_self_sym_sizes)
             dim = _signed(made._saved_dim) % len(shape)
-            if not (dim == 1 or (len(shape) == 3 and dim == 2)):
-                for other in (*node.inputs, *node.outputs):
-                    _set(node, other, 0, [])
-                    _set(other, node, 0, [])
+            if (dim == 1 and len(shape) != 3) or (len(shape) == 3 and dim == 2):
+                index_mapping.update_slice_index_mapping(graph, node)
+        elif node.type == ops.OPTYPE.RESHAPE and made in recorder.reshapes:
+            mapping, back = _reshape_mappings(graph, node, *recorder.reshapes[made])
+            for other in set(node.inputs):
+                _set(other, node, 0, [mapping] if mapping else [])
+                _set(node, other, 0, [back] if back else [])
+
+
+def _reshape_mappings(graph: Any, node: Any, before: torch.Size, after: torch.Size) -> tuple[Any, Any]:
+    """The index mapping through a reshape and the one back; a pair of ``None`` where channels stay channels."""
+    rows = len(before) > 1 and len(after) > 1 and before[0] == after[0]
+    if rows and len(after) == 2 and len(before) > 2:  # flatten
+        size, wide = before, after[1]
+        channels = shape_infer.infer_out_channels_recursively(graph, node.inputs[0], [0]) if node.inputs else None
+        if len(size) == 3 and channels == size[2] and channels != size[1]:  # tokens: the channels repeat
+            return _Tiles(size[2], wide // size[2]), _Tiles(size[2], wide // size[2], back=True)
+        return _Blocks(wide // size[1]), _Blocks(wide // size[1], back=True)
+    if rows and len(before) == 2 and len(after) > 2:  # unflatten
+        return _Blocks(before[1] // after[1], back=True), _Blocks(before[1] // after[1])
+    return None, None
+
+
+class _Blocks:
+    """Channel c becomes the ``size`` consecutive indices ``c * size, ...``; or the way back."""
+
+    def __init__(self, size: int, back: bool = False) -> None:
+        self.size, self.back = size, back
+
+    def __call__(self, indices: Sequence[Any]) -> list[Any]:
+        if self.back:
+            return list(dict.fromkeys(_helpers._HybridIndex(i.idx // self.size, i.root_idx) for i in indices))
+        spread = range(self.size)
+        return [_helpers._HybridIndex(i.idx * self.size + offset, i.root_idx) for i in indices for offset in spread]
+
+
+class _Tiles:
+    """Channel c becomes the indices ``c, c + width, c + 2 * width, ...``; or the way back."""
+
+    def __init__(self, width: int, copies: int, back: bool = False) -> None:
+        self.width, self.copies, self.back = width, copies, back
+
+    def __call__(self, indices: Sequence[Any]) -> list[Any]:
+        if self.back:
+            return list(dict.fromkeys(_helpers._HybridIndex(i.idx % self.width, i.root_idx) for i in indices))
+        copies = range(self.copies)
+        return [_helpers._HybridIndex(i.idx + copy * self.width, i.root_idx) for i in indices for copy in copies]
 
 
 def _along_channels(graph: Any, node: Any, dim: int, total: int) -> bool:
@@ -466,7 +537,7 @@ def _reached_from(starts: Sequence[Any], wanted: set[Any]) -> set[Any]:
 def _traceable(model: nn.Module) -> Iterator[None]:
     """Grad mode on, every floating-point parameter asks for gradients (frozen ones would vanish from the graph)."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    training = [(module, module.training) for module in model.modules()]
+    modules = [(module, module.training, set(module._forward_hooks)) for module in model.modules()]
     try:
         for parameter, _ in flags:
             if parameter.is_floating_point():
@@ -476,8 +547,10 @@ def _traceable(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for module, mode in training:
+        for module, mode, hooks in modules:
             module.training = mode
+            for handle in set(module._forward_hooks) - hooks:  # torch-pruning leaves its own when a step raises
+                del module._forward_hooks[handle]
 
 
 # ---------------------------------------------------------------------------------------------------------- walking
@@ -537,6 +610,9 @@ class _Walker:
             return True
         if isinstance(module, nn.Parameter):
             slot, size, parts = f"dim{node.pruning_dim}", module.shape[node.pruning_dim], 1
+            layer = trace.owners.get(module)
+            if layer is not None:  # of a layer type that torch-pruning does not know (RMSNorm)
+                module, slot = layer, trace.layouts[layer].slot("out")
         elif module in trace.layouts:
             layout = trace.layouts[module]
             slot = layout.slot("out" if trace.graph.is_out_channel_pruning_fn(handler) else "in")

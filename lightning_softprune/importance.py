@@ -143,6 +143,11 @@ class _Selection:
         gram = torch.zeros_like(covariance)
         for offset in range(stride):
             gram += weight[offset::stride] @ weight[offset::stride].t()
+        parts = getattr(module, "groups", 1)
+        if parts > 1:  # no output of a grouped convolution reads channels of two parts
+            part = torch.arange(len(gram), device=gram.device) // (len(gram) // parts)
+            together = part[:, None] == part
+            gram, covariance = gram * together, covariance * together
         values, vectors = torch.linalg.eigh(gram.nan_to_num(0.0, 0.0, 0.0))
         root = vectors * values.clamp(min=0.0).sqrt()  # M M^T = root root^T
         self.owner = torch.from_numpy(member.owner[::stride]).to(covariance.device)

@@ -10,6 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
+from lightning_softprune.groups import PruningGroup, assign_components, trace_groups
+from lightning_softprune.surgery import probe
+
 
 class Autoencoder(nn.Module):
     """A latent of four channels that a decoder and a classifier read."""
@@ -426,7 +429,7 @@ CASES = (
     Case(Critic, (3, 2, 6), {"encoder": 8, "q": 10}),
     Case(Frozen, (3, 5), {"backbone.0": 8, "backbone.2": 6}),
     Case(Recurrent, (2, 3, 4), {"body": 6, "after": 6}),
-    Case(WeightNormed, (3, 4), {"body": 6, "after": 6}),
+    Case(WeightNormed, (3, 4), {"after": 6}),
     Case(DepthwiseMultiplier, (2, 1, 5, 5), {"inner": 5}),
     Case(ConstantView, (3, 4), {"inner": 5}),
     Case(RawResidual, (3, 6), {"body": 9}),
@@ -445,3 +448,23 @@ def randomise_statistics(model: nn.Module) -> None:
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 if tensor.is_floating_point():
                     nn.init.uniform_(tensor, 0.5 if name != "bias" else -1.0, 1.5)
+
+
+def find(
+    model: nn.Module,
+    x: torch.Tensor,
+    components: dict[str, list[str]] | None = None,
+    ignore: tuple[str, ...] | list[str] = (),
+) -> list[PruningGroup]:
+    """Trace, name and probe a model's groups."""
+
+    def run() -> object:
+        return model(x)
+
+    traced = trace_groups(model, [run], ignore)
+    return probe(model, assign_components(model, traced, components), run)
+
+
+def prunable(model: nn.Module, x: torch.Tensor) -> list[PruningGroup]:
+    """The prunable groups of a model."""
+    return [group for group in find(model, x) if group.prunable]
