@@ -1,6 +1,7 @@
 """Structured pruning inside Lightning training runs: physically smaller networks that keep their task metric."""
 
 from lightning_softprune.callback import SoftPruning
+from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 from lightning_softprune.round import find_groups
@@ -22,6 +23,7 @@ __all__ = [
     "GridSearch",
     "GroupResult",
     "NormBaseline",
+    "PrunedCheckpointMixin",
     "PruningGroup",
     "PruningResult",
     "RandomSearch",
@@ -31,4 +33,6 @@ __all__ = [
     "Trial",
     "UniformBaseline",
     "find_groups",
+    "load_from_checkpoint",
+    "resize",
 ]

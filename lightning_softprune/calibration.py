@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_softprune.groups import Member, PruningGroup
@@ -24,11 +25,13 @@ from lightning_softprune.groups import Member, PruningGroup
 __all__ = [
     "InputStatistics",
     "Reader",
+    "Taps",
     "as_rows",
     "collect_statistics",
     "find_readers",
     "in_double",
     "reading_weight",
+    "taps_of",
     "watch_inputs",
 ]
 
@@ -50,30 +53,56 @@ class Reader:
     stride: int
 
 
+@dataclass(frozen=True)
+class Taps:
+    """How many taps of a convolution's kernel fall on the input, at one output position and another.
+
+    At the borders some fall on the padding; where a transposed convolution takes steps, most fall between the inputs.
+
+    Attributes:
+        share: The mean number, as a fraction of the kernel's taps.
+        unevenness: Variance of the number over its mean; 0 if it is the same at every output position.
+    """
+
+    share: float = 1.0
+    unevenness: float = 0.0
+
+    def mixed(self, other: Taps, weight: float) -> Taps:
+        """The average, with this weight on the other."""
+        return Taps(
+            self.share + weight * (other.share - self.share),
+            self.unevenness + weight * (other.unevenness - self.unevenness),
+        )
+
+
 class InputStatistics:
     """Streaming mean and covariance of a layer's input (Chan et al. 1979), in double precision.
 
     Attributes:
         count: Observations so far.
         mean: Mean of each input index, shape ``(channels * stride,)``.
+        taps: How many of a kernel's taps fall on the input and not beside it (:func:`taps_of`), averaged.
     """
 
     def __init__(self, stride: int = 1) -> None:
         self.stride = stride
         self.count = 0
+        self.taps = Taps()
         self.mean = torch.zeros(0, dtype=torch.float64)
         self._products = torch.zeros(0, 0, dtype=torch.float64)
 
-    def add(self, rows: torch.Tensor) -> None:
+    def add(self, rows: torch.Tensor, taps: Taps | None = None) -> None:
         """Add observations; what is not finite in single precision counts as zero.
 
         Args:
             rows: Shape ``(observations, channels * stride)``.
+            taps: For a convolution, what its kernel met; default: every tap fell on the input.
         """
         rows = in_double(rows)
         n = len(rows)
         if n == 0:
             return
+        self.taps = self.taps.mixed(taps or Taps(), n / (self.count + n))
         mean = rows.mean(0)
         products = self._pooled(rows - mean)
         if self.count == 0:
@@ -89,14 +118,15 @@ class InputStatistics:
         if self.count == 0:
             return
         device = self.mean.device
-        moments = torch.cat(
-            [torch.tensor([float(self.count)], dtype=torch.float64, device=device), self.count * self.mean]
-        )
+        known = torch.tensor([1.0, self.taps.share, self.taps.unevenness], dtype=torch.float64, device=device)
+        moments = self.count * torch.cat([known, self.mean])
         torch.distributed.all_reduce(moments)
-        total, mean = int(moments[0].item()), moments[1:] / moments[0]
+        total, mean = int(moments[0].item()), moments[3:] / moments[0]
+        share, unevenness = (moments[1:3] / moments[0]).tolist()
         products = self._products + self._pooled((self.mean - mean)[None]) * self.count
         torch.distributed.all_reduce(products)
         self.count, self.mean, self._products = total, mean, products
+        self.taps = Taps(share, unevenness)
 
     def _pooled(self, rows: torch.Tensor) -> torch.Tensor:
         by_channel = rows.reshape(len(rows), -1, self.stride).transpose(1, 2).flatten(0, 1)
@@ -160,8 +190,9 @@ def collect_statistics(
     found: dict[str, InputStatistics] = {}
     strides = {reader.name: reader.stride for reader in readers}
 
-    def add(name: str, rows: torch.Tensor) -> None:
-        found.setdefault(name, InputStatistics(strides[name])).add(rows)
+    def add(name: str, source: torch.Tensor) -> None:
+        module = model.get_submodule(name)
+        found.setdefault(name, InputStatistics(strides[name])).add(as_rows(module, source), taps_of(module, source))
 
     with watch_inputs(model, list(strides), add), torch.no_grad():
         for step in steps:
@@ -172,14 +203,20 @@ def collect_statistics(
     return found
 
 
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor, in place, over the processes of the default group; alone, it stays as it is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 @contextmanager
 def watch_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, rows)`` for each input of the named layers while the block runs the model."""
+    """Call ``see(name, source)`` for each input of the named layers while the block runs the model."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            source = args[0] if args else next(iter(kwargs.values()))
-            see(name, as_rows(module, source))
+            see(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
 
@@ -197,6 +234,24 @@ def as_rows(module: nn.Module, source: torch.Tensor) -> torch.Tensor:
         channel = source.ndim - len(module.kernel_size) - 1
         return source.movedim(channel, -1).reshape(-1, module.in_channels)
     return source.reshape(-1, source.shape[-1])
+
+
+def taps_of(module: nn.Module, source: torch.Tensor) -> Taps:
+    """Count the taps of a convolution's kernel that fall on an input of this size; other layers have one."""
+    if not isinstance(module, _ConvNd) or module.padding_mode != "zeros":
+        return Taps()
+    dims = len(module.kernel_size)
+    ones = torch.ones(1, 1, *source.shape[-dims:])
+    kernel = torch.ones(1, 1, *module.kernel_size)
+    stride, dilation = module.stride, module.dilation
+    padding: Any = module.padding  # also "same"
+    if isinstance(module, _ConvTransposeNd):
+        transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
+        fallen = transposed(ones, kernel, None, stride, padding, module.output_padding, 1, dilation)
+    else:
+        fallen = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](ones, kernel, None, stride, padding, dilation)
+    mean = float(fallen.mean())
+    return Taps(mean / kernel.numel(), float(fallen.var(correction=0)) / mean) if mean else Taps()
 
 
 def in_double(rows: torch.Tensor) -> torch.Tensor:

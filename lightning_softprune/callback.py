@@ -19,9 +19,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
+from lightning_softprune.neighbours import refuse_sharded_optimizers, refuse_sharding, reset_monitors
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
@@ -46,6 +48,8 @@ class SoftPruning(pl.Callback):
         search: How coefficients are searched. The callback works on a copy.
         components: Component name -> module-name patterns. Default: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
+        twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the module):
+            a twin gets the same plan and has no coefficients of its own.
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
         importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
             selection of the channels from which the consumers' outputs are best rebuilt) or "random".
@@ -56,6 +60,7 @@ class SoftPruning(pl.Callback):
         calibration_batches: Training batches that rankings and compensation look at.
         finetune_epochs: After the last round: train on to ``max_epochs`` (None), or that many epochs more and stop;
             0: stop with the pruned, validated, checkpointed model.
+        reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
         report: Write ``result.json`` and ``trials.csv`` under ``<log_dir>/softprune/epoch=<e>/``.
         verbose: Progress bar and tables on rank zero.
@@ -84,6 +89,7 @@ class SoftPruning(pl.Callback):
         search: SearchStrategy = GradientSearch(),  # noqa: B008 - never changed, see `self.search`
         components: dict[str, list[str]] | None = None,
         ignore: list[str] | None = None,
+        twins: dict[str, str] | None = None,
         bounds: dict[str, list[float]] | None = None,
         importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
@@ -91,6 +97,7 @@ class SoftPruning(pl.Callback):
         search_batches: int | None = None,
         calibration_batches: int = 8,
         finetune_epochs: int | None = None,
+        reset_monitors: bool = True,
         seed: int = 0,
         report: bool = True,
         verbose: bool = True,
@@ -106,6 +113,7 @@ class SoftPruning(pl.Callback):
         self.search = copy.deepcopy(search)
         self.components = _patterns("components", components)
         self.ignore = tuple(_strings("ignore", ignore))
+        self.twins: dict[str, str] | None = _mapping("twins", twins, lambda name, value: _typed(name, value, str))
         self.bounds = _bounds(bounds)
         self.importance = _one_of("importance", importance, IMPORTANCES)
         self.compensation = _one_of("compensation", compensation, COMPENSATIONS)
@@ -113,11 +121,14 @@ class SoftPruning(pl.Callback):
         self.search_batches = None if search_batches is None else _whole("search_batches", search_batches, 1)
         self.calibration_batches = _whole("calibration_batches", calibration_batches, 1)
         self.finetune_epochs = None if finetune_epochs is None else _whole("finetune_epochs", finetune_epochs, 0)
+        self.reset_monitors = _typed("reset_monitors", reset_monitors, bool)
         self.seed = _whole("seed", seed, 0)
         self.report = _typed("report", report, bool)
         self.verbose = _typed("verbose", verbose, bool)
         self.results: list[PruningResult] = []
         self._dense: Costs | None = None
+        self._loading: LoadHook | None = None
+        self._evaluating = False
 
     @property
     def state_key(self) -> str:
@@ -130,6 +141,8 @@ class SoftPruning(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the rounds of a checkpoint: they are not repeated."""
+        if self._evaluating and self.results:
+            return  # validate, test and predict look at a checkpoint; what a fit has done stays on record
         self.results = [PruningResult.from_dict(result) for result in state_dict["results"]]
         self._dense = self.results[0].costs_before if self.results else None
 
@@ -137,7 +150,9 @@ class SoftPruning(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what cannot work with this trainer."""
-        if stage != "fit":
+        self._evaluating = stage != "fit"
+        if self._evaluating:
+            self._loading = LoadHook(pl_module)
             return
         others = [callback for callback in trainer.callbacks if isinstance(callback, SoftPruning)]  # type: ignore[attr-defined]
         if len(others) > 1:
@@ -148,11 +163,7 @@ class SoftPruning(pl.Callback):
             raise MisconfigurationException(
                 f"SoftPruning scores plans by validation, and {type(pl_module).__name__} has no `validation_step`"
             )
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"devices: SoftPruning runs on one device so far, this trainer has {trainer.world_size}; "
-                "prune on one device and go on from its checkpoint"
-            )
+        refuse_sharding(trainer)
         if trainer.barebones:
             raise MisconfigurationException(
                 "barebones=True: there is no `self.log`, which SoftPruning needs for scores"
@@ -174,17 +185,51 @@ class SoftPruning(pl.Callback):
                 f"finetune_epochs={self.finetune_epochs} would stop at epoch {last + self.finetune_epochs}, "
                 f"which min_epochs={least} forbids"
             )
+        progress = trainer.current_epoch > 0 or trainer.global_step > 0
+        pruned = any(result.applied for result in self.results)
+        if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
+            self.results, self._dense = [], None
+        self._loading = LoadHook(pl_module)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A fit that resumes has the history of its checkpoint, even if that is none."""
+        if not self._evaluating:
+            self.results, self._dense = [], None
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the hook for loading off the module."""
+        self._end_loading()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the hook for loading off the module."""
+        self._end_loading()
+
+    def _end_loading(self) -> dict[str, Any] | None:
+        """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
+        loading, self._loading, self._evaluating = self._loading, None, False
+        if loading is None:
+            return None
+        loading.remove()
+        return loading.record
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check names against the module; a fit that resumes nothing starts with an empty history."""
-        if trainer.ckpt_path is None and trainer.current_epoch == 0 and trainer.global_step == 0:
-            self.results, self._dense = [], None
+        """Check names against the module."""
+        order_parameters(pl_module, trainer.optimizers, self._end_loading())
+        refuse_sharded_optimizers(trainer)
         try:
             match_modules(pl_module, self.ignore, "ignore")
+            match_modules(pl_module, [*(self.twins or {}), *(self.twins or {}).values()], "twins")
             for name, patterns in (self.components or {}).items():
                 match_modules(pl_module, patterns, f"components[{name!r}]")
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Train no further if the checkpoint is at the end of the fine-tuning that was asked for."""
+        if self._finished(trainer.current_epoch):
+            trainer.should_stop = True
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the rounds that are due."""
@@ -196,8 +241,14 @@ class SoftPruning(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for."""
-        if self.finetune_epochs is not None and trainer.current_epoch + 1 >= max(self.epochs) + self.finetune_epochs:
+        if self._finished(trainer.current_epoch + 1):
             trainer.should_stop = True
+
+    def _finished(self, epochs: int) -> bool:
+        """Whether the fine-tuning that was asked for is over after so many epochs."""
+        last = max(self.epochs)
+        pruned = any(result.epoch == last for result in self.results)  # with 0 epochs more, the round is yet to come
+        return self.finetune_epochs is not None and pruned and epochs >= last + self.finetune_epochs
 
     # ------------------------------------------------------------------------------------------------------ rounds
 
@@ -208,9 +259,14 @@ class SoftPruning(pl.Callback):
                 self._run_round(trainer, pl_module, epoch, target)
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float) -> None:
+        before = Form.of(pl_module)
         result = run_round(trainer, pl_module, self._settings(trainer), epoch=epoch, target=target, dense=self._dense)
         self._dense = self._dense or result.costs_before
         self.results.append(result)
+        if any(done.applied for done in self.results):
+            keep_record(pl_module, before, self.results)
+        if self.reset_monitors and result.applied:
+            reset_monitors(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(log_values(result), step=logging_step(trainer))
         log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: asked for on every rank
@@ -233,6 +289,7 @@ class SoftPruning(pl.Callback):
             search=self.search,
             components=self.components,
             ignore=self.ignore,
+            twins=self.twins,
             bounds=self.bounds,
             importance=self.importance,
             compensation=self.compensation,
@@ -311,7 +368,7 @@ def _targets(value: Any, rounds: int) -> list[float]:
 def _strings(name: str, value: Any) -> list[str]:
     if value is None:
         return []
-    if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
         raise TypeError(f"{name}: {value!r} is not a list of strings")
     return list(value)
 

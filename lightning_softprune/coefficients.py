@@ -27,22 +27,20 @@ class Named(Protocol):
     """What this module has to know of a pruning group."""
 
     @property
-    def name(self) -> str: ...  # noqa: D102
+    def name(self) -> str: ...
     @property
-    def component(self) -> str: ...  # noqa: D102
+    def component(self) -> str: ...
     @property
-    def num_channels(self) -> int: ...  # noqa: D102
+    def num_channels(self) -> int: ...
 
 
 class Counting(Protocol):
     """What this module has to know of a cost model."""
 
-    def count(self, what: str, counts: IntArray) -> IntArray: ...  # noqa: D102
+    def count(self, what: str, counts: IntArray) -> IntArray: ...
 
 
-def build_rounding(
-    groups: Sequence[Named], bounds: Mapping[str, Sequence[float]] | None, round_to: int
-) -> Rounding:
+def build_rounding(groups: Sequence[Named], bounds: Mapping[str, Sequence[float]] | None, round_to: int) -> Rounding:
     """Find each group's bounds.
 
     Args:

@@ -10,7 +10,10 @@ and the prediction is folded into the reader:
     W_K + W_R B,    b + W_R (m_R - B m_K).
 
 ``"bias"`` does the same with B = 0. Nothing is trained. A convolution uses one regression for all positions of its
-kernel (zero padding at the borders is treated like any other position); a grouped convolution one per group.
+kernel; a grouped convolution one per group. Where taps of the kernel fall beside the input (on zero padding; between
+the inputs of a transposed convolution with steps), what the bias has to make up for differs from output to output. The
+bias gets the mean: its term times the share of the taps that fall on the input, ``E n / taps``. The rest is an error of
+variance ``var n (m_R - B m_K)^2``, so the regression minimises it too: ``S`` becomes ``S + (var n / E n) m m^T``.
 
 Plans of one ranking are nested. So ``S + r I`` is factorised once per reader and round, with the most important
 channels first: for a plan that keeps the first k of them, ``B = L_RK L_KK^-1`` by blocks of that one Cholesky factor.
@@ -22,7 +25,6 @@ fitted to the dense network's outputs on the inputs that the already pruned netw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,7 +34,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_softprune.calibration import InputStatistics, Reader, find_readers, in_double, watch_inputs
+from lightning_softprune.calibration import (
+    InputStatistics,
+    Reader,
+    as_rows,
+    find_readers,
+    in_double,
+    sum_over_processes,
+    watch_inputs,
+)
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.surgery import Surgery
 
@@ -126,16 +136,23 @@ class _Regression:
         self.reader = reader
         self.has_bias = has_bias
         self.mean = known.mean
+        self.taps = known.taps
         self.exact = exact
         if not exact:
             return
-        covariance = known.covariance
+        covariance = self.with_borders(known.covariance, self.mean, self.mean)
         self.ridge = ridge_of(covariance)
         self.covariance = covariance
         self.order = None if order is None else torch.from_numpy(order).to(covariance.device)
         self.factor: torch.Tensor | None = None
         if self.order is not None:
             self.factor = _cholesky(covariance[self.order][:, self.order], self.ridge)
+
+    def with_borders(self, covariance: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Add to a covariance what the means contribute where a kernel's taps fall on the input unevenly."""
+        if not self.taps.unevenness:
+            return covariance
+        return covariance + self.taps.unevenness * torch.outer(left, right)
 
     def coefficients(self, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
         """``B``, shape ``(removed, kept)``; indices are channels."""
@@ -188,7 +205,7 @@ class _Regression:
             mean = self.mean.reshape(-1, stride)
             missing = mean[goes] - solution @ mean[stays]  # (removed, stride)
             shifts.append(torch.einsum("orsp,rs->o", r, missing))
-        shift = torch.cat(shifts) / _spread(layer)
+        shift = torch.cat(shifts) * self.taps.share
         return _unblock(layer, torch.stack(folded)).to(weight.device), shift.to(weight.device)
 
 
@@ -268,11 +285,6 @@ def _unblock(layer: nn.Module, blocks: torch.Tensor) -> torch.Tensor:
     return blocks.flatten(0, 1).reshape(-1, blocks.shape[2], *kernel)
 
 
-def _spread(layer: nn.Module) -> int:
-    """The steps of a transposed convolution spread a constant input over so many outputs: each gets its share."""
-    return math.prod(layer.stride) if isinstance(layer, _ConvTransposeNd) else 1
-
-
 def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surgery) -> None:
     weight = layer.get_parameter("weight")
     bias = layer._parameters.get("bias")
@@ -320,8 +332,9 @@ class DenseInputs:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
 
-        def see(name: str, rows: torch.Tensor) -> None:
-            self.rows.setdefault(name, []).append(_thinned(rows).float())
+        def see(name: str, source: torch.Tensor) -> None:
+            rows = _thinned(as_rows(model.get_submodule(name), source))
+            self.rows.setdefault(name, []).append(rows.float())
 
         with watch_inputs(model, compensation.readers, see), torch.no_grad():
             for step in steps:
@@ -350,18 +363,28 @@ def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense
         if before is None or _input_dim(layer) not in by_dim or getattr(layer, "groups", 1) > 1:
             continue
         seen: list[torch.Tensor] = []
-        with watch_inputs(model, [name], lambda _, rows, seen=seen: seen.append(_thinned(rows))), torch.no_grad():  # type: ignore[misc]
+
+        def see(_: str, source: torch.Tensor, layer: nn.Module = layer, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(_thinned(as_rows(layer, source)))
+
+        with watch_inputs(model, [name], see), torch.no_grad():
             for step in dense.steps:
                 step()
-        if [len(rows) for rows in seen] != [len(rows) for rows in targets]:
+        device = regression.mean.device
+        differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
+        if sum_over_processes(torch.tensor(float(differs), device=device)) > 0:
             continue  # the pruned model calls the layer differently; the one-shot prediction stays
         stride = regression.reader.stride
-        device = regression.mean.device
         x, z = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
-        mean_x, mean_z = x.mean(0), z.mean(0)
+        total = sum_over_processes(torch.tensor(float(len(x)), dtype=torch.float64, device=device))
+        mean_x, mean_z = sum_over_processes(x.sum(0)) / total, sum_over_processes(z.sum(0)) / total
         x, z = _by_channel(x - mean_x, stride), _by_channel(z - mean_z, stride)
         kept = by_dim[_input_dim(layer)].to(device)[::stride] // stride
-        s_zz, s_xz = z.t() @ z / len(z), x.t() @ z / len(z)
+        s_zz = sum_over_processes(z.t() @ z) / (total * stride)
+        s_xz = sum_over_processes(x.t() @ z) / (total * stride)
+        if stride == 1:
+            s_zz = regression.with_borders(s_zz, mean_z, mean_z)
+            s_xz = regression.with_borders(s_xz, mean_x, mean_z)
         gone = torch.ones(x.shape[1], dtype=torch.bool, device=device)
         gone[kept] = False
         prior = torch.zeros_like(s_xz)
@@ -374,7 +397,7 @@ def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense
         blocks = blocks.reshape(len(blocks), -1, stride, blocks.shape[-1])
         folded = torch.einsum("ocsp,ck->oksp", blocks, solution).flatten(1, 2)[None]
         missing = mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride)
-        shift = torch.einsum("ocsp,cs->o", blocks, missing) / _spread(layer)
+        shift = torch.einsum("ocsp,cs->o", blocks, missing) * regression.taps.share
         with torch.no_grad():
             weight.copy_(_unblock(layer, folded).to(weight.device, weight.dtype))
             bias = layer.get_parameter("bias")

@@ -184,6 +184,50 @@ def assign_components(
     return assigned
 
 
+def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mapping[str, str]) -> list[PruningGroup]:
+    """Let twins follow the modules they mirror: the same plan, no coefficients of their own.
+
+    Args:
+        model: The traced model.
+        groups: Groups of it.
+        twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders).
+
+    Returns:
+        The groups without those of the twins; every member inside a mirrored module has its twin beside it.
+
+    Raises:
+        ValueError: A name matches no module, or a twin's parameters are not those of the module it mirrors.
+    """
+    match_modules(model, [*twins, *twins.values()], "twins")
+    for twin, original in twins.items():
+        shapes = [
+            {name: tuple(p.shape) for name, p in model.get_submodule(module).named_parameters()}
+            for module in (twin, original)
+        ]
+        if shapes[0] != shapes[1]:
+            differing = sorted(dict(shapes[0].items() ^ shapes[1].items()))
+            raise ValueError(
+                f"twins: {twin!r} does not mirror {original!r}; different are: {', '.join(map(repr, differing))}"
+            )
+    mirrored = []
+    for group in groups:
+        own = [member for member in group.members if not any(_inside(member.module, twin) for twin in twins)]
+        if not own or any(_inside(group.name.partition("#")[0], twin) for twin in twins):
+            continue
+        added = [
+            replace(member, module=twin + member.module[len(original) :])
+            for member in own
+            for twin, original in twins.items()
+            if _inside(member.module, original)
+        ]
+        mirrored.append(replace(group, members=(*own, *added)))
+    return mirrored
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")
+
+
 def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] = ()) -> list[PruningGroup]:
     """Find every group of a model by running it.
 
@@ -210,6 +254,8 @@ def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] 
         slot = layout.slot("out")
         if slot not in layout.slots or (name, slot) in seen:
             continue
+        if module not in trace.graph.module2node:
+            continue  # it ran without gradients, and nothing is known of what it is coupled to
         if slot == "both" and not isinstance(module, nn.Embedding):
             continue  # it only passes on what another layer produces
         walked = walker.walk(module)
@@ -301,7 +347,8 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.reshapes: dict[Any, tuple[torch.Size, torch.Size]] = {}  # autograd node -> shapes before and after
-        self.joins: dict[Any, tuple[int, tuple[int, ...]]] = {}  # autograd node of a concatenation -> (dim, sizes)
+        # autograd node of a concatenation -> (dim, sizes along it, shape of the result)
+        self.joins: dict[Any, tuple[int, tuple[int, ...], torch.Size]] = {}
         self.names, self.layouts, self.reasons = names, layouts, reasons
         self.order: list[nn.Module] = []
         self.ran: set[str] = set()
@@ -319,7 +366,7 @@ class _Recorder(TorchFunctionMode):
             dim = int(given.get("dim", given.get("axis", 0))) % output.ndim
             # torch lets an empty tensor of one dimension join any others
             sizes = [tensor.shape[dim] if tensor.ndim == output.ndim else 0 for tensor in given["tensors"]]
-            self.joins[output.grad_fn] = (dim, tuple(sizes))
+            self.joins[output.grad_fn] = (dim, tuple(sizes), output.shape)
         return output
 
     @contextmanager
@@ -401,9 +448,9 @@ def _map_indices(graph: Any, recorder: _Recorder) -> None:
     for node in list(graph.module2node.values()):
         made = node.grad_fn
         if node.type == ops.OPTYPE.CONCAT and made in recorder.joins:
-            dim, sizes = recorder.joins[made]
+            dim, sizes, joined = recorder.joins[made]
             offsets = np.concatenate([[0], np.cumsum(sizes)]).tolist()
-            along = _along_channels(graph, node, dim, sum(sizes))
+            along = _along_channels(graph, node, dim, joined)
             inputs = [parent for parent, _ in made.next_functions]
             for other in set(node.inputs):
                 places = [j for j, parent in enumerate(inputs) if parent in recorder.makers(other)]
@@ -473,12 +520,14 @@ class _Tiles:
         return [_helpers._HybridIndex(i.idx + copy * self.width, i.root_idx) for i in indices for copy in copies]
 
 
-def _along_channels(graph: Any, node: Any, dim: int, total: int) -> bool:
-    """Whether a concatenation joins channels, not samples, positions or tokens."""
+def _along_channels(graph: Any, node: Any, dim: int, shape: torch.Size) -> bool:
+    """Whether a concatenation along a dimension, with a result of this shape, joins channels, not samples or tokens."""
     wanted = shape_infer.infer_in_channels_recursively(graph, node, recursive_depth=[0])
     if dim == 0:
         return False
-    return wanted is None or bool(wanted % total == 0)
+    if wanted != shape[dim] and wanted in shape[1:]:
+        return False  # the channels are another dimension
+    return wanted is None or bool(wanted % shape[dim] == 0)
 
 
 def _set(source: Any, target: Any, place: int, mappings: Sequence[Any]) -> None:
@@ -739,6 +788,8 @@ def _left_alone(model: nn.Module, groups: Sequence[PruningGroup], trace: _Trace)
                 reason = trace.reasons[name]
             elif name not in trace.ran:
                 reason = f"{name} was run by neither validation_step nor training_step"
+            elif module not in trace.graph.module2node:
+                reason = f"{name} ran without gradients only, so what it is coupled to is not known"
             else:
                 reason = f"no sliceable layer produces the channels of {name}"
             yield PruningGroup(name, "", "intra", 0, (Member(name, "out", np.empty(0, np.int64)),), False, reason)

@@ -220,7 +220,8 @@ def _sum_members(model: nn.Module, group: PruningGroup, value: Callable[[nn.Para
             if axis.slot != member.slot or tensor is None or tensor.ndim < 2 or axis.repeat > 1:
                 continue
             indices = value(tensor).transpose(0, axis.dim).flatten(1).sum(1).cpu().numpy()
-            score += _per_channel(member, np.tile(indices, axis.parts), group)
+            shares = np.tile(indices / axis.parts, axis.parts)  # the parts of a grouped layer lose the same channels
+            score += _per_channel(member, shares, group)
     return score
 
 

@@ -26,18 +26,22 @@ from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.coefficients import build_rounding, build_space
 from lightning_softprune.compensation import Compensation, DenseInputs, refine
 from lightning_softprune.costs import CostModel, Positions, record_macs
-from lightning_softprune.groups import PruningGroup, assign_components, trace_groups
+from lightning_softprune.groups import PruningGroup, assign_components, mirror_twins, trace_groups
 from lightning_softprune.importance import norms, rank
+from lightning_softprune.journal import BASELINE, Journal, Key, digest, open_journal
+from lightning_softprune.neighbours import averaged_copies, forget_compiled
 from lightning_softprune.plan import Plan, Rounding
 from lightning_softprune.progress import SearchProgress
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Sensitivity, Trial
 from lightning_softprune.scoring import (
     ValidationScorer,
     isolated_rng,
+    over_processes,
     run_step,
     training_batches,
     transfer,
     untouched,
+    wrap_again,
 )
 from lightning_softprune.search import SearchOutcome, SearchSpace, SearchStrategy, run_search
 from lightning_softprune.surgery import (
@@ -64,6 +68,7 @@ class RoundSettings:
     search: SearchStrategy
     components: dict[str, list[str]] | None
     ignore: tuple[str, ...]
+    twins: dict[str, str] | None
     bounds: dict[str, list[float]] | None
     importance: str
     compensation: str
@@ -106,13 +111,15 @@ def run_round(
     seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
     optimizers = list(trainer.optimizers)
     optimizers_before = OptimizerTransaction(optimizers)
+    copies = averaged_copies(trainer)
     with (
         isolated_rng(seed),
         torch.inference_mode(False),
-        Transaction(module) as transaction,
+        Transaction(module, *copies) as transaction,
         ValidationScorer(trainer, module, max_batches=settings.search_batches, seed=seed) as scorer,
+        open_journal(trainer, module, settings, scorer.batches, epoch=epoch, target=target) as journal,
     ):
-        before = scorer.metrics()
+        before = journal.scored(BASELINE, lambda: over_processes(trainer, scorer.metrics())).metrics
         score_before = _monitored(before, settings.monitor)
         network = _Network.examine(trainer, module, scorer, settings, np.random.default_rng(seed))
         costs_before = network.costs_of((0,) * len(network.groups))
@@ -125,9 +132,9 @@ def run_round(
             tolerance=settings.tolerance,
             norms=network.norms,
         )
-        trials = _Trials(module, scorer, settings, network, space)
-        strategy, outcome = _search(trainer, settings, space, trials, seed, score_before)
-        best = trials.best()
+        trials = _Trials(trainer, module, scorer, settings, network, space, journal)
+        strategy, outcome = _search(trainer, settings, space, trials, seed, before)
+        best = _agreed(trainer, trials.best())
         if best is None:
             best = trials.unpruned(before)
             reason = trials.why_none(target)
@@ -138,11 +145,12 @@ def run_round(
         if commit and not reason:
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
             try:
-                best = _commit(trainer, module, scorer, settings, network, trials, best, seed)
+                best = _commit(trainer, module, copies, scorer, settings, network, trials, best, seed)
             except BaseException:
                 optimizers_before.rollback()
                 raise
             transaction.commit()
+            wrap_again(trainer, module)
         costs_after = network.costs_of(best.counts)
         return PruningResult(
             epoch=epoch,
@@ -158,7 +166,7 @@ def run_round(
                 GroupResult(group.name, group.component, group.kind, group.num_channels, group.num_channels - n, c)
                 for group, n, c in zip(network.groups, best.counts, best.trial.coefficients, strict=True)
             ),
-            evaluations=1 + len(trials.done),
+            evaluations=1 + len(trials.done) - trials.recalled,
             seconds=time.monotonic() - started,
             strategy=type(strategy).__name__,
             stop_reason=outcome.stop_reason,
@@ -171,13 +179,25 @@ def run_round(
         )
 
 
+def _agreed(trainer: pl.Trainer, best: _Scored | None) -> _Scored | None:
+    """Make sure that every process is about to commit the same plan: rank zero's."""
+    counts = None if best is None else best.counts
+    same = trainer.strategy.broadcast(counts) == counts
+    if not trainer.strategy.reduce_boolean_decision(same, all=True):
+        raise RuntimeError(
+            "the processes found different plans, so nothing was pruned; a metric or a hook that depends on the rank "
+            "in an unsynchronised way may be the cause"
+        )
+    return best
+
+
 def _search(
     trainer: pl.Trainer,
     settings: RoundSettings,
     space: SearchSpace,
     trials: _Trials,
     seed: int,
-    score_before: float,
+    before: dict[str, float],
 ) -> tuple[SearchStrategy, SearchOutcome]:
     _check_reachable(space)
     strategy = copy.deepcopy(settings.search)
@@ -186,16 +206,26 @@ def _search(
     except ValueError as error:
         raise MisconfigurationException(f"search: {error}") from error
     dense = space.key(np.zeros(space.size))
-    cache = {} if any(dense) else {dense: _loss(score_before, settings.mode)}  # bounds may forbid the dense model
+    # bounds may forbid the dense model
+    cache = {} if any(dense) else {dense: _loss(_monitored(before, settings.monitor), settings.mode)}
     with SearchProgress(
         strategy.max_evaluations, settings.monitor, settings.mode, settings.verbose, trainer=trainer
     ) as bar:
-        return strategy, run_search(strategy, space, trials.evaluate_with(bar), seed=seed, cache=cache)
+        outcome = run_search(
+            strategy,
+            space,
+            trials.evaluate_with(bar),
+            seed=seed,
+            cache=cache,
+            on_asked=lambda x, *_: trials.recall_unpruned(x, before),
+        )
+        return strategy, outcome
 
 
 def _commit(
     trainer: pl.Trainer,
     module: pl.LightningModule,
+    copies: Sequence[nn.Module],
     scorer: ValidationScorer,
     settings: RoundSettings,
     network: _Network,
@@ -211,7 +241,10 @@ def _commit(
     dense = None
     if settings.compensation == "least_squares":
         dense = DenseInputs(module, network.compensation, network.calibration)
-    surgery = network.prune(module, Plan.from_counts(best.counts, network.rankings))
+    plan = Plan.from_counts(best.counts, network.rankings)
+    for averaged in copies:
+        network.prune(averaged, plan)
+    surgery = network.prune(module, plan)
     repair_optimizers(trainer.optimizers, surgery)
     if dense is not None:
         values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
@@ -225,6 +258,7 @@ def _commit(
                 for parameter, value in values:
                     parameter.copy_(value)
     _rehearse(trainer, module, scorer, seed)
+    forget_compiled()
     return best
 
 
@@ -253,6 +287,7 @@ class _Network:
     compensation: Compensation
     calibration: Steps
     samples: int
+    identity: str
 
     @classmethod
     def examine(
@@ -264,18 +299,23 @@ class _Network:
         rng: np.random.Generator,
     ) -> _Network:
         steps = module_steps(trainer, module, scorer)
-        found = prepare_groups(module, steps, settings.components, settings.ignore)
+        found = prepare_groups(module, steps, settings.components, settings.ignore, settings.twins)
+        found = trainer.strategy.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
         if not groups:
             raise MisconfigurationException(nothing_prunable(found))
-        calibration = _calibration(trainer, module, scorer, settings)
+        calibration, batches = _calibration(trainer, module, scorer, settings)
         statistics = collect_statistics(module, find_readers(module, groups), calibration)
         rankings = rank(settings.importance, module, groups, calibration, statistics, rng)
+        rankings = trainer.strategy.broadcast(rankings)
+        for twin, original in (settings.twins or {}).items():  # a twin that did not run sees what its original sees
+            inside = {name: known for name, known in statistics.items() if name.startswith(f"{original}.")}
+            statistics = {twin + name[len(original) :]: known for name, known in inside.items()} | statistics
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
         positions: dict[str, Positions]
         with record_macs(module) as positions:
             _validation(trainer, module, scorer)()
-        samples = scorer.batch_size or 1
+        positions, samples = trainer.strategy.broadcast((positions, scorer.batch_size or 1))
         return cls(
             groups=groups,
             rankings=rankings,
@@ -285,6 +325,9 @@ class _Network:
             compensation=compensation,
             calibration=calibration,
             samples=samples,
+            identity=trainer.strategy.broadcast(
+                digest([(group.name, group.num_channels) for group in groups], rankings, batches)
+            ),
         )
 
     def prune(self, module: nn.Module, plan: Plan) -> Surgery:
@@ -304,7 +347,11 @@ class _Network:
 
 
 def prepare_groups(
-    model: nn.Module, steps: Steps, components: dict[str, list[str]] | None, ignore: Sequence[str]
+    model: nn.Module,
+    steps: Steps,
+    components: dict[str, list[str]] | None,
+    ignore: Sequence[str],
+    twins: dict[str, str] | None = None,
 ) -> list[PruningGroup]:
     """Trace, name components and probe: the groups as the user sees them."""
 
@@ -313,7 +360,7 @@ def prepare_groups(
             for step in steps:
                 step()
 
-    traced = trace_groups(model, steps, ignore)
+    traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
     return probe(model, assign_components(model, traced, components), run)
 
 
@@ -358,13 +405,13 @@ def module_steps(trainer: pl.Trainer, module: pl.LightningModule, scorer: Valida
 
 def _calibration(
     trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, settings: RoundSettings
-) -> Steps:
-    """One step per calibration batch: `training_step`; the validation batch where optimization is manual."""
+) -> tuple[Steps, list[Any]]:
+    """Training batches, and one step for each: `training_step`; where there is none, one validation batch's step."""
     automatic = module.automatic_optimization and is_overridden("training_step", module)
     batches = training_batches(trainer, settings.calibration_batches) if automatic else []
     if not batches:
-        return [_validation(trainer, module, scorer)]
-    return [_training(trainer, module, batch, number) for number, batch in enumerate(batches)]
+        return [_validation(trainer, module, scorer)], []
+    return [_training(trainer, module, batch, number) for number, batch in enumerate(batches)], batches
 
 
 def _rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, seed: int) -> None:
@@ -398,28 +445,26 @@ class _Trials:
 
     def __init__(
         self,
+        trainer: pl.Trainer,
         module: pl.LightningModule,
         scorer: ValidationScorer,
         settings: RoundSettings,
         network: _Network,
         space: SearchSpace,
+        journal: Journal,
     ) -> None:
+        self.trainer, self.journal = trainer, journal
         self.module, self.scorer, self.settings, self.network, self.space = module, scorer, settings, network, space
         self.done: list[_Scored] = []
+        self.recalled = 0  # trials whose score was known before the search
 
     def evaluate_with(self, bar: SearchProgress) -> Callable[[Any], float]:
         """Return the function that the search calls: coefficients in, loss out."""
 
         def evaluate(coefficients: Any) -> float:
-            started = time.monotonic()
             counts = tuple(int(n) for n in self.space.realise(coefficients[None])[0])
-            surgery = self.network.prune(self.module, Plan.from_counts(counts, self.network.rankings))
-            try:
-                metrics = self.scorer.metrics()
-            finally:
-                surgery.undo()
-            soft = self.network.rounding.soft(coefficients, np.array(counts))
-            scored = self._keep(metrics, tuple(float(c) for c in soft), counts, started)
+            soft = tuple(float(c) for c in self.network.rounding.soft(coefficients, np.array(counts)))
+            scored = self._score("trial", lambda: self._pruned_metrics(counts), soft, counts)
             best = self.best()
             bar.advance(scored.trial.score, best.trial.score if best else math.nan)
             return _loss(scored.trial.score, self.settings.mode)
@@ -428,16 +473,37 @@ class _Trials:
 
     def score_as_it_is(self, plan: _Scored) -> _Scored:
         """Score the module as it is now, pruned by this plan in another way."""
-        started = time.monotonic()
-        return self._keep(self.scorer.metrics(), plan.trial.coefficients, plan.counts, started)
+        return self._score("refined", self._metrics, plan.trial.coefficients, plan.counts)
+
+    def _metrics(self) -> dict[str, float]:
+        return over_processes(self.trainer, self.scorer.metrics())
+
+    def _pruned_metrics(self, counts: tuple[int, ...]) -> dict[str, float]:
+        surgery = self.network.prune(self.module, Plan.from_counts(counts, self.network.rankings))
+        try:
+            return self._metrics()
+        finally:
+            surgery.undo()
+
+    def _score(
+        self,
+        kind: str,
+        score: Callable[[], dict[str, float]],
+        coefficients: tuple[float, ...],
+        counts: tuple[int, ...],
+    ) -> _Scored:
+        key = Key(kind, counts, self.network.identity)
+        sparsity = float(self.space.sparsity(np.array([counts]))[0])
+        found = self.journal.scored(key, score, coefficients=coefficients, sparsity=sparsity)
+        return self._keep(found.metrics, coefficients, counts, found.seconds)
 
     def _keep(
-        self, metrics: dict[str, float], coefficients: tuple[float, ...], counts: tuple[int, ...], started: float
+        self, metrics: dict[str, float], coefficients: tuple[float, ...], counts: tuple[int, ...], seconds: float
     ) -> _Scored:
         score = _monitored(metrics, self.settings.monitor)
         sparsity = float(self.space.sparsity(np.array([counts]))[0])
         feasible = bool(self.space.within(np.array([sparsity]))[0]) and math.isfinite(score)
-        trial = Trial(coefficients, sparsity, score, metrics, feasible, time.monotonic() - started)
+        trial = Trial(coefficients, sparsity, score, metrics, feasible, seconds)
         self.done.append(_Scored(trial, counts))
         return self.done[-1]
 
@@ -445,6 +511,14 @@ class _Trials:
         """The best feasible trial; the earliest of equals."""
         feasible = [scored for scored in self.done if scored.trial.feasible]
         return min(feasible, key=lambda scored: _loss(scored.trial.score, self.settings.mode)) if feasible else None
+
+    def recall_unpruned(self, coefficients: Any, metrics: dict[str, float]) -> None:
+        """Where a strategy asks for the model as it is and that is on target already, it is a trial like any other."""
+        known = any(not any(scored.counts) for scored in self.done)
+        if not known and not any(self.space.key(coefficients)) and self.space.on_target(coefficients):
+            groups = len(self.network.groups)
+            self.recalled += 1
+            self._keep(metrics, (0.0,) * groups, (0,) * groups, 0.0)
 
     def unpruned(self, metrics: dict[str, float]) -> _Scored:
         """The module as it was, in the shape of a trial."""

@@ -30,6 +30,7 @@ from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -701,6 +702,34 @@ def _reset_metrics(module: nn.Module) -> None:
             child.reset()
     for collection in collections:  # after their members, whose shared states they tie together again
         collection.reset()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several processes
+
+
+def over_processes(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str, float]:
+    """The mean of each metric over the processes, each of which scored its own share of the validation data.
+
+    Metrics that were logged with `sync_dist`, or come from torchmetrics objects, are equal already.
+    """
+    if trainer.world_size == 1 or not metrics:
+        return metrics
+    names = sorted(metrics)
+    values = torch.tensor([metrics[name] for name in names], dtype=torch.float64, device=trainer.strategy.root_device)
+    means = trainer.strategy.reduce(values, reduce_op="mean")
+    return dict(zip(names, torch.as_tensor(means).tolist(), strict=True))
+
+
+def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Wrap the pruned module for distributed training anew; the old wrapper would reduce parameters that are gone.
+
+    The new wrapper also copies rank zero's weights to all processes, as it does when a fit starts.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, DDPStrategy):
+        strategy.model = pl_module
+        strategy.configure_ddp()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

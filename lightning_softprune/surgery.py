@@ -148,12 +148,13 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
 
 def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """Keep the given indices of the given dimensions; memory format is preserved, autograd is not involved."""
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         result = tensor.detach()
         for dim, kept in by_dim.items():
             result = result.index_select(dim, kept.to(tensor.device))
-        if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-            result = result.contiguous(memory_format=torch.channels_last)
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+            result = result.contiguous(memory_format=last)
     return result
 
 
@@ -166,14 +167,14 @@ def _slice_parameter(parameter: nn.Parameter, by_dim: KeptByDim) -> nn.Parameter
 
 
 def _complete_tied(model: nn.Module, slices: Mapping[int, tuple[Any, Any, list[tuple[nn.Module, str, str]]]]) -> None:
-    """Every module that holds a sliced parameter gets the new one, also where no group names it."""
-    for prefix, module in model.named_modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in slices:
-                owners = slices[id(parameter)][2]
-                place = (module, name, f"{prefix}.{name}".lstrip("."))
-                if not any(owner is module and known == name for owner, known, _ in owners):
-                    owners.append(place)
+    """Every module that holds a sliced tensor gets the new one, also under names that no group knows."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            full = f"{prefix}.{name}".lstrip(".")
+            if tensor is not None and id(tensor) in slices:
+                owners = slices[id(tensor)][2]
+                if not any(known == full for *_, known in owners):
+                    owners.append((module, name, full))
 
 
 def _removed_by_slot(groups: Sequence[PruningGroup], plan: Plan) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
@@ -183,6 +184,8 @@ def _removed_by_slot(groups: Sequence[PruningGroup], plan: Plan) -> dict[str, di
     for group, channels in zip(groups, plan.removed, strict=True):
         if not channels:
             continue
+        if not all(0 <= channel < group.num_channels for channel in channels):
+            raise ValueError(f"plan: {group.name} has {group.num_channels} channels, and should lose {channels}")
         gone = np.zeros(group.num_channels + 1, dtype=bool)  # the last place serves owner == -1
         gone[list(channels)] = True
         for member in group.members:
@@ -207,13 +210,13 @@ class Transaction:
     ``requires_grad`` too. Tensors are copied once on entry; :meth:`rollback` may be called any number of times.
 
     Args:
-        model: The module tree.
+        models: The module trees.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *models: nn.Module) -> None:
         self._done = False
         self._memory = Memory(values=True)
-        self._memory.contents(model)
+        self._memory.contents(*models)
 
     def __enter__(self) -> Transaction:
         return self
@@ -297,7 +300,7 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
                 touched = True
                 old, new, by_dim = replaced[id(parameter)]
                 group["params"][position] = new
-                if old in optimizer.state:
+                if old in optimizer.state and not isinstance(optimizer, LBFGS):
                     state = optimizer.state.pop(old)
                     optimizer.state[new] = _slice_state(optimizer, state, old, new, by_dim)
             for parameter in list(group["params"]):

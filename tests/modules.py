@@ -155,6 +155,12 @@ def no_compensation():
     return {"compensation": "none"} if "compensation" in known else {}
 
 
+def keeping_monitors():
+    """Arguments for a round that leaves plateau schedulers and their like as they are."""
+    known = inspect.signature(SoftPruning).parameters
+    return {"reset_monitors": False} if "reset_monitors" in known else {}
+
+
 def softpruning(**arguments):
     """A quick and quiet callback."""
     defaults = {"search": UniformBaseline(), "tolerance": 0.03, "verbose": False, "report": False}
@@ -219,7 +225,7 @@ def rng_state():
 
 
 def training_state(trainer, module):
-    """All that a failed or skipped round must leave as it was, as copies; and the identities of what it may not replace."""
+    """All that a failed or skipped round leaves as it was: copies, and identities of what it may not replace."""
     return {
         "weights": copy.deepcopy(module.state_dict()),
         "gradients": {name: copy.deepcopy(p.grad) for name, p in module.named_parameters()},

@@ -12,14 +12,15 @@ from torch import nn
 from lightning_softprune.calibration import (
     InputStatistics,
     Reader,
+    Taps,
     as_rows,
     collect_statistics,
     find_readers,
     reading_weight,
+    taps_of,
     watch_inputs,
 )
 from lightning_softprune.groups import Member, PruningGroup, trace_groups
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -130,6 +131,8 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     found = [streamed(share, [2], stride) for share in shares]
+    for statistics, taps in zip(found, (Taps(0.5, 3.0), Taps(), Taps(0.25, 1.0)), strict=True):
+        statistics.taps = taps
     threads = [threading.Thread(target=statistics.all_reduce) for statistics in found]
     for thread in threads:
         thread.start()
@@ -137,6 +140,8 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
         thread.join()
     for statistics in found:
         assert statistics.count == len(rows)
+        taps = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
+        np.testing.assert_allclose([statistics.taps.share, statistics.taps.unevenness], taps)
         np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=1e-12)
         np.testing.assert_allclose(statistics.covariance, pooled_covariance(rows, stride), rtol=1e-8, atol=1e-8)
 
@@ -244,12 +249,52 @@ def test_the_reading_weights_of_a_channel_are_those_whose_loss_it_feels(layer):
     for channel in range(6):
         x = torch.zeros(2, 6) if isinstance(layer, (nn.Linear, nn.MultiheadAttention)) else torch.zeros(2, 6, 5, 5)
         x[:, channel] = 1.0
-        if isinstance(layer, nn.MultiheadAttention):
-            out = nn.functional.linear(x, weight)
-        else:
-            out = layer(x)
+        out = nn.functional.linear(x, weight) if isinstance(layer, nn.MultiheadAttention) else layer(x)
         (gradient,) = torch.autograd.grad(out.square().sum(), weight)
         assert found[channel].square().sum().item() == pytest.approx(weight[gradient != 0].square().sum().item())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 2, 3, padding=1), (5,)),
+        (nn.Conv2d(4, 2, 3, padding=1, stride=2, groups=2), (5, 7)),
+        (nn.Conv2d(4, 2, (1, 4), padding="same", dilation=2), (6, 6)),
+        (nn.Conv3d(4, 2, 2), (3, 3, 3)),
+        (nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"), (5, 5)),
+        (nn.ConvTranspose1d(4, 2, 3, stride=2, output_padding=1), (4,)),
+        (nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1), (4, 5)),
+        (nn.ConvTranspose3d(4, 2, 2, dilation=2), (3, 2, 3)),
+        (nn.ConvTranspose2d(4, 2, 2, stride=3), (2, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel.*")
+def test_taps_that_fall_on_the_input_are_what_a_layer_of_ones_adds_up(layer, shape):
+    for batch in ((2,), ()):
+        x = torch.ones(*batch, 4, *shape)
+        found = taps_of(layer, x)
+        ones = copy.deepcopy(layer)
+        nn.init.ones_(ones.weight)
+        nn.init.zeros_(ones.bias)
+        n = ones(x).detach().double().numpy() / (4 // layer.groups)
+        assert found.share == pytest.approx(n.mean() / np.prod(layer.kernel_size))
+        assert found.unevenness == pytest.approx(n.var() / n.mean(), abs=1e-6)
+
+
+def test_the_taps_of_inputs_of_several_sizes_are_averaged_by_their_observations():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1))
+    short, long = torch.ones(4, 2, 2), torch.ones(1, 2, 6)
+    steps = [lambda: model(short), lambda: model(long)]
+    found = collect_statistics(model, [Reader("0", "in", 1)], steps)["0"].taps
+    first, second = taps_of(model[0], short), taps_of(model[0], long)
+    assert first.share == pytest.approx(2 / 3)
+    assert found.share == pytest.approx((8 * first.share + 6 * second.share) / 14)
+    assert found.unevenness == pytest.approx((8 * first.unevenness + 6 * second.unevenness) / 14)
+
+
+def test_other_layers_meet_their_input_everywhere():
+    assert taps_of(nn.Linear(3, 2), torch.ones(4, 3)) == Taps(1.0, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- leaving no trace
@@ -283,9 +328,9 @@ def test_hooks_go_when_the_users_code_fails():
 
 def test_inputs_given_by_keyword_are_seen():
     layer, seen = nn.Linear(3, 2), []
-    with watch_inputs(nn.Sequential(layer), ["0"], lambda name, rows: seen.append((name, rows))):
+    with watch_inputs(nn.Sequential(layer), ["0"], lambda name, source: seen.append((name, source))):
         layer(input=torch.ones(4, 3))
-    assert [(name, rows.shape) for name, rows in seen] == [("0", (4, 3))]
+    assert [(name, source.shape) for name, source in seen] == [("0", (4, 3))]
 
 
 def test_a_reader_that_did_not_run_has_no_statistics():

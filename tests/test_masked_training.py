@@ -1,6 +1,7 @@
 """Oracle: a pruned network trains exactly as the dense network whose removed channels are held at zero."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def masks_of(dense, pruned):
     names = [name for name, m in modules.items() if isinstance(m, nn.Linear)]
     norms = {}
     ordered = [(name, m) for name, m in modules.items() if isinstance(m, (nn.Linear, nn.BatchNorm1d))]
-    for (name, _), (following, layer) in zip(ordered, ordered[1:], strict=False):
+    for (name, _), (following, layer) in itertools.pairwise(ordered):
         if isinstance(layer, nn.BatchNorm1d):
             norms[name] = following
     columns = torch.arange(before[f"{names[0]}.weight"].shape[1])

@@ -22,9 +22,9 @@ SEEDS = (0, 1, 2)
 every_case = pytest.mark.parametrize("case", PRUNABLE, ids=lambda case: f"{case.name}-{len(case.shape)}d")
 
 
-def random_plan(groups, seed):
+def random_plan(groups, seed, keep=1):
     rng = np.random.default_rng(seed)
-    counts = [int(rng.integers(1, group.num_channels)) for group in groups]
+    counts = [int(rng.integers(1, max(group.num_channels - keep, 1) + 1)) for group in groups]
     return Plan.from_counts(counts, [rng.permutation(group.num_channels) for group in groups])
 
 
@@ -85,20 +85,22 @@ def mask_readers(model, groups, plan):
                         module.weight[:, index] = 0
 
 
-@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(
     "case", [case for case in PRUNABLE if case.masked], ids=lambda case: f"{case.name}-{len(case.shape)}d"
 )
-def test_the_pruned_network_computes_what_the_masked_one_does(case, seed):
-    model, x = case.make(seed)
-    groups = prunable(model, x)
-    plan = random_plan(groups, seed)
-    masked = copy.deepcopy(model)
-    mask_readers(masked, groups, plan)
-    expected = masked(x)
-    assert not torch.equal(outputs(expected), outputs(model(x)))
-    apply_plan(model, groups, plan)
-    close(model(x), expected)
+def test_the_pruned_network_computes_what_the_masked_one_does(case):
+    changed = False
+    for seed in range(5):
+        model, x = case.make(seed)
+        groups = prunable(model, x)
+        plan = random_plan(groups, seed)
+        masked = copy.deepcopy(model)
+        mask_readers(masked, groups, plan)
+        expected = masked(x)
+        changed = changed or not torch.equal(outputs(expected), outputs(model(x)))
+        apply_plan(model, groups, plan)
+        close(model(x), expected)
+    assert changed
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -107,7 +109,7 @@ def test_all_groups_at_once_are_the_same_as_one_after_the_other(case, seed):
     """Sequentially, the groups are traced anew after every step."""
     model, x = case.make(seed)
     groups = prunable(model, x)
-    plan = random_plan(groups, seed)
+    plan = random_plan(groups, seed, keep=2)  # a grouped layer with one channel in each part is another kind of layer
     one_by_one = copy.deepcopy(model)
     for group, channels in zip(groups, plan.removed, strict=True):
         current = {g.name: g for g in zoo.find(one_by_one, x)}[group.name]
@@ -345,7 +347,7 @@ def test_channels_last_is_kept():
     model, x = BY_NAME["Residual"].make()
     model.to(memory_format=torch.channels_last)
     groups = prunable(model, x)
-    apply_plan(model, groups, random_plan(groups, 0))
+    apply_plan(model, groups, plan_for(groups, stem=(0,), up=(3, 4)))
     assert model.up.weight.is_contiguous(memory_format=torch.channels_last)
     assert not model.up.weight.is_contiguous()
 
@@ -354,7 +356,8 @@ def test_channels_last_is_kept_in_three_dimensions():
     model = nn.Sequential(nn.Conv3d(2, 6, 3), nn.Conv3d(6, 4, 3), nn.Conv3d(4, 2, 1))
     model = model.to(memory_format=torch.channels_last_3d)
     groups = prunable(model, torch.randn(1, 2, 5, 5, 5))
-    apply_plan(model, groups, random_plan(groups, 0))
+    apply_plan(model, groups, Plan(((0, 5), (1,))))
+    assert not model[1].weight.is_contiguous()
     assert model[1].weight.is_contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -407,10 +410,13 @@ def test_groups_that_do_not_fit_are_refused_and_nothing_is_written():
     groups = prunable(model, x)
     apply_plan(model, groups[:1], Plan(((0, 1),)))
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"encoder\.0: the group expects 10 channels, there are 8"):
+    with pytest.raises(ValueError, match=r"encoder\.2: the group expects 10 channels, there are 8"):
         apply_plan(model, groups[1:] + groups[:1], Plan(((0,), (0,), (3,))))
     with pytest.raises(ValueError, match="2 groups planned for 3 groups"):
         apply_plan(model, groups, Plan(((), ())))
+    for channels in ((4,), (-1,)):
+        with pytest.raises(ValueError, match=r"encoder\.2 has 4 channels"):
+            apply_plan(model, groups[1:2], Plan((channels,)))
     assert_same(model, before)
 
 
@@ -444,7 +450,7 @@ def test_a_transaction_puts_everything_back():
     model, x = Stateful(), torch.randn(3, 1, 4, 4)
     outputs(model(x)).sum().backward()
     model.eval()
-    held = {key: value for key, value in vars(model).items()}
+    held = dict(vars(model))
     before = snapshot(model)
     grads = [(p.grad, p.grad.clone()) for p in model.parameters()]
     groups = prunable(model, x)
@@ -484,9 +490,14 @@ def test_a_transaction_puts_everything_back():
     with Transaction(model):
         ruin()
     check()
-    with pytest.raises(KeyError), Transaction(model):
-        ruin()
-        raise KeyError
+
+    def fail():
+        with Transaction(model):
+            ruin()
+            raise KeyError("the user's own")
+
+    with pytest.raises(KeyError, match="the user's own"):
+        fail()
     check()
     with Transaction(model) as transaction:
         ruin()
@@ -541,10 +552,10 @@ def masks(model, name):
     return found
 
 
-def batches(name, count):
+def batches(name, count, dtype=torch.float64):
     generator = torch.Generator().manual_seed(5)
     shape = (16, 12) if name == "Autoencoder" else (16, 1, 4, 4)
-    return [torch.randn(shape, generator=generator) for _ in range(count)]
+    return [torch.randn(shape, generator=generator, dtype=dtype) for _ in range(count)]
 
 
 def loss_of(model, x):
@@ -613,7 +624,7 @@ def test_every_optimizer_of_torch_is_tested():
 def pruned_pair(name, build):
     """A masked dense network and a pruned one in the middle of the same training."""
     dense, _ = BY_NAME[name].make()
-    dense.train()
+    dense.train().double()  # Rprop and the first steps of Adam follow the signs of gradients: rounding would decide
     optimizer = build(two_groups(dense))
     for x in batches(name, 3):
         step(dense, optimizer, x)
@@ -632,13 +643,11 @@ def pruned_pair(name, build):
 @pytest.mark.parametrize("network", ["Autoencoder", "Residual"])
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_training_goes_on_as_masked_training_would(kind, network):
-    if kind == "Rprop" and network == "Residual":
-        pytest.skip("Rprop follows signs of gradients: rounding errors of convolutions of other widths decide them")
     dense, optimizer, mask, pruned, pruned_optimizer, surgery = pruned_pair(network, ELEMENTWISE[kind])
     repair_optimizers([pruned_optimizer], surgery)
     for x in batches(network, 12)[3:]:
         expected = step(dense, optimizer, x, mask)
-        assert step(pruned, pruned_optimizer, x) == pytest.approx(expected, abs=1e-5)
+        assert step(pruned, pruned_optimizer, x) == pytest.approx(expected, abs=1e-8)
 
 
 @pytest.mark.parametrize("kind", ["Adam", "SGD momentum", "ASGD"])
@@ -665,12 +674,13 @@ def test_optimizers_hold_exactly_the_live_parameters_and_train_on(kind):
     if kind == "SparseAdam":
         model = nn.Sequential(nn.Embedding(12, 6, sparse=True), nn.Flatten(), nn.Linear(72, 2))
         trained = [model[0].weight]
-    optimizer = getattr(torch.optim, kind)(trained, lr=0.01)
+    settings = {"line_search_fn": "strong_wolfe", "max_iter": 2} if kind == "LBFGS" else {}
+    optimizer = getattr(torch.optim, kind)(trained, lr=0.01, **settings)
 
     def loss():
         if kind == "SparseAdam":
             return model(torch.arange(12)[None].expand(4, -1)).square().mean()
-        return loss_of(model, batches("Autoencoder", 1)[0])
+        return loss_of(model, batches("Autoencoder", 1, torch.float32)[0])
 
     def train():
         def closure():
@@ -679,7 +689,7 @@ def test_optimizers_hold_exactly_the_live_parameters_and_train_on(kind):
             value.backward()
             return value
 
-        return float(optimizer.step(closure))
+        return optimizer.step(closure).item()
 
     for _ in range(3):
         train()
@@ -732,8 +742,6 @@ def test_sparse_adam_goes_on_as_masked_training_would():
         dense, dense_optimizers = copy.deepcopy((model, optimizers))
         dense[2].weight[:, [6 * place + index for place in range(3) for index in (1, 4)]] = 0
     groups = prunable(model, x)
-    if not groups:
-        pytest.skip("a flattened sequence of embeddings is not traced")
     surgery = apply_plan(model, groups, Plan(((1, 4),)))
     repair_optimizers(optimizers, surgery)
     assert train(model, optimizers) == pytest.approx(train(dense, dense_optimizers, [1, 4]), abs=1e-5)
@@ -743,7 +751,7 @@ def test_parameter_groups_lists_and_schedulers_stay_the_same_objects():
     model, _ = BY_NAME["Autoencoder"].make()
     optimizer = torch.optim.AdamW(two_groups(model), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    step(model, optimizer, batches("Autoencoder", 1)[0])
+    step(model, optimizer, batches("Autoencoder", 1, torch.float32)[0])
     scheduler.step()
     groups_before, lists = list(optimizer.param_groups), [group["params"] for group in optimizer.param_groups]
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -783,7 +791,7 @@ class Strange(torch.optim.SGD):
 def test_state_that_cannot_be_sliced_warns_and_starts_afresh():
     model, _ = BY_NAME["Autoencoder"].make()
     optimizer = Strange(model.parameters(), 0.1)
-    step(model, optimizer, batches("Autoencoder", 1)[0])
+    step(model, optimizer, batches("Autoencoder", 1, torch.float32)[0])
     groups = prunable(model, torch.zeros(2, 12))
     surgery = apply_plan(model, groups, plan_for(groups, encoder_0=(0,)))
     with pytest.warns(UserWarning, match="Strange: the state 'sketch'") as caught:
@@ -798,7 +806,7 @@ def test_an_optimizer_transaction_puts_everything_back(kind):
     build = ELEMENTWISE.get(kind, lambda p: torch.optim.LBFGS(itertools.chain(*(group["params"] for group in p))))
     model, _ = BY_NAME["Autoencoder"].make()
     optimizer = build(two_groups(model))
-    for x in batches("Autoencoder", 2):
+    for x in batches("Autoencoder", 2, torch.float32):
         step(model, optimizer, x)
     parameters = live(optimizer)
     containers = [(group, group["params"]) for group in optimizer.param_groups]
@@ -822,4 +830,4 @@ def test_an_optimizer_transaction_puts_everything_back(kind):
         for parameter, value in state.items():
             assert optimizer.state[parameter].keys() == value.keys()
             assert all(optimizer.state[parameter][key] is item for key, item in value.items())
-    step(model, optimizer, batches("Autoencoder", 1)[0])
+    step(model, optimizer, batches("Autoencoder", 1, torch.float32)[0])

@@ -214,6 +214,21 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.layer(self.embedding(tokens) + self.position)))
 
 
+class ClassToken(nn.Module):
+    """A vision transformer's class token, joined to as many tokens as the channels are a multiple of."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 8)
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.inner = nn.Linear(8, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = torch.cat([self.token.expand(len(x), -1, -1), self.body(x)], 1)
+        return self.head(self.inner(x)[:, 0].relu())
+
+
 class PReLUs(nn.Module):
     """PReLU with a slope per channel, and with one for all."""
 
@@ -423,6 +438,7 @@ CASES = (
     Case(InstanceNormed, (3, 2, 4, 4), {"body": 6}),
     Case(Attention, (2, 5, 5), {"body": 4}, masked=False),
     Case(Transformer, (2, 5), {"embedding": 4, "layer.linear1": 16}, masked=False),
+    Case(ClassToken, (2, 3, 5), {"body": 8, "inner": 6}),
     Case(PReLUs, (3, 5), {"body": 8, "inner": 6}),
     Case(Sequence, (3, 2, 7), {"body": 6, "inner": 5}),
     Case(Critic, (3, 6), {"encoder": 8, "q": 10}),

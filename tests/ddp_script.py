@@ -1,0 +1,136 @@
+"""Run by test_ddp.py as a script, once per process: a fit under DDP that writes what each rank saw."""
+
+import json
+import os
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import lightning as L
+import torch
+import torchmetrics
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_softprune.round as rounds
+from lightning_softprune import RandomSearch, SoftPruning
+from lightning_softprune.plan import Plan
+
+
+class Classifier(L.LightningModule):
+    """Three layers; logs a loss with or without `sync_dist` and a torchmetrics accuracy."""
+
+    def __init__(self, sync_dist, unused):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
+        self.head = nn.Linear(12, 3)
+        self.spare = nn.Linear(2, 2) if unused else None
+        self.sync_dist = sync_dist
+        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.losses = []
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def training_step(self, batch):
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        self.losses.append(loss.item())
+        return loss
+
+    def validation_step(self, batch):
+        logits = self(batch[0])
+        self.accuracy(logits, batch[1])
+        self.log("val_acc", self.accuracy)
+        self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]), sync_dist=self.sync_dist)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), 1e-2)
+
+
+class Masks(L.Callback):
+    """Instead of pruning: the same plan as masks on the dense network, enforced after every step."""
+
+    def __init__(self, epoch, removed):
+        self.epoch, self.removed = epoch, removed
+
+    def enforce(self, trainer, module):
+        if trainer.current_epoch < self.epoch:
+            return
+        layers = [module.body[0], module.body[2], module.head]
+        state = trainer.optimizers[0].state
+        for (producer, reader), gone in zip(zip(layers, layers[1:], strict=False), self.removed, strict=True):
+            for parameter, rows in ((producer.weight, 0), (producer.bias, 0), (reader.weight, 1)):
+                for tensor in (parameter.data, *(t for t in state[parameter].values() if t.ndim)):
+                    tensor.index_fill_(rows, torch.tensor(gone, dtype=torch.long), 0.0)
+
+    def on_train_epoch_start(self, trainer, module):
+        self.enforce(trainer, module)
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.enforce(trainer, module)
+
+
+class Digests(L.Callback):
+    """A digest of the parameters after every step."""
+
+    def __init__(self):
+        self.values = []
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.values.append(float(sum(p.detach().double().abs().sum() for p in module.parameters())))
+
+
+def main():
+    options = json.loads(sys.argv[1])
+    out = Path(options["out"])
+    torch.set_num_threads(1)
+    L.seed_everything(0, verbose=False)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(96, 8, generator=generator)
+    y = (x @ torch.randn(8, 3, generator=generator)).argmax(1)
+    train = DataLoader(TensorDataset(x, y), 8, shuffle=True)
+    val = DataLoader(TensorDataset(x[:40], y[:40]), 8)
+    module = Classifier(options["sync_dist"], options.get("unused", False))
+    plans = []
+
+    class Spy(Plan):
+        pass
+
+    original = Plan.from_counts.__func__
+
+    def from_counts(cls, counts, rankings):
+        plans.append(original(cls, counts, rankings))
+        return plans[-1]
+
+    rounds.Plan.from_counts = classmethod(from_counts)
+    digests = Digests()
+    pruning = SoftPruning(
+        monitor=options["monitor"], mode="max" if "acc" in options["monitor"] else "min", epochs=1,
+        target_sparsity=0.5, tolerance=0.05, search=RandomSearch(num_candidates=4),
+        compensation=options["compensation"], verbose=False, report=False,
+    )  # fmt: skip
+    callbacks = [Masks(1, options["removed"])] if "removed" in options else [pruning]
+    trainer = L.Trainer(
+        max_epochs=3, accelerator="cpu", devices=2, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=out,
+        callbacks=[*callbacks, digests],
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **options.get("ddp", {})),
+    )  # fmt: skip
+    trainer.fit(module, train, val)
+    rank = trainer.global_rank
+    record = {
+        "digests": digests.values,
+        "losses": module.losses,
+        "shapes": [list(p.shape) for p in module.parameters()],
+        "removed": [list(gone) for gone in plans[-1].removed] if plans else [],
+        "applied": [result.applied for result in pruning.results],
+        "scores": [trial.score for result in pruning.results for trial in result.trials],
+        "validation": {name: float(value) for name, value in trainer.callback_metrics.items()},
+    }
+    (out / f"rank{rank}.json").write_text(json.dumps(record))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PL_DISABLE_FORK", "1")
+    main()

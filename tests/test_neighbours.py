@@ -1,0 +1,302 @@
+"""What other callbacks remember of the dense model, and twins."""
+
+import copy
+import math
+import re
+
+import lightning as L
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_softprune import SoftPruning, UniformBaseline
+
+
+class Regressor(L.LightningModule):
+    """Learns a fixed linear map; `offset` is added to the logged loss, to steer what others see."""
+
+    def __init__(self, plateau=False, compiled=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
+        self.head = nn.Linear(12, 3)
+        if compiled:
+            self.body = torch.compile(self.body, backend="eager")
+        self.plateau = plateau
+        self.offset = 0.0
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def training_step(self, batch):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    def validation_step(self, batch):
+        self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]) + self.offset)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), 1e-2)
+        if not self.plateau:
+            return optimizer
+        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e-9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
+
+
+def loaders():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 8, generator=generator)
+    y = x @ torch.randn(8, 3, generator=generator)
+    data = TensorDataset(x, y)
+    return DataLoader(data, 16), DataLoader(data, 32)
+
+
+def pruning(**arguments):
+    return SoftPruning(search=UniformBaseline(), verbose=False, report=False, tolerance=0.05, **arguments)
+
+
+def fit(module, tmp_path, *callbacks, **arguments):
+    L.seed_everything(0, verbose=False)
+    arguments.setdefault("enable_checkpointing", any(isinstance(c, ModelCheckpoint) for c in callbacks))
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=list(callbacks), **{"max_epochs": 5, **arguments},
+    )  # fmt: skip
+    trainer.fit(module, *loaders())
+    return trainer
+
+
+def test_the_metric_in_every_checkpoint_name_is_the_metric_of_the_file(tmp_path):
+    files = ModelCheckpoint(tmp_path, "{epoch}-{val_loss:.5f}", monitor="val_loss", save_top_k=-1)
+    fit(Regressor(), tmp_path, pruning(epochs=2), files)
+    found = sorted(tmp_path.glob("*.ckpt"))
+    assert len(found) == 5
+    for path in found:
+        state = torch.load(path, weights_only=True)["state_dict"]
+        module = Regressor()
+        widths = [state[f"body.{i}.weight"].shape[0] for i in (0, 2)]
+        module.body = nn.Sequential(nn.Linear(8, widths[0]), nn.ReLU(), nn.Linear(*widths), nn.ReLU())
+        module.head = nn.Linear(widths[1], 3)
+        module.load_state_dict(state)
+        validated = L.Trainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+        score = validated.validate(module, loaders()[1], verbose=False)[0]["val_loss"]
+        assert score == pytest.approx(float(re.search(r"val_loss=([\d.]+)\.ckpt", path.name)[1]), abs=2e-5)
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_best_checkpoint_after_a_round_is_a_pruned_one_only_if_monitors_start_afresh(tmp_path, reset):
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=1)
+
+    class Worse(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.offset = 100.0 if trainer.current_epoch >= 2 else 0.0  # nothing after the round beats the dense model
+
+    fit(Regressor(), tmp_path, pruning(epochs=2, compensation="none", reset_monitors=reset), best, Worse())
+    rows = torch.load(best.best_model_path, weights_only=True)["state_dict"]["body.0.weight"].shape[0]
+    assert (rows < 16) == reset
+
+
+@pytest.mark.parametrize(("reset", "epochs"), [(True, 6), (False, 3)])
+def test_early_stopping_waits_anew_after_a_round(tmp_path, reset, epochs):
+    class Worse(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.offset = 100.0 - trainer.current_epoch * 10 if trainer.current_epoch >= 2 else 0.0
+
+    stopping = EarlyStopping("val_loss", patience=1)
+    trainer = fit(Regressor(), tmp_path, pruning(epochs=2, reset_monitors=reset), stopping, Worse(), max_epochs=6)
+    assert trainer.current_epoch == epochs
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_plateau_scheduler_does_not_cut_the_rate_because_of_a_round(tmp_path, reset):
+    class Worse(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            module.offset = 100.0 - trainer.current_epoch * 10 if trainer.current_epoch >= 2 else 0.0
+
+    trainer = fit(Regressor(plateau=True), tmp_path, pruning(epochs=2, reset_monitors=reset), Worse(), max_epochs=3)
+    rate = trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-2 if reset else 1e-3)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_averaged_weights_are_pruned_by_the_same_plan(tmp_path, first):
+    averaging = EMAWeightAveraging(decay=0.9)
+    module = Regressor()
+    callback = pruning(epochs=2)
+    fit(module, tmp_path, *((callback, averaging) if first else (averaging, callback)))
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    assert [tuple(p.shape) for p in averaging._average_model.module.parameters()] == shapes
+    assert shapes[0][0] < 16
+
+
+@pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
+def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path):
+    module = Regressor()
+    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=4)
+    fit(module, tmp_path, pruning(epochs=2), averaging, max_epochs=6)
+    assert module.body[0].out_features < 16
+    assert [p.shape for p in averaging._average_model.parameters()] == [p.shape for p in module.parameters()]
+
+
+def test_a_compiled_module_is_pruned_and_trains_on(tmp_path):
+    module = Regressor(compiled=True)
+    callback = pruning(epochs=1)
+    fit(module, tmp_path, callback, max_epochs=3)
+    assert callback.results[0].applied
+    assert module.head.in_features < 12
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
+def test_other_precisions_are_kept(tmp_path, precision):
+    module = Regressor()
+    dtype = {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+
+    class Cast(L.Callback):  # the data are single precision
+        def on_fit_start(self, trainer, module):
+            self.dtypes = {p.dtype for p in module.parameters()}
+
+    cast = Cast()
+    fit(module, tmp_path, pruning(epochs=1), cast, max_epochs=3, precision=precision)
+    assert module.head.in_features < 12
+    assert cast.dtypes == {dtype}
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+def test_clipping_accumulation_and_the_rate_monitor_go_on(tmp_path):
+    class Logs(L.Callback):
+        def on_train_end(self, trainer, module):
+            self.epoch = trainer.current_epoch
+
+    logs = Logs()
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=3, accumulate_grad_batches=3, gradient_clip_val=0.1, log_every_n_steps=1,
+        logger=L.pytorch.loggers.CSVLogger(tmp_path), enable_checkpointing=False,
+        callbacks=[pruning(epochs=1), LearningRateMonitor(), logs],
+    )  # fmt: skip
+    module = Regressor()
+    trainer.fit(module, *loaders())
+    assert module.head.in_features < 12
+    assert [id(p) for p in trainer.optimizers[0].param_groups[0]["params"]] == [id(p) for p in module.parameters()]
+
+
+def test_a_strategy_that_shards_is_refused_by_name(tmp_path):
+    trainer = L.Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    with pytest.raises(MisconfigurationException, match="DDPStrategy.*consolidated checkpoint"):
+        pruning().setup(trainer, Regressor(), "fit")
+
+
+# --------------------------------------------------------------------------------------------------------------- twins
+
+
+class WithTarget(L.LightningModule):
+    """A network and a slowly following copy of it that gives the targets."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Linear(8, 6)
+        self.model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+        self.target = copy.deepcopy(self.model).requires_grad_(False)
+
+    def training_step(self, batch):
+        z = self.encoder(batch[0])
+        with torch.no_grad():
+            target = self.target(z)
+        return nn.functional.mse_loss(self.model(z), 0.5 * target + 0.5 * batch[1])
+
+    def on_train_batch_end(self, *_):
+        with torch.no_grad():
+            for slow, fast in zip(self.target.parameters(), self.model.parameters(), strict=True):
+                slow.lerp_(fast, 0.05)
+
+    def validation_step(self, batch):
+        self.log("val_loss", nn.functional.mse_loss(self.model(self.encoder(batch[0])), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([*self.encoder.parameters(), *self.model.parameters()], 1e-2)
+
+
+@pytest.mark.parametrize("compensation", ["none", "least_squares"])
+def test_a_twin_gets_the_plan_of_the_module_it_mirrors(tmp_path, compensation):
+    module = WithTarget()
+    kept = {}
+
+    class Remember(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                kept.update({name: p.detach().clone() for name, p in module.named_parameters()})
+
+    class Compare(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 0:
+                rows = [[(old == new).all(1).nonzero()[0].item() for new in now] for old, now in (
+                    (kept[f"{name}.0.bias"][:, None], module.get_submodule(name)[0].bias[:, None])
+                    for name in ("model", "target")
+                )]  # fmt: skip
+                kept["rows"] = rows
+
+    callback = pruning(epochs=1, twins={"target": "model"}, compensation=compensation)
+    arguments = (Remember(), callback, Compare()) if compensation == "none" else (callback,)
+    fit(module, tmp_path, *arguments, max_epochs=3)
+    assert [tuple(p.shape) for p in module.target.parameters()] == [tuple(p.shape) for p in module.model.parameters()]
+    assert module.target[0].out_features < 16
+    assert module.target[0].in_features < 6
+    assert not any(group.name.startswith("target") for group in callback.results[0].groups)
+    assert not any(p.requires_grad for p in module.target.parameters())
+    if compensation == "none":
+        assert kept["rows"][0] == kept["rows"][1]
+
+
+@pytest.mark.parametrize(
+    ("twins", "message"),
+    [
+        ({"targte": "model"}, r"twins.*'targte' matches no module; near names: 'target'"),
+        ({"target": "encoder"}, r"twins: 'target' does not mirror 'encoder'"),
+    ],
+)
+def test_twins_that_do_not_fit_are_refused(tmp_path, twins, message):
+    with pytest.raises((MisconfigurationException, ValueError), match=message):
+        fit(WithTarget(), tmp_path, pruning(epochs=1, twins=twins), max_epochs=3)
+
+
+def test_without_twins_a_target_network_is_in_the_way(tmp_path):
+    callback = pruning(epochs=1, target_sparsity=0.3)
+    fit(WithTarget(), tmp_path, callback, max_epochs=3)
+    assert "encoder" not in {group.name for group in callback.results[0].groups}
+
+
+def test_twenty_rounds_keep_no_old_parameters_alive(tmp_path):
+    import gc
+    import weakref
+
+    seen = []
+
+    class Watch(L.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            seen.append([weakref.ref(p) for p in module.parameters()])
+
+    class Wide(Regressor):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+            self.head = nn.Linear(64, 3)
+
+    rounds = 20
+    targets = [0.03 * k for k in range(1, rounds + 1)]
+    callback = pruning(epochs=list(range(1, rounds + 1)), target_sparsity=targets)
+    trainer = fit(Wide(), tmp_path, Watch(), callback, max_epochs=rounds + 1)
+    assert sum(result.applied for result in callback.results) == rounds
+    gc.collect()
+    alive = [sum(ref() is not None for ref in epoch) for epoch in seen]
+    assert sum(alive[:-1]) == 0
+    assert math.isfinite(float(trainer.callback_metrics["val_loss"]))
