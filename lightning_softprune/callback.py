@@ -23,7 +23,7 @@ from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_rec
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
-from lightning_softprune.neighbours import refuse_sharded_optimizers, refuse_sharding, reset_monitors
+from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
@@ -48,8 +48,8 @@ class SoftPruning(pl.Callback):
         search: How coefficients are searched. The callback works on a copy.
         components: Component name -> module-name patterns. Default: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
-        twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the module):
-            a twin gets the same plan and has no coefficients of its own.
+        twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the
+            module): a twin gets the same plan and has no coefficients of its own.
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
         importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
             selection of the channels from which the consumers' outputs are best rebuilt) or "random".
@@ -189,7 +189,7 @@ class SoftPruning(pl.Callback):
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
             self.results, self._dense = [], None
-        self._loading = LoadHook(pl_module)
+        self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

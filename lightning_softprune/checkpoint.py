@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -144,14 +144,16 @@ class LoadHook:
 
     Args:
         module: The module; the hook is an attribute of the instance until :meth:`remove`.
+        copies: Lists the module's averaged copies, which take the same shape.
     """
 
     name = "on_load_checkpoint"
 
-    def __init__(self, module: pl.LightningModule) -> None:
-        self.module = module
+    def __init__(self, module: pl.LightningModule, copies: Callable[[], Iterable[nn.Module]] = tuple) -> None:
+        self.module, self.copies = module, copies
         self.record: dict[str, Any] | None = None
         before = module.__dict__.get(self.name)
+        self.before: Callable[[dict[str, Any]], None] | None
         self.before = before.before if isinstance(before, LoadHook) else before
         module.__dict__[self.name] = self
 
@@ -159,6 +161,9 @@ class LoadHook:
         """Resize, and call what was there before."""
         self.record = checkpoint.get(RECORD)
         _resize_around(self.module, checkpoint, lambda: _call(self, checkpoint))
+        for averaged in self.copies():
+            with nullcontext() if self.record else suppress(ValueError):  # as for the module, which has passed
+                _resize(averaged, checkpoint, strict=False)
 
     def remove(self) -> None:
         """Leave the module as it was before."""

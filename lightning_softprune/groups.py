@@ -669,6 +669,7 @@ class _Walker:
                 return True  # a PReLU with one slope for all channels
             size, parts = layout.slots[slot], layout.parts.get(slot, 1)
         else:
+            self._pass_on(walked, node, indices)
             return True  # an operator: it passes indices on and keeps nothing
         if any(pair.idx >= size or pair.root_idx is None for pair in indices):
             return False
@@ -676,6 +677,25 @@ class _Walker:
         walked.pairs.setdefault(key, set()).update((pair.idx, pair.root_idx) for pair in indices)
         walked.sizes[key], walked.parts[key] = size, parts
         return True
+
+    def _pass_on(self, walked: _Walked, node: Any, indices: Sequence[Any]) -> None:
+        """Note what an operator asks for that counts channels: with fewer of them it would pick others."""
+        made = node.grad_fn
+        if node.type not in (ops.OPTYPE.SPLIT, ops.OPTYPE.SLICE) or not hasattr(made, "_saved_dim"):
+            return
+        shape = tuple(made._saved_self_sym_sizes)
+        dim = _signed(made._saved_dim) % len(shape)
+        if node.type == ops.OPTYPE.SLICE:
+            if made._saved_step > 1 and (dim == 1 or (len(shape) == 3 and dim == 2)):
+                walked.reasons.append(f"a slice takes its channels in steps of {made._saved_step}")
+        elif hasattr(made, "_saved_split_size") and (dim == 1 or (len(shape) == 3 and dim == 2)):
+            size, width = shape[dim], made._saved_split_size
+            if size % width:
+                walked.reasons.append("its channels are chunked into unequal parts")
+                return
+            key = ("", str(id(node)))  # no layer: its parts lose the same channels, like those of a grouped layer
+            walked.pairs.setdefault(key, set()).update((pair.idx, pair.root_idx) for pair in indices)
+            walked.sizes[key], walked.parts[key] = size, size // width
 
 
 def _build(name: str, walked: _Walked, trace: _Trace, ignored: Mapping[str, str]) -> PruningGroup:
@@ -692,7 +712,7 @@ def _build(name: str, walked: _Walked, trace: _Trace, ignored: Mapping[str, str]
         if parts == 1:
             continue
         if len(place) != size:
-            reason = reason or f"{key[0]} has {parts} parts, which channels of several groups share"
+            reason = reason or f"{key[0] or 'a chunk'} has {parts} parts, which channels of several groups share"
             continue
         width = size // parts
         for index, root in place.items():
@@ -700,6 +720,8 @@ def _build(name: str, walked: _Walked, trace: _Trace, ignored: Mapping[str, str]
     channel = roots.numbers()
     members = []
     for key, place in at.items():
+        if not key[0]:
+            continue  # a chunk
         owner = np.full(walked.sizes[key], -1, dtype=np.int64)
         for index, root in place.items():
             owner[index] = channel[root]

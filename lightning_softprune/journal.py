@@ -88,6 +88,7 @@ class Journal:
     Args:
         path: The file; ``None``: nothing is read or written.
         expected: The fingerprint of this round, see `fingerprint`.
+        monitor: Which of the metrics is the score.
         folders: How many of the folders above the file are for journals only: they go with it if they are empty.
         share: What one process read -> what all use (a broadcast, where several processes score together).
         verbose: Whether to say that an earlier search is continued, or cannot be.
@@ -98,15 +99,16 @@ class Journal:
         path: Path | None,
         expected: Mapping[str, str],
         *,
+        monitor: str = "",
         folders: int = 0,
         share: Callable[[list[str]], list[str]] = lambda lines: lines,
         verbose: bool = True,
     ) -> None:
         self._path = path
         self._expected = dict(expected)
-        self._verbose = verbose
+        self._monitor, self._verbose = monitor, verbose
         self._file: BinaryIO | None = None
-        self._gave_up = False
+        self._began = self._gave_up = False
         self._identity: tuple[int, int] | None = None  # of the file that is ours to remove
         self._folders = folders  # above the file, to be removed with it; also those that had to be made for it
         self._lines = share(self._read())
@@ -145,7 +147,7 @@ class Journal:
             started = time.monotonic()
             metrics = score()
             self._passes[key] = Pass(metrics, time.monotonic() - started)
-            self._append(_line(key, self._passes[key], details))
+            self._append(_line(key, self._passes[key], self._monitor, details))
         return self._passes[key]
 
     # ---------------------------------------------------------------------------------------------------------- files
@@ -193,6 +195,7 @@ class Journal:
 
         Always a new one: a run that still writes the old one, in the same folder, cannot mix its lines into it.
         """
+        self._began = True
         self._folders = max(self._folders, sum(not folder.exists() for folder in path.parents))
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"softprune_journal": FORMAT, "fingerprint": self._expected, "folders": self._folders}
@@ -224,10 +227,10 @@ class Journal:
             self._file = None
 
     def _remove(self) -> None:
-        if self._path is None or self._identity is None:
+        if self._path is None or (self._identity is None and not self._began):
             return
         with contextlib.suppress(OSError):
-            if _identity(self._path) == self._identity:
+            if self._identity is not None and _identity(self._path) == self._identity:
                 self._path.unlink()
             for temporary in self._path.parent.glob(f".{self._path.name}.*.tmp"):  # of a run killed while it wrote
                 temporary.unlink()
@@ -269,12 +272,12 @@ def open_journal(
         if "://" in str(root):
             _warn(f"default_root_dir={root!r} is not a local folder")
         else:
-            path = journal_path(root, epoch)
+            path = journal_path(Path(root).absolute(), epoch)
 
     def share(lines: list[str]) -> list[str]:
         return trainer.strategy.broadcast(lines)
 
-    return Journal(path, expected, folders=2, share=share, verbose=bool(getattr(settings, "verbose", True)))
+    return Journal(path, expected, monitor=settings.monitor, folders=2, share=share, verbose=settings.verbose)
 
 
 def _warn(reason: str) -> None:
@@ -297,9 +300,10 @@ def _sync(file: BinaryIO) -> None:
 # ---------------------------------------------------------------------------------------------------------------- lines
 
 
-def _line(key: Key, found: Pass, details: Mapping[str, object]) -> str:
+def _line(key: Key, found: Pass, monitor: str, details: Mapping[str, object]) -> str:
     metrics = {name: value if math.isfinite(value) else str(value) for name, value in found.metrics.items()}
-    return json.dumps({**key._asdict(), **details, "metrics": metrics, "seconds": found.seconds}, allow_nan=False)
+    record = {**key._asdict(), **details, "score": metrics.get(monitor), "metrics": metrics, "seconds": found.seconds}
+    return json.dumps(record, allow_nan=False)
 
 
 def _json(line: str | bytes) -> Any:
@@ -343,7 +347,7 @@ def fingerprint(module: nn.Module, configuration: Mapping[str, object], data: Se
         "settings": digest(configuration),
         "weights": digest(tensors),
         "module": digest(module, sorted((_name(kind), _source(kind)) for kind in kinds)),
-        "hyperparameters": digest(vars(module).get("_hparams")),  # the property would create them
+        "hyperparameters": digest(getattr(module, "hparams_initial", None)),  # `hparams` would create them
         "data": digest(data),
     }
 
@@ -395,7 +399,7 @@ def _content(value: Any) -> list[Any] | str | memoryview:
         array = np.asarray(value)
         if array.dtype.hasobject:
             return [array.shape, *array.reshape(-1)]
-        return [array.dtype.str, array.shape, memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))]
+        return [array.dtype.str, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data]
     if isinstance(value, Mapping):
         return [*value.keys(), *value.values()]
     if isinstance(value, Set):
@@ -415,7 +419,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     tensor = tensor.dequantize() if tensor.is_quantized else tensor
     tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
     flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _name(value: Any) -> str:

@@ -149,7 +149,8 @@ class PruningResult:
         costs_before: Costs before the round.
         costs_after: Costs after it.
         groups: The prunable groups.
-        evaluations: Validation passes really run, sensitivity included, cache hits excluded.
+        evaluations: Validation passes really run, sensitivity included, cache hits excluded. Where a killed search was
+            continued, those of the run that was killed count too.
         seconds: The whole round, trace to commit.
         strategy: Name of the search strategy.
         stop_reason: Why the search ended.

@@ -1,5 +1,6 @@
 """Run by test_ddp.py as a script, once per process: a fit under DDP that writes what each rank saw."""
 
+import itertools
 import json
 import os
 import sys
@@ -59,7 +60,7 @@ class Masks(L.Callback):
             return
         layers = [module.body[0], module.body[2], module.head]
         state = trainer.optimizers[0].state
-        for (producer, reader), gone in zip(zip(layers, layers[1:], strict=False), self.removed, strict=True):
+        for (producer, reader), gone in zip(itertools.pairwise(layers), self.removed, strict=True):
             for parameter, rows in ((producer.weight, 0), (producer.bias, 0), (reader.weight, 1)):
                 for tensor in (parameter.data, *(t for t in state[parameter].values() if t.ndim)):
                     tensor.index_fill_(rows, torch.tensor(gone, dtype=torch.long), 0.0)

@@ -266,6 +266,22 @@ def test_the_solution_cut_from_one_factorisation_is_that_of_a_fresh_one_for_ever
             torch.testing.assert_close(nested, fresh, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["Autoencoder", "Residual", "Critic"])
+def test_a_plan_of_the_ranking_needs_no_fresh_factorisation(name, monkeypatch):
+    net = prepared(name)
+    found = net.compensation()
+
+    def refuse(*args):
+        raise AssertionError("factorised again")
+
+    monkeypatch.setattr(compensation, "_cholesky", refuse)
+    for count in range(1, 5):
+        counts = [min(count, group.num_channels - 1) for group in net.groups]
+        surgery = apply_plan(net.model, net.groups, Plan.from_counts(counts, net.rankings))
+        found.apply(net.model, surgery)
+        surgery.undo()
+
+
 def test_channels_of_no_group_stay_as_predictors():
     torch.manual_seed(0)
     model, x = make("Joined", 200)

@@ -118,6 +118,48 @@ def test_a_gate_goes_with_the_channel_it_gates():
     assert owners("ChunkGate", "body")["body (out)"] == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
 
 
+def test_the_halves_of_a_chunk_stay_halves():
+    found = owners("ChunkSwap", "body")
+    assert found["body (out)"] == [0, 1, 2, 3, 0, 1, 2, 3]
+    assert found["head (in)"] == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+class Picking(nn.Module):
+    def __init__(self, pick, width):
+        super().__init__()
+        self.pick, self.body, self.head = pick, nn.Linear(5, 9), nn.Linear(width, 2)
+
+    def forward(self, x):
+        return self.head(self.pick(self.body(x)))
+
+
+@pytest.mark.parametrize(
+    ("pick", "width", "reason"),
+    [
+        (lambda y: y[:, ::3], 3, "a slice takes its channels in steps of 3"),
+        (lambda y: y.chunk(2, 1)[0], 5, "are chunked into unequal parts"),
+    ],
+)
+def test_picks_that_depend_on_the_number_of_channels_are_refused(pick, width, reason):
+    found = by_name(find(Picking(pick, width), torch.randn(3, 5)))
+    assert reason in found["body"].reason
+
+
+def test_a_chunk_across_the_channels_of_two_layers_is_refused():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 6), nn.Linear(5, 6)
+            self.left, self.right = nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x):
+            left, right = torch.cat([self.one(x), self.two(x).relu()], 1).chunk(2, 1)
+            return self.left(left) + self.right(right)
+
+    found = by_name(find(Joined(), torch.randn(3, 5)))
+    assert found["one"].reason == found["two"].reason == "a chunk has 2 parts, which channels of several groups share"
+
+
 def test_the_parts_of_grouped_layers_lose_the_same_channels():
     assert owners("GroupedConv", "stem")["grouped (in)"] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert owners("GroupNormed", "body")["norm (both)"] == [0, 1, 2, 3] * 3

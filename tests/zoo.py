@@ -95,6 +95,33 @@ class ChunkGate(nn.Module):
         return self.head(self.inner(value * gate.sigmoid()).relu())
 
 
+class ChunkHeads(nn.Module):
+    """Both halves of a layer's channels have a reader of their own: a half stays half only if they go in pairs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 8)
+        self.left = nn.Linear(4, 3)
+        self.right = nn.Linear(4, 3)
+
+    def forward(self, x):
+        left, right = self.body(x).chunk(2, 1)
+        return self.left(left.relu()) + self.right(right.tanh())
+
+
+class ChunkSwap(nn.Module):
+    """The halves of a layer's channels change places."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 8)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        left, right = self.body(x).chunk(2, 1)
+        return self.head(torch.cat([right, left], 1))
+
+
 class DepthwiseSeparable(nn.Module):
     def __init__(self):
         super().__init__()
@@ -429,6 +456,8 @@ CASES = (
     Case(UnevenSplit, (3, 6), {"body": 10, "left": 4}),
     Case(ChunkGate, (3, 5), {"body": 6, "inner": 7}),
     Case(ChunkGate, (3, 2, 5), {"body": 6, "inner": 7}),
+    Case(ChunkHeads, (3, 5), {"body": 4}),
+    Case(ChunkSwap, (3, 5), {"body": 4}),
     Case(DepthwiseSeparable, (3, 1, 5, 5), {"stem": 6, "pointwise": 8}),
     Case(GroupedConv, (3, 1, 5, 5), {"stem": 4, "grouped": 6}),
     Case(TransposedConv, (2, 1, 8, 8), {"down": 6, "up": 4, "grouped": 2}),

@@ -12,7 +12,8 @@ The networks:
 
 Each is trained once (Adam, 1e-3). For every row a copy of it is pruned before a training epoch and then trained for
 that one epoch. The search scores its trials on 1,000 images held back from the training file; the table shows the
-metric on the 10,000 test images, which neither training nor search has seen. Rows go to ``--output`` as CSV and to the terminal as a table.
+metric on the 10,000 test images, which neither training nor search has seen. Rows go to ``--output`` as CSV and to the
+terminal as a table.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from mnist_autoencoder import read_idx  # noqa: E402
+from mnist_autoencoder import read_idx
 
-from lightning_softprune import (  # noqa: E402
+from lightning_softprune import (
     GradientSearch,
     NormBaseline,
     RandomSearch,
@@ -184,7 +185,9 @@ def main() -> None:
     for name, seed in itertools.product(names, options.seeds):
         kind, images, epochs = NETWORKS[name]
         L.seed_everything(seed, verbose=False)
-        train = DataLoader(TensorDataset(train_x[: min(images, 59_000)], train_y[: min(images, 59_000)]), 128, shuffle=True)
+        train = DataLoader(
+            TensorDataset(train_x[: min(images, 59_000)], train_y[: min(images, 59_000)]), 128, shuffle=True
+        )
         dense = kind()
         started = time.monotonic()
         trainer(options.epochs or epochs).fit(dense, train, val)
