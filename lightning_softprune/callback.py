@@ -169,7 +169,7 @@ class SoftPruning(pl.Callback):
                 "barebones=True: there is no `self.log`, which SoftPruning needs for scores"
             )
         last, end = max(self.epochs), trainer.max_epochs
-        if end is not None and end != -1:
+        if end is not None and end != -1 and not trainer.fast_dev_run:  # which is over before any round
             if last >= end:
                 raise MisconfigurationException(
                     f"epochs={last} is never reached with max_epochs={end}; the largest allowed is {end - 1}"
@@ -237,7 +237,10 @@ class SoftPruning(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches."""
+        rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
+        if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
+            raise StopIteration  # how Lightning's epoch loop ends its batches: this one is not trained on
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for."""

@@ -527,6 +527,8 @@ def _along_channels(graph: Any, node: Any, dim: int, shape: torch.Size) -> bool:
         return False
     if wanted != shape[dim] and wanted in shape[1:]:
         return False  # the channels are another dimension
+    if dim == 1 and len(shape) != 3:
+        return True  # also where what follows reads only a part
     return wanted is None or bool(wanted % shape[dim] == 0)
 
 

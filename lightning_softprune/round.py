@@ -355,13 +355,13 @@ def prepare_groups(
 ) -> list[PruningGroup]:
     """Trace, name components and probe: the groups as the user sees them."""
 
-    def run() -> None:
-        with torch.no_grad():
+    def run(seed: int = 0) -> None:
+        with isolated_rng(seed), torch.no_grad():
             for step in steps:
                 step()
 
     traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
-    return probe(model, assign_components(model, traced, components), run)
+    return probe(model, assign_components(model, traced, components), run, lambda: run(1))
 
 
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:

@@ -81,6 +81,17 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
         ValueError: Groups do not fit the model, or the plan the groups.
     """
     removed = _removed_by_slot(groups, plan)
+    return _select(
+        model,
+        {name: {slot: _kept(m) for slot, m in slots.items()} for name, slots in removed.items()},
+        {(name, slot): len(mask) for name, slots in removed.items() for slot, mask in slots.items()},
+    )
+
+
+def _select(
+    model: nn.Module, selected: Mapping[str, Mapping[str, torch.Tensor]], expected: Mapping[tuple[str, str], int]
+) -> Surgery:
+    """Make every slot hold the given indices of what it holds now; ``expected`` is how many it should hold now."""
     modules = dict(model.named_modules())
     record = Surgery()
     slices: dict[int, tuple[torch.Tensor, KeptByDim, list[tuple[nn.Module, str, str]]]] = {}
@@ -96,23 +107,23 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
         if (owner, name, full) not in owners:
             owners.append((owner, name, full))
 
-    for module_name, masks in removed.items():
+    for module_name, slots in selected.items():
         sizes = {}
         module = modules.get(module_name)
         if module is None:  # a bare parameter
             parent, _, _ = module_name.rpartition(".")
-            for slot, mask in masks.items():
-                add(modules[parent], module_name, int(slot.removeprefix("dim")), _kept(mask))
+            for slot, kept in slots.items():
+                add(modules[parent], module_name, int(slot.removeprefix("dim")), kept)
             continue
         layout = layout_of(module)
         if not isinstance(layout, Layout):
             raise ValueError(f"{module_name}: {layout or 'this module is not a layer'}")
-        for slot, mask in masks.items():
-            if layout.slots[slot] != len(mask):
+        for slot, kept in slots.items():
+            if layout.slots[slot] != expected[module_name, slot]:
                 raise ValueError(
-                    f"{module_name}: the group expects {len(mask)} channels, there are {layout.slots[slot]}"
+                    f"{module_name}: the group expects {expected[module_name, slot]} channels, "
+                    f"there are {layout.slots[slot]}"
                 )
-            kept = _kept(mask)
             sizes[slot] = len(kept)
             for axis in layout.axes:
                 path, _, name = axis.tensor.rpartition(".")
@@ -236,22 +247,36 @@ class Transaction:
         self._memory.restore()
 
 
-def probe(model: nn.Module, groups: Sequence[PruningGroup], run: Callable[[], Any]) -> list[PruningGroup]:
+def probe(
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    run: Callable[[], Any],
+    run_otherwise: Callable[[], Any] | None = None,
+) -> list[PruningGroup]:
     """Find the groups that the graph takes for prunable and the code does not.
 
     From each prunable group a few channels (the first, the last and one between, if there are that many) are removed,
     the model is run, and the channels are put back. A constant in a ``view``, an addition to the raw input or an
     assumption about the width shows now, not in the middle of a search.
 
+    Then the group's channels change places, everywhere alike. No layer's outputs may notice. If they do, something
+    between the layers reorders channels or tells them apart by their number (``flip``, a channel shuffle, a slice), and
+    what would be removed from a reader is not what its producer loses.
+
     Args:
         model: The model; unchanged afterwards.
         groups: Traced groups.
-        run: Runs the steps of the model once; they are known to run on the dense model.
+        run: Runs the steps of the model once, always with the same random numbers; they are known to run on the dense
+            model.
+        run_otherwise: The same with other random numbers: outputs that depend on them are not compared.
 
     Returns:
         The groups; those that fail are not prunable and carry the error's first line as their reason.
     """
     probed = []
+    dense = _outputs(model, run)
+    other = dense if run_otherwise is None else _outputs(model, run_otherwise)
+    dense = {name: seen for name, seen in dense.items() if name in other and _alike(seen, other[name])}
     for group in groups:
         if not group.prunable:
             probed.append(group)
@@ -266,10 +291,77 @@ def probe(model: nn.Module, groups: Sequence[PruningGroup], run: Callable[[], An
             line = (str(error).splitlines() or [""])[0]
             probed.append(group.refuse(f"the model does not run with fewer channels: {type(error).__name__}: {line}"))
         else:
-            probed.append(group)
+            own = {member.module for member in group.members if member.slot == "out"}
+            surgery = _swap_channels(model, group, surgery)
+            seen = _outputs(model, run)
+            torn = [name for name in dense if name not in own and not _alike(dense[name], seen.get(name, []))]
+            reason = (
+                f"its channels are reordered, or told apart by their number, on the way to {torn[0]}" if torn else ""
+            )
+            probed.append(group.refuse(reason) if reason else group)
         finally:
             surgery.undo()
     return probed
+
+
+def _swap_channels(model: nn.Module, group: PruningGroup, removed: Surgery) -> Surgery:
+    """Let the channels of a group change places in all its members, after undoing what was removed from them.
+
+    Only channels that hold the same number of indices in every member can take each other's place.
+    """
+    removed.undo()
+    shape = np.stack([np.bincount(m.owner[m.owner >= 0], minlength=group.num_channels) for m in group.members])
+    place = np.arange(group.num_channels)
+    for kind in np.unique(shape, axis=1).T:
+        alike = np.flatnonzero((shape == kind[:, None]).all(axis=0))
+        place[alike] = np.roll(alike[::-1], 1)
+    selected: dict[str, dict[str, torch.Tensor]] = {}
+    for member in group.members:
+        order = np.arange(len(member.owner))
+        for channel in range(group.num_channels):
+            order[member.owner == channel] = np.flatnonzero(member.owner == place[channel])
+        slots = selected.setdefault(member.module, {})
+        before = slots.get(member.slot)
+        moved = torch.from_numpy(order)
+        slots[member.slot] = moved if before is None else before[moved]
+    sizes = {(member.module, member.slot): len(member.owner) for member in group.members}
+    return _select(model, selected, sizes)
+
+
+def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
+    """Run the model; a fingerprint and the norm of the output of every layer that mixes channels, call by call."""
+    seen: dict[str, list[tuple[float, float]]] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            if isinstance(first, torch.Tensor) and first.is_floating_point():
+                values = first.detach().flatten().float()
+                weights = torch.cos(torch.arange(len(values), dtype=torch.float32, device=values.device) * 2.3999632)
+                scale = max(torch.finfo(first.dtype).eps / torch.finfo(torch.float32).eps, 1.0)  # coarser in half
+                norm = float(values.norm()) * min(scale, 64.0)
+                seen.setdefault(name, []).append((float((values * weights).sum()), norm))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(hook_for(name))
+        for name, module in model.named_modules()
+        if isinstance(layout := layout_of(module), Layout) and "out" in layout.slots
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _alike(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> bool:
+    """Whether two layers' fingerprints agree to a thousandth of their norms (64 times as much in half precision)."""
+    return len(one) == len(other) and all(
+        abs(a - b) <= 1e-3 * max(norm, other_norm) + 1e-6 for (a, norm), (b, other_norm) in zip(one, other, strict=True)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- optimizers

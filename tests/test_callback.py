@@ -366,6 +366,21 @@ def test_a_round_whose_epoch_start_was_skipped_runs_at_the_next_batch(tmp_path):
     assert_optimizers_hold_live_parameters(trainer, module)
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+def test_no_fine_tuning_after_a_skipped_epoch_start_trains_on_no_batch(tmp_path):
+    steps = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    fit(tmp_path, made(), steps, max_epochs=2, enable_checkpointing=True)
+    module, callback = made(seed=1), softpruning(finetune_epochs=0)
+    dense, data = count(module), loaders(module)
+    trainer = trainer_of(tmp_path, callback, max_epochs=4)
+    trainer.fit(module, **data, ckpt_path=tmp_path / "step=4.ckpt")
+    assert count(module) < dense
+    assert module.losses == []
+    assert trainer.global_step == 4
+    validated = plain_validate(tmp_path, module, data)
+    assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(validated["val_loss"], abs=1e-6)
+
+
 def test_the_batch_hook_alone_runs_a_round_that_is_due(tmp_path, monkeypatch):
     monkeypatch.setattr(SoftPruning, "on_train_epoch_start", lambda *_: None)
     module, callback = made(), softpruning()

@@ -9,6 +9,7 @@ import zoo
 from torch import nn
 from zoo import BY_NAME, CASES, PRUNABLE, find
 
+from lightning_softprune import find_groups
 from lightning_softprune.groups import assign_components, match_modules, trace_groups
 from lightning_softprune.surgery import probe
 
@@ -452,3 +453,38 @@ def test_tracing_works_whatever_the_callers_grad_mode(mode, name):
         groups = find(model, x)
         assert not torch.is_grad_enabled()
     assert groups == find(model, x)
+
+
+class _Reordered(nn.Module):
+    """Something between two layers gives channels other numbers."""
+
+    def __init__(self, reorder):
+        super().__init__()
+        self.body = nn.Linear(4, 9)
+        self.inner = nn.Linear(9, 6)
+        self.head = nn.Linear(6, 2)
+        self.reorder = reorder
+
+    def forward(self, x):
+        return self.head(self.inner(self.reorder(self.body(x)).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("reorder", "prunable"),
+    [
+        (lambda y: y, True),
+        (lambda y: y + torch.randn_like(y), True),  # random outputs are no evidence
+        (lambda y: y.softmax(1) - y.mean(1, keepdim=True), True),
+        (lambda y: y.flip(1), False),
+        (lambda y: y.roll(2, 1), False),
+        (lambda y: y.reshape(-1, 3, y.shape[1] // 3).transpose(1, 2).flatten(1), False),
+    ],
+    ids=["nothing", "noise", "symmetric", "flip", "roll", "shuffle"],
+)
+def test_channels_that_are_reordered_on_the_way_to_their_reader_are_left_alone(reorder, prunable):
+    torch.manual_seed(0)
+    found = {group.name: group for group in find_groups(_Reordered(reorder), torch.randn(6, 4))}
+    assert found["body"].prunable == prunable
+    assert found["inner"].prunable
+    if not prunable:
+        assert "on the way to inner" in found["body"].reason
