@@ -150,7 +150,6 @@ def run_round(
                 optimizers_before.rollback()
                 raise
             transaction.commit()
-            wrap_again(trainer, module)
         costs_after = network.costs_of(best.counts)
         return PruningResult(
             epoch=epoch,
@@ -259,6 +258,7 @@ def _commit(
                     parameter.copy_(value)
     _rehearse(trainer, module, scorer, seed)
     forget_compiled()
+    wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
     return best
 
 
