@@ -169,7 +169,8 @@ class SoftPruning(pl.Callback):
                 "barebones=True: there is no `self.log`, which SoftPruning needs for scores"
             )
         last, end = max(self.epochs), trainer.max_epochs
-        if end is not None and end != -1 and not trainer.fast_dev_run:  # which is over before any round
+        trial_run = getattr(trainer, "fast_dev_run", False)  # one batch and out, before any round
+        if end is not None and end != -1 and not trial_run:
             if last >= end:
                 raise MisconfigurationException(
                     f"epochs={last} is never reached with max_epochs={end}; the largest allowed is {end - 1}"
