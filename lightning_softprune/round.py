@@ -409,9 +409,20 @@ def _calibration(
     """Training batches, and one step for each: `training_step`; where there is none, one validation batch's step."""
     automatic = module.automatic_optimization and is_overridden("training_step", module)
     batches = training_batches(trainer, settings.calibration_batches) if automatic else []
-    if not batches:
-        return [_validation(trainer, module, scorer)], []
-    return [_training(trainer, module, batch, number) for number, batch in enumerate(batches)], batches
+    steps: Steps = [_validation(trainer, module, scorer)]
+    if batches:
+        steps = [_training(trainer, module, batch, number) for number, batch in enumerate(batches)]
+    return [_repeatable(step, number) for number, step in enumerate(steps)], batches
+
+
+def _repeatable(step: Callable[[], Any], seed: int) -> Callable[[], Any]:
+    """The step with the same random numbers each time: dense and pruned inputs are compared sample by sample."""
+
+    def run() -> Any:
+        with isolated_rng(seed):
+            return step()
+
+    return run
 
 
 def _rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, seed: int) -> None:
@@ -586,9 +597,9 @@ def find_groups(
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> for group in find_groups(model, torch.zeros(1, 4)):
-    ...     print(group.name, group.num_channels, group.prunable, group.reason)
-    0 8 True
-    2 2 False 2 produces an output of the network
+    ...     print(group.name, group.num_channels, group.reason or "prunable")
+    0 8 prunable
+    2 2 2 produces an output of the network
     """
     steps: Steps = []
     if isinstance(model, pl.LightningModule) and batch is not None:
