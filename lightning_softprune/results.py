@@ -14,7 +14,7 @@ import operator
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _MODES = ("min", "max")
@@ -45,6 +45,10 @@ class GroupResult:
         channels_before: Channels before the round.
         channels_after: Channels after it.
         coefficient: The soft coefficient, in [0, 1]; at most one channel away from what was removed.
+        low: The smallest coefficient that its bounds allow.
+        high: The largest one.
+        params: Parameters that go when this group alone is pruned as far as its bounds allow.
+        macs: Multiply-accumulate operations that go with them.
     """
 
     name: str
@@ -53,6 +57,27 @@ class GroupResult:
     channels_before: int
     channels_after: int
     coefficient: float
+    low: float = 0.0
+    high: float = 1.0
+    params: int = 0
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What the package leaves alone.
+
+    Attributes:
+        name: The group's name, or that of a module or parameter.
+        component: The named sub-network it belongs to.
+        channels: Its channels; 0 where they are not known.
+        reason: Why it is not pruned.
+    """
+
+    name: str
+    component: str
+    channels: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -160,6 +185,16 @@ class PruningResult:
         mode: `"min"` or `"max"`.
         sensitivity: One curve per group, where the strategy took them.
         reason: Why nothing was applied; empty otherwise.
+        chosen: Index of the trial that the pruned model is, or that a dry run would have applied; `None`: there is none.
+        tolerance: How far from the target a feasible plan may lie.
+        cost: What sparsity is measured in, `"params"` or `"macs"`.
+        limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain.
+        constraints: Metric constraints, as they were given.
+        latency_before: Median time of a validation step's forward before the round, in seconds; `None`: not measured.
+        latency_after: The same after it.
+        left_out: Everything that takes no part in the search, and why.
+        configuration: The callback's arguments, as text.
+        versions: Library -> version.
 
     Raises:
         ValueError: If `mode` is unknown or a trial has not one coefficient per group.
@@ -201,6 +236,16 @@ class PruningResult:
     mode: str
     sensitivity: tuple[Sensitivity, ...] = ()
     reason: str = ""
+    chosen: int | None = None
+    tolerance: float = 0.0
+    cost: str = "params"
+    limits: dict[str, float] = field(default_factory=dict)
+    constraints: tuple[str, ...] = ()
+    latency_before: float | None = None
+    latency_after: float | None = None
+    left_out: tuple[LeftOut, ...] = ()
+    configuration: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _checked_mode(self.mode)
@@ -328,11 +373,11 @@ def _decode_fields(cls: type, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise _wrong(where, "a dict", value)
     arguments = {}
-    for field in dataclasses.fields(cls):
-        place = f"{where}.{field.name}" if where else field.name
-        if field.name in value:
-            arguments[field.name] = _decode(_hints(cls)[field.name], value[field.name], place)
-        elif field.default is dataclasses.MISSING:
+    for known in dataclasses.fields(cls):
+        place = f"{where}.{known.name}" if where else known.name
+        if known.name in value:
+            arguments[known.name] = _decode(_hints(cls)[known.name], value[known.name], place)
+        elif known.default is known.default_factory is dataclasses.MISSING:
             raise ValueError(f"not a pruning result: {place!r} is missing")
     return cls(**arguments)
 

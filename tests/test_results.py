@@ -134,7 +134,8 @@ def test_fields_with_a_default_may_be_missing() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [f.name for f in dataclasses.fields(PruningResult) if f.default is dataclasses.MISSING]
+    "field",
+    [f.name for f in dataclasses.fields(PruningResult) if f.default is f.default_factory is dataclasses.MISSING],
 )
 def test_a_missing_field_is_named(field: str) -> None:
     data = make_result().to_dict()
