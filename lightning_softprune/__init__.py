@@ -3,8 +3,8 @@
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
 from lightning_softprune.groups import PruningGroup
+from lightning_softprune.network import find_groups
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
-from lightning_softprune.round import find_groups
 from lightning_softprune.search import (
     GradientSearch,
     GridSearch,

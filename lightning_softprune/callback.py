@@ -8,30 +8,43 @@ checkpoints, schedulers and EarlyStopping did with its metrics belongs to the we
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import math
+import platform
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
+from lightning_softprune.costs import COSTS
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
+from lightning_softprune.objective import parse_constraint
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import RoundSettings, run_round
+from lightning_softprune.round import DRY_RUN, run_round
 from lightning_softprune.scoring import finish_epoch_without_training, logging_step
 from lightning_softprune.search import GradientSearch, SearchStrategy
+from lightning_softprune.settings import RoundSettings
 
 __all__ = ["SoftPruning", "cubic_schedule"]
+
+LIMITS = (*COSTS, "latency")
+"""What can be limited."""
+
+_NO_ARGUMENTS = frozenset({"self", "__class__"})
 
 
 class SoftPruning(pl.Callback):
@@ -43,9 +56,22 @@ class SoftPruning(pl.Callback):
         epochs: Epoch ``e``: the search runs after the validation that closed epoch ``e - 1``, and the prune is in
             force when epoch ``e`` starts training. Several epochs: one round at each.
         target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
-            (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing.
+            (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
+            sparsity that meets every constraint, to within `tolerance`; with `SensitivitySearch` that takes 10
+            evaluations per group for its curves and about 15 more, with `GradientSearch` one or two descents on top.
         tolerance: A plan is feasible when its sparsity is at most this far from the target.
+        cost: What sparsity is measured in, "params" or "macs" (multiply-accumulate operations of the validation step).
+        limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain, as in
+            ``{"macs": 0.5}``. Latency is the median time of the validation step's forward in eval mode on the training
+            device, relative to the dense model in the same run. It is measured on up to 6 finalists, and is noisy:
+            expect a few percent, more on a busy machine.
+        constraints: Metric constraints such as ``"val_psnr >= 19.5"``, on any metric logged while validating; operators
+            ``<=``, ``>=``, ``<``, ``>``.
+        on_violation: No plan meets the constraints: "skip" leaves the model as it is and warns, "prune" prunes with the
+            least violating plan and warns, "error" raises.
         search: How coefficients are searched. The callback works on a copy.
+        granularity: "group": one coefficient per group. "component": one shared by all groups that lie inside one
+            component; groups that couple several keep their own.
         components: Component name -> module-name patterns. Default: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
         twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the
@@ -84,9 +110,14 @@ class SoftPruning(pl.Callback):
         monitor: str = "val_loss",
         mode: Literal["min", "max"] = "min",
         epochs: Union[int, list[int]] = 1,  # noqa: UP007 - the command line parser reads these annotations
-        target_sparsity: Union[float, list[float]] = 0.5,  # noqa: UP007
+        target_sparsity: Union[float, list[float], None] = 0.5,  # noqa: UP007
         tolerance: float = 0.02,
+        cost: Literal["params", "macs"] = "params",
+        limits: dict[str, float] | None = None,
+        constraints: list[str] | None = None,
+        on_violation: Literal["skip", "prune", "error"] = "skip",
         search: SearchStrategy = GradientSearch(),  # noqa: B008 - never changed, see `self.search`
+        granularity: Literal["group", "component"] = "group",
         components: dict[str, list[str]] | None = None,
         ignore: list[str] | None = None,
         twins: dict[str, str] | None = None,
@@ -103,14 +134,28 @@ class SoftPruning(pl.Callback):
         verbose: bool = True,
     ) -> None:
         super().__init__()
+        self._configuration = {name: repr(value) for name, value in locals().items() if name not in _NO_ARGUMENTS}
         self.monitor = _typed("monitor", monitor, str)
         self.mode = _one_of("mode", mode, ("min", "max"))
         self.epochs = _epochs(epochs)
         self.targets = _targets(target_sparsity, len(self.epochs))
         self.tolerance = _number("tolerance", tolerance, 0.0, 1.0, low_included=True)
+        self.cost = _one_of("cost", cost, COSTS)
+        self.limits = _limits(limits)
+        self.constraints = tuple(
+            parse_constraint(text, f"constraints[{number}]")
+            for number, text in enumerate(_strings("constraints", constraints))
+        )
+        self.on_violation = _one_of("on_violation", on_violation, ("skip", "prune", "error"))
+        if target_sparsity is None and not self.constraints:
+            raise ValueError(
+                "target_sparsity: None asks for the highest sparsity that meets every metric constraint, and there are "
+                'no constraints; give some, as in constraints=["val_psnr >= 19.5"], or a number'
+            )
         if not isinstance(search, SearchStrategy):
             raise TypeError(f"search: {search!r} is not a SearchStrategy, for example GradientSearch()")
         self.search = copy.deepcopy(search)
+        self.granularity = _one_of("granularity", granularity, ("group", "component"))
         self.components = _patterns("components", components)
         self.ignore = tuple(_strings("ignore", ignore))
         self.twins: dict[str, str] | None = _mapping("twins", twins, lambda name, value: _typed(name, value, str))
@@ -152,8 +197,11 @@ class SoftPruning(pl.Callback):
         """Refuse, before anything runs, what cannot work with this trainer."""
         self._evaluating = stage != "fit"
         if self._evaluating:
+            if stage == "validate":
+                refuse_sharding(trainer)
             self._loading = LoadHook(pl_module)
             return
+        self.results = self._real_results()
         others = [callback for callback in trainer.callbacks if isinstance(callback, SoftPruning)]  # type: ignore[attr-defined]
         if len(others) > 1:
             raise MisconfigurationException(
@@ -219,6 +267,9 @@ class SoftPruning(pl.Callback):
         """Check names against the module."""
         order_parameters(pl_module, trainer.optimizers, self._end_loading())
         refuse_sharded_optimizers(trainer)
+        self._check_names(pl_module)
+
+    def _check_names(self, pl_module: pl.LightningModule) -> None:
         try:
             match_modules(pl_module, self.ignore, "ignore")
             match_modules(pl_module, [*(self.twins or {}), *(self.twins or {}).values()], "twins")
@@ -248,6 +299,20 @@ class SoftPruning(pl.Callback):
         if self._finished(trainer.current_epoch + 1):
             trainer.should_stop = True
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Within `Trainer.validate`, try the next round and leave everything as it is: a dry run."""
+        pending = self._pending()
+        if trainer.state.fn != TrainerFn.VALIDATING or not pending:
+            return
+        self._check_names(pl_module)
+        epoch, target = pending[0]
+        result = self._search(trainer, pl_module, epoch, target, commit=False)
+        self.results = [*self._real_results(), result]
+        self._tell(result, trainer.log_dir or trainer.default_root_dir)
+
+    def _real_results(self) -> list[PruningResult]:
+        return [result for result in self.results if not result.reason.startswith(DRY_RUN)]
+
     def _finished(self, epochs: int) -> bool:
         """Whether the fine-tuning that was asked for is over after so many epochs."""
         last = max(self.epochs)
@@ -256,15 +321,20 @@ class SoftPruning(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------------ rounds
 
+    def _pending(self) -> list[tuple[int, float | None]]:
+        """Epoch and target of the rounds that have not run."""
+        done = {result.epoch for result in self._real_results()}
+        rounds = zip(self.epochs, self.targets, strict=True)
+        return [(epoch, target) for epoch, target in rounds if epoch not in done]
+
     def _run_due_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        done = {result.epoch for result in self.results}
-        for epoch, target in zip(self.epochs, self.targets, strict=True):
-            if epoch <= trainer.current_epoch and epoch not in done:
+        for epoch, target in self._pending():
+            if epoch <= trainer.current_epoch:
                 self._run_round(trainer, pl_module, epoch, target)
 
-    def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float) -> None:
+    def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
         before = Form.of(pl_module)
-        result = run_round(trainer, pl_module, self._settings(trainer), epoch=epoch, target=target, dense=self._dense)
+        result = self._search(trainer, pl_module, epoch, target)
         self._dense = self._dense or result.costs_before
         self.results.append(result)
         if any(done.applied for done in self.results):
@@ -273,15 +343,36 @@ class SoftPruning(pl.Callback):
             reset_monitors(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(log_values(result), step=logging_step(trainer))
-        log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: asked for on every rank
-        self._tell(result, round_folder(Path(log_dir), epoch))
+        self._tell(result, trainer.log_dir or trainer.default_root_dir)  # a collective: asked for on every rank
         if epoch == max(self.epochs) and self.finetune_epochs == 0:
             finish_epoch_without_training(trainer)
 
+    def _search(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        epoch: int,
+        target: float | None,
+        *,
+        commit: bool = True,
+    ) -> PruningResult:
+        faster = [r.latency_after / r.latency_before for r in self.results if r.latency_before and r.latency_after]
+        result = run_round(
+            trainer,
+            pl_module,
+            self._settings(trainer),
+            epoch=epoch,
+            target=target,
+            dense=self._dense,
+            slower=1.0 / math.prod(faster),
+            commit=commit,
+        )
+        return dataclasses.replace(result, configuration=self._configuration, versions=_versions())
+
     @rank_zero_only
-    def _tell(self, result: PruningResult, folder: Path) -> None:
+    def _tell(self, result: PruningResult, root: str) -> None:
         if self.report:
-            write_files(result, folder)
+            write_files(result, round_folder(Path(root), result.epoch))
         if self.verbose:
             print_round(result)
 
@@ -302,7 +393,23 @@ class SoftPruning(pl.Callback):
             calibration_batches=self.calibration_batches,
             seed=self.seed,
             verbose=self.verbose and trainer.is_global_zero,
+            cost=self.cost,
+            limits=self.limits,
+            constraints=self.constraints,
+            on_violation=self.on_violation,
+            granularity=self.granularity,
         )
+
+
+def _versions() -> dict[str, str]:
+    from lightning_softprune import __version__  # the package imports this module
+
+    return {
+        "lightning_softprune": __version__,
+        "lightning": metadata.version("lightning"),
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+    }
 
 
 def cubic_schedule(target: float, rounds: int) -> list[float]:
@@ -356,7 +463,9 @@ def _epochs(value: Any) -> list[int]:
     return epochs
 
 
-def _targets(value: Any, rounds: int) -> list[float]:
+def _targets(value: Any, rounds: int) -> Sequence[float | None]:
+    if value is None:
+        return [None] * rounds
     if not isinstance(value, (list, tuple)):
         return cubic_schedule(_number("target_sparsity", value, 0.0, 1.0), rounds)
     targets = [_number("target_sparsity", target, 0.0, 1.0) for target in value]
@@ -367,6 +476,21 @@ def _targets(value: Any, rounds: int) -> list[float]:
     if any(later < earlier for earlier, later in itertools.pairwise(targets)):
         raise ValueError(f"target_sparsity: {value} decreases; removed channels do not come back")
     return targets
+
+
+def _limits(value: Any) -> dict[str, float] | None:
+    def read(name: str, share: Any) -> float:
+        if isinstance(share, bool) or not isinstance(share, (int, float)):
+            raise TypeError(f"{name}: {share!r} is not a number")
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"{name}: {share} is not a fraction of the dense model's in (0, 1]")
+        return float(share)
+
+    found: dict[str, float] | None = _mapping("limits", value, read)
+    for name in found or {}:
+        if name not in LIMITS:
+            raise ValueError(f"limits: {name!r} is not one of {', '.join(map(repr, LIMITS))}")
+    return found
 
 
 def _strings(name: str, value: Any) -> list[str]:

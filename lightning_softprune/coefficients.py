@@ -1,13 +1,14 @@
 """From the user's words to the search's numbers: bounds, rounding and the space a strategy searches.
 
-A soft coefficient belongs to one pruning group. Here its bounds are found by name, and the costs of plans are bound
-to a target, so that everything below this module is arithmetic.
+A soft coefficient belongs to one pruning group, or to all groups inside one component. Here its bounds are found by
+name, and the costs of plans are bound to a target and to limits, so that everything below this module is arithmetic.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from lightning_softprune.patterns import no_match
 from lightning_softprune.plan import Rounding
 from lightning_softprune.search import SearchSpace
 
-__all__ = ["build_rounding", "build_space"]
+__all__ = ["Coefficients", "build_rounding", "build_space"]
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -30,6 +31,8 @@ class Named(Protocol):
     def name(self) -> str: ...
     @property
     def component(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
     @property
     def num_channels(self) -> int: ...
 
@@ -66,40 +69,81 @@ def _names(group: Named) -> tuple[str, ...]:
     return (group.name, group.component)
 
 
+@dataclass(frozen=True)
+class Coefficients:
+    """Which groups follow which coefficient.
+
+    Attributes:
+        names: Of the coefficients: a group's, or that of the component whose groups share it.
+        owners: The coefficient that each group follows, shape ``(m,)``.
+    """
+
+    names: tuple[str, ...]
+    owners: IntArray
+
+    @classmethod
+    def of(cls, groups: Sequence[Named], granularity: str) -> Coefficients:
+        """Give one coefficient to each group, or to all intra groups of a component together.
+
+        Args:
+            groups: The prunable groups.
+            granularity: ``"group"`` or ``"component"``; inter groups keep their own coefficient either way.
+        """
+        shared = granularity == "component"
+        keys = [(g.component, "") if shared and g.kind == "intra" else (g.component, g.name) for g in groups]
+        distinct = list(dict.fromkeys(keys))
+        names = tuple(group or component for component, group in distinct)
+        return cls(names, np.array([distinct.index(key) for key in keys], dtype=np.int64))
+
+    def spread(self, coefficients: FloatArray) -> FloatArray:
+        """Each group's coefficient, shape (..., m), from the coefficients' own, shape (..., k)."""
+        return np.asarray(coefficients, dtype=np.float64)[..., self.owners]
+
+
 def build_space(
+    coefficients: Coefficients,
     rounding: Rounding,
     costs: Counting,
     *,
-    dense: int,
+    dense: Mapping[str, float],
     target: float,
     tolerance: float,
     norms: FloatArray,
     cost: str = "params",
+    limits: Mapping[str, float] | None = None,
 ) -> SearchSpace:
     """Bind rounding and costs to a target.
 
     Args:
-        rounding: From coefficients to removed channels.
+        coefficients: Which groups follow which coefficient.
+        rounding: From the groups' coefficients to removed channels.
         costs: From removed channels to costs.
-        dense: Cost of the first dense model, before any round.
+        dense: Costs of the first dense model, before any round, by name.
         target: Sparsity to reach.
         tolerance: How far from it a plan may be.
         norms: Mean weight norm of each group, shape ``(m,)``.
         cost: What sparsity is measured in.
+        limits: Cost -> the fraction of the dense model's that may remain.
     """
+    limits = limits or {}
+    members = [np.flatnonzero(coefficients.owners == i) for i in range(len(coefficients.names))]
 
     def sparsity(counts: IntArray) -> FloatArray:
-        return 1.0 - costs.count(cost, counts) / dense
+        return 1.0 - costs.count(cost, counts) / dense[cost]
 
-    unit = np.full(len(rounding.channels), rounding.round_to, dtype=np.int64)
+    def shares(counts: IntArray) -> FloatArray:
+        return np.stack([costs.count(name, counts) / dense[name] for name in limits], axis=1)
+
     return SearchSpace(
-        low=rounding.low,
-        high=rounding.high,
-        channels=rounding.channels,
-        realise=rounding.counts,
+        low=np.array([rounding.low[groups].min() for groups in members]),
+        high=np.array([rounding.high[groups].max() for groups in members]),
+        channels=np.array([rounding.channels[groups].max() for groups in members]),
+        realise=lambda x: rounding.counts(coefficients.spread(x)),
         sparsity=sparsity,
         target=target,
         tolerance=tolerance,
-        norms=norms,
-        unit=unit,
+        norms=np.array([norms[groups].mean() for groups in members]),
+        unit=np.full(len(members), rounding.round_to, dtype=np.int64),
+        limits=tuple(limits.values()),
+        shares=shares if limits else None,
     )

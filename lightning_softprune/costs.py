@@ -27,6 +27,9 @@ from lightning_softprune.layers import Layout, layout_of
 
 __all__ = ["CostModel", "count_macs", "count_parameters", "record_macs"]
 
+COSTS = ("params", "macs")
+"""What is counted."""
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 Slot = tuple[str, str]

@@ -10,7 +10,9 @@ Words used here:
 
 import itertools
 import random
+import statistics
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy, deepcopy
@@ -691,6 +693,42 @@ class ValidationScorer:
             _reset_metrics(module)
             loop.run()
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
+
+
+def time_validation_step(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, scorer: ValidationScorer, *, runs: int, seconds: float
+) -> float:
+    """Times the module's `validation_step` on the first validation batch, leaving nothing behind.
+
+    In eval mode, without gradients, with the batch on the device already.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module.
+        scorer: Has the batch.
+        runs: How many runs at most, after a warm-up of a third as many.
+        seconds: Roughly how long to measure at most; there are three runs in any case.
+
+    Returns:
+        The median of the runs, in seconds.
+    """
+
+    def run() -> float:
+        started = time.perf_counter()
+        run_step(trainer, pl_module, "validation_step", *batch, autocast=True)
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+        return time.perf_counter() - started
+
+    with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
+        pl_module.eval()
+        batch = scorer.first_batch()
+        first = run()
+        longest = max(min(run(), first), 1e-6)
+        runs = max(3, min(runs, int(seconds / longest)))
+        for _ in range(runs // 3):
+            run()
+        return statistics.median(run() for _ in range(runs))
 
 
 def _reset_metrics(module: nn.Module) -> None:

@@ -28,6 +28,7 @@ from modules import (
 )
 from torch import nn
 
+import lightning_softprune.network as network_module
 import lightning_softprune.round as round_module
 from lightning_softprune import GradientSearch, GridSearch, RandomSearch, SoftPruning, UniformBaseline
 
@@ -375,7 +376,7 @@ class Trap(AutoEncoder):
 @pytest.fixture
 def trap(monkeypatch, tmp_path):
     """Numbers of the calls to a step that a round makes, but for those whose failure makes a group not prunable."""
-    original = round_module.probe
+    original = network_module.probe
 
     def probe(*arguments, **more):
         Trap.probing = True
@@ -396,7 +397,7 @@ def trap(monkeypatch, tmp_path):
         monkeypatch.setattr(Trap, "where", step)
         return found
 
-    monkeypatch.setattr(round_module, "probe", probe)
+    monkeypatch.setattr(network_module, "probe", probe)
     monkeypatch.setattr(Trap, "at", -1)
     return calls
 
@@ -437,7 +438,7 @@ def test_an_exception_in_the_rehearsal_rolls_the_committed_prune_back(tmp_path):
         fit(tmp_path, module, max_epochs=1)
 
 
-@pytest.mark.parametrize("where", ["repair_optimizers", "_rehearse"])
+@pytest.mark.parametrize("where", ["repair_optimizers", "rehearse"])
 def test_a_failure_inside_the_commit_rolls_back_weights_and_optimizers(tmp_path, where, monkeypatch):
     original = getattr(round_module, where)
 

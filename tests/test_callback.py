@@ -29,7 +29,7 @@ from modules import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round as round_module
+import lightning_softprune.trials as trials_module
 from lightning_softprune import GradientSearch, PruningResult, RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.callback import cubic_schedule
 
@@ -125,7 +125,7 @@ def test_the_prune_is_in_force_when_its_epoch_starts_and_not_earlier(tmp_path):
 
 def test_the_score_is_that_of_the_pruned_model_whether_or_not_the_refit_is_kept(tmp_path, monkeypatch):
     for better in (True, False):
-        monkeypatch.setattr(round_module._Scored, "better_than", lambda *_, keep=better: keep)
+        monkeypatch.setattr(trials_module.Scored, "is_better_than", lambda *_, keep=better: keep)
         module = made()
         data = loaders(module)
         oracle = AtEpochStart(lambda _, m, data=data: plain_validate(tmp_path, m, data))

@@ -8,26 +8,27 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_softprune.network as network
 import lightning_softprune.round as rounds
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.costs import CostModel
 
 STEPS = [
-    (rounds, "trace_groups"),
-    (rounds, "mirror_twins"),
-    (rounds, "probe"),
-    (rounds, "collect_statistics"),
-    (rounds, "rank"),
-    (rounds, "norms"),
-    (rounds, "build_rounding"),
-    (rounds, "build_space"),
+    (network, "trace_groups"),
+    (network, "mirror_twins"),
+    (network, "probe"),
+    (network, "collect_statistics"),
+    (network, "rank"),
+    (network, "norms"),
+    (network, "build_rounding"),
+    (network, "build_space"),
     (rounds, "run_search"),
     (rounds, "DenseInputs"),
-    (rounds, "apply_plan"),
+    (network, "apply_plan"),
     (rounds, "repair_optimizers"),
     (rounds, "refine"),
-    (rounds, "_rehearse"),
+    (rounds, "rehearse"),
     (rounds, "forget_compiled"),
     (rounds, "wrap_again"),
     (Compensation, "apply"),
@@ -105,8 +106,8 @@ def loaders():
 
 FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
-    *((rounds, name, KeyboardInterrupt) for name in ("run_search", "_rehearse")),
-    *((rounds, name, torch.OutOfMemoryError) for name in ("probe", "refine")),
+    *((rounds, name, KeyboardInterrupt) for name in ("run_search", "rehearse")),
+    *((owner, name, torch.OutOfMemoryError) for owner, name in ((network, "probe"), (rounds, "refine"))),
 ]
 
 

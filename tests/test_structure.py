@@ -19,7 +19,10 @@ LEVELS = (
     {"groups"},
     {"costs", "surgery", "calibration", "compensation", "importance"},
     {"scoring"},
-    {"round", "checkpoint", "journal", "neighbours", "report", "progress"},
+    {"checkpoint", "journal", "neighbours", "report", "progress", "settings"},
+    {"network"},
+    {"trials"},
+    {"round"},
     {"callback", "cli"},
     {"__init__", "__main__"},
 )

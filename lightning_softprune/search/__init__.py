@@ -7,6 +7,7 @@ from lightning_softprune.search.base import SearchStrategy, SensitivityCurve
 from lightning_softprune.search.baselines import NormBaseline, UniformBaseline
 from lightning_softprune.search.gradient import GradientSearch
 from lightning_softprune.search.grid import GridSearch
+from lightning_softprune.search.highest import search_highest
 from lightning_softprune.search.loop import SearchOutcome, run_search
 from lightning_softprune.search.random_search import RandomSearch
 from lightning_softprune.search.sensitivity import SensitivitySearch
@@ -28,4 +29,5 @@ __all__ = [
     "UniformBaseline",
     "best_combinations",
     "run_search",
+    "search_highest",
 ]

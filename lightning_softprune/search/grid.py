@@ -39,7 +39,7 @@ class GridSearch(SearchStrategy):
         total = self._size(space)
         if total > MAX_COMBINATIONS:
             self._refuse(space, f"{total:,} combinations, more than {MAX_COMBINATIONS:,}")
-        feasible = sum(int(space.within(space.sparsities(points)).sum()) for points in self._chunks(space))
+        feasible = sum(int(space.feasible(points).sum()) for points in self._chunks(space))
         if feasible > MAX_FEASIBLE:
             self._refuse(space, f"{total:,} combinations, {feasible:,} of them on target, more than {MAX_FEASIBLE:,}")
 
@@ -50,7 +50,7 @@ class GridSearch(SearchStrategy):
         found: list[FloatArray] = []
         seen: set[bytes] = set()
         for points in self._chunks(space) if whole else self._draws(space, rng):
-            points = points[space.within(space.sparsities(points))]
+            points = points[space.feasible(points)]
             if not len(points):
                 continue
             for point, plan in zip(points, space.realise(points), strict=True):

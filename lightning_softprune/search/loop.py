@@ -19,7 +19,7 @@ class SearchOutcome:
     Attributes:
         evaluations: Calls of `evaluate`.
         asked: Vectors the strategy asked for, those answered from the cache included.
-        stop_reason: The strategy's own, or ``"max_evaluations"`` or ``"repeating"``.
+        stop_reason: The strategy's own, or ``"max_evaluations"``, ``"enough"`` or ``"repeating"``.
     """
 
     evaluations: int
@@ -35,6 +35,7 @@ def run_search(
     seed: int,
     cache: dict[tuple[int, ...], float] | None = None,
     max_evaluations: int | None = None,
+    enough: Callable[[], bool] | None = None,
     on_asked: Callable[[FloatArray, float, bool], None] | None = None,
 ) -> SearchOutcome:
     """Runs one search to its end.
@@ -49,6 +50,7 @@ def run_search(
         seed: Of the strategy's random numbers.
         cache: Plan to loss; read and added to. Default: an empty one.
         max_evaluations: Calls of `evaluate` allowed. The smaller of this and the strategy's own counts.
+        enough: Asked before each call of `evaluate`; where it says yes, the search ends.
         on_asked: Called after every vector with (vector, loss, whether it was evaluated now rather than cached).
 
     Returns:
@@ -81,6 +83,9 @@ def run_search(
         if evaluated:
             if allowed is not None and evaluations >= allowed:
                 strategy.stop_reason = "max_evaluations"
+                break
+            if enough is not None and enough():
+                strategy.stop_reason = "enough"
                 break
             losses[key] = float(evaluate(x.copy()))
             evaluations += 1

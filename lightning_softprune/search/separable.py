@@ -4,6 +4,8 @@ The model: the loss of a vector is the sum over coefficients of the increase its
 
     minimise  sum_i g_i(x_i)   subject to   target - tolerance <= sparsity(x) <= target + tolerance          (1)
 
+and within the limits on further costs, where there are any.
+
 Each g_i is known at every state of its groups (every channel), by linear interpolation of the envelope of the measured
 curve. The objective is separable, the constraint is not: parameters are products of widths. Two ways through:
 
@@ -14,13 +16,15 @@ point,
       minimise  sum_i g_i(x_i)   subject to   sum_i [s(x0 with x_i) - s(x0)] >= target - tolerance - s(x0)     (2)
 
   solved by dynamic programming. The sparsity is linearised over coefficients but not within one: each bracket is the
-  real sparsity. Its solution, put back on the real constraint, is the next x0 (sequential linearisation). What both
+  real sparsity. Its solution, put back on the real constraint, is the next x0 (sequential linearisation). Limits enter
+  as prices on what remains of their costs, at several weights. What both
   ways find is then improved on the real constraint by removing less in one group, or less in one for more in another,
   in steps of 1, 2, 4, ... channels, until no such step helps.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -38,6 +42,7 @@ _WIDTH = 64  # values per coefficient in the knapsack; the exchange afterwards g
 _POOL = 512
 _IMPROVED = 3  # starting points that are improved by exchanges
 _MOVES = 40_000
+_WEIGHTS = (0.1, 0.3, 1.0, 3.0)  # of a limited cost's price, relative to what all curves rise by
 
 
 def envelope(losses: Sequence[float] | FloatArray) -> FloatArray:
@@ -135,7 +140,7 @@ def _enumerate(space: SearchSpace, costs: Sequence[FloatArray], axes: Sequence[I
     for begin in range(0, len(order), _CHUNK):
         places = np.unravel_index(order[begin : begin + _CHUNK], shape)
         indices = np.stack([axis[place] for axis, place in zip(axes, places, strict=True)], axis=1)
-        found += list(indices[space.within(space.sparsities(space.at(indices)))])
+        found += list(indices[space.feasible(space.at(indices))])
         if len(found) >= _POOL:
             break
     return found[:_POOL]
@@ -150,10 +155,11 @@ def _starts(space: SearchSpace, curves: Sequence[SensitivityCurve], costs: Seque
     if math.prod(len(axis) for axis in axes) <= EXACT_COMBINATIONS:
         yield from _enumerate(space, costs, axes)[:4]
     seen = set()
-    for origin in (space.scale(np.ones(space.size)), space.low, space.high):
+    origins = (space.scale(np.ones(space.size)), space.low, space.high)
+    for priced, origin in itertools.product(_priced(space, costs), origins):
         x = origin
         for _ in range(6):
-            x = space.at(_knapsack(space, costs, x)[None])[0]
+            x = space.at(_knapsack(space, priced, x)[None])[0]
             x = space.project(x, aim=space.floor)
             indices = space.settle(x)
             if (key := tuple(indices)) in seen:
@@ -161,6 +167,24 @@ def _starts(space: SearchSpace, curves: Sequence[SensitivityCurve], costs: Seque
             seen.add(key)
             if space.on_target(space.at(indices[None])[0]):
                 yield indices
+
+
+def _priced(space: SearchSpace, costs: Sequence[FloatArray]) -> Iterator[Sequence[FloatArray]]:
+    """The costs, then with a price on what remains of each limited cost (Lagrange multipliers of the limits)."""
+    yield costs
+    if space.shares is None:
+        return
+    x0 = space.scale(np.ones(space.size))
+    spread = sum(float(cost[-1] - cost[0]) for cost in costs)
+    for n in range(len(space.limits)):
+        prices = []
+        for i, values in enumerate(space.levels):
+            rows = np.repeat(x0[None], len(values), axis=0)
+            rows[:, i] = values
+            prices.append(space.shares(space.realise(rows))[:, n])
+        fall = sum(float(price[0] - price[-1]) for price in prices)
+        for weight in _WEIGHTS if fall > 0 else ():
+            yield [cost + weight * spread / fall * price for cost, price in zip(costs, prices, strict=True)]
 
 
 def _knapsack(space: SearchSpace, costs: Sequence[FloatArray], x0: FloatArray) -> IntArray:
@@ -236,7 +260,7 @@ def _exchange(space: SearchSpace, costs: Sequence[FloatArray], start: IntArray) 
             n = np.arange(len(some))
             trials[n, i[some]] -= s[some]
             trials[n, j[some]] += t[some]
-            good = np.flatnonzero(space.within(space.sparsities(space.at(trials))))
+            good = np.flatnonzero(space.feasible(space.at(trials)))
             if len(good):
                 current = trials[good[0]]
                 break

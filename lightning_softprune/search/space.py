@@ -2,16 +2,16 @@
 
 A *coefficient* in [0, 1] is the fraction of a group's channels to remove. A vector of them *realises* as a plan: a
 whole number of removed channels per group. A plan has a *sparsity*, and a vector is *on target* when its plan's
-sparsity is within the tolerance of the target. Sparsity is a step function of the coefficients and is not separable
-over groups (a layer's parameters are a product of two widths), so putting a vector on the target takes a search of
-its own: this module.
+sparsity is within the tolerance of the target and further budgets, if there are any, hold too. Sparsity is a step
+function of the coefficients and is not separable over groups (a layer's parameters are a product of two widths), so
+putting a vector on the target takes a search of its own: this module.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +27,7 @@ EXACT_PLANS = 300_000
 _SLACK = 1e-12  # sparsities are quotients of integers: equal ones may differ in the last bits
 _SAMPLES = 8192  # per coefficient, when its values that realise differently are looked for
 _PAIRS = 64  # beyond this many coefficients single steps are fine enough, and pairs too many
+_CORRECTIONS = 60  # steps towards all budgets together
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +45,8 @@ class SearchSpace:
         tolerance: How far from it a plan may lie.
         norms: Mean weight norm of the groups behind each coefficient, shape (k,).
         unit: Channels per smallest removable step, shape (k,). Default: one.
+        limits: Largest share of each further cost that may remain, shape (l,). Default: no further budgets.
+        shares: Removed channels (n, m) to the shares (n, l) of those costs that remain, antitone.
 
     Raises:
         ValueError: If shapes disagree or a number is out of its range; the message names it.
@@ -73,6 +76,8 @@ class SearchSpace:
     tolerance: float
     norms: FloatArray
     unit: IntArray | None = None
+    limits: tuple[float, ...] = ()
+    shares: Callable[[IntArray], FloatArray] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: ArrayLike, dtype: type[Any]) -> NDArray[Any]:
@@ -98,6 +103,8 @@ class SearchSpace:
             raise ValueError(f"target must lie in [0, 1], got {self.target}.")
         if not self.tolerance >= 0:
             raise ValueError(f"tolerance must not be negative, got {self.tolerance}.")
+        if self.limits and self.shares is None:
+            raise ValueError(f"limits={self.limits} need shares, the function that says what remains.")
 
     # ------------------------------------------------------------------------------------------------ looking things up
 
@@ -133,9 +140,26 @@ class SearchSpace:
         """Which sparsities are within the tolerance of the target."""
         return np.asarray(np.abs(sparsities - self.target) <= self.tolerance + _SLACK)
 
+    def overrun(self, removed: IntArray) -> FloatArray:
+        """By how much plans (n, m) exceed the limits, summed over these, shape (n,); 0 where all of them hold."""
+        if self.shares is None or not self.limits:
+            return np.zeros(len(removed))
+        over = np.maximum(self.shares(removed) - np.array(self.limits), 0.0)
+        return np.asarray(np.where(over <= _SLACK, 0.0, over).sum(axis=1), dtype=np.float64)
+
+    def measure(self, points: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """The sparsity of every row of (n, k) coefficients, and by how much its plan exceeds the limits: (n,) each."""
+        removed = self.realise(points)
+        return np.asarray(self.sparsity(removed), dtype=np.float64), self.overrun(removed)
+
+    def feasible(self, points: FloatArray) -> NDArray[np.bool_]:
+        """Which rows of (n, k) coefficients have plans within the tolerance of the target and within the limits."""
+        sparsities, overrun = self.measure(points)
+        return np.asarray(self.within(sparsities) & (overrun == 0))
+
     def on_target(self, x: FloatArray) -> bool:
-        """Whether the plan of one vector (k,) is within the tolerance of the target."""
-        return bool(self.within(np.array([self.sparsity_of(x)]))[0])
+        """Whether the plan of one vector (k,) is within the tolerance of the target and within the limits."""
+        return bool(self.feasible(np.asarray(x, dtype=np.float64)[None])[0])
 
     def clip(self, x: FloatArray) -> FloatArray:
         """The vector(s) moved into the bounds."""
@@ -198,35 +222,41 @@ class SearchSpace:
         return math.prod(len(values) for values in self.levels)
 
     @cached_property
-    def _table(self) -> tuple[FloatArray, FloatArray] | None:
-        """Every plan's vector (n, k) and sparsity (n,), or None where there are too many."""
+    def _table(self) -> tuple[FloatArray, FloatArray, FloatArray] | None:
+        """Every plan's vector (n, k), sparsity and overrun (n,), or None where there are too many."""
         if self.num_plans > EXACT_PLANS:
             return None
         points = np.stack([axis.ravel() for axis in np.meshgrid(*self.levels, indexing="ij")], axis=1)
-        return points, self.sparsities(points)
+        return points, *self.measure(points)
 
     # ---------------------------------------------------------------------------------------------- reaching the target
 
     def slope(self, x: FloatArray) -> FloatArray:
         """The gradient (k,) of the sparsity at `x`, by differences wide enough to see past single channels."""
+        return np.asarray(self._slopes(x, lambda removed: self.sparsity(removed)[:, None])[0], dtype=np.float64)
+
+    def _slopes(self, x: FloatArray, values: Callable[[IntArray], FloatArray]) -> FloatArray:
+        """The gradients (l, k) at `x` of functions of plans, (n, m) to (n, l)."""
         reach = np.maximum(0.05, 2 * self.step)
         up, down = np.minimum(x + reach, self.high), np.maximum(x - reach, self.low)
         points = np.repeat(np.asarray(x, dtype=np.float64)[None], 2 * self.size, axis=0)
         rows = np.arange(self.size)
         points[rows, rows], points[rows + self.size, rows] = up, down
-        values = self.sparsities(points)
-        rise = values[: self.size] - values[self.size :]
+        found = values(self.realise(points))
+        rise = (found[: self.size] - found[self.size :]).T
         return np.asarray(rise / np.maximum(up - down, _SLACK), dtype=np.float64)
 
     def project(self, x: FloatArray, direction: FloatArray | None = None, *, aim: float | None = None) -> FloatArray:
-        """The vector near `x` that is on the sparsity target.
+        """The vector near `x` that is on the sparsity target and within the limits.
 
         `x` is shifted along `direction` and clipped to the bounds, by bisection on the length of the shift (the
         sparsity is monotone along it). The default direction is the gradient of the sparsity: to first order the
-        shortest way to the target. Where the step the sparsity takes there jumps over the tolerance, the plan near by
-        that is within it is looked for: single channels and exchanges of channels between two groups, then, on
-        networks with at most `EXACT_PLANS` plans, all of them, so that there a plan within the tolerance is always
-        found if one exists.
+        shortest way to the target. Where that exceeds a limit, steps along the gradients of whatever budget is not met
+        follow (cyclic projections onto linearised half-spaces, Bregman 1965): they take more from groups that cost much
+        of the limited cost and give back to the others. Where the step the sparsity takes jumps over the tolerance, the
+        plan near by that is within it is looked for: single channels and exchanges of channels between two groups,
+        then, on networks with at most `EXACT_PLANS` plans, all of them, so that there a feasible plan is always found
+        if one exists.
 
         Args:
             x: Coefficients, shape (k,).
@@ -253,7 +283,38 @@ class SearchSpace:
         shortest = float(((self.low - x)[moving] / direction[moving]).min())
         aim = self.target if aim is None else aim
         found = self._cross(lambda t: self.clip(x + t[:, None] * direction), shortest, longest, aim)
+        if self.limits and not self.on_target(found):
+            found = self._correct(found)
         return found if self.on_target(found) else self._repair(found)
+
+    def _correct(self, x: FloatArray) -> FloatArray:
+        """The vector near `x` that meets the target and the limits, or the nearest to that on the way."""
+        if self.shares is None:
+            raise RuntimeError("limits without shares")
+        shares = self.shares
+
+        def all_values(removed: IntArray) -> FloatArray:  # columns: sparsity, then what is gone of each limited cost
+            return np.concatenate((self.sparsity(removed)[:, None], 1.0 - shares(removed)), axis=1)
+
+        least = np.array([self.target - self.tolerance, *(1.0 - limit for limit in self.limits)])
+        most = np.array([self.target + self.tolerance, *(math.inf for _ in self.limits)])
+        best, nearest = x, math.inf
+        for _ in range(_CORRECTIONS):
+            values = all_values(self.realise(x[None]))[0]
+            lacking = np.maximum(least - values, 0.0) - np.maximum(values - most, 0.0)
+            miss = float(np.abs(lacking).sum())
+            if miss < nearest:
+                best, nearest = x, miss
+            if miss <= _SLACK:
+                break
+            slopes = self._slopes(x, all_values)
+            for gap, slope in zip(lacking, slopes, strict=True):
+                free = (x < self.high) if gap > 0 else (x > self.low)
+                direction = np.where(free, slope, 0.0)
+                length = float(direction @ direction)
+                if abs(gap) > _SLACK and length > 0:
+                    x = self.clip(x + 1.2 * gap / length * direction)
+        return best
 
     def scale(self, x: FloatArray) -> FloatArray:
         """The multiple of `x`, clipped to the bounds, that is on the sparsity target.
@@ -275,28 +336,76 @@ class SearchSpace:
         return found if self.on_target(found) else self.project(found)
 
     def nearest_point(self) -> FloatArray:
-        """The vector (k,) of the sparsity nearest to the target: exact up to `EXACT_PLANS` plans, else best effort."""
-        for end, beyond in ((self.low, self.sparsity_of(self.low)), (self.high, self.sparsity_of(self.high))):
-            if (end is self.low and beyond >= self.target) or (end is self.high and beyond <= self.target):
-                return np.array(end, dtype=np.float64)
+        """The vector (k,) within the limits whose sparsity is nearest to the target.
+
+        Exact up to `EXACT_PLANS` plans, else best effort. Where no plan is within the limits, the one that exceeds them
+        least.
+        """
+        (lowest, highest), overrun = self.measure(np.stack((self.low, self.high)))
+        if lowest >= self.target and overrun[0] == 0:
+            return np.array(self.low, dtype=np.float64)
+        if highest <= self.target:
+            return np.array(self.high, dtype=np.float64)
         if self._table is not None:
-            points, values = self._table
-            return np.array(points[np.argmin(np.abs(values - self.target))], dtype=np.float64)
+            points, values, over = self._table
+            return np.array(points[np.lexsort((np.abs(values - self.target), over))[0]], dtype=np.float64)
         rng = np.random.default_rng(0)
         starts = [self.low, self.high, *rng.uniform(self.low, self.high, (16, self.size))]
-        best, least = self.scale(np.ones(self.size)), math.inf
-        for start in [best, *starts]:
-            point = self._polish(self.project(start), tolerance=0.0)
-            gap = abs(self.sparsity_of(point) - self.target)
-            if gap < least:
-                best, least = point, gap
-            if least < 1e-4:  # finer than any tolerance in use
+        best, least = self.high, (math.inf, math.inf)
+        for start in [self.scale(np.ones(self.size)), *starts]:
+            for point in (self._polish(self.project(start), tolerance=0.0), self._within_limits(start)):
+                sparsities, over = self.measure(point[None])
+                gap = (float(over[0]), abs(float(sparsities[0]) - self.target))
+                if gap < least:
+                    best, least = point, gap
+            if least < (0.0, 1e-4):  # finer than any tolerance in use
                 break
         return best
+
+    def _within_limits(self, x: FloatArray) -> FloatArray:
+        """A plan within the limits, whatever its sparsity, as near to the target as a straight way down leads."""
+        if not self.limits:
+            return x
+        whole = replace(self, tolerance=1.0)
+        start = whole.project(x)
+        if not whole.on_target(start):
+            return start
+        # From there towards the target, as long as the limits hold.
+        end = self.project(start)
+        path = start + np.linspace(0, 1, 257)[:, None] * (end - start)
+        held = np.flatnonzero(self.overrun(self.realise(path)) == 0)
+        return np.array(path[held[-1]], dtype=np.float64)
 
     def nearest(self) -> float:
         """The reachable sparsity nearest to the target (see `nearest_point`)."""
         return self.sparsity_of(self.nearest_point())
+
+    def least_share(self, number: int) -> float:
+        """The smallest value of one limit with which a plan meets the target and the other limits; inf for none.
+
+        Exact up to `EXACT_PLANS` plans, else the smallest that was found.
+        """
+
+        def relaxed(limit: float) -> SearchSpace:
+            limits = (*self.limits[:number], limit, *self.limits[number + 1 :])
+            return replace(self, limits=limits)
+
+        if self.shares is None:
+            raise ValueError("There are no limits.")
+        if self._table is not None:
+            points = self._table[0][relaxed(math.inf).feasible(self._table[0])]
+            return float(self.shares(self.realise(points))[:, number].min()) if len(points) else math.inf
+        found, least, most = math.inf, 0.0, 1.0
+        for _ in range(10):
+            at = relaxed(most if math.isinf(found) else (least + most) / 2)
+            point = at.nearest_point()
+            if at.on_target(point):
+                found = most = float(self.shares(self.realise(point[None]))[0, number])
+            elif math.isinf(found):
+                break
+            else:
+                least = at.limits[number]
+        return found
 
     def _cross(self, path: Callable[[FloatArray], FloatArray], begin: float, end: float, aim: float) -> FloatArray:
         """Where the sparsity along a monotone path passes `aim`: the better of the two sides of the step."""
@@ -320,14 +429,13 @@ class SearchSpace:
         if self.on_target(near):
             return near
         if self._table is not None:
-            points, values = self._table
+            points, values, overrun = self._table
         else:
             rng = np.random.default_rng(0)  # a fixed neighbourhood: projection is a function
             offsets = rng.integers(-3, 4, (4096, self.size)) * (rng.random((4096, self.size)) < 4 / self.size)
             points = np.concatenate((near[None], self.at(np.maximum(self.indices(x) + offsets, 0))))
-            values = self.sparsities(points)
-        excess = np.maximum(np.abs(values - self.target) - self.tolerance, 0.0)
-        excess[excess <= _SLACK] = 0.0
+            values, overrun = self.measure(points)
+        excess = self._excess(values, overrun, self.tolerance)
         nearest = np.lexsort((((points - x) ** 2).sum(axis=1), excess))[0]
         return np.array(points[nearest], dtype=np.float64)
 
@@ -347,25 +455,28 @@ class SearchSpace:
         """Other plans on target near `x`, shape (n, k): with few plans all within `reach`, else `neighbours`."""
         if self._table is None:
             points = self.neighbours(x)
-            values = self.sparsities(points)
+            values, overrun = self.measure(points)
         else:
-            points, values = self._table
-        keep = self.within(values) & (points != x).any(axis=1)
+            points, values, overrun = self._table
+        keep = self.within(values) & (overrun == 0) & (points != x).any(axis=1)
         if self._table is not None:
             keep &= (np.abs(points - x) <= np.maximum(reach, 2 * self.step)).all(axis=1)
         return np.array(points[keep], dtype=np.float64)
 
+    def _excess(self, sparsities: FloatArray, overrun: FloatArray, tolerance: float) -> FloatArray:
+        """How far plans are from meeting target and limits; 0 where they do."""
+        off = np.maximum(np.abs(sparsities - self.target) - tolerance, 0.0)
+        return np.asarray(np.where(off <= _SLACK, 0.0, off) + overrun, dtype=np.float64)
+
     def _polish(self, x: FloatArray, tolerance: float) -> FloatArray:
-        """Single channels and exchanges between two groups, as long as they bring the sparsity nearer to the target."""
-        gap = abs(self.sparsity_of(x) - self.target)
-        current = x
+        """Single channels and exchanges between two groups, as long as they bring the plan nearer to the target."""
+        current, gap = x, float(self._excess(*self.measure(x[None]), tolerance)[0])
         for _ in range(64):
-            if gap <= tolerance + _SLACK:
+            if gap == 0:
                 break
             points = self.neighbours(current)
-            gaps = np.abs(self.sparsities(points) - self.target)
-            excess = np.maximum(gaps - tolerance, 0.0)
-            best = int(np.lexsort((((points - x) ** 2).sum(axis=1), np.where(excess <= _SLACK, 0.0, excess)))[0])
+            gaps = self._excess(*self.measure(points), tolerance)
+            best = int(np.lexsort((((points - x) ** 2).sum(axis=1), gaps))[0])
             if gaps[best] >= gap - _SLACK:
                 break
             current, gap = points[best], float(gaps[best])

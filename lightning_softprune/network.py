@@ -1,0 +1,341 @@
+"""What a round knows of a module: its steps, its groups, and what plans cost and do.
+
+Steps are the module's own `validation_step` and `training_step` on real batches, run so that they leave nothing
+behind. Tracing, ranking and rehearsing all run them; no example input is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_softprune.calibration import collect_statistics, find_readers
+from lightning_softprune.coefficients import Coefficients, build_rounding, build_space
+from lightning_softprune.compensation import Compensation
+from lightning_softprune.costs import CostModel, Positions, record_macs
+from lightning_softprune.groups import PruningGroup, assign_components, mirror_twins, trace_groups
+from lightning_softprune.importance import norms, rank
+from lightning_softprune.journal import digest
+from lightning_softprune.plan import Plan, Rounding
+from lightning_softprune.results import Costs, GroupResult, LeftOut
+from lightning_softprune.scoring import (
+    ValidationScorer,
+    isolated_rng,
+    run_step,
+    training_batches,
+    transfer,
+    untouched,
+)
+from lightning_softprune.search import SearchSpace
+from lightning_softprune.settings import RoundSettings
+from lightning_softprune.surgery import Surgery, Transaction, apply_plan, probe
+
+__all__ = ["Network", "find_groups", "rehearse"]
+
+Steps = list[Callable[[], Any]]
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a round knows of the module once it has been traced and ranked."""
+
+    groups: list[PruningGroup]
+    left_out: tuple[LeftOut, ...]
+    rankings: list[Any]
+    norms: Any
+    coefficients: Coefficients
+    rounding: Rounding
+    costs: CostModel
+    compensation: Compensation
+    calibration: Steps
+    samples: int
+    identity: str
+
+    @classmethod
+    def examine(
+        cls,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        scorer: ValidationScorer,
+        settings: RoundSettings,
+        rng: np.random.Generator,
+    ) -> Network:
+        """Trace, rank, and prepare costs and compensation.
+
+        Raises:
+            MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
+        """
+        steps = module_steps(trainer, module, scorer)
+        found = prepare_groups(module, steps, settings.components, settings.ignore, settings.twins)
+        found = trainer.strategy.broadcast(found)  # a probe may fail on one process's batch only
+        groups = [group for group in found if group.prunable]
+        if not groups:
+            raise MisconfigurationException(nothing_prunable(found))
+        try:
+            rounding = build_rounding(groups, settings.bounds, settings.round_to)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+        calibration, batches = _calibration(trainer, module, scorer, settings)
+        statistics = collect_statistics(module, find_readers(module, groups), calibration)
+        rankings = rank(settings.importance, module, groups, calibration, statistics, rng)
+        rankings = trainer.strategy.broadcast(rankings)
+        for twin, original in (settings.twins or {}).items():  # a twin that did not run sees what its original sees
+            inside = {name: known for name, known in statistics.items() if name.startswith(f"{original}.")}
+            statistics = {twin + name[len(original) :]: known for name, known in inside.items()} | statistics
+        compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
+        positions: dict[str, Positions]
+        with record_macs(module) as positions:
+            _validation(trainer, module, scorer)()
+        positions, samples = trainer.strategy.broadcast((positions, scorer.batch_size or 1))
+        return cls(
+            groups=groups,
+            left_out=tuple(
+                LeftOut(group.name, group.component, group.num_channels, group.reason)
+                for group in found
+                if not group.prunable
+            ),
+            rankings=rankings,
+            norms=norms(module, groups),
+            coefficients=Coefficients.of(groups, settings.granularity),
+            rounding=rounding,
+            costs=CostModel.build(module, groups, rankings, positions, compensation.new_biases),
+            compensation=compensation,
+            calibration=calibration,
+            samples=samples,
+            identity=trainer.strategy.broadcast(
+                digest([(group.name, group.num_channels) for group in groups], rankings, batches)
+            ),
+        )
+
+    def prune(self, module: nn.Module, plan: Plan) -> Surgery:
+        """Apply a plan with its compensation."""
+        surgery = apply_plan(module, self.groups, plan)
+        try:
+            self.compensation.apply(module, surgery)
+        except BaseException:
+            surgery.undo()
+            raise
+        return surgery
+
+    def costs_of(self, counts: Sequence[int]) -> Costs:
+        """Costs of the plan that removes so many channels from each group."""
+        params, macs = (int(self.costs.count(what, np.array([counts]))[0]) for what in ("params", "macs"))
+        return Costs(params, round(macs / self.samples))
+
+    def space(self, settings: RoundSettings, dense: Costs, target: float | None) -> SearchSpace:
+        """What a strategy searches. Without a target, it is the business of the search to set one."""
+        limits = {name: limit for name, limit in (settings.limits or {}).items() if name != "latency"}
+        costs = {"params": dense.params, "macs": dense.macs * self.samples}  # as counted: for the whole batch
+        if not dense.macs and "macs" in (settings.cost, *limits):
+            raise MisconfigurationException(
+                f"cost={settings.cost!r}, limits={settings.limits}: this model runs no layer whose MACs are counted"
+            )
+        return build_space(
+            self.coefficients,
+            self.rounding,
+            self.costs,
+            dense=costs,
+            target=1.0 if target is None else target,
+            tolerance=settings.tolerance,
+            norms=self.norms,
+            cost=settings.cost,
+            limits=limits,
+        )
+
+    def described(self, counts: Sequence[int], coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
+        """The groups, with what a plan of these removed channels and soft coefficients does to them."""
+        none = np.zeros((1, len(self.groups)), dtype=np.int64)
+        low, high = self.rounding.low, self.rounding.high
+        alone = np.eye(len(self.groups)) * high
+        params, macs = (
+            self.costs.count(what, none)[0] - self.costs.count(what, self.rounding.counts(alone) * (alone > 0))
+            for what in ("params", "macs")
+        )
+        return tuple(
+            GroupResult(
+                group.name,
+                group.component,
+                group.kind,
+                group.num_channels,
+                group.num_channels - counts[i],
+                coefficients[i],
+                float(low[i]),
+                float(high[i]),
+                int(params[i]),
+                round(int(macs[i]) / self.samples),
+            )
+            for i, group in enumerate(self.groups)
+        )
+
+
+def prepare_groups(
+    model: nn.Module,
+    steps: Steps,
+    components: dict[str, list[str]] | None,
+    ignore: Sequence[str],
+    twins: dict[str, str] | None = None,
+) -> list[PruningGroup]:
+    """Trace, name components and probe: the groups as the user sees them."""
+
+    def run(seed: int = 0) -> None:
+        with isolated_rng(seed), torch.no_grad():
+            for step in steps:
+                step()
+
+    traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
+    return probe(model, assign_components(model, traced, components), run, lambda: run(1))
+
+
+def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
+    """Word the error for a model in which every group is refused."""
+    reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8])
+    more = f"; and {len(groups) - 8} more" if len(groups) > 8 else ""
+    return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"
+
+
+def _validation(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer) -> Callable[[], Any]:
+    """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind."""
+
+    def step() -> Any:
+        with untouched(trainer, module):
+            module.eval()
+            batch, batch_idx, dataloader_idx = scorer.first_batch()
+            return run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
+
+    return step
+
+
+def _training(trainer: pl.Trainer, module: pl.LightningModule, raw: Any, number: int) -> Callable[[], Any]:
+    """The module's `training_step` on one training batch, in eval mode, leaving nothing behind."""
+
+    def step() -> Any:
+        with untouched(trainer, module):
+            module.eval()
+            batch = transfer(trainer, module, raw, step="training_step")
+            return run_step(trainer, module, "training_step", batch, number)
+
+    return step
+
+
+def module_steps(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer) -> Steps:
+    """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic."""
+    steps: Steps = [_validation(trainer, module, scorer)]
+    if module.automatic_optimization and is_overridden("training_step", module):
+        steps += [_training(trainer, module, batch, 0) for batch in training_batches(trainer, 1)]
+    return steps
+
+
+def _calibration(
+    trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, settings: RoundSettings
+) -> tuple[Steps, list[Any]]:
+    """Training batches, and one step for each: `training_step`; where there is none, one validation batch's step."""
+    automatic = module.automatic_optimization and is_overridden("training_step", module)
+    batches = training_batches(trainer, settings.calibration_batches) if automatic else []
+    steps: Steps = [_validation(trainer, module, scorer)]
+    if batches:
+        steps = [_training(trainer, module, batch, number) for number, batch in enumerate(batches)]
+    return [_repeatable(step, number) for number, step in enumerate(steps)], batches
+
+
+def _repeatable(step: Callable[[], Any], seed: int) -> Callable[[], Any]:
+    """The step with the same random numbers each time: dense and pruned inputs are compared sample by sample."""
+
+    def run() -> Any:
+        with isolated_rng(seed):
+            return step()
+
+    return run
+
+
+def rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, seed: int) -> None:
+    """Run the pruned module once as validation and as training will; the user's own exception goes on."""
+    with isolated_rng(seed):
+        with torch.no_grad():
+            _validation(trainer, module, scorer)()
+        if module.automatic_optimization and is_overridden("training_step", module):
+            for raw in training_batches(trainer, 1):
+                with untouched(trainer, module), torch.enable_grad():
+                    batch = transfer(trainer, module, raw, step="training_step")
+                    run_step(trainer, module, "training_step", batch, 0, autocast=True)
+
+
+# ------------------------------------------------------------------------------------------------- without a trainer
+
+
+def find_groups(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    components: dict[str, list[str]] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[PruningGroup]:
+    """List the pruning groups of a model, and everything that is left alone with the reason.
+
+    Args:
+        model: A LightningModule, or any ``nn.Module``. It is run, and is unchanged afterwards.
+        batch: For a LightningModule, a batch as its loaders yield it, on the module's device: its `validation_step` is
+            run (and `training_step`, where optimization is automatic). For another module, its input, or a tuple of
+            inputs. ``None``: the LightningModule's `example_input_array`.
+        components: Component name -> module-name patterns.
+        ignore: Patterns of modules that must keep their outputs and inputs.
+
+    Returns:
+        The groups in the order in which the model runs them.
+
+    Raises:
+        ValueError: No batch and no `example_input_array`; or a pattern that matches nothing.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> for group in find_groups(model, torch.zeros(1, 4)):
+    ...     print(group.name, group.num_channels, group.reason or "prunable")
+    0 8 prunable
+    2 2 2 produces an output of the network
+    """
+    steps: Steps = []
+    if isinstance(model, pl.LightningModule) and batch is not None:
+        names = ["validation_step"] if is_overridden("validation_step", model) else []
+        if model.automatic_optimization and is_overridden("training_step", model):
+            names.append("training_step")
+        steps = [_plain_step(model, name, batch) for name in names]
+    elif batch is None:
+        batch = getattr(model, "example_input_array", None)
+        if batch is None:
+            raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
+    if not steps:
+        steps = [lambda: model(*batch) if isinstance(batch, tuple) else model(batch)]
+
+    def quietly(step: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with Transaction(model):
+                model.eval()
+                return step()
+
+        return run
+
+    with isolated_rng(0), torch.inference_mode(False):
+        return prepare_groups(model, [quietly(step) for step in steps], components, ignore or ())
+
+
+def _plain_step(model: pl.LightningModule, name: str, batch: Any) -> Callable[[], Any]:
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+    function = getattr(model, name)
+    takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
+
+    def step() -> Any:
+        model.__dict__.update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
+        try:
+            return function(batch, 0) if takes_index else function(batch)
+        finally:
+            del model.__dict__["log"], model.__dict__["log_dict"]
+
+    return step

@@ -1,0 +1,160 @@
+"""What makes one trial better than another: its score, and the constraints on its metrics.
+
+A *constraint* bounds one logged metric: ``val_psnr >= 19.5``. Its *violation* is how far a trial falls short of it,
+relative to the bound; 0 where it is met, infinite where the metric is not a number. The *loss* is what a search
+minimises: the score, turned so that lower is better, and a penalty on violations, so that a search for the best score
+is drawn to where the constraints hold. Which trials are feasible is decided on the violations alone.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Constraint", "Objective", "parse_constraint"]
+
+_OPERATORS = ("<=", ">=", "<", ">")
+_METRIC = re.compile(r"\s*([^<>=!~\s](?:[^<>=!~]*[^<>=!~\s])?)\s*")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_PENALTY = 10.0  # a shortfall of 1 % of the bound weighs like a loss that is 10 % higher
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """A bound on one metric.
+
+    Attributes:
+        metric: Name of a metric that the module logs while validating.
+        operator: ``"<="``, ``">="``, ``"<"`` or ``">"``.
+        bound: What the metric is compared with.
+        text: The constraint as it was given.
+    """
+
+    metric: str
+    operator: str
+    bound: float
+    text: str
+
+    def is_met(self, value: float) -> bool:
+        """Whether a value of the metric meets the constraint; NaN never does."""
+        if self.operator == "<=":
+            return value <= self.bound
+        if self.operator == ">=":
+            return value >= self.bound
+        return value < self.bound if self.operator == "<" else value > self.bound
+
+    def violation(self, value: float) -> float:
+        """How far a value falls short, relative to the bound: 0 where the constraint is met, infinite for NaN.
+
+        >>> parse_constraint("val_psnr >= 20", "constraints[0]").violation(19.0)
+        0.05
+        """
+        if self.is_met(value):
+            return 0.0
+        if math.isnan(value):
+            return math.inf
+        return max(abs(value - self.bound) / (abs(self.bound) or 1.0), 1e-12)  # on a strict bound the gap is 0
+
+
+def parse_constraint(text: str, where: str) -> Constraint:
+    """Read ``"metric operator number"``.
+
+    Args:
+        text: What the user wrote.
+        where: The argument it belongs to, for the message.
+
+    Raises:
+        ValueError: It cannot be read; the message shows the character where reading stopped.
+
+    >>> parse_constraint("val_psnr >= 19.5", "constraints[0]").bound
+    19.5
+    >>> parse_constraint("val_psnr => 19.5", "constraints[0]")
+    Traceback (most recent call last):
+        ...
+    ValueError: constraints[0]: expected one of <=, >=, <, > at character 10:
+        val_psnr => 19.5
+                 ^
+    """
+
+    def fail(expected: str, at: int) -> ValueError:
+        shown = text.replace("\t", " ").replace("\n", " ")
+        return ValueError(f"{where}: expected {expected} at character {at + 1}:\n    {shown}\n    {' ' * at}^")
+
+    metric = _METRIC.match(text)
+    if metric is None:
+        raise fail('the name of a metric, as in "val_psnr >= 19.5",', len(text) - len(text.lstrip()))
+    at = metric.end()
+    operator = next((candidate for candidate in _OPERATORS if text.startswith(candidate, at)), None)
+    if operator is None:
+        raise fail(f"one of {', '.join(_OPERATORS)}", at)
+    at += len(operator)
+    at += len(text[at:]) - len(text[at:].lstrip())
+    number = _NUMBER.match(text, at)
+    if number is None:
+        raise fail("a number", at)
+    bound = float(number.group())
+    if not math.isfinite(bound):
+        raise fail("a finite number", at)
+    rest = text[number.end() :]
+    if rest.strip():
+        raise fail("nothing more (one constraint per string)", number.end() + len(rest) - len(rest.lstrip()))
+    return Constraint(metric.group(1), operator, bound, text.strip())
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The monitored metric and the constraints.
+
+    Attributes:
+        monitor: The metric that is the score.
+        mode: ``"min"`` or ``"max"``.
+        constraints: On any logged metric.
+        scale: Size of the score, which penalties are measured in; that of the dense model will do.
+    """
+
+    monitor: str
+    mode: str
+    constraints: tuple[Constraint, ...] = ()
+    scale: float = 1.0
+
+    def unlogged(self, metrics: Mapping[str, float]) -> tuple[str, str] | None:
+        """The first (argument, metric) that is asked for and not logged."""
+        wanted = [(f"monitor={self.monitor!r}", self.monitor)]
+        wanted += [(f"constraints[{i}]={c.text!r}", c.metric) for i, c in enumerate(self.constraints)]
+        return next(((argument, name) for argument, name in wanted if name not in metrics), None)
+
+    def signed(self, score: float) -> float:
+        """The score turned so that lower is better; NaN if it is not finite."""
+        if not math.isfinite(score):
+            return math.nan
+        return score if self.mode == "min" else -score
+
+    def violation(self, metrics: Mapping[str, float]) -> float:
+        """The sum of the constraints' violations; a metric that was not logged counts as NaN."""
+        return sum(constraint.violation(metrics.get(constraint.metric, math.nan)) for constraint in self.constraints)
+
+    def loss(self, metrics: Mapping[str, float]) -> float:
+        """What a search minimises; NaN where the score or a constrained metric is none.
+
+        Constraints that ask for a better score add nothing: that is what is searched for anyway.
+
+        >>> objective = Objective("loss", "min", (parse_constraint("acc >= 0.8", ""),), scale=2.0)
+        >>> objective.loss({"loss": 1.0, "acc": 0.9}), round(objective.loss({"loss": 1.0, "acc": 0.72}), 9)
+        (1.0, 3.0)
+        """
+        better = "<" if self.mode == "min" else ">"
+        others = [c for c in self.constraints if c.metric != self.monitor or c.operator[0] != better]
+        penalty = sum(constraint.violation(metrics.get(constraint.metric, math.nan)) for constraint in others)
+        loss = self.signed(metrics[self.monitor]) + _PENALTY * (abs(self.scale) or 1.0) * penalty
+        return loss if math.isfinite(loss) else math.nan
+
+    def shortfalls(self, metrics: Mapping[str, float]) -> list[str]:
+        """The constraints that are not met, each with the value, for messages.
+
+        >>> Objective("acc", "max", (parse_constraint("acc >= 0.8", ""),)).shortfalls({"acc": 0.72})
+        ['acc >= 0.8 (it is 0.72)']
+        """
+        values = [(constraint, metrics.get(constraint.metric, math.nan)) for constraint in self.constraints]
+        return [f"{c.text} (it is {value:.6g})" for c, value in values if not c.is_met(value)]

@@ -1,0 +1,307 @@
+"""The trials of a round: plans that were scored, which of them is best, and what is said where none will do.
+
+A trial is *feasible* when its plan meets the sparsity target and the limits on counted costs, and its metrics the
+constraints. How long a plan's validation step takes is measured on a few finalists only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_softprune.journal import Journal, Key
+from lightning_softprune.network import Network
+from lightning_softprune.objective import Objective
+from lightning_softprune.plan import Plan
+from lightning_softprune.progress import SearchProgress
+from lightning_softprune.results import Sensitivity, Trial
+from lightning_softprune.scoring import ValidationScorer, over_processes, time_validation_step
+from lightning_softprune.search import SearchSpace, SearchStrategy
+from lightning_softprune.settings import RoundSettings
+
+__all__ = ["Scored", "Stopwatch", "Trials", "check_reachable", "monitored"]
+
+_FINALISTS = 6  # plans whose latency is measured, at most
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """A trial with the channels it removes from each group.
+
+    Attributes:
+        trial: As it will be reported.
+        counts: Channels removed from each group.
+        loss: The score, turned so that lower is better; NaN if there is none.
+        off: How far the plan is from the sparsity target, and over the limits on counted costs; 0 where they are met.
+        violation: How far its metrics are from meeting the constraints; 0 where they do.
+    """
+
+    trial: Trial
+    counts: tuple[int, ...]
+    loss: float
+    off: float = 0.0
+    violation: float = 0.0
+
+    def is_better_than(self, other: Scored) -> bool:
+        """Whether this is nearer to feasible, or as near and better."""
+        mine, its = ((x.off + x.violation, x.loss if x.loss == x.loss else math.inf) for x in (self, other))
+        return mine < its
+
+
+class Trials:
+    """Scores plans and keeps every one."""
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        scorer: ValidationScorer,
+        settings: RoundSettings,
+        objective: Objective,
+        network: Network,
+        space: SearchSpace,
+        target: float | None,
+        journal: Journal,
+    ) -> None:
+        self.trainer, self.journal, self.objective, self.target = trainer, journal, objective, target
+        self.module, self.scorer, self.settings, self.network, self.space = module, scorer, settings, network, space
+        self.done: list[Scored] = []
+        self.recalled = 0  # trials whose score was known before the search
+
+    def evaluate_with(self, bar: SearchProgress) -> Callable[[Any], float]:
+        """Return the function that the search calls: coefficients in, loss out."""
+
+        def evaluate(coefficients: Any) -> float:
+            counts = tuple(int(n) for n in self.space.realise(coefficients[None])[0])
+            spread = self.network.coefficients.spread(coefficients)
+            soft = tuple(float(c) for c in self.network.rounding.soft(spread, np.array(counts)))
+            scored = self._score("trial", lambda: self._pruned_metrics(counts), soft, counts)
+            best = next(iter(self.ranked()), None)
+            bar.advance(scored.trial.score, best.trial.score if best else math.nan)
+            return self.objective.loss(scored.trial.metrics)
+
+        return evaluate
+
+    def score_as_it_is(self, plan: Scored) -> Scored:
+        """Score the module as it is now, pruned by this plan in another way."""
+        return self._score("refined", self._metrics, plan.trial.coefficients, plan.counts)
+
+    def _metrics(self) -> dict[str, float]:
+        return over_processes(self.trainer, self.scorer.metrics())
+
+    def _pruned_metrics(self, counts: tuple[int, ...]) -> dict[str, float]:
+        surgery = self.network.prune(self.module, Plan.from_counts(counts, self.network.rankings))
+        try:
+            return self._metrics()
+        finally:
+            surgery.undo()
+
+    def _score(
+        self,
+        kind: str,
+        score: Callable[[], dict[str, float]],
+        coefficients: tuple[float, ...],
+        counts: tuple[int, ...],
+    ) -> Scored:
+        key = Key(kind, counts, self.network.identity)
+        sparsity = float(self.space.sparsity(np.array([counts]))[0])
+        found = self.journal.scored(key, score, coefficients=coefficients, sparsity=sparsity)
+        return self._keep(found.metrics, coefficients, counts, found.seconds)
+
+    def _keep(
+        self, metrics: dict[str, float], coefficients: tuple[float, ...], counts: tuple[int, ...], seconds: float
+    ) -> Scored:
+        score = monitored(metrics, self.objective)
+        removed = np.array([counts])
+        sparsity, off = float(self.space.sparsity(removed)[0]), float(self.space.overrun(removed)[0])
+        if self.target is not None and not self.space.within(np.array([sparsity]))[0]:
+            off += abs(sparsity - self.target) - self.space.tolerance
+        violation = self.objective.violation(metrics)
+        feasible = off == violation == 0 and math.isfinite(score)
+        trial = Trial(coefficients, sparsity, score, metrics, feasible, seconds)
+        self.done.append(Scored(trial, counts, self.objective.signed(score), off, violation))
+        return self.done[-1]
+
+    def ranked(self) -> list[Scored]:
+        """The feasible trials, best first; of equals the earliest."""
+        feasible = [scored for scored in self.done if scored.trial.feasible]
+        if self.target is None:  # the module as it is needs no plan
+            pruned = [scored for scored in feasible if any(scored.counts)]
+            return sorted(pruned, key=lambda scored: (-scored.trial.sparsity, scored.loss))
+        return sorted(feasible, key=lambda scored: scored.loss)
+
+    def least_violating(self) -> Scored | None:
+        """The trial that is nearest to feasible."""
+        pruned = [scored for scored in self.done if any(scored.counts)]
+
+        def badness(scored: Scored) -> tuple[float, ...]:
+            preference = -scored.trial.sparsity if self.target is None else scored.loss
+            finite = math.isfinite(scored.loss)
+            return (scored.off, not finite, scored.violation, preference if finite else 0.0)
+
+        return min(pruned, key=badness, default=None)
+
+    def reached(self, before: dict[str, float]) -> Callable[[], float]:
+        """Return the function that tells a search without a target the highest sparsity that meets all it must."""
+        unpruned = self.unpruned(before)
+        start = unpruned.trial.sparsity if unpruned.off == unpruned.violation == 0 else -math.inf
+
+        def reached() -> float:
+            return max((scored.trial.sparsity for scored in self.done if scored.trial.feasible), default=start)
+
+        return reached
+
+    def recall_unpruned(self, coefficients: Any, metrics: dict[str, float]) -> None:
+        """Where a strategy asks for the model as it is and that is on target already, it is a trial like any other."""
+        known = any(not any(scored.counts) for scored in self.done)
+        if not known and not any(self.space.key(coefficients)) and self.space.on_target(coefficients):
+            groups = len(self.network.groups)
+            self.recalled += 1
+            self._keep(metrics, (0.0,) * groups, (0,) * groups, 0.0)
+
+    def unpruned(self, metrics: dict[str, float]) -> Scored:
+        """The module as it was, in the shape of a trial."""
+        groups = len(self.network.groups)
+        counts = (0,) * groups
+        removed = np.array([counts])
+        sparsity, off = float(self.space.sparsity(removed)[0]), float(self.space.overrun(removed)[0])
+        score = metrics[self.settings.monitor]
+        trial = Trial((0.0,) * groups, sparsity, score, metrics, False, 0.0)
+        return Scored(trial, counts, self.objective.signed(score), off, self.objective.violation(metrics))
+
+    def sensitivity(self, strategy: SearchStrategy) -> tuple[Sensitivity, ...]:
+        """The strategy's curves, in scores."""
+        scores = {scored.counts: scored.trial.score for scored in reversed(self.done)}
+        sign = 1.0 if self.settings.mode == "min" else -1.0
+        curves = []
+        for curve in strategy.sensitivity:
+            points = np.repeat(self.space.low[None], len(curve.coefficients), axis=0)
+            points[:, curve.index] = curve.coefficients
+            found = [
+                scores.get(self.space.key(point), sign * loss) for point, loss in zip(points, curve.losses, strict=True)
+            ]
+            curves.append(Sensitivity(self.network.coefficients.names[curve.index], curve.coefficients, tuple(found)))
+        return tuple(curves)
+
+    def why_none(self) -> str:
+        """Say why no trial is feasible."""
+        number = f"the {len(self.done)} scored plans"
+        at = "" if self.target is None else f" at {self.target:.1%}"
+        if self.done and all(math.isnan(scored.trial.score) for scored in self.done):
+            return f"{self.settings.monitor} is nan for each of {number}"
+        nearest = self.least_violating()
+        if nearest is not None and nearest.violation:
+            missed = ", ".join(self.objective.shortfalls(nearest.trial.metrics))
+            return (
+                f"none of {number} meets the constraints{at}; the nearest, of sparsity {nearest.trial.sparsity:.4f}, "
+                f"misses {missed}"
+            )
+        return f"none of {number} has a finite {self.settings.monitor}{at}"
+
+
+def monitored(metrics: dict[str, float], objective: Objective) -> float:
+    """The score among the metrics.
+
+    Raises:
+        MisconfigurationException: The score, or a metric with a constraint, is not among them.
+    """
+    missing = objective.unlogged(metrics)
+    if missing is not None:
+        logged = ", ".join(map(repr, sorted(metrics))) or "nothing"
+        argument, name = missing
+        what = "" if argument.startswith("monitor") else f": {name!r}"
+        raise MisconfigurationException(f"{argument}{what} is not logged while validating; logged are: {logged}")
+    return metrics[objective.monitor]
+
+
+def check_reachable(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
+    """Refuse budgets that no plan meets, and say how near plans come."""
+    names = [name for name in settings.limits or {} if name != "latency"]
+    least = [] if space.shares is None else space.shares(space.realise(space.high[None]))[0].tolist()
+    for name, limit, share in zip(names, space.limits, least, strict=True):
+        if share > limit:
+            raise MisconfigurationException(
+                f"limits[{name!r}]={limit:g} is out of reach: a share of {share:.4f} of the {name} remains when every "
+                "group is pruned as far as its bounds allow"
+            )
+    if target is None:
+        return
+    nearest = space.nearest_point()
+    if space.on_target(nearest):
+        return
+    asked = f"target_sparsity={target:g} with tolerance={space.tolerance:g}"
+    if not names:
+        raise MisconfigurationException(
+            f"{asked} is out of reach: the nearest reachable sparsity is {space.sparsity_of(nearest):.4f}"
+        )
+    ways = [f"within the limits, the nearest reachable sparsity is {space.sparsity_of(nearest):.4f}"]
+    for number, name in enumerate(names):
+        share = space.least_share(number)
+        others = " and within the other limits" if len(names) > 1 else ""
+        ways.append(
+            f"at that sparsity{others}, no plan was found with less than a share of {share:.4f} of the {name}"
+            if math.isfinite(share)
+            else f"no limit on {name} alone makes the others meet"
+        )
+    raise MisconfigurationException(
+        f"{asked} (of the {settings.cost}) and limits={settings.limits} cannot be met together: {'; '.join(ways)}"
+    )
+
+
+class Stopwatch:
+    """Times the validation step of plans against that of the module as it is.
+
+    Latency is no function of counts, and measuring is noisy: medians of repeated steps on the first validation batch,
+    in eval mode after a warm-up, on the training device. Only plans that are about to be chosen are timed.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        scorer: ValidationScorer,
+        network: Network,
+        slower: float,
+    ) -> None:
+        self.trainer, self.module, self.scorer, self.network, self.slower = trainer, module, scorer, network, slower
+
+    def compare(self, plan: Scored, runs: int = 9, seconds: float = 0.1) -> tuple[float, float]:
+        """Seconds of the module as it is and as this plan would make it."""
+
+        def measure() -> float:
+            measured = time_validation_step(self.trainer, self.module, self.scorer, runs=runs, seconds=seconds)
+            return over_processes(self.trainer, {"seconds": measured})["seconds"]
+
+        before = measure()
+        surgery = self.network.prune(self.module, Plan.from_counts(plan.counts, self.network.rankings))
+        try:
+            after = measure()
+        finally:
+            surgery.undo()
+        return min(before, measure()), after
+
+    def first_within(self, limit: float, ranked: Sequence[Scored]) -> tuple[Scored | None, str]:
+        """The best of the plans that is fast enough, or none and why.
+
+        After the best one come those that are better than all others with fewer MACs.
+        """
+        fastest, fewest, timed = math.inf, math.inf, 0
+        for plan in ranked:
+            macs = self.network.costs_of(plan.counts).macs
+            if macs >= fewest or timed == _FINALISTS:
+                continue
+            fewest, timed = macs, timed + 1
+            before, after = self.compare(plan, runs=50, seconds=0.5)
+            fastest = min(fastest, after / before / self.slower)
+            if after <= limit * before * self.slower:
+                return plan, ""
+        return None, (
+            f"limits['latency']={limit:g}: the fastest of the {timed} plans that were timed takes {fastest:.3f} of the "
+            "dense model's time"
+        )
