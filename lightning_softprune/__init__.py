@@ -4,6 +4,7 @@ from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.network import find_groups
+from lightning_softprune.oneshot import prune
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 from lightning_softprune.search import (
     GradientSearch,
@@ -34,5 +35,6 @@ __all__ = [
     "UniformBaseline",
     "find_groups",
     "load_from_checkpoint",
+    "prune",
     "resize",
 ]

@@ -200,7 +200,14 @@ def _search(
         evaluate = trials.evaluate_with(bar)
         if target is None:
             outcome = search_highest(
-                strategy, space, evaluate, reached=trials.reached(before), seed=seed, cache=cache, on_target=check
+                strategy,
+                space,
+                evaluate,
+                reached=trials.reached(before),
+                lacking=trials.lacking,
+                seed=seed,
+                cache=cache,
+                on_target=check,
             )
         else:
             check(space)

@@ -157,6 +157,11 @@ class Trials:
 
         return reached
 
+    def lacking(self, sparsity: float) -> float:
+        """The least violation of the constraints by plans of at least this sparsity; inf where there is none."""
+        plans = (scored for scored in self.done if scored.off == 0 and scored.trial.sparsity >= sparsity)
+        return min((scored.violation for scored in plans), default=math.inf)
+
     def recall_unpruned(self, coefficients: Any, metrics: dict[str, float]) -> None:
         """Where a strategy asks for the model as it is and that is on target already, it is a trial like any other."""
         known = any(not any(scored.counts) for scored in self.done)

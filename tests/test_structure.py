@@ -23,7 +23,8 @@ LEVELS = (
     {"network"},
     {"trials"},
     {"round"},
-    {"callback", "cli"},
+    {"callback"},
+    {"cli", "oneshot"},
     {"__init__", "__main__"},
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

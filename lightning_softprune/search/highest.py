@@ -6,11 +6,12 @@ stopped as soon as it has met its target:
 
 1. Bisection. Each target gets the first plan that the strategy proposes on it: after a sensitivity sweep, which is paid
    for once, that is the best combination of the curves. One evaluation per target, about log2(1 / tolerance) targets.
-2. Ascent. From the highest sparsity reached the strategy runs in full at targets one tolerance further up, and further
-   as long as it succeeds, until it fails one tolerance above what it has reached.
+2. Ascent. From the highest sparsity reached the strategy runs on at targets one tolerance further up, and further as
+   long as it succeeds, until it fails one tolerance above what it has reached. It is given up where a round of
+   evaluations on the target, two per coefficient, closes less than a third of the gap to the constraints.
 
-So a search with ``SensitivitySearch`` takes about 10 evaluations per group for the curves and 10 to 20 more,
-``GradientSearch`` the same and one or two descents, ``UniformBaseline`` about 10 in all.
+So a search with ``SensitivitySearch`` takes about 10 evaluations per group for the curves and 15 to 25 more,
+``GradientSearch`` the same and two to four rounds of probes, ``UniformBaseline`` about 10 in all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lightning_softprune.search.loop import SearchOutcome, run_search
 from lightning_softprune.search.space import FloatArray, SearchSpace
 
 _SLACK = 1e-9
+_CLOSED = 1 / 3  # of the gap to the constraints, that a round of evaluations has to close
 
 
 def search_highest(
@@ -33,6 +35,7 @@ def search_highest(
     evaluate: Callable[[FloatArray], float],
     *,
     reached: Callable[[], float],
+    lacking: Callable[[float], float],
     seed: int,
     cache: dict[tuple[int, ...], float],
     on_target: Callable[[SearchSpace], None] = lambda space: None,
@@ -44,6 +47,8 @@ def search_highest(
         space: What is searched; its target is not looked at, its limits hold throughout.
         evaluate: The loss of a vector (k,), see `run_search`.
         reached: The highest sparsity of the plans evaluated so far that meet the constraints; -inf while there is none.
+        lacking: How far the plans evaluated so far that have at least this sparsity are from meeting the constraints:
+            the least violation, inf where there is no plan.
         seed: Of the strategy's random numbers.
         cache: Plan to loss; read and added to.
         on_target: Called with the space of each target before it is searched.
@@ -63,15 +68,21 @@ def search_highest(
         nearest = replace(space, target=target, tolerance=width).nearest()  # plans may lie further apart than `width`
         at = replace(space, target=target, tolerance=max(width, abs(nearest - target) + _SLACK))
         on_target(at)
-        tried = 0
+        gaps: list[float] = []  # after each evaluation on the target
+        patience = 2 * space.size + 2 if thorough else 1
 
         def enough() -> bool:
-            return reached() >= at.floor - _SLACK or (not thorough and tried > 0)
+            if reached() >= at.floor - _SLACK:
+                return True
+            if len(gaps) < patience or len(gaps) % patience:
+                return False
+            return not thorough or (len(gaps) > patience and gaps[-1] > (1 - _CLOSED) * gaps[-1 - patience])
 
         def evaluate_here(x: FloatArray) -> float:
-            nonlocal tried
-            tried += at.on_target(x)
-            return evaluate(x)
+            loss = evaluate(x)
+            if at.on_target(x):
+                gaps.append(lacking(at.floor - _SLACK))
+            return loss
 
         left = None if budget is None else budget - evaluations
         if not enough() and left != 0:
@@ -88,7 +99,7 @@ def search_highest(
     while high - low > resolution:
         middle = (low + high) / 2
         if attempt(middle, min(resolution / 2, (high - low) / 4), thorough=False):
-            low = known()
+            low = max(middle, known())
         else:
             high = middle
     low = known()

@@ -1,0 +1,93 @@
+"""One round without a training run: a trained module goes in, the same module comes out smaller.
+
+The round is the callback's own, at the start of a fit that ends before its first batch. So everything the Trainer
+provides (device, precision, data hooks, distributed processes) is as in a fit, and there is no second way to prune.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_softprune.callback import SoftPruning
+from lightning_softprune.results import PruningResult
+
+__all__ = ["prune"]
+
+_WITHOUT_MEANING = ("epochs", "finetune_epochs")
+
+
+def prune(
+    model: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None = None,
+    *,
+    train_dataloaders: Any = None,
+    val_dataloaders: Any = None,
+    trainer: pl.Trainer | None = None,
+    **arguments: Any,
+) -> PruningResult:
+    """Prune a trained module in place: search, prune, compensate, no training.
+
+    Args:
+        model: A trained LightningModule. Sparsity is measured against it as it is given.
+        datamodule: Its data; or else `train_dataloaders` and `val_dataloaders`, or the module's own loaders.
+        train_dataloaders: Training data, for rankings and compensation. Nothing is trained on them.
+        val_dataloaders: Validation data, which trials are scored on.
+        trainer: For devices, precision, strategy and folders; its callbacks and loggers take part. Its count of epochs
+            is afterwards what it was. Default: a Trainer with one device and neither logger nor checkpoints.
+        **arguments: Those of :class:`SoftPruning`, except `epochs` and `finetune_epochs`.
+
+    Returns:
+        What was found; ``applied`` says whether the module was pruned. As after every fit, the module is on the CPU.
+
+    Raises:
+        TypeError: `model` is not a LightningModule, or an argument is unknown or has no meaning here.
+        MisconfigurationException: See :class:`SoftPruning`; the module is then as it was.
+    """
+    if not isinstance(model, pl.LightningModule):
+        raise TypeError(f"model: {type(model).__name__} is not a LightningModule, which is needed to score plans")
+    for name in _WITHOUT_MEANING:
+        if name in arguments:
+            raise TypeError(f"{name}: {arguments[name]!r} has no meaning in prune(), which runs one round at once")
+    if trainer is None:
+        trainer = pl.Trainer(
+            max_epochs=1,
+            devices=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            num_sanity_val_steps=0,
+        )
+    elif any(isinstance(callback, SoftPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException("trainer: it has a SoftPruning callback already; prune() brings its own")
+    flags = {name: module.training for name, module in model.named_modules()}
+    callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
+    with _one_epoch_more(trainer, callback):
+        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
+    for name, module in model.named_modules():
+        module.training = flags.get(name, module.training)
+    if not callback.results:
+        raise RuntimeError("the trainer ended its fit before the round began")
+    return callback.results[0]
+
+
+@contextmanager
+def _one_epoch_more(trainer: pl.Trainer, callback: SoftPruning) -> Iterator[None]:
+    """Let a trainer that may have trained already begin another epoch, and forget it afterwards."""
+    loop = trainer.fit_loop
+    callbacks, steps = trainer.callbacks, loop.epoch_loop.max_steps  # type: ignore[attr-defined]
+    before = (loop.max_epochs, loop.min_epochs, copy.deepcopy(loop.epoch_progress))
+    trainer.callbacks = [*callbacks, callback]  # type: ignore[attr-defined]
+    loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps = trainer.current_epoch + 1, None, -1
+    try:
+        yield
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        loop.max_epochs, loop.min_epochs, loop.epoch_progress = before
+        loop.epoch_loop.max_steps = steps
