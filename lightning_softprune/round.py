@@ -200,6 +200,7 @@ def _search(
 ) -> tuple[SearchStrategy, SearchOutcome]:
     _check_reachable(space)
     strategy = copy.deepcopy(settings.search)
+    strategy.is_global_zero = trainer.is_global_zero
     try:
         strategy.check(space)
     except ValueError as error:

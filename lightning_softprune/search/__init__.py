@@ -8,6 +8,7 @@ from lightning_softprune.search.baselines import NormBaseline, UniformBaseline
 from lightning_softprune.search.gradient import GradientSearch
 from lightning_softprune.search.grid import GridSearch
 from lightning_softprune.search.loop import SearchOutcome, run_search
+from lightning_softprune.search.optuna_search import OptunaSearch
 from lightning_softprune.search.random_search import RandomSearch
 from lightning_softprune.search.sensitivity import SensitivitySearch
 from lightning_softprune.search.separable import best_combinations
@@ -19,6 +20,7 @@ __all__ = [
     "GridSearch",
     "IntArray",
     "NormBaseline",
+    "OptunaSearch",
     "RandomSearch",
     "SearchOutcome",
     "SearchSpace",
