@@ -185,6 +185,7 @@ def _search(
 ) -> tuple[SearchStrategy, SearchOutcome]:
     check_reachable(space, settings, target)
     strategy = copy.deepcopy(settings.search)
+    strategy.is_global_zero = trainer.is_global_zero
 
     def check(at: SearchSpace) -> None:
         try:

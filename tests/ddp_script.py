@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round as rounds
-from lightning_softprune import RandomSearch, SoftPruning
+from lightning_softprune import OptunaSearch, RandomSearch, SoftPruning
 from lightning_softprune.plan import Plan
 
 
@@ -106,9 +106,10 @@ def main():
 
     rounds.Plan.from_counts = classmethod(from_counts)
     digests = Digests()
+    search = OptunaSearch(4, storage=options["storage"]) if "storage" in options else RandomSearch(num_candidates=4)
     pruning = SoftPruning(
         monitor=options["monitor"], mode="max" if "acc" in options["monitor"] else "min", epochs=1,
-        target_sparsity=0.5, tolerance=0.05, search=RandomSearch(num_candidates=4),
+        target_sparsity=0.5, tolerance=0.05, search=search,
         compensation=options["compensation"], verbose=False, report=False,
     )  # fmt: skip
     callbacks = [Masks(1, options["removed"])] if "removed" in options else [pruning]

@@ -52,6 +52,18 @@ def test_both_ranks_have_one_plan_and_the_same_weights_after_every_step(tmp_path
     assert len(first["digests"]) == 18
 
 
+def test_a_search_with_optuna_is_the_same_on_both_ranks_and_recorded_once(tmp_path):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    first, second = run(tmp_path / "run", storage=storage)
+    assert first["applied"] == second["applied"] == [True]
+    assert first["digests"] == second["digests"]
+    [study] = optuna.get_all_study_summaries(storage)
+    trials = optuna.load_study(study_name=study.study_name, storage=storage).trials
+    assert [trial.value for trial in trials] == first["scores"][:4] == second["scores"][:4]  # the fifth is the refit
+    assert len(trials) == 4
+
+
 def test_pruning_equals_a_masked_run_on_the_same_two_ranks(tmp_path):
     pruned = run(tmp_path / "pruned", compensation="none")
     masked = run(tmp_path / "masked", removed=pruned[0]["removed"])

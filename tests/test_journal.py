@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from modules import AutoEncoder, fit, loaders, made, softpruning, trainer_of
 
-from lightning_softprune import GradientSearch, RandomSearch
+from lightning_softprune import GradientSearch, OptunaSearch, RandomSearch
 from lightning_softprune.journal import BASELINE, Journal, Key, digest, fingerprint, journal_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,6 +169,25 @@ def test_wherever_a_round_fails_the_next_one_goes_on_from_there(tmp_path, uninte
         stopped_fit(folder, stop_at, search=search)
         assert len(journal_of(folder).read_text().splitlines()) == stop_at
         assert_ends_as(expected, folder, search=search)
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_a_stopped_search_with_optuna_goes_on_in_the_study_it_began(tmp_path, monkeypatch, sampler):
+    optuna = pytest.importorskip("optuna")
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    monkeypatch.setitem(SEARCHES, "optuna", lambda: OptunaSearch(13, sampler, storage))
+
+    def trials():
+        [study] = optuna.get_all_study_summaries(storage)
+        return optuna.load_study(study_name=study.study_name, storage=storage).trials
+
+    stopped_fit(tmp_path, 13, search="optuna")
+    begun = trials()
+    assert len(begun) == 11  # the twelve finished passes, without the baseline
+    _, result = fragile_fit(tmp_path, search="optuna")
+    assert [trial.datetime_complete for trial in trials()[:11]] == [trial.datetime_complete for trial in begun]
+    assert [trial.value for trial in trials()] == [trial.score for trial in result.trials[:13]]
+    assert [trial.user_attrs["sparsity"] for trial in trials()] == [t.sparsity for t in result.trials[:13]]
 
 
 def test_a_search_that_is_stopped_again_and_again_gets_there(tmp_path, uninterrupted):

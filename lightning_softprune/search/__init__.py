@@ -9,6 +9,7 @@ from lightning_softprune.search.gradient import GradientSearch
 from lightning_softprune.search.grid import GridSearch
 from lightning_softprune.search.highest import search_highest
 from lightning_softprune.search.loop import SearchOutcome, run_search
+from lightning_softprune.search.optuna_search import OptunaSearch
 from lightning_softprune.search.random_search import RandomSearch
 from lightning_softprune.search.sensitivity import SensitivitySearch
 from lightning_softprune.search.separable import best_combinations
@@ -20,6 +21,7 @@ __all__ = [
     "GridSearch",
     "IntArray",
     "NormBaseline",
+    "OptunaSearch",
     "RandomSearch",
     "SearchOutcome",
     "SearchSpace",

@@ -26,7 +26,7 @@ evaluates reports the loss of that plan as of any other, and alone decides which
 
 Stop reasons of the strategies in this package: ``"exhausted"`` (every candidate was asked), ``"steps"``,
 ``"patience"``, ``"converged"``, ``"no usable loss"`` (nan wherever the strategy looked), ``"off target"`` (it found
-no plan within the tolerance); and of the loop: ``"max_evaluations"``, ``"repeating"``.
+no plan within the tolerance); and, mostly of the loop: ``"max_evaluations"``, ``"repeating"``.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ import numpy as np
 
 from lightning_softprune.search.space import FloatArray, SearchSpace
 
-_RUNNING = frozenset({"stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"})
+_RUNNING = frozenset({"is_global_zero", "stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"})
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,13 @@ class SearchStrategy:
 
     Attributes:
         max_evaluations: At most this many vectors are really evaluated; the loop sees to it. None: no limit.
+        is_global_zero: Whether this process may write files. Where several processes run the same search together,
+            whoever runs it sets False, after copying the strategy, in all of them but one.
         stop_reason: Why the search ended; empty while it runs.
     """
 
     max_evaluations: int | None = None
+    is_global_zero: bool = True
     stop_reason: str = ""
 
     _space: SearchSpace | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
 import pickle
@@ -15,6 +16,7 @@ from lightning_softprune.search import (
     GradientSearch,
     GridSearch,
     NormBaseline,
+    OptunaSearch,
     RandomSearch,
     SearchSpace,
     SearchStrategy,
@@ -35,6 +37,8 @@ STRATEGIES = {
     "uniform": (UniformBaseline(), math.inf),
     "norm": (NormBaseline(), math.inf),
 }
+if importlib.util.find_spec("optuna"):  # an extra
+    STRATEGIES["optuna"] = (OptunaSearch(num_trials=50), 0.02)
 
 
 @pytest.fixture(params=list(STRATEGIES))
