@@ -690,7 +690,7 @@ class ValidationScorer:
             _eager(),
             isolated_rng(self._seed),
         ):
-            _reset_metrics(module)
+            leave_inference(module)
             loop.run()
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
 
@@ -721,6 +721,7 @@ def time_validation_step(
         return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
+        leave_inference(pl_module)
         pl_module.eval()
         batch = scorer.first_batch()
         first = run()
@@ -729,6 +730,20 @@ def time_validation_step(
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))
+
+
+def leave_inference(module: nn.Module) -> None:
+    """Replace the module's tensors that were made in inference mode, as `Trainer.validate` makes them, by ordinary ones.
+
+    Outside of inference mode torch neither changes such tensors in place nor lets gradients pass by them. Metrics start
+    afresh. Wrap it in `untouched`, which puts the originals back.
+    """
+    _reset_metrics(module)
+    for child in module.modules():
+        for holder in (child._buffers, vars(child)):
+            for name, value in holder.items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    holder[name] = value.clone()
 
 
 def _reset_metrics(module: nn.Module) -> None:
