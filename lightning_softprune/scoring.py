@@ -733,10 +733,10 @@ def time_validation_step(
 
 
 def leave_inference(module: nn.Module) -> None:
-    """Replace the module's tensors that were made in inference mode, as `Trainer.validate` makes them, by ordinary ones.
+    """Replace the module's tensors that were made in inference mode by ordinary ones.
 
-    Outside of inference mode torch neither changes such tensors in place nor lets gradients pass by them. Metrics start
-    afresh. Wrap it in `untouched`, which puts the originals back.
+    `Trainer.validate` runs in that mode. Outside of it torch neither changes such tensors in place nor lets gradients
+    pass by them. Metrics start afresh. Wrap it in `untouched`, which puts the originals back.
     """
     _reset_metrics(module)
     for child in module.modules():

@@ -4,7 +4,6 @@ import json
 import math
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -527,7 +526,6 @@ def test_validate_is_a_dry_run_that_changes_nothing(tmp_path, kind):
             "state": {name: value.clone() for name, value in module.state_dict().items()},
             "ids": len({id(p) for p in module.parameters()}),
             "rng": torch.get_rng_state(),
-            "numpy": np.random.get_state()[1].tolist(),
             "training": [m.training for m in module.modules()],
             "callback_metrics": dict(trainer.callback_metrics),
         }
