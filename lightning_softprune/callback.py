@@ -16,7 +16,7 @@ from typing import Any, Literal, Union
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
@@ -28,7 +28,12 @@ from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import RoundSettings, run_round
-from lightning_softprune.scoring import finish_epoch_without_training, logging_step
+from lightning_softprune.scoring import (
+    finish_epoch_without_training,
+    logging_step,
+    take_epoch_back,
+    take_epoch_back_in,
+)
 from lightning_softprune.search import GradientSearch, SearchStrategy
 
 __all__ = ["SoftPruning", "cubic_schedule"]
@@ -129,6 +134,7 @@ class SoftPruning(pl.Callback):
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
         self._evaluating = False
+        self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
     @property
     def state_key(self) -> str:
@@ -186,6 +192,7 @@ class SoftPruning(pl.Callback):
                 f"finetune_epochs={self.finetune_epochs} would stop at epoch {last + self.finetune_epochs}, "
                 f"which min_epochs={least} forbids"
             )
+        self._untrained = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
@@ -198,6 +205,13 @@ class SoftPruning(pl.Callback):
         """A fit that resumes has the history of its checkpoint, even if that is none."""
         if not self._evaluating:
             self.results, self._dense = [], None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave an epoch in which nothing was trained to whoever trains on from this checkpoint."""
+        if self._untrained is not None:
+            take_epoch_back_in(checkpoint, self._untrained)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook for loading off the module."""
@@ -248,6 +262,11 @@ class SoftPruning(pl.Callback):
         if self._finished(trainer.current_epoch + 1):
             trainer.should_stop = True
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not count an epoch in which nothing was trained."""
+        if self._untrained is not None:
+            take_epoch_back(trainer, self._untrained)
+
     def _finished(self, epochs: int) -> bool:
         """Whether the fine-tuning that was asked for is over after so many epochs."""
         last = max(self.epochs)
@@ -271,17 +290,21 @@ class SoftPruning(pl.Callback):
             keep_record(pl_module, before, self.results)
         if self.reset_monitors and result.applied:
             reset_monitors(trainer)
-        for logger in trainer.loggers:
-            logger.log_metrics(log_values(result), step=logging_step(trainer))
         log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: asked for on every rank
         self._tell(result, round_folder(Path(log_dir), epoch))
+        for logger in trainer.loggers:  # last: a logger's exception is the user's, and finds the round complete
+            logger.log_metrics(log_values(result), step=logging_step(trainer))
         if epoch == max(self.epochs) and self.finetune_epochs == 0:
+            self._untrained = trainer.current_epoch
             finish_epoch_without_training(trainer)
 
     @rank_zero_only
     def _tell(self, result: PruningResult, folder: Path) -> None:
         if self.report:
-            write_files(result, folder)
+            try:
+                write_files(result, folder)
+            except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
+                rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
         if self.verbose:
             print_round(result)
 
