@@ -672,7 +672,9 @@ def test_a_run_that_only_pruned_is_finetuned_later_as_if_it_had_been_at_once(tmp
         tuned = whole.losses[6 * epoch :]
         assert len(module.losses) == len(tuned) > 0
         assert max(abs(a - b) for a, b in zip(module.losses, tuned, strict=True)) <= 1e-6
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), whole.parameters(), strict=True))
+        assert all(
+            torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), whole.parameters(), strict=True)
+        )
 
 
 def test_a_run_that_only_pruned_is_finetuned_by_the_same_trainer(tmp_path):
