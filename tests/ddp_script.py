@@ -15,6 +15,7 @@ import lightning as L
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -130,7 +131,7 @@ def run(options):
     pruning = SoftPruning(
         monitor=options["monitor"], mode="max" if "acc" in options["monitor"] else "min", epochs=1,
         target_sparsity=0.5, tolerance=0.05, search=RandomSearch(num_candidates=4),
-        compensation=options["compensation"], verbose=False, report=False,
+        compensation=options["compensation"], verbose=False, report=options.get("report", False),
     )  # fmt: skip
     rank = int(os.environ.get("LOCAL_RANK", 0))
     own = [pruning]
@@ -141,7 +142,8 @@ def run(options):
     if options.get("files"):
         callbacks.append(ModelCheckpoint(options["files"], "{epoch}", save_top_k=-1))
     trainer = L.Trainer(
-        max_epochs=3, accelerator="cpu", devices=2, logger=False, enable_progress_bar=False,
+        max_epochs=3, accelerator="cpu", devices=2, enable_progress_bar=False, log_every_n_steps=1,
+        logger=CSVLogger(out, "logs") if options.get("report") else False,
         enable_model_summary=False, enable_checkpointing=bool(options.get("files")), default_root_dir=out,
         callbacks=callbacks,
         strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **options.get("ddp", {})),

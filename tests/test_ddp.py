@@ -1,5 +1,6 @@
 """Two processes, gloo, on the CPU: one plan, one set of weights."""
 
+import csv
 import json
 import os
 import signal
@@ -47,6 +48,7 @@ FITS = {
     "bucket views": {"monitor": "val_acc", "ddp": {"gradient_as_bucket_view": True}},
     "unused parameters": {"unused": True, "ddp": {"find_unused_parameters": True}},
     "static graph": {"ddp": {"static_graph": True}},
+    "report and logger": {"report": True},
 }
 
 
@@ -67,6 +69,17 @@ def test_both_ranks_have_one_plan_and_the_same_weights_after_every_step(fits, ki
     assert first["scores"] == second["scores"]
     assert first["digests"] == second["digests"]
     assert len(first["digests"]) == 18
+
+
+def test_rank_zero_alone_logs_and_writes_the_report(fits, tmp_path_factory):
+    (folder,) = tmp_path_factory.getbasetemp().glob("fits*/report and logger")
+    assert fits["report and logger"][0]["applied"] == [True]
+    (version,) = (folder / "logs").iterdir()
+    assert (version / "softprune" / "epoch=1" / "result.json").is_file()
+    assert len(list(folder.rglob("result.json"))) == 1
+    with open(version / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["softprune/sparsity"]]
+    assert [row["step"] for row in rows] == ["6"]
 
 
 def test_pruning_equals_a_masked_run_on_the_same_two_ranks(tmp_path):

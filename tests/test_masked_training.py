@@ -7,7 +7,18 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
-from modules import AtEpochStart, AutoEncoder, Batches, fit, loaders, made, no_compensation, softpruning, trainer_of
+from modules import (
+    AtEpochStart,
+    AutoEncoder,
+    Batches,
+    Manual,
+    fit,
+    loaders,
+    made,
+    no_compensation,
+    softpruning,
+    trainer_of,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -271,6 +282,35 @@ def test_two_networks_with_an_optimizer_each_go_on_as_masked_ones_and_are_resume
         resumed.fit(again, **games(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
         expected = torch.tensor(module.losses[6 * (epoch + 1) :])
         torch.testing.assert_close(torch.tensor(again.losses), expected, rtol=0, atol=1e-6)
+
+
+class Pending(Manual):
+    """Accumulates by hand over three batches, and so across the end of an epoch of four."""
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        self.manual_backward(self.loss(batch) / 3)
+        if (len(self.losses) + 1) % 3 == 0:
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        self.losses.append(0.0)
+
+    def on_validation_model_zero_grad(self):
+        """Validation would throw them away."""
+
+
+def test_pending_gradients_survive_a_round_for_the_channels_that_do(tmp_path):
+    def save(trainer, module):
+        return copy.deepcopy(module), {name: p.grad.clone() for name, p in module.named_parameters()}
+
+    before, after = AtEpochStart(save), AtEpochStart(save)
+    fit(tmp_path, made(Pending), before, softpruning(**no_compensation()), after)
+    (dense, wide), (pruned, narrow) = before.found, after.found
+    masks = masks_of(dense, pruned)
+    assert any(gradient.any() for gradient in wide.values())
+    for name, gradient in narrow.items():
+        assert torch.equal(gradient.flatten(), wide[name][masks[name].bool()])
 
 
 # ----------------------------------------------------------------------------------------------- what the oracle sees

@@ -6,6 +6,7 @@ import gc
 import math
 import re
 import weakref
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -20,12 +21,14 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from modules import made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round as rounds
 from lightning_softprune import RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune.neighbours import refuse_sharded_optimizers, refuse_sharding
 from lightning_softprune.report import log_values
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,8 +114,12 @@ def test_the_best_checkpoint_after_a_round_is_a_pruned_one_only_if_monitors_star
             )  # nothing after the round beats the dense model
 
     fit(Regressor(), tmp_path, pruning(epochs=2, compensation="none", reset_monitors=reset), best, Worse())
-    rows = torch.load(best.best_model_path, weights_only=True)["state_dict"]["body.0.weight"].shape[0]
-    assert (rows < 16) == reset
+
+    def rows(path):
+        return torch.load(path, weights_only=True)["state_dict"]["body.0.weight"].shape[0]
+
+    assert (rows(best.best_model_path) < 16) == reset
+    assert 16 in map(rows, tmp_path.glob("*.ckpt")), "the best dense model's file stays"
 
 
 @pytest.mark.parametrize(("reset", "epochs"), [(True, 6), (False, 3)])
@@ -148,11 +155,27 @@ def test_averaged_weights_are_pruned_by_the_same_plan(tmp_path, first):
     assert shapes[0][0] < 16
 
 
+def test_with_averaged_weights_the_score_before_is_that_of_the_weights_which_are_pruned(tmp_path):
+    class Seen(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                self.averaged = float(trainer.callback_metrics["val_loss"])
+                with torch.no_grad():
+                    self.own = [nn.functional.mse_loss(module(x), y).item() for x, y in loaders()[1]]
+
+    callback, seen = pruning(epochs=2), Seen()
+    fit(made(Regressor), tmp_path, seen, EMAWeightAveraging(decay=0.9), callback)
+    assert callback.results[0].score_before == pytest.approx(sum(seen.own) / len(seen.own), abs=1e-5)
+    assert callback.results[0].score_before != pytest.approx(seen.averaged, rel=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
-def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path):
+@pytest.mark.parametrize(("start", "epoch"), [(4, 2), (2, 3)], ids=["afterwards", "meanwhile"])
+@pytest.mark.parametrize("first", [True, False])
+def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path, first, start, epoch):
     module = Regressor()
-    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=4)
-    fit(module, tmp_path, pruning(epochs=2), averaging, max_epochs=6)
+    averaging, callback = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=start), pruning(epochs=epoch)
+    fit(module, tmp_path, *((callback, averaging) if first else (averaging, callback)), max_epochs=6)
     assert module.body[0].out_features < 16
     assert [p.shape for p in averaging._average_model.parameters()] == [p.shape for p in module.parameters()]
 
@@ -364,6 +387,38 @@ def test_a_strategy_that_shards_is_refused_by_name(tmp_path):
     )  # fmt: skip
     with pytest.raises(MisconfigurationException, match=r"DDPStrategy.*consolidated checkpoint"):
         pruning().setup(trainer, Regressor(), "fit")
+
+
+class OwnSharding(FSDPStrategy):
+    pass
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, OwnSharding])
+def test_strategies_that_shard_are_refused_with_their_subclasses(kind):
+    trainer = SimpleNamespace(strategy=object.__new__(kind))  # here they cannot be started
+    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__}.*consolidated checkpoint"):
+        refuse_sharding(trainer)
+
+
+@pytest.mark.parametrize("how", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_fork_are_refused(how):
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=how, logger=False, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match=r"DDPStrategy started by .*strategy=\"ddp\""):
+        refuse_sharding(trainer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on import
+def test_an_optimizer_that_is_spread_over_the_processes_is_refused():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    class Own(ZeroRedundancyOptimizer):
+        pass
+
+    for kind in (ZeroRedundancyOptimizer, Own):
+        trainer = SimpleNamespace(optimizers=[object.__new__(kind)])  # without processes it cannot be made
+        with pytest.raises(MisconfigurationException, match=rf"optimizer: {kind.__name__} .*plain optimizer"):
+            refuse_sharded_optimizers(trainer)
+    refuse_sharded_optimizers(SimpleNamespace(optimizers=[torch.optim.SGD([torch.zeros(1)])]))
 
 
 # --------------------------------------------------------------------------------------------------------------- twins

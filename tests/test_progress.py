@@ -376,7 +376,9 @@ def test_with_lightnings_bars_a_round_speaks_and_the_bar_goes_on(
     last = 3 if finetune_epochs is None else 0
     lightning_bar = rf"Epoch {last}: 100%.* 4/4 " if bar is TQDMProgressBar else rf"Epoch {last}/3 .* 4/4 "
     assert re.search(lightning_bar, text)
-    end = text[text.rindex("SoftPruning, epoch 1") :]
+    begin, end = text.split("SoftPruning, epoch 1")
+    assert re.search(r"Search.*best val_psnr", begin)
+    assert "Search" not in end
     assert ("Epoch 3" in end) == (finetune_epochs is None)
 
 
