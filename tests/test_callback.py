@@ -458,11 +458,19 @@ def test_no_fine_tuning_after_a_skipped_epoch_start_trains_on_no_batch(tmp_path)
     fit(tmp_path, made(), steps, max_epochs=2, enable_checkpointing=True)
     module, callback = made(seed=1), softpruning(finetune_epochs=0)
     dense, data = count(module), loaders(module)
-    trainer = trainer_of(tmp_path, callback, max_epochs=4)
+    files = ModelCheckpoint(tmp_path / "pruned", save_last=True)
+    trainer = trainer_of(tmp_path, callback, files, max_epochs=4, enable_checkpointing=True)
     trainer.fit(module, **data, ckpt_path=tmp_path / "step=4.ckpt")
     assert count(module) < dense
     assert module.losses == []
     assert trainer.global_step == 4
+    assert trainer.current_epoch == 1
+    tuned, again = made(seed=2), softpruning()
+    later = trainer_of(tmp_path, again, max_epochs=4)
+    later.fit(tuned, **data, ckpt_path=files.last_model_path)
+    assert [result.epoch for result in again.results] == [1]
+    assert len(tuned.losses) == 3 * 4, "epochs 1, 2 and 3"
+    assert later.global_step == 4 * 4
     validated = plain_validate(tmp_path, module, data)
     assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(validated["val_loss"], abs=1e-6)
 

@@ -53,9 +53,13 @@ FITS = {
 
 
 @pytest.fixture(scope="module")
-def fits(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fits")
+
+
+@pytest.fixture(scope="module")
+def fits(folder):
     """Kind of fit -> what each rank saw. One start for all: it takes longer than they do."""
-    folder = tmp_path_factory.mktemp("fits")
     return dict(zip(FITS, run(*(fit_in(folder / kind, **options) for kind, options in FITS.items())), strict=True))
 
 
@@ -71,12 +75,12 @@ def test_both_ranks_have_one_plan_and_the_same_weights_after_every_step(fits, ki
     assert len(first["digests"]) == 18
 
 
-def test_rank_zero_alone_logs_and_writes_the_report(fits, tmp_path_factory):
-    (folder,) = tmp_path_factory.getbasetemp().glob("fits*/report and logger")
-    assert fits["report and logger"][0]["applied"] == [True]
-    (version,) = (folder / "logs").iterdir()
+def test_rank_zero_alone_logs_and_writes_the_report(fits, folder):
+    kind = "report and logger"
+    assert fits[kind][0]["applied"] == [True]
+    (version,) = (folder / kind / "logs").iterdir()
     assert (version / "softprune" / "epoch=1" / "result.json").is_file()
-    assert len(list(folder.rglob("result.json"))) == 1
+    assert len(list((folder / kind).rglob("result.json"))) == 1
     with open(version / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["softprune/sparsity"]]
     assert [row["step"] for row in rows] == ["6"]

@@ -287,7 +287,7 @@ def test_the_loss_scaler_goes_on_as_without_a_round_and_is_resumed(tmp_path, mon
         try:
             trainer = fit(
                 made(Regressor), folder, before, *callbacks, after, plugins=[plugin], accelerator=accelerator,
-                **arguments,
+                devices=1, **arguments,
             )  # fmt: skip
             assert trainer.precision_plugin.scaler is scaler
         finally:
