@@ -179,7 +179,6 @@ def test_the_same_after_a_second_round(tmp_path):
     torch.testing.assert_close(pruned, masked, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [AdamTwoGroups, FusedAdamW, Momentum, PerStepScheduler])
 # --------------------------------------------------------------------------------------- two networks, stepped by hand
 
 
@@ -316,6 +315,7 @@ def test_pending_gradients_survive_a_round_for_the_channels_that_do(tmp_path):
 # ----------------------------------------------------------------------------------------------- what the oracle sees
 
 
+@pytest.mark.parametrize("kind", [AdamTwoGroups, FusedAdamW, Momentum, PerStepScheduler])
 def test_without_the_optimizer_repair_the_comparison_fails(tmp_path, kind, monkeypatch):
     monkeypatch.setattr(round_module, "repair_optimizers", lambda optimizers, surgery: None)
     pruned, masked = both(tmp_path, made(kind))
