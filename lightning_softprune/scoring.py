@@ -810,3 +810,25 @@ def finish_epoch_without_training(trainer: pl.Trainer) -> None:
     finally:
         trainer.training = True
     trainer.should_stop = True
+
+
+def take_epoch_back(trainer: pl.Trainer, epoch: int) -> None:
+    """Once training is over: an epoch that ended without training is still to come.
+
+    Lightning counts every epoch that was begun. A fit that goes on from there would train one epoch less than asked.
+    """
+    for counter in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+        counter.load_state_dict(dict.fromkeys(vars(counter), epoch))
+
+
+def take_epoch_back_in(checkpoint: dict[str, Any], epoch: int) -> None:
+    """The same in a checkpoint, whenever it was saved since: it is one from between two epochs."""
+    state = checkpoint["loops"]["fit_loop"]
+    trained = state["epoch_loop.batch_progress"]
+    for counts, count in (
+        *((counts, epoch) for counts in state["epoch_progress"].values()),
+        (trained["total"], trained["total"]["completed"]),
+        (trained["current"], 0),
+    ):
+        counts.update(dict.fromkeys(counts, count))
+    trained["is_last_batch"] = False

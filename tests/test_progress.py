@@ -17,6 +17,7 @@ from rich.errors import LiveError
 from rich.live import Live
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.progress import SearchProgress, groups_table, print_round, progress_style
 from lightning_softprune.results import Costs, GroupResult, PruningResult
 
@@ -277,9 +278,11 @@ class Searches(Callback):
             print_round(make_result(epoch=trainer.current_epoch))
 
 
-def fit(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+def fit(
+    tmp_path: Path, *callbacks: Callback, module: LightningModule | None = None, max_epochs: int = 2, **arguments: Any
+) -> Trainer:
     trainer = Trainer(
-        max_epochs=2,
+        max_epochs=max_epochs,
         accelerator="cpu",
         devices=1,
         default_root_dir=tmp_path,
@@ -290,7 +293,7 @@ def fit(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
         **arguments,
     )
     data: DataLoader[Any] = DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=2)
-    trainer.fit(Tiny(), data, data)
+    trainer.fit(module or Tiny(), data, data)
     return trainer
 
 
@@ -334,6 +337,49 @@ def test_with_lightnings_tqdm_bar_the_search_is_one_more_line(tmp_path: Path, mo
     assert text.count("SoftPruning, epoch") == 2
     titles = [line for line in re.split(r"[\r\n]+", text) if "SoftPruning" in line]
     assert [title.strip() for title in titles] == ["SoftPruning, epoch 0", "SoftPruning, epoch 1"]  # not behind a bar
+
+
+class Wide(Tiny):
+    """Has something to prune."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+
+
+@pytest.mark.parametrize("finetune_epochs", [None, 0])
+@pytest.mark.parametrize("pruning_first", [True, False])
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_with_lightnings_bars_a_round_speaks_and_the_bar_goes_on(
+    tmp_path: Path,
+    bar: type[ProgressBar],
+    pruning_first: bool,
+    finetune_epochs: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "140")
+    pruning = SoftPruning(
+        monitor="val_psnr", search=UniformBaseline(), tolerance=0.1, finetune_epochs=finetune_epochs, report=False
+    )
+    callbacks = [pruning, bar()] if pruning_first else [bar(), pruning]
+    module = Wide()
+
+    fit(tmp_path, *callbacks, module=module, max_epochs=4)
+    text = visible(terminal.getvalue())
+
+    assert pruning.results[0].applied
+    assert module.layer[0].out_features < 16
+    assert text.count("SoftPruning, epoch 1") == 1
+    assert "layer.0" in text
+    last = 3 if finetune_epochs is None else 0
+    lightning_bar = rf"Epoch {last}: 100%.* 4/4 " if bar is TQDMProgressBar else rf"Epoch {last}/3 .* 4/4 "
+    assert re.search(lightning_bar, text)
+    begin, end = text.split("SoftPruning, epoch 1")
+    assert re.search(r"Search.*best val_psnr", begin)
+    assert "Search" not in end
+    assert ("Epoch 3" in end) == (finetune_epochs is None)
 
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
