@@ -12,7 +12,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_softprune.page import report_page
 from lightning_softprune.results import PruningResult, pareto_front
+
+RESULT_FILE = "result.json"
 
 Cell = str | int | float | bool
 
@@ -27,7 +30,7 @@ def round_folder(root: Path, epoch: int) -> Path:
 
 
 def write_files(result: PruningResult, folder: Path) -> list[Path]:
-    """Write `result.json` and `trials.csv`, replacing those of an earlier run.
+    """Write `result.json`, `trials.csv` and `report.html`, replacing those of an earlier run.
 
     A reader sees an old file or a new one, never half of one.
 
@@ -114,7 +117,11 @@ def _csv_text(result: PruningResult) -> str:
     return text.getvalue()
 
 
-_FILES: dict[str, Callable[[PruningResult], str]] = {"result.json": _json_text, "trials.csv": _csv_text}
+_FILES: dict[str, Callable[[PruningResult], str]] = {
+    RESULT_FILE: _json_text,
+    "trials.csv": _csv_text,
+    "report.html": report_page,
+}
 
 
 def _replace(path: Path, text: str) -> Path:

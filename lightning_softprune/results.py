@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+DRY_RUN = "this was a dry run"
+"""The reason of a round that was only to be looked at."""
+
 _MODES = ("min", "max")
 _NOT_IN_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
