@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
+from lightning_softprune.figures import log_figures
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
@@ -62,7 +63,8 @@ class SoftPruning(pl.Callback):
             0: stop with the pruned, validated, checkpointed model.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
-        report: Write ``result.json`` and ``trials.csv`` under ``<log_dir>/softprune/epoch=<e>/``.
+        report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and
+            figures for the loggers that show any (with matplotlib).
         verbose: Progress bar and tables on rank zero.
 
     Raises:
@@ -273,6 +275,8 @@ class SoftPruning(pl.Callback):
             reset_monitors(trainer)
         for logger in trainer.loggers:
             logger.log_metrics(log_values(result), step=logging_step(trainer))
+        if self.report:
+            log_figures(result, trainer.loggers, step=logging_step(trainer))
         log_dir = trainer.log_dir or trainer.default_root_dir  # a collective: asked for on every rank
         self._tell(result, round_folder(Path(log_dir), epoch))
         if epoch == max(self.epochs) and self.finetune_epochs == 0:
