@@ -64,6 +64,40 @@ def read_result(path: Path) -> PruningResult:
         raise ValueError(f"{path}: cannot be read as a pruning result ({error})") from error
 
 
+def round_folders(root: Path) -> list[Path]:
+    """The folders of rounds at or below `root`: run by run, the epochs in order.
+
+    Raises:
+        OSError: If `root` is not a folder that can be read.
+    """
+    os.scandir(root).close()  # `rglob` says nothing about a folder that is missing or cannot be read
+    if (root / RESULT_FILE).is_file():
+        return [root]
+    found = [path.parent for path in root.rglob(f"epoch=*/{RESULT_FILE}")]
+
+    def key(folder: Path) -> tuple[Path, int, str]:
+        epoch = folder.name.removeprefix("epoch=")
+        return folder.parent, int(epoch) if epoch.isdecimal() else -1, epoch
+
+    return sorted(found, key=key)
+
+
+def rebuild_files(folder: Path) -> list[Path]:
+    """Write the other files of a round again, from its `result.json`, which stays as it is.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        FileNotFoundError: If there is no `result.json`.
+        ValueError: If it cannot be read as a result.
+        OSError: If the folder cannot be written.
+    """
+    result = read_result(folder / RESULT_FILE)
+    texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
+    return [_replace(folder / name, text) for name, text in texts.items()]
+
+
 def log_values(result: PruningResult) -> dict[str, float]:
     """The scalars that the Trainer's loggers get at a round.
 

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from lightning_softprune.page import report_page
-from lightning_softprune.report import log_values, read_result, round_folder, trial_rows, write_files
+from lightning_softprune.report import (
+    log_values,
+    read_result,
+    rebuild_files,
+    round_folder,
+    round_folders,
+    trial_rows,
+    write_files,
+)
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 
 
@@ -213,6 +221,42 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         read_result(tmp_path / "result.json")
+
+
+def test_round_folders_are_found_run_by_run_in_order_of_their_epochs(tmp_path: Path) -> None:
+    folders = [round_folder(tmp_path / run, epoch) for run in ("a", "b") for epoch in (2, 9, 10)]
+    for folder in reversed(folders):
+        write_files(make_result(), folder)
+    (tmp_path / "epoch=3").mkdir()
+    (tmp_path / "other").mkdir()
+    write_files(make_result(), tmp_path / "other")  # not a round's folder by its name
+
+    assert round_folders(tmp_path) == folders
+    assert round_folders(folders[0].parent) == folders[:3]
+    assert round_folders(folders[0]) == folders[:1]
+    assert round_folders(tmp_path / "other") == [tmp_path / "other"]
+    assert round_folders(tmp_path / "epoch=3") == []
+
+
+def test_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        round_folders(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        round_folders(tmp_path / "file")
+
+
+def test_files_are_built_anew_from_the_result(tmp_path: Path) -> None:
+    paths = write_files(make_result(), tmp_path)
+    before = [path.read_bytes() for path in paths]
+    time = paths[0].stat().st_mtime_ns
+    for path in paths[1:]:
+        path.unlink()
+
+    assert rebuild_files(tmp_path) == paths[1:]
+
+    assert [path.read_bytes() for path in paths] == before
+    assert paths[0].stat().st_mtime_ns == time
 
 
 def test_log_values_are_the_scalars_of_the_contract() -> None:
