@@ -19,6 +19,7 @@ WIDTH, HEIGHT = 480, 300
 _RIGHT, _TOP, _BOTTOM = 14, 12, 50
 _SMALL_WIDTH, _SMALL_HEIGHT = 220, 128
 _MANY = 400  # more points than this: one path for all of them, without a tooltip each
+_FAR = 100.0
 _LARGEST = 1e150  # beyond it, differences of scores overflow
 
 
@@ -41,8 +42,9 @@ class Axis:
         return self.beyond(min(max(value, self.low), self.high))
 
     def beyond(self, value: float) -> float:
-        """The pixel of a value, on the axis or not."""
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+        """The pixel of a value, on the axis or not; a browser has no use for one that is very far away."""
+        share = (value - self.low) / (self.high - self.low)
+        return self.start + min(max(share, -_FAR), _FAR) * (self.end - self.start)
 
     def has(self, value: float) -> bool:
         """Whether the value lies on the axis."""
@@ -114,6 +116,14 @@ def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
     return found
 
 
+def target_band(result: PruningResult) -> tuple[float, float] | None:
+    """Lowest and highest sparsity that is feasible; `None` if there is no target."""
+    if result.target_sparsity is None:
+        return None
+    band = (result.target_sparsity - result.tolerance, result.target_sparsity + result.tolerance)
+    return band if all(map(is_drawable, band)) else None
+
+
 def component_colours(result: PruningResult) -> dict[str, str]:
     """Component -> class of its colour; seven colours, in the order of the groups."""
     components = dict.fromkeys(group.component for group in result.groups)
@@ -145,10 +155,9 @@ def sparsity_chart(result: PruningResult) -> Markup:
     trials = result.trials
     sparsities = [trial.sparsity for trial in trials]
     drawable = [value for value in sparsities if is_drawable(value)]
-    target = result.target_sparsity
-    band = None if target is None else (target - result.tolerance, target + result.tolerance)
+    target, band = result.target_sparsity, target_band(result)
     low, high = min([*drawable, *(band or ())], default=0.0), max([*drawable, *(band or ())], default=1.0)
-    margin = 0.05 * (high - low) or 0.01
+    margin = max(0.05 * (high - low), 0.002, 1e-6 * max(abs(low), abs(high)))
     low, high = low - margin, high + margin
     frame = _Frame.of(result, (low, high), ticks(low, high), "sparsity", "g")
     x, y = frame.x, frame.y
@@ -340,7 +349,7 @@ def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float
         parts.append(tag("line", note, x1=at, x2=at, y1=y.start, y2=y.end, class_="coefficient"))
     curves = []
     points = sorted(zip(curve.coefficients, curve.scores, strict=True))
-    for drawable, run in itertools.groupby(points, key=lambda point: is_drawable(point[1])):
+    for drawable, run in itertools.groupby(points, key=lambda point: all(map(is_drawable, point))):
         if drawable:
             curves.append(tag("polyline", points=" ".join(_pair(x.at(a), y.beyond(b)) for a, b in run), class_="curve"))
     # A picture in the picture: it cuts off what lies beyond the axis.
@@ -348,7 +357,7 @@ def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float
     inside = f"{x.start - 2:g} {y.end:g} {width:g} {height:g}"
     parts.append(tag("svg", *curves, x=x.start - 2, y=y.end, width=width, height=height, viewBox=inside))
     for a, b in points:
-        if is_drawable(b) and y.has(b):
+        if is_drawable(a) and is_drawable(b) and y.has(b):
             note = tag("title", f"coefficient {a:.3g}: score {b:.5g}")
             parts.append(tag("circle", note, cx=x.at(a), cy=y.at(b), r=2.5, class_="dot"))
     values = "; ".join(f"{a:.3g}: {b:.5g}" for a, b in points)

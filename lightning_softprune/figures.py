@@ -19,7 +19,7 @@ import numpy.typing as npt
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lightning_softprune.charts import best_so_far, chosen_trial, is_drawable, score_limits
+from lightning_softprune.charts import best_so_far, chosen_trial, is_drawable, score_limits, target_band
 from lightning_softprune.results import PruningResult
 
 if TYPE_CHECKING:
@@ -53,9 +53,8 @@ def log_figures(result: PruningResult, loggers: Iterable[Logger], step: int) -> 
 def score_figure(result: PruningResult) -> Figure:
     """Score against sparsity: the trials, the Pareto front, and the sparsities that are feasible."""
     figure, axes = _empty((6.4, 4.8))
-    target = result.target_sparsity
-    if target is not None:
-        band = (target - result.tolerance, target + result.tolerance)
+    band = target_band(result)
+    if band is not None:
         axes.axvspan(*band, color=_BLUE, alpha=0.14, linewidth=0, label="target sparsity and tolerance")
     if is_drawable(result.score_before):
         axes.axhline(result.score_before, color=_INK, linewidth=1, linestyle=":", label="before pruning")

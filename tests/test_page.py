@@ -201,6 +201,11 @@ RESULTS = {
     "all scores zero": make_result(
         score_before=0.0, score_after=0.0, trials=tuple(replace(t, score=0.0) for t in make_result().trials)
     ),
+    "absurd": make_result(
+        target_sparsity=math.nan,
+        trials=tuple(replace(t, sparsity=0.7 + k * 1e-16, score=1e149 * k) for k, t in enumerate(make_result().trials)),
+        sensitivity=(Sensitivity("encoder.0", (0.0, math.nan, 1.0), (1.0, 2.0, -1e149)),),
+    ),
     "chosen out of range": make_result(chosen=99),
     "sensitivity of an unknown group": make_result(sensitivity=(Sensitivity("gone", (0.5,), (1.0,)),)),
     "no channels": make_result(groups=(GroupResult("a", "b", "intra", 0, 0, math.nan), make_result().groups[1])),
