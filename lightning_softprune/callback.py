@@ -27,6 +27,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.costs import COSTS
+from lightning_softprune.figures import log_figures
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
@@ -34,7 +35,7 @@ from lightning_softprune.objective import parse_constraint
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import DRY_RUN, run_round
+from lightning_softprune.round import run_round
 from lightning_softprune.scoring import (
     finish_epoch_without_training,
     logging_step,
@@ -93,7 +94,8 @@ class SoftPruning(pl.Callback):
             0: stop with the pruned, validated, checkpointed model.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
-        report: Write ``result.json`` and ``trials.csv`` under ``<log_dir>/softprune/epoch=<e>/``.
+        report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and
+            figures for the loggers that show any (with matplotlib).
         verbose: Progress bar and tables on rank zero.
 
     Raises:
@@ -325,7 +327,7 @@ class SoftPruning(pl.Callback):
         self._tell(result, trainer.log_dir or trainer.default_root_dir)
 
     def _real_results(self) -> list[PruningResult]:
-        return [result for result in self.results if not result.reason.startswith(DRY_RUN)]
+        return [result for result in self.results if not result.is_dry_run]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do not count an epoch in which nothing was trained."""
@@ -363,6 +365,8 @@ class SoftPruning(pl.Callback):
         self._tell(result, trainer.log_dir or trainer.default_root_dir)  # a collective: asked for on every rank
         for logger in trainer.loggers:  # last: a logger's exception is the user's, and finds the round complete
             logger.log_metrics(log_values(result), step=logging_step(trainer))
+        if self.report:
+            log_figures(result, trainer.loggers, step=logging_step(trainer))
         if epoch == max(self.epochs) and self.finetune_epochs == 0:
             self._untrained = trainer.current_epoch
             finish_epoch_without_training(trainer)
