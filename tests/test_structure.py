@@ -17,7 +17,7 @@ LEVELS = (
     {"plan", "coefficients", "objective", "patterns", "results"},
     {"layers", "memory"},
     {"groups"},
-    {"costs", "surgery", "calibration", "compensation", "importance"},
+    {"costs", "surgery", "calibration", "compensation", "importance", "response"},
     {"scoring"},
     {"round", "checkpoint", "journal", "neighbours", "report", "progress"},
     {"callback", "cli"},
