@@ -131,8 +131,9 @@ def run(options):
     search = OptunaSearch(4, storage=options["storage"]) if "storage" in options else RandomSearch(num_candidates=4)
     pruning = SoftPruning(
         monitor=options["monitor"], mode="max" if "acc" in options["monitor"] else "min", epochs=1,
-        target_sparsity=0.5, tolerance=0.05, search=search,
+        tolerance=0.05, search=search,
         compensation=options["compensation"], verbose=False, report=options.get("report", False),
+        **options.get("pruning", {"target_sparsity": 0.5}),
     )  # fmt: skip
     rank = int(os.environ.get("LOCAL_RANK", 0))
     own = [pruning]

@@ -50,6 +50,11 @@ FITS = {
     "unused parameters": {"unused": True, "ddp": {"find_unused_parameters": True}},
     "static graph": {"ddp": {"static_graph": True}},
     "report and logger": {"report": True},
+    "highest sparsity": {"pruning": {"target_sparsity": None, "constraints": ["val_loss <= 1.1", "val_acc >= 0.2"]}},
+    "budgets": {
+        "sync_dist": False,
+        "pruning": {"cost": "macs", "limits": {"params": 0.6, "latency": 0.9}, "on_violation": "prune"},
+    },
 }
 
 
