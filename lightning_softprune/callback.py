@@ -21,12 +21,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.costs import COSTS
+from lightning_softprune.figures import log_figures
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
@@ -34,8 +35,13 @@ from lightning_softprune.objective import parse_constraint
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import DRY_RUN, run_round
-from lightning_softprune.scoring import finish_epoch_without_training, logging_step
+from lightning_softprune.round import run_round
+from lightning_softprune.scoring import (
+    finish_epoch_without_training,
+    logging_step,
+    take_epoch_back,
+    take_epoch_back_in,
+)
 from lightning_softprune.search import GradientSearch, SearchStrategy
 from lightning_softprune.settings import RoundSettings
 
@@ -88,7 +94,8 @@ class SoftPruning(pl.Callback):
             0: stop with the pruned, validated, checkpointed model.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
-        report: Write ``result.json`` and ``trials.csv`` under ``<log_dir>/softprune/epoch=<e>/``.
+        report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and
+            figures for the loggers that show any (with matplotlib).
         verbose: Show a progress bar and tables, on rank zero.
 
     Raises:
@@ -174,6 +181,7 @@ class SoftPruning(pl.Callback):
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
         self._evaluating = False
+        self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
     @property
     def state_key(self) -> str:
@@ -234,6 +242,7 @@ class SoftPruning(pl.Callback):
                 f"finetune_epochs={self.finetune_epochs} would stop at epoch {last + self.finetune_epochs}, "
                 f"which min_epochs={least} forbids"
             )
+        self._untrained = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
@@ -246,6 +255,13 @@ class SoftPruning(pl.Callback):
         """A fit that resumes has the history of its checkpoint, even if that is none."""
         if not self._evaluating:
             self.results, self._dense = [], None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave an epoch in which nothing was trained to whoever trains on from this checkpoint."""
+        if self._untrained is not None:
+            take_epoch_back_in(checkpoint, self._untrained)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook for loading off the module."""
@@ -311,7 +327,12 @@ class SoftPruning(pl.Callback):
         self._tell(result, trainer.log_dir or trainer.default_root_dir)
 
     def _real_results(self) -> list[PruningResult]:
-        return [result for result in self.results if not result.reason.startswith(DRY_RUN)]
+        return [result for result in self.results if not result.is_dry_run]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not count an epoch in which nothing was trained."""
+        if self._untrained is not None:
+            take_epoch_back(trainer, self._untrained)
 
     def _finished(self, epochs: int) -> bool:
         """Whether the fine-tuning that was asked for is over after so many epochs."""
@@ -341,10 +362,13 @@ class SoftPruning(pl.Callback):
             keep_record(pl_module, before, self.results)
         if self.reset_monitors and result.applied:
             reset_monitors(trainer)
-        for logger in trainer.loggers:
-            logger.log_metrics(log_values(result), step=logging_step(trainer))
         self._tell(result, trainer.log_dir or trainer.default_root_dir)  # a collective: asked for on every rank
+        for logger in trainer.loggers:  # last: a logger's exception is the user's, and finds the round complete
+            logger.log_metrics(log_values(result), step=logging_step(trainer))
+        if self.report:
+            log_figures(result, trainer.loggers, step=logging_step(trainer))
         if epoch == max(self.epochs) and self.finetune_epochs == 0:
+            self._untrained = trainer.current_epoch
             finish_epoch_without_training(trainer)
 
     def _search(
@@ -356,7 +380,8 @@ class SoftPruning(pl.Callback):
         *,
         commit: bool = True,
     ) -> PruningResult:
-        faster = [r.latency_after / r.latency_before for r in self.results if r.latency_before and r.latency_after]
+        applied = [result for result in self.results if result.applied]
+        faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
         result = run_round(
             trainer,
             pl_module,
@@ -372,7 +397,11 @@ class SoftPruning(pl.Callback):
     @rank_zero_only
     def _tell(self, result: PruningResult, root: str) -> None:
         if self.report:
-            write_files(result, round_folder(Path(root), result.epoch))
+            folder = round_folder(Path(root), result.epoch)
+            try:
+                write_files(result, folder)
+            except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
+                rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
         if self.verbose:
             print_round(result)
 

@@ -20,7 +20,8 @@ channels first: for a plan that keeps the first k of them, ``B = L_RK L_KK^-1`` 
 Readers of several groups (behind a concatenation) are factorised per plan.
 
 :func:`refine` is the sequential variant (He et al. 2017, arXiv 1707.06168, eq. 5): layer by layer, each reader is
-fitted to the dense network's outputs on the inputs that the already pruned network feeds it.
+fitted to the dense network's outputs on the inputs that the already pruned network feeds it. Where a pointwise function
+follows a reader, outputs are then compared after it (``response.py``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from lightning_softprune.calibration import (
     InputStatistics,
     Reader,
+    Taps,
     as_rows,
     find_readers,
     in_double,
@@ -44,6 +46,7 @@ from lightning_softprune.calibration import (
     watch_inputs,
 )
 from lightning_softprune.groups import PruningGroup
+from lightning_softprune.response import Response, find_responses, fit_response
 from lightning_softprune.surgery import Surgery
 
 __all__ = ["COMPENSATIONS", "RIDGE", "Compensation", "refine"]
@@ -324,6 +327,13 @@ REFINE_RIDGE = 1e-2
 MAX_ROWS = 4096
 """Observations per calibration batch and reader that the sequential variant keeps."""
 
+MAX_RESPONSE_ROWS = 2**14
+"""Observations per process and reader on which outputs are compared after the function that follows."""
+
+RESPONSE_PRIOR = 100.0
+"""As many observations the one-shot prediction counts for there. Only those in the function's sloping part tell
+anything, so that few calibration batches tell less of it than of the linear fit."""
+
 
 class DenseInputs:
     """What the readers see in the dense network: the targets of :func:`refine`. Kept in single precision."""
@@ -339,6 +349,7 @@ class DenseInputs:
         with watch_inputs(model, compensation.readers, see), torch.no_grad():
             for step in steps:
                 step()
+        self.responses = find_responses(model, compensation.readers, steps[0]) if steps else {}
 
 
 def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseInputs) -> None:
@@ -346,6 +357,7 @@ def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense
 
     With dense inputs ``x`` and the pruned network's inputs ``z``, all channels are predicted from the kept ones,
     ``P = (S_xz + r P0) (S_zz + r I)^-1``, where ``P0`` is the one-shot prediction: few samples change it little.
+    Linear layers (and convolutions of one tap) that a pointwise function follows are then fitted through it.
 
     Args:
         model: The pruned, compensated model.
@@ -398,14 +410,62 @@ def refine(model: nn.Module, surgery: Surgery, compensation: Compensation, dense
         folded = torch.einsum("ocsp,ck->oksp", blocks, solution).flatten(1, 2)[None]
         missing = mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride)
         shift = torch.einsum("ocsp,cs->o", blocks, missing) * regression.taps.share
+        bias = layer.get_parameter("bias")
+        original = next((b for b, new, _ in surgery.parameters if new is bias), None)
+        start = torch.zeros_like(bias) if original is None else original.detach()
+        rows = surgery.kept.get(f"{name}.bias", {}).get(0)
+        start = (start if rows is None else start[rows.to(start.device)]).to(device, torch.float64)
+        new_bias = start + shift
+        response = dense.responses.get(name)
+        alone = float(response is None or not _has_one_tap(layer, regression))
+        if sum_over_processes(torch.tensor(alone, device=device)) == 0 and response is not None:
+            matrix = blocks[:, :, 0, 0]
+            every = max(-(-len(z) // MAX_RESPONSE_ROWS), 1)
+            folded, centred_bias = _through(
+                response,
+                wanted=x[::every] @ matrix.t() + (start + matrix @ mean_x),
+                inputs=z[::every],
+                linear=folded,
+                bias=start + matrix @ mean_x,
+                prior=matrix @ prior,
+                covariance=s_zz,
+            )
+            new_bias = centred_bias - folded[0, :, :, 0] @ mean_z
         with torch.no_grad():
             weight.copy_(_unblock(layer, folded).to(weight.device, weight.dtype))
-            bias = layer.get_parameter("bias")
-            original = next((b for b, new, _ in surgery.parameters if new is bias), None)
-            start = torch.zeros_like(bias) if original is None else original.detach()
-            rows = surgery.kept.get(f"{name}.bias", {}).get(0)
-            start = start if rows is None else start[rows.to(start.device)]
-            bias.copy_((start.double() + shift.to(bias.device)).to(bias.dtype))
+            bias.copy_(new_bias.to(bias.device, bias.dtype))
+
+
+def _has_one_tap(layer: nn.Module, regression: _Regression) -> bool:
+    """Whether each of the layer's outputs reads one row of its inputs."""
+    kernel = tuple(layer.kernel_size) if isinstance(layer, _ConvNd) else ()
+    return regression.reader.stride == 1 and all(k == 1 for k in kernel) and regression.taps == Taps()
+
+
+def _through(
+    response: Response,
+    wanted: torch.Tensor,
+    inputs: torch.Tensor,
+    linear: torch.Tensor,
+    bias: torch.Tensor,
+    prior: torch.Tensor,
+    covariance: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`fit_response` from the linear fit on: the weight in the blocks' shape, the bias for centred inputs."""
+    total = float(sum_over_processes(torch.tensor(float(len(inputs)), device=inputs.device)))
+    ridge = ridge_of(covariance, max(REFINE_RIDGE, RESPONSE_PRIOR / total))
+    factor = _cholesky(covariance, ridge)
+    weight, bias = fit_response(
+        response,
+        wanted.float(),
+        inputs.float(),
+        linear[0, :, :, 0].float(),
+        bias.float(),
+        prior.float(),
+        factor.float(),
+        ridge,
+    )
+    return weight.double()[None, ..., None], bias.double()
 
 
 def _thinned(rows: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.scoring import (
     ValidationScorer,
     isolated_rng,
+    leave_inference,
     run_step,
     training_batches,
     transfer,
@@ -206,6 +207,7 @@ def _validation(trainer: pl.Trainer, module: pl.LightningModule, scorer: Validat
 
     def step() -> Any:
         with untouched(trainer, module):
+            leave_inference(module)
             module.eval()
             batch, batch_idx, dataloader_idx = scorer.first_batch()
             return run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
@@ -218,6 +220,7 @@ def _training(trainer: pl.Trainer, module: pl.LightningModule, raw: Any, number:
 
     def step() -> Any:
         with untouched(trainer, module):
+            leave_inference(module)
             module.eval()
             batch = transfer(trainer, module, raw, step="training_step")
             return run_step(trainer, module, "training_step", batch, number)
@@ -263,6 +266,7 @@ def rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: Validation
         if module.automatic_optimization and is_overridden("training_step", module):
             for raw in training_batches(trainer, 1):
                 with untouched(trainer, module), torch.enable_grad():
+                    leave_inference(module)
                     batch = transfer(trainer, module, raw, step="training_step")
                     run_step(trainer, module, "training_step", batch, 0, autocast=True)
 

@@ -68,10 +68,13 @@ def prune(
         raise MisconfigurationException("trainer: it has a SoftPruning callback already; prune() brings its own")
     flags = {name: module.training for name, module in model.named_modules()}
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
-    with _one_epoch_more(trainer, callback):
-        trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
-    for name, module in model.named_modules():
-        module.training = flags.get(name, module.training)
+    try:
+        with _one_epoch_more(trainer, callback):
+            model.train()  # as a fit expects it; the round sets the mode of each pass itself
+            trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
+    finally:
+        for name, module in model.named_modules():
+            module.training = flags.get(name, module.training)
     if not callback.results:
         raise RuntimeError("the trainer ended its fit before the round began")
     return callback.results[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -36,7 +37,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lightning_softprune.results import PruningResult, format_change
+from lightning_softprune.results import GroupResult, PruningResult, format_change
 
 Style = Literal["auto", "rich", "tqdm", "plain"]
 _STYLES = ("auto", "rich", "tqdm", "plain")
@@ -169,24 +170,38 @@ def print_round(result: PruningResult, console: Console | None = None) -> None:
         console: Where to print; rich's global one (which `RichProgressBar` draws on) if not given.
     """
     console = console or rich.get_console()
+    tables = [groups_table(result)]
+    if result.is_dry_run:
+        tables.append(bounds_table(result))
+        tables += [left_out_table(result)] if result.left_out else []
     with Tqdm.external_write_mode(file=console.file):
-        console.print(_Printable(groups_table(result)), crop=False)
+        for table in tables:
+            console.print(_Printable(table), crop=False)
+            if len(tables) > 1:
+                console.print()
         _print_line(console, result.summary)
 
 
+def print_rounds(results: Sequence[PruningResult], console: Console | None = None) -> None:
+    """Print what several rounds on one model did: a row per round, a row per group.
+
+    Args:
+        results: The rounds, in order.
+        console: Where to print; rich's global one if not given.
+    """
+    console = console or rich.get_console()
+    for table in (rounds_table(results), channels_table(results)):
+        console.print(_Printable(table), crop=False)
+        console.print()
+
+
 def groups_table(result: PruningResult) -> Table:
-    """One row per group, then costs, score and sparsity before and after.
+    """One row per group, then costs, score and sparsity before and after, latency, limits and constraints if any.
 
     The bar is the share of channels kept.
     """
     applied = "" if result.applied else f" (not applied{': ' if result.reason else ''}{result.reason})"
-    table = Table(
-        title=Text(f"SoftPruning, epoch {result.epoch}{applied}"),
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-    )
+    table = _table(f"SoftPruning, epoch {result.epoch}{applied}")
     table.add_column("group", overflow="fold", min_width=8)
     table.add_column("component", overflow="fold")
     table.add_column("kind", overflow="fold")
@@ -210,10 +225,84 @@ def groups_table(result: PruningResult) -> Table:
         ("MACs", before_costs.macs, after_costs.macs),
     ):
         table.add_row(name, "", "", f"{_format_count(dense)} -> {_format_count(pruned)}", format_change(dense, pruned))
+    if result.latency_before is not None and result.latency_after is not None:
+        latencies = result.latency_before, result.latency_after
+        times = " -> ".join(f"{1000 * seconds:.4g} ms" for seconds in latencies)
+        table.add_row("latency", "", "", times, format_change(*latencies))
     table.add_row(Text(result.monitor), "", "", f"{result.score_before:.4g} -> {result.score_after:.4g}")
     target = "" if result.target_sparsity is None else f"target {result.target_sparsity:.4g}"
     table.add_row("sparsity", "", "", f"{result.sparsity:.4g}", target)
+    for name, share in result.limits.items():
+        table.add_row("limit", "", "", Text(f"{name} <= {share:.4g}"), "of dense")
+    for constraint in result.constraints:
+        table.add_row("constraint", "", "", Text(constraint))
     return table
+
+
+def bounds_table(result: PruningResult) -> Table:
+    """One row per group: its bounds, and the costs that go when it alone is pruned as far as they allow."""
+    table = _table("One group alone, pruned as far as its bounds allow")
+    table.add_column("group", overflow="fold", min_width=8)
+    for name in ("lowest", "highest coefficient", "parameters", "MACs"):
+        table.add_column(name, justify="right", overflow="fold")
+    for group in result.groups:
+        costs = [f"-{_format_count(number)}" if number else "0" for number in (group.params, group.macs)]
+        table.add_row(Text(group.name), f"{group.low:.3f}", f"{group.high:.3f}", *costs)
+    return table
+
+
+def left_out_table(result: PruningResult) -> Table:
+    """What the search leaves alone, and why."""
+    table = _table("Left out")
+    for name in ("name", "component", "channels", "reason"):
+        table.add_column(name, justify="right" if name == "channels" else "left", overflow="fold")
+    for item in result.left_out:
+        channels = f"{item.channels:,}" if item.channels else ""
+        table.add_row(Text(item.name), Text(item.component), channels, Text(item.reason))
+    return table
+
+
+def rounds_table(results: Sequence[PruningResult]) -> Table:
+    """One row per round: costs and score before and after, and what became of it."""
+    table = _table("Rounds")
+    for name in ("epoch", "sparsity", "parameters", "MACs", "score"):
+        table.add_column(name, justify="right", overflow="fold")
+    for name in ("strategy", "applied"):
+        table.add_column(name, overflow="fold")
+    for result in results:
+        before, after = result.costs_before, result.costs_after
+        table.add_row(
+            str(result.epoch),
+            f"{result.sparsity:.4g}",
+            f"{before.params:,} -> {after.params:,}",
+            f"{before.macs:,} -> {after.macs:,}",
+            Text(f"{result.monitor} {result.score_before:.4g} -> {result.score_after:.4g}"),
+            Text(f"{result.strategy}: {result.stop_reason}"),
+            Text("yes" if result.applied else f"no: {result.reason}".removesuffix(": ")),
+        )
+    return table
+
+
+def channels_table(results: Sequence[PruningResult]) -> Table:
+    """One row per group, with its channels from round to round; rounds that were not applied count if none was."""
+    table = _table("Groups")
+    for name in ("group", "component", "kind"):
+        table.add_column(name, overflow="fold")
+    table.add_column("channels", justify="right", overflow="fold")
+    applied = [result for result in results if result.applied] or results
+    groups: dict[str, list[GroupResult]] = {}
+    for result in applied:
+        for group in result.groups:
+            groups.setdefault(group.name, []).append(group)
+    for name, states in groups.items():
+        counts = [states[0].channels_before, *(state.channels_after for state in states)]
+        path = " -> ".join(f"{count:,}" for count in counts)
+        table.add_row(Text(name), Text(states[0].component), Text(states[0].kind), path)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
 
 
 def _is_animated(console: Console) -> bool:

@@ -12,7 +12,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning_softprune.page import report_page
 from lightning_softprune.results import PruningResult, pareto_front
+
+RESULT_FILE = "result.json"
 
 Cell = str | int | float | bool
 
@@ -27,7 +30,7 @@ def round_folder(root: Path, epoch: int) -> Path:
 
 
 def write_files(result: PruningResult, folder: Path) -> list[Path]:
-    """Write `result.json` and `trials.csv`, replacing those of an earlier run.
+    """Write `result.json`, `trials.csv` and `report.html`, replacing those of an earlier run.
 
     A reader sees an old file or a new one, never half of one.
 
@@ -59,6 +62,40 @@ def read_result(path: Path) -> PruningResult:
         return PruningResult.from_dict(json.loads(content))
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read as a pruning result ({error})") from error
+
+
+def round_folders(root: Path) -> list[Path]:
+    """The folders of rounds at or below `root`: run by run, the epochs in order.
+
+    Raises:
+        OSError: If `root` is not a folder that can be read.
+    """
+    os.scandir(root).close()  # `rglob` says nothing about a folder that is missing or cannot be read
+    if (root / RESULT_FILE).is_file():
+        return [root]
+    found = [path.parent for path in root.rglob(f"epoch=*/{RESULT_FILE}")]
+
+    def key(folder: Path) -> tuple[Path, int, str]:
+        epoch = folder.name.removeprefix("epoch=")
+        return folder.parent, int(epoch) if epoch.isdecimal() else -1, epoch
+
+    return sorted(found, key=key)
+
+
+def rebuild_files(folder: Path) -> list[Path]:
+    """Write the other files of a round again, from its `result.json`, which stays as it is.
+
+    Returns:
+        The paths written.
+
+    Raises:
+        FileNotFoundError: If there is no `result.json`.
+        ValueError: If it cannot be read as a result.
+        OSError: If the folder cannot be written.
+    """
+    result = read_result(folder / RESULT_FILE)
+    texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
+    return [_replace(folder / name, text) for name, text in texts.items()]
 
 
 def log_values(result: PruningResult) -> dict[str, float]:
@@ -114,7 +151,11 @@ def _csv_text(result: PruningResult) -> str:
     return text.getvalue()
 
 
-_FILES: dict[str, Callable[[PruningResult], str]] = {"result.json": _json_text, "trials.csv": _csv_text}
+_FILES: dict[str, Callable[[PruningResult], str]] = {
+    RESULT_FILE: _json_text,
+    "trials.csv": _csv_text,
+    "report.html": report_page,
+}
 
 
 def _replace(path: Path, text: str) -> Path:

@@ -17,6 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+DRY_RUN = "this was a dry run"
+"""The reason of a round that was only to be looked at."""
+
 _MODES = ("min", "max")
 _NOT_IN_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
@@ -255,6 +258,11 @@ class PruningResult:
                     f"`trials[{index}]` needs one coefficient per group: "
                     f"got {len(trial.coefficients)} for {len(self.groups)} groups"
                 )
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Whether nothing was to be applied in the first place."""
+        return self.reason.startswith(DRY_RUN)
 
     @property
     def pareto(self) -> tuple[Trial, ...]:

@@ -27,17 +27,14 @@ from lightning_softprune.network import Network, rehearse
 from lightning_softprune.objective import Objective
 from lightning_softprune.plan import Plan
 from lightning_softprune.progress import SearchProgress
-from lightning_softprune.results import Costs, PruningResult
+from lightning_softprune.results import DRY_RUN, Costs, PruningResult
 from lightning_softprune.scoring import ValidationScorer, isolated_rng, over_processes, wrap_again
 from lightning_softprune.search import SearchOutcome, SearchSpace, SearchStrategy, run_search, search_highest
 from lightning_softprune.settings import RoundSettings
 from lightning_softprune.surgery import OptimizerTransaction, Transaction, repair_optimizers
 from lightning_softprune.trials import Scored, Stopwatch, Trials, check_reachable, monitored
 
-__all__ = ["DRY_RUN", "run_round"]
-
-DRY_RUN = "this was a dry run"
-"""The reason of a result that was not to be applied."""
+__all__ = ["run_round"]
 
 
 def run_round(

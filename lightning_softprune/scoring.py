@@ -690,7 +690,7 @@ class ValidationScorer:
             _eager(),
             isolated_rng(self._seed),
         ):
-            _reset_metrics(module)
+            leave_inference(module)
             loop.run()
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
 
@@ -721,6 +721,7 @@ def time_validation_step(
         return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
+        leave_inference(pl_module)
         pl_module.eval()
         batch = scorer.first_batch()
         first = run()
@@ -729,6 +730,20 @@ def time_validation_step(
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))
+
+
+def leave_inference(module: nn.Module) -> None:
+    """Replace the module's tensors that were made in inference mode by ordinary ones.
+
+    `Trainer.validate` runs in that mode. Outside of it torch neither changes such tensors in place nor lets gradients
+    pass by them. Metrics start afresh. Wrap it in `untouched`, which puts the originals back.
+    """
+    _reset_metrics(module)
+    for child in module.modules():
+        for holder in (child._buffers, vars(child)):
+            for name, value in holder.items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    holder[name] = value.clone()
 
 
 def _reset_metrics(module: nn.Module) -> None:
@@ -795,3 +810,25 @@ def finish_epoch_without_training(trainer: pl.Trainer) -> None:
     finally:
         trainer.training = True
     trainer.should_stop = True
+
+
+def take_epoch_back(trainer: pl.Trainer, epoch: int) -> None:
+    """Once training is over: an epoch that ended without training is still to come.
+
+    Lightning counts every epoch that was begun. A fit that goes on from there would train one epoch less than asked.
+    """
+    for counter in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+        counter.load_state_dict(dict.fromkeys(vars(counter), epoch))
+
+
+def take_epoch_back_in(checkpoint: dict[str, Any], epoch: int) -> None:
+    """The same in a checkpoint, whenever it was saved since: it is one from between two epochs."""
+    state = checkpoint["loops"]["fit_loop"]
+    trained = state["epoch_loop.batch_progress"]
+    for counts, count in (
+        *((counts, epoch) for counts in state["epoch_progress"].values()),
+        (trained["total"], trained["total"]["completed"]),
+        (trained["current"], 0),
+    ):
+        counts.update(dict.fromkeys(counts, count))
+    trained["is_last_batch"] = False

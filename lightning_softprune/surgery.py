@@ -371,7 +371,8 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
     """Give every optimizer the new parameters in the places of the old ones, with their state sliced.
 
     The optimizer objects, their parameter groups and the lists in them stay the same objects, so schedulers, gradient
-    scalers and wrappers go on. A bias that compensation created joins its weight's parameter group.
+    scalers and wrappers go on. A bias that compensation created joins its weight's parameter group, behind the weight:
+    where `module.parameters()` has it, and so an optimizer that is built for the pruned module.
 
     State tensors of the parameter's shape (or with dimensions of size one in its place)
     are sliced by the kept indices; scalars are kept; LBFGS starts its history afresh. What cannot be sliced is dropped
@@ -395,12 +396,20 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
                 if old in optimizer.state and not isinstance(optimizer, LBFGS):
                     state = optimizer.state.pop(old)
                     optimizer.state[new] = _slice_state(optimizer, state, old, new, by_dim)
-            for parameter in list(group["params"]):
+            for position, parameter in reversed(list(enumerate(group["params"]))):
                 if id(parameter) in created:
-                    group["params"].append(created[id(parameter)])
+                    _insert_after(group, position, created[id(parameter)])
         if touched and isinstance(optimizer, LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
+
+
+def _insert_after(group: dict[str, Any], position: int, bias: nn.Parameter) -> None:
+    group["params"].insert(position + 1, bias)
+    if "param_names" in group:  # of an optimizer that was given names
+        names = list(group["param_names"])
+        names.insert(position + 1, names[position].removesuffix("weight") + "bias")
+        group["param_names"] = names
 
 
 def _slice_state(

@@ -1,8 +1,12 @@
-"""Run by test_ddp.py as a script, once per process: a fit under DDP that writes what each rank saw."""
+"""Run by test_ddp.py as a script, once per process: fits under DDP, and what each rank saw of them in a file.
+
+The first argument is a list of fits, as JSON; they run one after the other.
+"""
 
 import itertools
 import json
 import os
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -10,6 +14,8 @@ from pathlib import Path
 import lightning as L
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,6 +36,7 @@ class Classifier(L.LightningModule):
         self.sync_dist = sync_dist
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
         self.losses = []
+        self.pass_file, self.killed_in = None, None  # while a round runs; the pass in which to end
 
     def forward(self, x):
         return self.head(self.body(x))
@@ -39,11 +46,20 @@ class Classifier(L.LightningModule):
         self.losses.append(loss.item())
         return loss
 
-    def validation_step(self, batch):
+    def validation_step(self, batch, batch_idx):
+        if self.pass_file and self.killed_in and batch_idx == 1:
+            finished = self.pass_file.read_text().count("pass") if self.pass_file.exists() else 0
+            if finished == self.killed_in - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
         logits = self(batch[0])
         self.accuracy(logits, batch[1])
         self.log("val_acc", self.accuracy)
         self.log("val_loss", nn.functional.cross_entropy(logits, batch[1]), sync_dist=self.sync_dist)
+
+    def on_validation_epoch_end(self):
+        if self.pass_file:
+            with self.pass_file.open("a") as file:
+                file.write("pass\n")
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), 1e-2)
@@ -82,10 +98,19 @@ class Digests(L.Callback):
         self.values.append(float(sum(p.detach().double().abs().sum() for p in module.parameters())))
 
 
-def main():
-    options = json.loads(sys.argv[1])
+class Passes(L.Callback):
+    """Counts the validation passes of the round into a file, one line each: nothing can take them back."""
+
+    def __init__(self, file, running):
+        self.file, self.running = file, running
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            module.pass_file = self.file if self.running else None
+
+
+def run(options):
     out = Path(options["out"])
-    torch.set_num_threads(1)
     L.seed_everything(0, verbose=False)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(96, 8, generator=generator)
@@ -93,11 +118,8 @@ def main():
     train = DataLoader(TensorDataset(x, y), 8, shuffle=True)
     val = DataLoader(TensorDataset(x[:40], y[:40]), 8)
     module = Classifier(options["sync_dist"], options.get("unused", False))
+    module.killed_in = options.get("killed_in")
     plans = []
-
-    class Spy(Plan):
-        pass
-
     original = Plan.from_counts.__func__
 
     def from_counts(cls, counts, rankings):
@@ -109,28 +131,46 @@ def main():
     search = OptunaSearch(4, storage=options["storage"]) if "storage" in options else RandomSearch(num_candidates=4)
     pruning = SoftPruning(
         monitor=options["monitor"], mode="max" if "acc" in options["monitor"] else "min", epochs=1,
-        target_sparsity=0.5, tolerance=0.05, search=search,
-        compensation=options["compensation"], verbose=False, report=False,
+        tolerance=0.05, search=search,
+        compensation=options["compensation"], verbose=False, report=options.get("report", False),
+        **options.get("pruning", {"target_sparsity": 0.5}),
     )  # fmt: skip
-    callbacks = [Masks(1, options["removed"])] if "removed" in options else [pruning]
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    own = [pruning]
+    if "mask" in options:  # what an earlier fit has removed
+        own = [Masks(1, json.loads(Path(options["mask"], f"rank{rank}.json").read_text())["removed"])]
+    file = out / f"passes{rank}"
+    callbacks = [Passes(file, True), *own, Passes(file, False), digests]
+    if options.get("files"):
+        callbacks.append(ModelCheckpoint(options["files"], "{epoch}", save_top_k=-1))
     trainer = L.Trainer(
-        max_epochs=3, accelerator="cpu", devices=2, logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, default_root_dir=out,
-        callbacks=[*callbacks, digests],
+        max_epochs=3, accelerator="cpu", devices=2, enable_progress_bar=False, log_every_n_steps=1,
+        logger=CSVLogger(out, "logs") if options.get("report") else False,
+        enable_model_summary=False, enable_checkpointing=bool(options.get("files")), default_root_dir=out,
+        callbacks=callbacks,
         strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **options.get("ddp", {})),
     )  # fmt: skip
-    trainer.fit(module, train, val)
-    rank = trainer.global_rank
+    trainer.fit(module, train, val, ckpt_path=options.get("resume"))
+    rounds.Plan.from_counts = classmethod(original)
+    assert trainer.global_rank == rank
     record = {
         "digests": digests.values,
         "losses": module.losses,
         "shapes": [list(p.shape) for p in module.parameters()],
         "removed": [list(gone) for gone in plans[-1].removed] if plans else [],
         "applied": [result.applied for result in pruning.results],
+        "groups": [group.channels_after for result in pruning.results for group in result.groups],
         "scores": [trial.score for result in pruning.results for trial in result.trials],
+        "passes": file.read_text().count("pass") if file.exists() else 0,
         "validation": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
     (out / f"rank{rank}.json").write_text(json.dumps(record))
+
+
+def main():
+    torch.set_num_threads(1)
+    for options in json.loads(sys.argv[1]):
+        run(options)
 
 
 if __name__ == "__main__":

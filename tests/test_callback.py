@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import math
 import sys
@@ -7,7 +8,7 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from modules import (
@@ -29,6 +30,8 @@ from modules import (
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_softprune.journal as journal_module
+import lightning_softprune.report as report_module
 import lightning_softprune.trials as trials_module
 from lightning_softprune import GradientSearch, PruningResult, RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.callback import cubic_schedule
@@ -213,6 +216,75 @@ def test_verbose_speaks_and_its_absence_is_silent(tmp_path, capsys):
     assert "val_loss" in loud.out + loud.err
 
 
+class Broken(CSVLogger):
+    """Fails at the row of a round."""
+
+    def log_metrics(self, metrics, step=None):
+        if "softprune/sparsity" in metrics:
+            raise ConnectionError("the server is gone")
+        super().log_metrics(metrics, step)
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # Lightning looks for a checkpoint of an earlier exception
+def test_a_loggers_exception_reaches_the_user_and_finds_the_round_complete(tmp_path):
+    callback, module, found = softpruning(report=True), made(), {}
+
+    class Catch(Callback):
+        def on_exception(self, trainer, pl_module, exception):
+            assert_optimizers_hold_live_parameters(trainer, pl_module)
+            found["exception"] = exception
+
+    best = ModelCheckpoint(tmp_path / "best", monitor="val_psnr", mode="max")
+    dense = count(module)
+    arguments = {"logger": Broken(tmp_path), "enable_checkpointing": True}
+    with pytest.raises(ConnectionError, match="the server is gone"):
+        fit(tmp_path, module, callback, Catch(), best, OnExceptionCheckpoint(tmp_path, "broken"), **arguments)
+    assert isinstance(found["exception"], ConnectionError)
+    [result] = callback.results
+    assert result.applied
+    assert result.sparsity == pytest.approx(1 - count(module) / dense, abs=1e-6)
+    assert best.best_model_path == ""
+    assert list(tmp_path.rglob("result.json"))
+    assert result.score_after == pytest.approx(plain_validate(tmp_path, module, loaders(module))["val_loss"], abs=1e-6)
+
+    again, other = softpruning(), made(seed=3)
+    trainer = trainer_of(tmp_path, again)
+    trainer.fit(other, **loaders(other), ckpt_path=tmp_path / "broken.ckpt")
+    assert [r.to_dict() for r in again.results] == [result.to_dict()]
+    assert count(other) == count(module)
+    assert_optimizers_hold_live_parameters(trainer, other)
+
+
+@pytest.mark.parametrize("how", ["folder", "disk"])
+def test_a_report_that_cannot_be_written_is_a_warning_that_names_the_folder(tmp_path, monkeypatch, how):
+    def fit_reporting(folder, report):
+        callback, module = softpruning(report=report, finetune_epochs=1), made()
+        trainer = fit(folder, module, callback)
+        assert callback.results[0].applied
+        return trainer, module
+
+    if how == "folder":
+        (tmp_path / "broken").mkdir()
+        (tmp_path / "broken" / "softprune").write_text("a file where a folder should be")
+    else:
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(report_module, "_replace", full)
+    monkeypatch.setattr(journal_module.Journal, "_append", lambda *_: None)  # it has a warning of its own
+    with pytest.warns(UserWarning, match=r"no report of the round in .*softprune.epoch=1: \w*Error: ") as warned:
+        trainer, module = fit_reporting(tmp_path / "broken", report=True)
+    assert len([one for one in warned if "no report" in str(one.message)]) == 1
+    assert str(tmp_path / "broken") in str(next(one.message for one in warned if "no report" in str(one.message)))
+    assert not list(tmp_path.rglob("result.json"))
+    monkeypatch.undo()
+    _, same = fit_reporting(tmp_path / "whole", report=False)
+    assert trainer.current_epoch == 2
+    assert module.losses == same.losses
+
+
 def test_report_false_writes_nothing(tmp_path):
     fit(tmp_path, made(), softpruning(report=False))
     assert list(tmp_path.rglob("*")) == []
@@ -260,6 +332,20 @@ def test_a_second_fit_starts_afresh(tmp_path):
     assert again.costs_before == result.costs_before
     assert [t.score for t in again.trials] == [t.score for t in result.trials]
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_fresh_module_in_the_same_trainer_starts_afresh(tmp_path):
+    callback, first, second = softpruning(), made(), made()
+    trainer = fit(tmp_path, first, callback, max_epochs=2)
+    [result] = callback.results
+    trainer.fit_loop.max_epochs = 4
+    trainer.fit(second, **loaders(second))
+    [again] = callback.results
+    assert again is not result
+    assert again.costs_before == result.costs_before
+    assert again.sparsity == pytest.approx(1 - count(second) / again.costs_before.params, abs=1e-6)
+    assert len(second.losses) == 2 * 4
+    assert_optimizers_hold_live_parameters(trainer, second)
 
 
 def test_pruning_a_pruned_module_again_counts_against_what_the_second_fit_was_given(tmp_path):
@@ -372,11 +458,19 @@ def test_no_fine_tuning_after_a_skipped_epoch_start_trains_on_no_batch(tmp_path)
     fit(tmp_path, made(), steps, max_epochs=2, enable_checkpointing=True)
     module, callback = made(seed=1), softpruning(finetune_epochs=0)
     dense, data = count(module), loaders(module)
-    trainer = trainer_of(tmp_path, callback, max_epochs=4)
+    files = ModelCheckpoint(tmp_path / "pruned", save_last=True)
+    trainer = trainer_of(tmp_path, callback, files, max_epochs=4, enable_checkpointing=True)
     trainer.fit(module, **data, ckpt_path=tmp_path / "step=4.ckpt")
     assert count(module) < dense
     assert module.losses == []
     assert trainer.global_step == 4
+    assert trainer.current_epoch == 1
+    tuned, again = made(seed=2), softpruning()
+    later = trainer_of(tmp_path, again, max_epochs=4)
+    later.fit(tuned, **data, ckpt_path=files.last_model_path)
+    assert [result.epoch for result in again.results] == [1]
+    assert len(tuned.losses) == 3 * 4, "epochs 1, 2 and 3"
+    assert later.global_step == 4 * 4
     validated = plain_validate(tmp_path, module, data)
     assert float(trainer.callback_metrics["val_loss"]) == pytest.approx(validated["val_loss"], abs=1e-6)
 

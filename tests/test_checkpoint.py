@@ -653,12 +653,38 @@ def test_a_new_finetune_horizon_works(tmp_path, horizon, epochs):
     assert len(callback.results) == 1
 
 
-def test_a_run_that_only_pruned_is_finetuned_later(tmp_path):
-    run(tmp_path, made(Scheduled), softpruning(epochs=1, finetune_epochs=0), ModelCheckpoint(tmp_path, save_last=True))
-    module, callback = made(Scheduled), softpruning(epochs=1, finetune_epochs=2)
-    run(tmp_path, module, callback, ckpt_path=tmp_path / "last.ckpt")
-    assert len(callback.results) == 1
-    assert len(module.losses) > 0
+@pytest.mark.parametrize("epoch", [0, 1, 3])
+@pytest.mark.parametrize(("horizon", "end"), [(None, 5), (2, None)])
+def test_a_run_that_only_pruned_is_finetuned_later_as_if_it_had_been_at_once(tmp_path, epoch, horizon, end):
+    whole = made(Scheduled)
+    run(tmp_path, whole, softpruning(epochs=epoch, finetune_epochs=horizon))
+    folder = tmp_path / "pruned"
+    pruned = softpruning(epochs=epoch, finetune_epochs=0)
+    trainer = run(tmp_path, made(Scheduled), pruned, keep_all(folder, save_last=True))
+    trainer.save_checkpoint(folder / "afterwards.ckpt")
+    assert trainer.current_epoch == epoch
+    for path in (folder / "last.ckpt", folder / "afterwards.ckpt"):
+        module, callback = made(Scheduled, seed=3), softpruning(epochs=epoch, finetune_epochs=horizon)
+        trainer = run(tmp_path, module, callback, ckpt_path=path)
+        assert plans(callback.results) == plans(pruned.results)
+        assert trainer.current_epoch == (end or epoch + horizon)
+        assert trainer.global_step == len(whole.losses)
+        tuned = whole.losses[6 * epoch :]
+        assert len(module.losses) == len(tuned) > 0
+        assert max(abs(a - b) for a, b in zip(module.losses, tuned, strict=True)) <= 1e-6
+        assert all(
+            torch.allclose(a, b, atol=1e-6) for a, b in zip(module.parameters(), whole.parameters(), strict=True)
+        )
+
+
+def test_a_run_that_only_pruned_is_finetuned_by_the_same_trainer(tmp_path):
+    module, callback = made(Scheduled), softpruning(epochs=1, finetune_epochs=0)
+    trainer = run(tmp_path, module, callback)
+    callback.finetune_epochs = None
+    trainer.fit(module, **data(module))
+    assert [result.epoch for result in callback.results] == [1]
+    assert trainer.current_epoch == 5
+    assert len(module.losses) == 5 * len(data()["train_dataloaders"])
 
 
 @pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # Lightning looks for a checkpoint of an earlier exception
@@ -752,6 +778,48 @@ def test_loading_needs_no_trainer_and_no_callback(uninterrupted, load, epoch, ki
     assert module.loaded == [tuple(saved["state_dict"]["encoder.0.weight"].shape)]
     for cls in (Mixed, Scheduled, AutoEncoder):
         assert ("on_load_checkpoint" in vars(cls)) == (cls is Scheduled)
+
+
+class NoBias(PrunedCheckpointMixin, AutoEncoder):
+    """Compensation creates its biases; the optimizer is given names, or not."""
+
+    def __init__(self, names=False):
+        super().__init__(bias=False)
+        self.save_hyperparameters()
+
+    def configure_optimizers(self):
+        rates = [{"params": part, "lr": rate} for part, rate in zip(self.parts(), (1e-2, 3e-3), strict=True)]
+        return torch.optim.Adam(rates)
+
+    def parts(self):
+        for part in (self.encoder, self.decoder):
+            yield list(part.named_parameters()) if self.hparams.names else list(part.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.parametrize("load", ["function", "mixin"])
+@pytest.mark.parametrize("names", [True, False])
+def test_training_goes_on_without_the_callback_also_with_biases_that_a_round_created(tmp_path, load, names):
+    whole = made(NoBias, names=names)
+    trainer = run(tmp_path, whole, softpruning(epochs=1), keep_all(tmp_path), max_epochs=4)
+    (path,) = tmp_path.glob("epoch=2*.ckpt")
+    assert len(torch.load(path, weights_only=True)["softprune"]["created_biases"]) >= 2
+    module = load_from_checkpoint(NoBias, path) if load == "function" else NoBias.load_from_checkpoint(path)
+    again = run(tmp_path, module, max_epochs=4, ckpt_path=path, seed=99)
+    expected = whole.losses[18:]
+    assert len(module.losses) == len(expected) == 6
+    assert max(abs(a - b) for a, b in zip(module.losses, expected, strict=True)) <= 1e-6
+    (one,), (other,) = trainer.optimizers, again.optimizers
+    for group, same in zip(one.param_groups, other.param_groups, strict=True):
+        assert group.get("param_names") == same.get("param_names")
+        for parameter, twin in zip(group["params"], same["params"], strict=True):
+            torch.testing.assert_close(parameter, twin, rtol=0, atol=1e-6)
+            state = one.state[parameter]["exp_avg"], other.state[twin]["exp_avg"]
+            torch.testing.assert_close(*state, rtol=0, atol=1e-6)
+    if names:
+        assert [group["param_names"] for group in again.optimizers[0].param_groups] == [
+            [name for name, _ in part.named_parameters()] for part in (module.encoder, module.decoder)
+        ]
 
 
 def test_hyperparameters_are_those_of_the_file_unless_given(tmp_path):

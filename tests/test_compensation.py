@@ -717,7 +717,10 @@ def test_the_refit_brings_the_output_nearer_to_the_dense_networks_where_inputs_h
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_refit_is_the_ridge_regression_of_dense_inputs_on_shifted_ones_around_the_one_shot_solution(bias):
+def test_the_refit_is_the_ridge_regression_of_dense_inputs_on_shifted_ones_around_the_one_shot_solution(
+    bias, monkeypatch
+):
+    monkeypatch.setattr(compensation, "find_responses", lambda *_: {})  # the linear fit alone
     for seed in range(3):
         model, x = deep(seed)
         if not bias:

@@ -123,7 +123,7 @@ def uninterrupted(tmp_path_factory):
 
 def without_times(result):
     trials = tuple(dataclasses.replace(trial, seconds=0.0) for trial in result.trials)
-    return dataclasses.replace(result, seconds=0.0, trials=trials)
+    return dataclasses.replace(result, seconds=0.0, trials=trials, latency_before=None, latency_after=None)
 
 
 def assert_ends_as(expected, folder, **arguments):
@@ -229,6 +229,7 @@ def test_the_journal_leaves_other_files_alone(tmp_path):
     fit(root, made(), softpruning(report=True))
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     assert files == [
+        "softprune/epoch=1/report.html",
         "softprune/epoch=1/result.json",
         "softprune/epoch=1/trials.csv",
         "softprune/journal/epoch=7.jsonl",

@@ -1,8 +1,12 @@
 """What other callbacks remember of the dense model, and twins."""
 
 import copy
+import csv
+import gc
 import math
 import re
+import weakref
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -15,21 +19,28 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from modules import made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_softprune import SoftPruning, UniformBaseline
+import lightning_softprune.round as rounds
+from lightning_softprune import RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune.neighbours import refuse_sharded_optimizers, refuse_sharding
+from lightning_softprune.report import log_values
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Regressor(L.LightningModule):
     """Learns a fixed linear map; `offset` is added to the logged loss, to steer what others see."""
 
-    def __init__(self, plateau=False, compiled=False):
+    def __init__(self, plateau=False):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
         self.head = nn.Linear(12, 3)
-        if compiled:
-            self.body = torch.compile(self.body, backend="eager")
         self.plateau = plateau
         self.offset = 0.0
 
@@ -37,7 +48,9 @@ class Regressor(L.LightningModule):
         return self.head(self.body(x))
 
     def training_step(self, batch):
-        return nn.functional.mse_loss(self(batch[0]), batch[1])
+        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+        return loss
 
     def validation_step(self, batch):
         self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]) + self.offset)
@@ -62,14 +75,14 @@ def pruning(**arguments):
     return SoftPruning(search=UniformBaseline(), verbose=False, report=False, tolerance=0.05, **arguments)
 
 
-def fit(module, tmp_path, *callbacks, **arguments):
+def fit(module, tmp_path, *callbacks, ckpt_path=None, **arguments):
     L.seed_everything(0, verbose=False)
     arguments.setdefault("enable_checkpointing", any(isinstance(c, ModelCheckpoint) for c in callbacks))
     trainer = L.Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(callbacks), **{"max_epochs": 5, **arguments},
+        default_root_dir=tmp_path, enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
+        **{"max_epochs": 5, "accelerator": "cpu", "logger": False, **arguments},
     )  # fmt: skip
-    trainer.fit(module, *loaders())
+    trainer.fit(module, *loaders(), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -101,8 +114,12 @@ def test_the_best_checkpoint_after_a_round_is_a_pruned_one_only_if_monitors_star
             )  # nothing after the round beats the dense model
 
     fit(Regressor(), tmp_path, pruning(epochs=2, compensation="none", reset_monitors=reset), best, Worse())
-    rows = torch.load(best.best_model_path, weights_only=True)["state_dict"]["body.0.weight"].shape[0]
-    assert (rows < 16) == reset
+
+    def rows(path):
+        return torch.load(path, weights_only=True)["state_dict"]["body.0.weight"].shape[0]
+
+    assert (rows(best.best_model_path) < 16) == reset
+    assert 16 in map(rows, tmp_path.glob("*.ckpt")), "the best dense model's file stays"
 
 
 @pytest.mark.parametrize(("reset", "epochs"), [(True, 6), (False, 3)])
@@ -138,21 +155,83 @@ def test_averaged_weights_are_pruned_by_the_same_plan(tmp_path, first):
     assert shapes[0][0] < 16
 
 
+def test_with_averaged_weights_the_score_before_is_that_of_the_weights_which_are_pruned(tmp_path):
+    class Seen(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 2:
+                self.averaged = float(trainer.callback_metrics["val_loss"])
+                with torch.no_grad():
+                    self.own = [nn.functional.mse_loss(module(x), y).item() for x, y in loaders()[1]]
+
+    callback, seen = pruning(epochs=2), Seen()
+    fit(made(Regressor), tmp_path, seen, EMAWeightAveraging(decay=0.9), callback)
+    assert callback.results[0].score_before == pytest.approx(sum(seen.own) / len(seen.own), abs=1e-5)
+    assert callback.results[0].score_before != pytest.approx(seen.averaged, rel=1e-2)
+
+
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
-def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path):
+@pytest.mark.parametrize(("start", "epoch"), [(4, 2), (2, 3)], ids=["afterwards", "meanwhile"])
+@pytest.mark.parametrize("first", [True, False])
+def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path, first, start, epoch):
     module = Regressor()
-    averaging = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=4)
-    fit(module, tmp_path, pruning(epochs=2), averaging, max_epochs=6)
+    averaging, callback = StochasticWeightAveraging(swa_lrs=1e-2, swa_epoch_start=start), pruning(epochs=epoch)
+    fit(module, tmp_path, *((callback, averaging) if first else (averaging, callback)), max_epochs=6)
     assert module.body[0].out_features < 16
     assert [p.shape for p in averaging._average_model.parameters()] == [p.shape for p in module.parameters()]
 
 
-def test_a_compiled_module_is_pruned_and_trains_on(tmp_path):
-    module = Regressor(compiled=True)
-    callback = pruning(epochs=1)
-    fit(module, tmp_path, callback, max_epochs=3)
-    assert callback.results[0].applied
+class Compiler:
+    """A backend that counts what it compiles, and runs it eagerly."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+class Compiled(Regressor):
+    def __init__(self, compiler):
+        super().__init__()
+        self.body = torch.compile(self.body, backend=compiler)
+
+
+class Silent(Regressor):
+    """Can be compiled as a whole: torch's compiler does not get through Lightning's `self.log`."""
+
+    def training_step(self, batch):
+        return nn.functional.mse_loss(self(batch[0]), batch[1])
+
+    @torch.compiler.disable
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch)
+
+
+@pytest.mark.parametrize("part", ["body", "module"])
+def test_a_compiled_module_is_compiled_anew_once_per_round_and_not_per_trial(tmp_path, part):
+    compiler, counts = Compiler(), []
+
+    class Count(L.Callback):
+        def on_train_epoch_start(self, *_):
+            counts.append(compiler.graphs)
+
+        on_train_batch_end = on_train_epoch_start
+
+    torch._dynamo.reset()
+    module = made(Silent) if part == "module" else made(Compiled, compiler=compiler)
+    compiled = torch.compile(module, backend=compiler) if part == "module" else module
+    callback = pruning(epochs=1, target_sparsity=0.3)
+    callback.search = RandomSearch(num_candidates=12)
+    fit(compiled, tmp_path, Count(), callback, Count(), max_epochs=3, num_sanity_val_steps=0)
+    assert callback.results[0].evaluations >= 10
     assert module.head.in_features < 12
+    epochs = list(zip(*[iter(counts)] * 10, strict=True))  # two at the start, then two for each of four batches
+    begun, ended = [epoch[:2] for epoch in epochs], [epoch[-1] for epoch in epochs]
+    assert begun[1][0] == begun[1][1] > 0, "the round compiles nothing"
+    assert epochs[1][2] > begun[1][1], "training compiles the pruned network"
+    assert epochs[1][2] - begun[1][1] == epochs[0][2] - begun[0][1], "as it did the dense one"
+    assert ended[2] - begun[2][1] == 0, "once"
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true", "bf16-true"])
@@ -169,6 +248,118 @@ def test_other_precisions_are_kept(tmp_path, precision):
     assert module.head.in_features < 12
     assert cast.dtypes == {dtype}
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class Scales(L.Callback):
+    """The loss scaler's state at the start of every epoch and after every step, and the losses."""
+
+    def __init__(self):
+        self.starts, self.steps, self.losses, self.failed = [], [], [], None
+
+    def on_train_epoch_start(self, trainer, module):
+        self.starts.append(trainer.precision_plugin.scaler.state_dict())
+
+    def on_train_batch_end(self, trainer, module, outputs, *_):
+        self.steps.append(trainer.precision_plugin.scaler.state_dict())
+        self.losses.append(float(outputs["loss"]))
+
+    def on_exception(self, trainer, *_):
+        self.failed = trainer.precision_plugin.scaler.state_dict()
+
+
+DEVICES = [
+    pytest.param("cpu", "cpu", id="cpu"),
+    pytest.param(
+        "cuda", "gpu", id="gpu",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step.*before.*optimizer.step")
+@pytest.mark.parametrize(("device", "accelerator"), DEVICES)
+def test_the_loss_scaler_goes_on_as_without_a_round_and_is_resumed(tmp_path, monkeypatch, device, accelerator):
+    def run(folder, *callbacks, **arguments):
+        scaler = torch.amp.GradScaler(device, init_scale=4.0, growth_interval=3)
+        plugin = MixedPrecision("16-mixed", device, scaler)
+        before, after = Scales(), Scales()
+        try:
+            trainer = fit(
+                made(Regressor), folder, before, *callbacks, after, plugins=[plugin], accelerator=accelerator,
+                devices=1, **arguments,
+            )  # fmt: skip
+            assert trainer.precision_plugin.scaler is scaler
+        finally:
+            scales.append((before, after))
+        return after
+
+    scales = []
+    plain = run(tmp_path)
+    files = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    pruned = run(tmp_path, pruning(epochs=2), files)
+    before, after = scales[-1]
+    assert before.starts == after.starts
+    assert pruned.steps == plain.steps
+    assert plain.steps[-1]["scale"] > plain.steps[0]["scale"], "it grows"
+    assert pruned.losses[:8] == plain.losses[:8]
+    assert pruned.losses[8:] != plain.losses[8:]
+
+    resumed = run(tmp_path, pruning(epochs=2), ckpt_path=tmp_path / "epoch=2.ckpt")
+    assert resumed.steps == pruned.steps[12:]
+    assert resumed.losses == pytest.approx(pruned.losses[12:], abs=1e-6)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(rounds, "wrap_again", fail)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "failed", pruning(epochs=2))
+    failed, _ = scales[-1]
+    assert failed.failed == failed.starts[2] == before.starts[2]
+
+
+# ------------------------------------------------------------------------------------------------------------- loggers
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_loggers_get_each_rounds_scalars_once_and_the_users_as_without_a_round(tmp_path, accumulate):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    def run(name, *callbacks):
+        loggers = [TensorBoardLogger(tmp_path / name, "events"), CSVLogger(tmp_path / name, "rows")]
+        fit(
+            made(Regressor), tmp_path, *callbacks, logger=loggers, log_every_n_steps=1,
+            accumulate_grad_batches=accumulate,
+        )  # fmt: skip
+        events = accumulator.EventAccumulator(loggers[0].log_dir).Reload()
+        scalars = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+        with open(f"{loggers[1].log_dir}/metrics.csv", newline="") as file:
+            rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return scalars, rows
+
+    callback = pruning(epochs=[2, 3])
+    plain, plain_rows = run("plain")
+    pruned, pruned_rows = run("pruned", callback)
+    at = [2 * 4 // accumulate, 3 * 4 // accumulate]
+    own = {tag: pruned.pop(tag) for tag in list(pruned) if tag.startswith("softprune/")}
+    expected = [log_values(result) for result in callback.results]
+    assert own.keys() == expected[0].keys()
+    for tag, found in own.items():
+        assert found == [(step, pytest.approx(values[tag])) for step, values in zip(at, expected, strict=True)]
+    assert pruned.keys() == plain.keys() >= {"train_loss_step", "train_loss_epoch", "val_loss", "epoch"}
+    for tag, found in pruned.items():
+        assert [step for step, _ in found] == [step for step, _ in plain[tag]]
+        early = [(one, other) for one, other in zip(found, plain[tag], strict=True) if one[0] < at[0]]
+        assert all(one == other for one, other in early)
+
+    rows = [row for row in pruned_rows if "softprune/sparsity" in row]
+    assert [int(row["step"]) for row in rows] == at
+    for row, values in zip(rows, expected, strict=True):
+        assert {tag: float(value) for tag, value in row.items() if tag in values} == pytest.approx(values)
+    others = [{tag for tag in row if not tag.startswith("softprune/")} for row in pruned_rows]
+    steps = [(row["step"], tags) for row, tags in zip(pruned_rows, others, strict=True) if tags != {"step"}]
+    assert steps == [(row["step"], set(row)) for row in plain_rows]
 
 
 def test_clipping_accumulation_and_the_rate_monitor_go_on(tmp_path):
@@ -196,6 +387,38 @@ def test_a_strategy_that_shards_is_refused_by_name(tmp_path):
     )  # fmt: skip
     with pytest.raises(MisconfigurationException, match=r"DDPStrategy.*consolidated checkpoint"):
         pruning().setup(trainer, Regressor(), "fit")
+
+
+class OwnSharding(FSDPStrategy):
+    pass
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, OwnSharding])
+def test_strategies_that_shard_are_refused_with_their_subclasses(kind):
+    trainer = SimpleNamespace(strategy=object.__new__(kind))  # here they cannot be started
+    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__}.*consolidated checkpoint"):
+        refuse_sharding(trainer)
+
+
+@pytest.mark.parametrize("how", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_that_fork_are_refused(how):
+    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=how, logger=False, enable_checkpointing=False)
+    with pytest.raises(MisconfigurationException, match=r"DDPStrategy started by .*strategy=\"ddp\""):
+        refuse_sharding(trainer)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on import
+def test_an_optimizer_that_is_spread_over_the_processes_is_refused():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    class Own(ZeroRedundancyOptimizer):
+        pass
+
+    for kind in (ZeroRedundancyOptimizer, Own):
+        trainer = SimpleNamespace(optimizers=[object.__new__(kind)])  # without processes it cannot be made
+        with pytest.raises(MisconfigurationException, match=rf"optimizer: {kind.__name__} .*plain optimizer"):
+            refuse_sharded_optimizers(trainer)
+    refuse_sharded_optimizers(SimpleNamespace(optimizers=[torch.optim.SGD([torch.zeros(1)])]))
 
 
 # --------------------------------------------------------------------------------------------------------------- twins
@@ -281,15 +504,16 @@ def test_without_twins_a_target_network_is_in_the_way(tmp_path):
     assert "encoder" not in {group.name for group in callback.results[0].groups}
 
 
-def test_twenty_rounds_keep_no_old_parameters_alive(tmp_path):
-    import gc
-    import weakref
-
-    seen = []
+def test_twenty_rounds_keep_no_old_parameters_alive_and_memory_flat(tmp_path):
+    seen, tensors, hooks = [], [], []
 
     class Watch(L.Callback):
         def on_train_epoch_end(self, trainer, module):
             seen.append([weakref.ref(p) for p in module.parameters()])
+            gc.collect()
+            found = [item for item in gc.get_objects() if type(item) in (torch.Tensor, nn.Parameter)]
+            tensors.append((len(found), sum(item.untyped_storage().nbytes() for item in found)))
+            hooks.append(sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules()))
 
     class Wide(Regressor):
         def __init__(self):
@@ -300,9 +524,17 @@ def test_twenty_rounds_keep_no_old_parameters_alive(tmp_path):
     rounds = 20
     targets = [0.03 * k for k in range(1, rounds + 1)]
     callback = pruning(epochs=list(range(1, rounds + 1)), target_sparsity=targets)
-    trainer = fit(Wide(), tmp_path, Watch(), callback, max_epochs=rounds + 1)
+    gc.freeze()  # what was there before is nobody's business, and looking through it takes long
+    try:
+        trainer = fit(Wide(), tmp_path, Watch(), callback, max_epochs=rounds + 1)
+        gc.collect()
+    finally:
+        gc.unfreeze()
     assert sum(result.applied for result in callback.results) == rounds
-    gc.collect()
     alive = [sum(ref() is not None for ref in epoch) for epoch in seen]
     assert sum(alive[:-1]) == 0
+    numbers, sizes = zip(*tensors, strict=True)
+    assert max(numbers[2:]) <= numbers[1], numbers
+    assert sizes[-1] < sizes[1]
+    assert set(hooks) == {0}
     assert math.isfinite(float(trainer.callback_metrics["val_loss"]))

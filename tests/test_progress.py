@@ -17,8 +17,9 @@ from rich.errors import LiveError
 from rich.live import Live
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_softprune.progress import SearchProgress, groups_table, print_round, progress_style
-from lightning_softprune.results import Costs, GroupResult, PruningResult
+from lightning_softprune import SoftPruning, UniformBaseline
+from lightning_softprune.progress import SearchProgress, groups_table, print_round, print_rounds, progress_style
+from lightning_softprune.results import DRY_RUN, Costs, GroupResult, LeftOut, PruningResult
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
@@ -277,9 +278,11 @@ class Searches(Callback):
             print_round(make_result(epoch=trainer.current_epoch))
 
 
-def fit(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+def fit(
+    tmp_path: Path, *callbacks: Callback, module: LightningModule | None = None, max_epochs: int = 2, **arguments: Any
+) -> Trainer:
     trainer = Trainer(
-        max_epochs=2,
+        max_epochs=max_epochs,
         accelerator="cpu",
         devices=1,
         default_root_dir=tmp_path,
@@ -290,7 +293,7 @@ def fit(tmp_path: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
         **arguments,
     )
     data: DataLoader[Any] = DataLoader(TensorDataset(torch.ones(8, 4)), batch_size=2)
-    trainer.fit(Tiny(), data, data)
+    trainer.fit(module or Tiny(), data, data)
     return trainer
 
 
@@ -334,6 +337,49 @@ def test_with_lightnings_tqdm_bar_the_search_is_one_more_line(tmp_path: Path, mo
     assert text.count("SoftPruning, epoch") == 2
     titles = [line for line in re.split(r"[\r\n]+", text) if "SoftPruning" in line]
     assert [title.strip() for title in titles] == ["SoftPruning, epoch 0", "SoftPruning, epoch 1"]  # not behind a bar
+
+
+class Wide(Tiny):
+    """Has something to prune."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
+
+
+@pytest.mark.parametrize("finetune_epochs", [None, 0])
+@pytest.mark.parametrize("pruning_first", [True, False])
+@pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
+def test_with_lightnings_bars_a_round_speaks_and_the_bar_goes_on(
+    tmp_path: Path,
+    bar: type[ProgressBar],
+    pruning_first: bool,
+    finetune_epochs: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "140")
+    pruning = SoftPruning(
+        monitor="val_psnr", search=UniformBaseline(), tolerance=0.1, finetune_epochs=finetune_epochs, report=False
+    )
+    callbacks = [pruning, bar()] if pruning_first else [bar(), pruning]
+    module = Wide()
+
+    fit(tmp_path, *callbacks, module=module, max_epochs=4)
+    text = visible(terminal.getvalue())
+
+    assert pruning.results[0].applied
+    assert module.layer[0].out_features < 16
+    assert text.count("SoftPruning, epoch 1") == 1
+    assert "layer.0" in text
+    last = 3 if finetune_epochs is None else 0
+    lightning_bar = rf"Epoch {last}: 100%.* 4/4 " if bar is TQDMProgressBar else rf"Epoch {last}/3 .* 4/4 "
+    assert re.search(lightning_bar, text)
+    begin, end = text.split("SoftPruning, epoch 1")
+    assert re.search(r"Search.*best val_psnr", begin)
+    assert "Search" not in end
+    assert ("Epoch 3" in end) == (finetune_epochs is None)
 
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
@@ -422,6 +468,89 @@ def test_the_table_says_when_nothing_was_applied_and_why() -> None:
     assert "target" not in output_of(console)
 
 
+LEFT_OUT = (
+    LeftOut("decoder.4", "decoder", 64, "its outputs are the module's outputs"),
+    LeftOut("scale[red]", "", 0, "a parameter that validation never runs"),
+)
+
+
+def test_a_dry_run_shows_bounds_costs_and_what_is_left_out() -> None:
+    console = make_console(terminal=False)
+    groups = (
+        GroupResult("encoder.0", "encoder", "intra", 512, 154, 0.6993, 0.05, 0.998, 1_079_344, 4321),
+        GroupResult("encoder.4", "encoder", "inter", 32, 32, 0.0),
+    )
+    print_round(make_result(applied=False, reason=DRY_RUN, groups=groups, left_out=LEFT_OUT), console)
+    text = output_of(console)
+
+    assert "SoftPruning, epoch 10 (not applied: this was a dry run)" in text
+    first, second = text.split("One group alone")
+    assert row_with(first, "encoder.0")[3:] == ["512 -> 154", "0.699", "━━━"]
+    assert row_with(second, "group")[1:] == ["lowest", "highest coefficient", "parameters", "MACs"]
+    assert row_with(second, "encoder.0")[1:] == ["0.050", "0.998", "-1.08 M", "-4.32 K"]
+    assert row_with(second, "encoder.4")[1:] == ["0.000", "1.000", "0", "0"]
+    assert row_with(text, "parameters") == ["parameters", "1.08 M -> 322 K", "-70.2 %"]
+    assert row_with(text, "decoder.4") == ["decoder.4", "decoder", "64", "its outputs are the module's outputs"]
+    assert row_with(text, "scale[red]") == ["scale[red]", "a parameter that validation never runs"]
+    assert text.index("sparsity") < text.index("One group") < text.index("Left out") < text.index("scale[red]")
+    assert text.splitlines()[-1].startswith("epoch 10, not applied (this was a dry run)")
+
+
+@pytest.mark.parametrize("changes", [{}, {"applied": False, "reason": "nothing is feasible"}])
+def test_other_rounds_have_neither(changes: dict[str, Any]) -> None:
+    console = make_console(terminal=False)
+    print_round(make_result(left_out=LEFT_OUT, **changes), console)
+
+    assert "Left out" not in output_of(console)
+    assert "bounds" not in output_of(console)
+
+
+def test_a_dry_run_that_leaves_nothing_out_has_no_list() -> None:
+    console = make_console(terminal=False)
+    print_round(make_result(applied=False, reason=DRY_RUN), console)
+
+    assert "Left out" not in output_of(console)
+
+
+def test_latency_limits_and_constraints_are_shown_if_there_are_any() -> None:
+    console = make_console(terminal=False)
+    print_round(
+        make_result(
+            latency_before=0.00123,
+            latency_after=0.00071,
+            limits={"macs": 0.5, "latency": 0.75},
+            constraints=("val_psnr >= 19.5",),
+        ),
+        console,
+    )
+    text = output_of(console)
+
+    assert row_with(text, "latency") == ["latency", "1.23 ms -> 0.71 ms", "-42.3 %"]
+    assert re.findall(r"^limit +(.*?) +of dense *$", text, flags=re.M) == ["macs <= 0.5", "latency <= 0.75"]
+    assert re.findall(r"^constraint +(.*?) *$", text, flags=re.M) == ["val_psnr >= 19.5"]
+    plain = make_console(terminal=False)
+    print_round(make_result(), plain)
+    assert not re.search("latency|limit|constraint", output_of(plain))
+
+
+def test_rounds_are_told_with_the_history_of_each_group() -> None:
+    console = make_console(terminal=False)
+    first, second = make_result(), make_result(epoch=12, strategy="RandomSearch", stop_reason="exhausted")
+    second = replace(second, groups=tuple(replace(g, channels_before=154, channels_after=100) for g in second.groups))
+    skipped = make_result(epoch=14, applied=False, reason="nothing is feasible", groups=())
+
+    print_rounds([first, second, skipped], console)
+    text = output_of(console)
+
+    assert row_with(text, "encoder[red].0")[-1] == "512 -> 154 -> 100"
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines()]
+    assert [line[0] for line in lines if line[0].isdigit()] == ["10", "12", "14"]
+    assert "RandomSearch: exhausted" in text
+    assert "no: nothing is feasible" in text
+    assert "val_psnr 19.97 -> 19.71" in text
+    assert "1,079,344 -> 322,102" in text
+
+
 def test_on_a_terminal_the_table_is_no_wider_than_the_screen() -> None:
     console = make_console(width=80)
     console.print(groups_table(make_result()))
@@ -446,6 +575,23 @@ def test_narrow_and_ascii_only_screens_are_no_error(width: int, terminal: bool) 
     assert "best pr?zision 1," in text
     assert "pr?zision 19.97 -> 19.71" in text
     assert terminal or row_with(text, "encoder.4")[-1].endswith(" " + "-" * 10)
+
+
+@pytest.mark.parametrize("width", [10, 40, 80])
+def test_the_other_tables_fit_narrow_and_ascii_only_screens_too(width: int) -> None:
+    buffer = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(buffer, encoding="ascii"), width=width, force_terminal=True)
+    left_out = (replace(LEFT_OUT[0], name="größe", reason="x" * 200), LEFT_OUT[1])
+
+    print_round(make_result(applied=False, reason=DRY_RUN, left_out=left_out, constraints=("ü > 1",)), console)
+    console.file.flush()
+    lines = visible(buffer.getvalue().decode("ascii")).splitlines()[:-1]  # the summary is one line
+    print_rounds([make_result(monitor="präzision", reason="…")], console)
+    console.file.flush()
+    lines += visible(buffer.getvalue().decode("ascii")).splitlines()[len(lines) + 1 :]
+
+    assert width < 80 or max(map(len, lines)) <= width
+    assert width < 80 or any("gr??e" in line for line in lines)
 
 
 def test_in_a_log_neither_table_nor_summary_is_folded() -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from lightning_softprune.report import log_values, read_result, round_folder, trial_rows, write_files
+from lightning_softprune.page import report_page
+from lightning_softprune.report import (
+    log_values,
+    read_result,
+    rebuild_files,
+    round_folder,
+    round_folders,
+    trial_rows,
+    write_files,
+)
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 
 
@@ -58,7 +67,8 @@ def test_files_are_written_into_a_new_folder_and_nothing_else_is_left(tmp_path: 
 
     paths = write_files(make_result(), folder)
 
-    assert paths == [folder / "result.json", folder / "trials.csv"]
+    assert [path.name for path in paths] == ["result.json", "trials.csv", "report.html"]
+    assert {path.parent for path in paths} == {folder}
     assert sorted(folder.iterdir()) == sorted(paths)
 
 
@@ -103,6 +113,20 @@ def test_the_csv_has_one_row_per_trial_with_every_value(tmp_path: Path) -> None:
     assert rows[1]["metric/val_loss"] == ""
     assert rows[2]["score"] == "nan"
     assert rows[2]["metric/val_loss"] == "inf"
+
+
+def test_the_page_beside_them_is_of_this_round(tmp_path: Path) -> None:
+    write_files(make_result(), tmp_path)
+
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == report_page(make_result())
+
+
+def test_a_name_that_utf8_cannot_write_is_no_reason_to_lose_the_page(tmp_path: Path) -> None:
+    result = replace(make_result(), trials=(), stop_reason="\udcff")
+
+    write_files(result, tmp_path)
+
+    assert read_result(tmp_path / "result.json").stop_reason == "\udcff"
 
 
 def test_names_with_commas_quotes_and_line_breaks_survive_the_csv(tmp_path: Path) -> None:
@@ -186,7 +210,7 @@ def test_a_corrupt_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
-    (path, _) = write_files(make_result(), tmp_path)
+    path = write_files(make_result(), tmp_path)[0]
     content = path.read_bytes().rstrip()
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
@@ -197,6 +221,42 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"result\.json"):
         read_result(tmp_path / "result.json")
+
+
+def test_round_folders_are_found_run_by_run_in_order_of_their_epochs(tmp_path: Path) -> None:
+    folders = [round_folder(tmp_path / run, epoch) for run in ("a", "b") for epoch in (2, 9, 10)]
+    for folder in reversed(folders):
+        write_files(make_result(), folder)
+    (tmp_path / "epoch=3").mkdir()
+    (tmp_path / "other").mkdir()
+    write_files(make_result(), tmp_path / "other")  # not a round's folder by its name
+
+    assert round_folders(tmp_path) == folders
+    assert round_folders(folders[0].parent) == folders[:3]
+    assert round_folders(folders[0]) == folders[:1]
+    assert round_folders(tmp_path / "other") == [tmp_path / "other"]
+    assert round_folders(tmp_path / "epoch=3") == []
+
+
+def test_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        round_folders(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError):
+        round_folders(tmp_path / "file")
+
+
+def test_files_are_built_anew_from_the_result(tmp_path: Path) -> None:
+    paths = write_files(make_result(), tmp_path)
+    before = [path.read_bytes() for path in paths]
+    time = paths[0].stat().st_mtime_ns
+    for path in paths[1:]:
+        path.unlink()
+
+    assert rebuild_files(tmp_path) == paths[1:]
+
+    assert [path.read_bytes() for path in paths] == before
+    assert paths[0].stat().st_mtime_ns == time
 
 
 def test_log_values_are_the_scalars_of_the_contract() -> None:

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.network as network
 import lightning_softprune.round as rounds
+import lightning_softprune.trials as trials
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.costs import CostModel
@@ -24,6 +25,7 @@ STEPS = [
     (network, "build_rounding"),
     (network, "build_space"),
     (rounds, "run_search"),
+    (trials, "time_validation_step"),
     (rounds, "DenseInputs"),
     (network, "apply_plan"),
     (rounds, "repair_optimizers"),

@@ -3,6 +3,7 @@
 import copy
 import csv
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from modules import (
     training_state,
 )
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_softprune.round as round_module
 from lightning_softprune import (
@@ -492,3 +494,33 @@ def test_after_the_fit_random_states_are_those_of_a_fit_without_the_callback(tmp
         fit(tmp_path, made(), *callbacks)
         states.append(rng_state())
     assert_same(*states)
+
+
+@pytest.mark.parametrize("trials", [1, 6])
+def test_validation_data_are_read_once_per_round(tmp_path, trials):
+    reads = []
+
+    class Counted(DataLoader):
+        def __iter__(self):
+            reads.append(None)
+            return super().__iter__()
+
+    module = made()
+    data = loaders(module)
+    data["val_dataloaders"] = Counted(data["val_dataloaders"].dataset, batch_size=8)
+    before, after = (AtEpochStart(lambda *_: len(reads)) for _ in range(2))
+    fit(tmp_path, module, before, softpruning(search=RandomSearch(num_candidates=trials)), after, data=data)
+    assert after.found - before.found == 1
+
+
+def test_processes_that_found_different_plans_prune_nothing():
+    def trainer_with(plan):
+        strategy = SimpleNamespace(broadcast=lambda mine: plan, reduce_boolean_decision=lambda same, all: same)
+        return SimpleNamespace(strategy=strategy)
+
+    mine = SimpleNamespace(counts=(1, 2))
+    assert round_module._agreed(trainer_with((1, 2)), mine) is mine
+    assert round_module._agreed(trainer_with(None), None) is None
+    for other in ((2, 1), None):
+        with pytest.raises(RuntimeError, match="the processes found different plans, so nothing was pruned"):
+            round_module._agreed(trainer_with(other), mine)

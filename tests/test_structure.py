@@ -14,12 +14,12 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # From the bottom to the top. Modules of one level may import each other, in one direction.
 LEVELS = (
     {"search"},  # numbers only
-    {"plan", "coefficients", "objective", "patterns", "results"},
+    {"plan", "coefficients", "objective", "patterns", "results", "markup", "charts", "page"},
     {"layers", "memory"},
     {"groups"},
-    {"costs", "surgery", "calibration", "compensation", "importance"},
+    {"costs", "surgery", "calibration", "compensation", "importance", "response"},
     {"scoring"},
-    {"checkpoint", "journal", "neighbours", "report", "progress", "settings"},
+    {"checkpoint", "journal", "neighbours", "report", "figures", "progress", "settings"},
     {"network"},
     {"trials"},
     {"round"},
@@ -102,7 +102,7 @@ def test_below_scoring_nothing_knows_lightning():
 
 
 def test_numbers_know_no_tensors():
-    assert not importers("torch") & {"search", "plan", "coefficients", "objective", "patterns", "results"}
+    assert not importers("torch") & {name for name, level in LEVEL.items() if level < LEVEL["layers"]}
 
 
 def python(code):

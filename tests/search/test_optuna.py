@@ -76,7 +76,7 @@ def test_it_comes_close_to_the_best_plan_and_beats_random_search(case, shape):
     assert all(space.within(space.sparsity(np.array(list(losses)))))
     assert min(losses.values()) < 0.97 * min(searched(RandomSearch(60), space, loss).values())
     if space._table is not None:
-        points, sparsities = space._table
+        points, sparsities, _ = space._table
         best = min(loss(x) for x in points[space.within(sparsities)])
         assert min(losses.values()) <= 1.03 * best
 

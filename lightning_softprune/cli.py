@@ -1,0 +1,204 @@
+"""The command `lightning-softprune`: what was pruned in a checkpoint, and reports built anew.
+
+Whatever is wrong with a file is one line on stderr that names it, and exit code 1; wrong usage is exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from rich.console import Console
+
+from lightning_softprune import __version__
+from lightning_softprune.checkpoint import FORMAT, RECORD
+from lightning_softprune.progress import print_rounds
+from lightning_softprune.report import RESULT_FILE, read_result, rebuild_files, round_folders
+from lightning_softprune.results import PruningResult
+
+PROGRAM = "lightning-softprune"
+
+
+class FileError(Exception):
+    """A file that cannot be used; the message is one line that names it."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: Its arguments; those of the process if not given.
+
+    Returns:
+        The exit code: 0, or 1 if a file is missing, foreign, corrupt or cannot be read or written.
+
+    Raises:
+        SystemExit: For `--help` and `--version` (code 0) and wrong usage (code 2).
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        code: int = arguments.run(arguments.path)
+        sys.stdout.flush()
+    except FileError as error:
+        return _complain(error)
+    except BrokenPipeError:  # the reader (`head`, a pager) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Look at what lightning_softprune has done to a model, and build its reports anew.",
+        epilog="Exit codes: 0 fine; 1 a file is missing, foreign, corrupt or not accessible; 2 wrong usage.",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    show = commands.add_parser(
+        "show",
+        help="print what was pruned: the rounds, and the channels of each group",
+        description="Print what was pruned: one row per round, and the channels of each group from round to round.",
+    )
+    show.add_argument(
+        "path",
+        type=Path,
+        metavar="PATH",
+        help=f"a checkpoint (.ckpt) of a pruned model, a round's {RESULT_FILE}, or a folder with rounds below it",
+    )
+    show.set_defaults(run=_show)
+    report = commands.add_parser(
+        "report",
+        help="write report.html and trials.csv again",
+        description=f"Write report.html and trials.csv again, from the {RESULT_FILE} beside them; print their paths.",
+    )
+    report.add_argument(
+        "path", type=Path, metavar="DIR", help="the folder of a round, or one with rounds below it (a log directory)"
+    )
+    report.set_defaults(run=_report)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def _show(path: Path) -> int:
+    console = Console()
+    if path.is_dir():
+        runs: dict[Path, list[PruningResult]] = {}
+        for folder in _folders(path):
+            runs.setdefault(folder.parent, []).append(_result(folder / RESULT_FILE))
+        for place, results in runs.items():
+            _print(console, place if len(runs) > 1 else path, results)
+    elif path.suffix == ".json":
+        _print(console, path, [_result(path)])
+    else:
+        _print(console, path, _recorded(path))
+    return 0
+
+
+def _print(console: Console, path: Path, results: Sequence[PruningResult]) -> None:
+    rounds = f"{len(results)} round{'' if len(results) == 1 else 's'}"
+    print(f"{_one_line(path, sys.stdout)}: {rounds}\n", flush=True)
+    if results:
+        print_rounds(results, console)
+
+
+def _report(path: Path) -> int:
+    """Build every report that can be built; one that cannot is no reason to leave out the others."""
+    folders = _folders(path.parent if path.name == RESULT_FILE and path.is_file() else path)
+    return max(map(_rebuild, folders))
+
+
+def _rebuild(folder: Path) -> int:
+    try:
+        written = rebuild_files(folder)
+    except (OSError, ValueError) as error:
+        return _complain(_file_error(folder, error))
+    for path in written:
+        print(_one_line(path, sys.stdout))
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _folders(path: Path) -> list[Path]:
+    try:
+        folders = round_folders(path)
+    except (OSError, ValueError) as error:
+        raise _file_error(path, error) from error
+    if not folders:
+        raise FileError(f"{path}: no {RESULT_FILE} of a round in this folder or below it")
+    return folders
+
+
+def _result(path: Path) -> PruningResult:
+    try:
+        return read_result(path)
+    except (OSError, ValueError) as error:
+        raise _file_error(path, error) from error
+
+
+def _recorded(path: Path) -> list[PruningResult]:
+    """The rounds in a checkpoint's record."""
+    checkpoint = _load(path)
+    record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
+    if record is None:
+        if isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint:
+            raise FileError(f'{path}: an ordinary checkpoint without a "{RECORD}" record: its model was not pruned')
+        raise FileError(f"{path}: not a Lightning checkpoint")
+    if not isinstance(record, dict) or not isinstance(record.get("results"), list):
+        raise FileError(f'{path}: the "{RECORD}" record is damaged')
+    version = record.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise FileError(
+            f'{path}: the "{RECORD}" record has format {version}; '
+            f"this version of lightning-softprune reads formats up to {FORMAT}"
+        )
+    try:
+        return [PruningResult.from_dict(result) for result in record["results"]]
+    except (TypeError, AttributeError, ValueError) as error:
+        raise FileError(f'{path}: the "{RECORD}" record is damaged ({error})') from error
+
+
+def _load(path: Path) -> Any:
+    """What is in a checkpoint: plain types and tensors only, which stay on disk where they can."""
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise _file_error(path, error) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged file can raise anything, an OSError too
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f": it holds {foreign[1]}, which weights_only=True does not load" if foreign else ""
+        raise FileError(f"{path}: cannot be read as a checkpoint{reason}") from error
+
+
+def _file_error(path: Path, error: OSError | ValueError) -> FileError:
+    if isinstance(error, OSError):
+        return FileError(f"{error.filename or path}: {error.strerror or error}")
+    text = str(error)
+    return FileError(text if str(path) in text else f"{path}: {text}")
+
+
+def _complain(error: FileError) -> int:
+    print(f"{PROGRAM}: {_one_line(error, sys.stderr)}", file=sys.stderr)
+    return 1
+
+
+def _one_line(text: object, stream: TextIO) -> str:
+    """The text on one line, in characters that the stream has."""
+    encoding = stream.encoding or "utf-8"
+    return str(text).replace("\n", " ").encode(encoding, "backslashreplace").decode(encoding)

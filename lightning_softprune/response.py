@@ -1,0 +1,219 @@
+"""What a reader's outputs become next, and the fit that counts errors only as far as they get through.
+
+Where a pointwise function ``f`` (a ReLU, a sigmoid) follows a reader, least squares on the outputs ``y = W x + b`` also
+counts differences that ``f`` wipes out: how far below zero, how far into saturation. The nonlinear, asymmetric
+reconstruction (Zhang et al. 2015, arXiv 1505.06798) compares what comes after it instead. With the pruned network's
+inputs ``z``, each output has its own problem,
+
+    J(w, b) = sum_n (f(y_n) - f(w z_n + b))^2 + l |w - w0|^2.
+
+A Gauss-Newton step solves ``(Z^T D^2 Z + l I) d = Z^T D e - l (w - w0)``, with ``D`` the slopes of ``f`` at the present
+outputs and ``e`` the errors after it (the bias is one more column of ``Z``, without a ridge). All outputs are solved
+side by side by a few conjugate gradients, preconditioned by the one factor of ``S_zz + r I`` that the linear fit has
+made, so no matrix per output is built. ``l = r n mean(D^2)``: the linear fit's ridge at the scale of the slopes. A step
+is halved until ``J`` falls and dropped where it does not, so no output ends worse than it began.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_softprune.calibration import sum_over_processes
+
+__all__ = ["Response", "find_responses", "fit_response"]
+
+Response = Callable[[torch.Tensor], torch.Tensor]
+
+_IN_PLACE_TOO = ("relu", "leaky_relu", "elu", "celu", "selu", "hardtanh", "sigmoid", "tanh")
+_OTHERS = ("relu6", "gelu", "silu", "mish", "softplus", "hardswish", "hardsigmoid", "logsigmoid", "softsign")
+POINTWISE = frozenset([*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), *_OTHERS])
+"""Names of the functions that are followed, in whatever form they are called."""
+
+STEPS, SOLVES, HALVINGS = 2, 6, 5
+"""Gauss-Newton steps, conjugate gradients in each, and halvings of a step that goes too far."""
+
+BLOCK = 2**23
+"""Numbers in each of the arrays (observations x outputs) that are held at a time."""
+
+
+def find_responses(model: nn.Module, names: Sequence[str], step: Callable[[], Any]) -> dict[str, Response]:
+    """The pointwise function that follows each layer; layers whose output anything else reads are left out.
+
+    Args:
+        model: The model.
+        names: The layers.
+        step: Runs the model once.
+    """
+    consumers = _Consumers()
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: consumers.watch(name, out))
+        for name in names
+    ]
+    try:
+        with consumers, torch.no_grad():
+            step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found for name, (found, *more) in consumers.found.items() if found is not None and not more}
+
+
+class _Consumers(TorchFunctionMode):
+    """Notes which functions read the watched tensors; ``None`` for one that is not pointwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, list[Response | None]] = {}
+        self.watched: list[tuple[torch.Tensor, str]] = []
+
+    def watch(self, name: str, output: Any) -> None:
+        if isinstance(output, torch.Tensor):
+            self.watched.append((output, name))
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if isinstance(result, (torch.Tensor, tuple, list)):  # not: a look at its shape
+            read = {id(tensor) for tensor in _tensors((args, kwargs))}
+            for output, name in self.watched:
+                if id(output) in read:
+                    self.found.setdefault(name, []).append(_response(func, output, args, kwargs))
+            self.watched = [(output, name) for output, name in self.watched if output is not result]  # in place: gone
+        return result
+
+
+def _tensors(nested: Any) -> list[torch.Tensor]:
+    if isinstance(nested, torch.Tensor):
+        return [nested]
+    if isinstance(nested, dict):
+        nested = list(nested.values())
+    return [tensor for item in nested for tensor in _tensors(item)] if isinstance(nested, (list, tuple)) else []
+
+
+def _response(func: Any, output: torch.Tensor, args: Any, kwargs: Any) -> Response | None:
+    alone = len(_tensors((args, kwargs))) == 1 and bool(args) and args[0] is output
+    if not alone or getattr(func, "__name__", "") not in POINTWISE:
+        return None
+    return lambda values: func(values.clone(), *args[1:], **kwargs)
+
+
+def fit_response(
+    response: Response,
+    wanted: torch.Tensor,
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    prior: torch.Tensor,
+    factor: torch.Tensor,
+    ridge: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move a layer's weights to where its outputs agree with the wanted ones after the function that follows.
+
+    Args:
+        response: The pointwise function.
+        wanted: The layer's outputs in the dense model, before the function, shape ``(observations, outputs)``.
+        inputs: What the layer is given now, centred, shape ``(observations, inputs)``.
+        weight: Where to start, shape ``(outputs, inputs)``.
+        bias: The same, shape ``(outputs,)``.
+        prior: What the ridge pulls the weights to.
+        factor: Cholesky factor of the inputs' covariance, with the ridge.
+        ridge: The ridge of the linear fit.
+
+    Returns:
+        Weight and bias.
+    """
+    total = float(sum_over_processes(torch.tensor(float(len(inputs)), device=inputs.device)))
+    width = max(int(BLOCK / max(total, 1.0)), 1)
+    fitted = []
+    for first in range(0, len(weight), width):
+        part = slice(first, first + width)
+        problem = _Problem(response, wanted[:, part], inputs, prior[part], factor, ridge, total)
+        fitted.append(problem.solved(weight[part], bias[part]))
+    weights, biases = zip(*fitted, strict=True)
+    return torch.cat(weights), torch.cat(biases)
+
+
+class _Problem:
+    """``J`` of some outputs, and its Gauss-Newton steps; weights and bias are one matrix, the bias its last column."""
+
+    def __init__(
+        self,
+        response: Response,
+        wanted: torch.Tensor,
+        inputs: torch.Tensor,
+        prior: torch.Tensor,
+        factor: torch.Tensor,
+        ridge: float,
+        total: float,
+    ) -> None:
+        self.response, self.inputs, self.factor, self.ridge, self.total = response, inputs, factor, ridge, total
+        self.target = response(wanted)
+        self.prior = torch.cat([prior, torch.zeros_like(prior[:, :1])], 1)
+
+    def solved(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        w = torch.cat([weight, bias[:, None]], 1)
+        for _ in range(STEPS):
+            w = self.stepped(w)
+        return w[:, :-1], w[:, -1]
+
+    def stepped(self, w: torch.Tensor) -> torch.Tensor:
+        error, slope = self.error_and_slope(w)
+        square = slope.square()
+        scale = sum_over_processes(square.sum(0)) / self.total  # mean squared slope of each output
+        pull = self.ridge * self.total * scale
+        gradient = self.back(slope * error) - self.pulled(pull, w - self.prior)
+        step = self.conjugate_gradients(gradient, square, scale, pull)
+        before, length = self.objective(w, pull), (scale > 0).to(w.dtype)
+        for halving in range(HALVINGS + 1):
+            worse = ~(self.objective(w + length[:, None] * step, pull) <= before)
+            if not worse.any():
+                break
+            length = torch.where(worse, 0.0 if halving == HALVINGS else length / 2, length)
+        return torch.where(length[:, None] > 0, w + length[:, None] * step, w)
+
+    def conjugate_gradients(
+        self, residual: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor
+    ) -> torch.Tensor:
+        tiny = torch.finfo(residual.dtype).tiny
+        step = torch.zeros_like(residual)
+        direction = ahead = self.preconditioned(residual, scale)
+        energy = (residual * ahead).sum(1)
+        for _ in range(SOLVES):
+            product = self.back(square * self.forth(direction)) + self.pulled(pull, direction)
+            length = energy / (direction * product).sum(1).clamp(min=tiny)
+            step = step + length[:, None] * direction
+            residual = residual - length[:, None] * product
+            ahead = self.preconditioned(residual, scale)
+            last, energy = energy, (residual * ahead).sum(1)
+            direction = ahead + (energy / last.clamp(min=tiny))[:, None] * direction
+        return step
+
+    def error_and_slope(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.enable_grad():
+            outputs = self.forth(w).requires_grad_()
+            after = self.response(outputs)
+            (slope,) = torch.autograd.grad(after.sum(), outputs)
+        return self.target - after.detach(), slope
+
+    def objective(self, w: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
+        error = sum_over_processes((self.target - self.response(self.forth(w))).square().sum(0))
+        return error + pull * (w - self.prior)[:, :-1].square().sum(1)
+
+    def forth(self, w: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(w[:, -1], self.inputs, w[:, :-1].t())
+
+    def back(self, outputs: torch.Tensor) -> torch.Tensor:
+        return sum_over_processes(torch.cat([outputs.t() @ self.inputs, outputs.sum(0)[:, None]], 1))
+
+    def pulled(self, pull: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.cat([pull[:, None] * w[:, :-1], torch.zeros_like(w[:, :1])], 1)
+
+    def preconditioned(self, w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        solved = torch.cholesky_solve(w[:, :-1].t(), self.factor).t()
+        whole = (self.total * scale).clamp(min=torch.finfo(w.dtype).tiny)
+        return torch.cat([solved, w[:, -1:]], 1) / whole[:, None]

@@ -1,0 +1,368 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import fit, made, softpruning
+from test_page import make_result
+from test_report import read_csv
+
+import lightning_softprune
+from lightning_softprune.cli import main
+from lightning_softprune.page import report_page
+from lightning_softprune.report import round_folder, write_files
+from lightning_softprune.results import PruningResult
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[PruningResult]]:
+    """Checkpoints of a fit with two rounds, before and after them."""
+    folder = tmp_path_factory.mktemp("fit")
+    callback = softpruning(epochs=[1, 2], report=True)
+    checkpoints = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
+    fit(folder, made(), callback, checkpoints, enable_checkpointing=True)
+    return folder, callback.results
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The lines of tables by their first cell."""
+    lines = [re.split(r"\s{2,}", line.strip()) for line in text.splitlines() if line.strip()]
+    return {line[0]: line[1:] for line in lines}
+
+
+def failure(capsys: Captured, *arguments: object) -> str:
+    """What the command complains about; it has to be one line, and exit code 1."""
+    assert main([str(argument) for argument in arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    return captured.err.strip()
+
+
+# show
+
+
+def test_show_prints_rounds_and_groups_of_a_checkpoint(
+    pruned: tuple[Path, list[PruningResult]], capsys: Captured
+) -> None:
+    folder, results = pruned
+    path = folder / "epoch=2.ckpt"
+
+    assert main(["show", str(path)]) == 0
+    captured = capsys.readouterr()
+    table = rows(captured.out)
+
+    assert captured.err == ""
+    assert captured.out.startswith(f"{path}: 2 rounds\n")
+    for result in results:
+        before, after = result.costs_before, result.costs_after
+        assert table[str(result.epoch)] == [
+            f"{result.sparsity:.4g}",
+            f"{before.params:,} -> {after.params:,}",
+            f"{before.macs:,} -> {after.macs:,}",
+            f"val_loss {result.score_before:.4g} -> {result.score_after:.4g}",
+            f"{result.strategy}: {result.stop_reason}",
+            "yes",
+        ]
+    for first, second in zip(results[0].groups, results[1].groups, strict=True):
+        channels = f"{first.channels_before} -> {first.channels_after} -> {second.channels_after}"
+        assert table[first.name] == [first.component, first.kind, channels]
+
+
+def test_show_takes_a_result_a_round_and_a_log_folder(tmp_path: Path, capsys: Captured) -> None:
+    for epoch in (4, 10):
+        write_files(make_result(epoch=epoch), round_folder(tmp_path, epoch))
+
+    for path in (round_folder(tmp_path, 4) / "result.json", round_folder(tmp_path, 4)):
+        assert main(["show", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"{path}: 1 round\n")
+        assert rows(out)["encoder.0"] == ["encoder", "intra", "512 -> 154"]
+    for path in (tmp_path, tmp_path / "softprune"):
+        assert main(["show", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"{path}: 2 rounds\n")
+        assert [line.split()[0] for line in out.splitlines()[5:7]] == ["4", "10"]
+
+
+def test_show_keeps_the_runs_below_a_folder_apart(tmp_path: Path, capsys: Captured) -> None:
+    for run in ("version_0", "version_1"):
+        write_files(make_result(), round_folder(tmp_path / run, 4))
+
+    assert main(["show", str(tmp_path)]) == 0
+
+    headings = [line for line in capsys.readouterr().out.splitlines() if "round" in line]
+    assert headings == [f"{tmp_path / run / 'softprune'}: 1 round" for run in ("version_0", "version_1")]
+
+
+def test_show_says_what_was_not_applied(tmp_path: Path, capsys: Captured) -> None:
+    write_files(make_result(applied=False, reason="this was a dry run"), tmp_path)
+
+    assert main(["show", str(tmp_path)]) == 0
+
+    out = capsys.readouterr().out
+    assert "no: this was a dry run" in out
+    assert rows(out)["encoder.0"][-1] == "512 -> 154"
+
+
+def test_a_round_that_was_skipped_is_not_in_a_groups_history(tmp_path: Path, capsys: Captured) -> None:
+    write_files(make_result(epoch=3, applied=False, reason="nothing is feasible"), round_folder(tmp_path, 3))
+    write_files(make_result(epoch=4), round_folder(tmp_path, 4))
+
+    assert main(["show", str(tmp_path)]) == 0
+
+    assert rows(capsys.readouterr().out)["encoder.0"][-1] == "512 -> 154"
+
+
+def test_a_checkpoint_from_before_the_first_round_is_said_to_be_ordinary(
+    pruned: tuple[Path, list[PruningResult]], capsys: Captured
+) -> None:
+    path = pruned[0] / "epoch=0.ckpt"
+
+    message = failure(capsys, "show", path)
+
+    assert message == (
+        f'lightning-softprune: {path}: an ordinary checkpoint without a "softprune" record: its model was not pruned'
+    )
+
+
+class Foreign:
+    """Not a plain type."""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "not a Lightning checkpoint"),
+        ([1, 2], "not a Lightning checkpoint"),
+        ({"softprune": None}, "not a Lightning checkpoint"),
+        ({"softprune": 3}, 'the "softprune" record is damaged'),
+        ({"softprune": {"results": 3}}, 'the "softprune" record is damaged'),
+        ({"softprune": {"format": 1, "results": [3]}}, 'the "softprune" record is damaged'),
+        ({"softprune": {"format": 1, "results": [{"epoch": "x"}]}}, 'the "softprune" record is damaged'),
+        ({"softprune": {"format": 99, "results": []}}, "has format 99; this version of lightning-softprune reads"),
+        (Foreign(), "it holds test_cli.Foreign, which weights_only=True does not load"),
+    ],
+)
+def test_show_refuses_foreign_and_damaged_records(tmp_path: Path, capsys: Captured, content: Any, message: str) -> None:
+    path = tmp_path / "model.ckpt"
+    torch.save(content, path)
+
+    complaint = failure(capsys, "show", path)
+
+    assert complaint.startswith(f"lightning-softprune: {path}: ")
+    assert message in complaint
+
+
+@pytest.mark.parametrize("content", [b"", b"text\nand more", b"PK\x03\x04", b"\x80\x02}.", b"\x00" * 99])
+@pytest.mark.parametrize("name", ["model.ckpt", "result.json", "file"])
+def test_show_refuses_files_of_other_kinds(tmp_path: Path, capsys: Captured, content: bytes, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+
+    assert str(path) in failure(capsys, "show", path)
+
+
+def test_show_refuses_a_checkpoint_cut_off_anywhere(
+    pruned: tuple[Path, list[PruningResult]], tmp_path: Path, capsys: Captured
+) -> None:
+    content = (pruned[0] / "epoch=2.ckpt").read_bytes()
+    path = tmp_path / "model.ckpt"
+    for length in range(0, len(content), len(content) // 7):
+        path.write_bytes(content[:length])
+        assert f"{path}: cannot be read as a checkpoint" in failure(capsys, "show", path)
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_missing_path_is_named(tmp_path: Path, capsys: Captured, command: str) -> None:
+    assert f"{tmp_path / 'gone'}: No such file or directory" in failure(capsys, command, tmp_path / "gone")
+    assert f"{tmp_path / 'gone.ckpt'}: " in failure(capsys, command, tmp_path / "gone.ckpt")
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_folder_without_rounds_is_named(tmp_path: Path, capsys: Captured, command: str) -> None:
+    (tmp_path / "result.json").mkdir()
+
+    assert f"{tmp_path}: no result.json of a round" in failure(capsys, command, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_corrupt_result_is_named(tmp_path: Path, capsys: Captured, command: str) -> None:
+    path = tmp_path / "result.json"
+    path.write_text("{")
+
+    assert f"{path}: cannot be read as a pruning result" in failure(capsys, command, tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_file_without_permission_is_named(tmp_path: Path, capsys: Captured, command: str) -> None:
+    write_files(make_result(), tmp_path)
+    path = tmp_path / "result.json"
+    path.chmod(0)
+
+    assert f"{path}: Permission denied" in failure(capsys, command, tmp_path)
+
+
+@pytest.mark.parametrize("command", ["show", "report"])
+def test_a_file_that_the_system_refuses_is_named(
+    tmp_path: Path, capsys: Captured, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(make_result(), tmp_path)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+
+    assert failure(capsys, command, tmp_path).endswith(f"{tmp_path / 'result.json'}: Permission denied")
+
+
+def test_a_line_break_in_a_name_stays_on_the_line(tmp_path: Path, capsys: Captured) -> None:
+    assert "a b" in failure(capsys, "show", tmp_path / "a\nb")
+
+
+# report
+
+
+def test_report_builds_the_files_anew_and_prints_their_paths(tmp_path: Path, capsys: Captured) -> None:
+    folder = round_folder(tmp_path, 4)
+    write_files(make_result(), folder)
+    source = (folder / "result.json").read_bytes()
+    table, page = folder / "trials.csv", folder / "report.html"
+    page.unlink()
+    table.write_text("rubbish")
+
+    assert main(["report", str(folder)]) == 0
+
+    captured = capsys.readouterr()
+    assert captured.out.splitlines() == [str(table), str(page)]
+    assert captured.err == ""
+    assert page.read_text(encoding="utf-8") == report_page(make_result())
+    assert len(read_csv(table)) == 4
+    assert (folder / "result.json").read_bytes() == source
+
+
+def test_report_builds_every_round_below_a_log_directory(tmp_path: Path, capsys: Captured) -> None:
+    folders = [round_folder(tmp_path / "version_0", epoch) for epoch in (2, 10)]
+    for folder in folders:
+        write_files(make_result(), folder)
+        (folder / "report.html").unlink()
+
+    assert main(["report", str(tmp_path)]) == 0
+
+    expected = [str(folder / name) for folder in folders for name in ("trials.csv", "report.html")]
+    assert capsys.readouterr().out.splitlines() == expected
+    assert all(map(os.path.exists, expected))
+
+
+def test_report_takes_the_result_itself(tmp_path: Path, capsys: Captured) -> None:
+    write_files(make_result(), tmp_path)
+    (tmp_path / "report.html").unlink()
+
+    assert main(["report", str(tmp_path / "result.json")]) == 0
+
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_a_corrupt_round_does_not_keep_the_others_from_being_built(tmp_path: Path, capsys: Captured) -> None:
+    broken, whole = (round_folder(tmp_path, epoch) for epoch in (1, 2))
+    for folder in (broken, whole):
+        write_files(make_result(), folder)
+        (folder / "report.html").unlink()
+    (broken / "result.json").write_text(json.dumps({"epoch": 1}))
+
+    assert main(["report", str(tmp_path)]) == 1
+
+    captured = capsys.readouterr()
+    assert str(broken / "result.json") in captured.err
+    assert (whole / "report.html").is_file()
+    assert not (broken / "report.html").exists()
+
+
+def test_report_into_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(make_result(), tmp_path)
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+
+    assert failure(capsys, "report", tmp_path) == f"lightning-softprune: {tmp_path}: No space left on device"
+
+
+# the command itself
+
+
+@pytest.mark.parametrize("arguments", [[], ["show"], ["report"], ["prune", "x"], ["show", "a", "b"], ["--nonsense"]])
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+
+    assert stopped.value.code == 2
+    assert "usage: lightning-softprune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--version"], f"lightning-softprune {lightning_softprune.__version__}\n"),
+        (["--help"], "report.html"),
+        (["show", "--help"], ".ckpt"),
+        (["report", "--help"], "result.json"),
+    ],
+)
+def test_help_and_version(arguments: list[str], text: str, capsys: Captured) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+
+    assert stopped.value.code == 0
+    assert text in capsys.readouterr().out
+
+
+def run(folder: Path, *arguments: str, stdout: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which stands in `folder`."""
+    command = [sys.executable, "-m", "lightning_softprune", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(Path(lightning_softprune.__file__).parent.parent)}
+    pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
+    return subprocess.run(command, cwd=folder, env=environment, text=True, timeout=250, check=False, **pipes)
+
+
+def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
+    done = run(tmp_path, "show", "gone.ckpt")
+
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == "lightning-softprune: gone.ckpt: No such file or directory\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX's")
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    groups = tuple(replace(make_result().groups[0], name=f"group{index}") for index in range(3000))
+    write_files(make_result(groups=groups, trials=(), chosen=None), tmp_path)
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    done = run(tmp_path, "show", ".", stdout=writing)
+    os.close(writing)
+
+    assert done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_the_script_is_declared() -> None:
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+
+    assert 'lightning-softprune = "lightning_softprune.cli:main"' in text

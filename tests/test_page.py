@@ -1,0 +1,507 @@
+import importlib.resources
+import itertools
+import math
+import random
+import re
+import time
+from dataclasses import replace
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+
+from lightning_softprune.charts import best_so_far, score_limits, ticks
+from lightning_softprune.page import MAX_ROWS, report_page
+from lightning_softprune.results import (
+    DRY_RUN,
+    Costs,
+    GroupResult,
+    LeftOut,
+    PruningResult,
+    Sensitivity,
+    Trial,
+)
+
+INFINITE = (math.inf, 1e300, -1e300, 1e-300)
+VOID = {"meta", "link", "br"}
+EVIL = "<script>alert(\"x\")</script> & 'q' é漢字 \x00\ud800 </title></style></svg> " + "x" * 200
+
+
+def make_result(**changes: Any) -> PruningResult:
+    trials = (
+        Trial((0.0, 0.0), 0.35, 19.9, {"val_psnr": 19.9, "val_loss": 0.111}, False, 0.5),
+        Trial((0.7, 0.25), 0.7, 19.7, {"val_psnr": 19.7, "val_loss": 0.123}, True, 0.5),
+        Trial((0.1, 1 / 3), 0.69, 19.5, {"val_psnr": 19.5}, True, 0.25),
+        Trial((0.9, 0.0), 0.8, math.nan, {"val_psnr": math.nan, "val_loss": math.inf}, False, 0.125),
+    )
+    values: dict[str, Any] = {
+        "epoch": 4,
+        "sparsity": 0.7016,
+        "target_sparsity": 0.7,
+        "tolerance": 0.0125,
+        "score_before": 19.9712,
+        "score_after": 19.7089,
+        "metrics_before": {"val_psnr": 19.9712, "val_loss": 0.0101},
+        "metrics_after": {"val_psnr": 19.7089, "val_loss": 0.0107},
+        "costs_before": Costs(1_079_344, 2_076_224),
+        "costs_after": Costs(322_102, 720_000),
+        "groups": (
+            GroupResult("encoder.0", "encoder", "intra", 512, 154, 0.6993, 0.05, 0.85, 4321, 8642),
+            GroupResult("encoder.4", "encoder+decoder", "inter", 32, 24, 0.25),
+        ),
+        "evaluations": 41,
+        "seconds": 3.21,
+        "strategy": "GradientSearch",
+        "stop_reason": "patience",
+        "applied": True,
+        "trials": trials,
+        "monitor": "val_psnr",
+        "mode": "max",
+        "sensitivity": (
+            Sensitivity("encoder.0", (0.1, 0.5, 0.9), (19.95, 19.91, 4.5)),
+            Sensitivity("encoder.4", (0.1, 0.5), (19.6, math.nan)),
+        ),
+        "chosen": 1,
+        "limits": {"macs": 0.5, "latency": 0.75},
+        "constraints": ("val_psnr >= 19.5", "val_loss < 0.001"),
+        "latency_before": 0.00123,
+        "latency_after": 0.00071,
+        "left_out": (LeftOut("decoder.4", "decoder", 64, "its outputs are the module's outputs"),),
+        "configuration": {"monitor": "val_psnr", "round_to": "8"},
+        "versions": {"torch": "2.13.0"},
+    }
+    return PruningResult(**{**values, **changes})
+
+
+def evil_result() -> PruningResult:
+    result = make_result()
+    names = [f"{EVIL}{number}" for number in range(2)]
+    return replace(
+        result,
+        groups=tuple(replace(g, name=n, component=n, kind=n) for g, n in zip(result.groups, names, strict=True)),
+        trials=tuple(replace(trial, metrics={EVIL: 1.0}) for trial in result.trials),
+        metrics_before={EVIL: 1.0},
+        metrics_after={EVIL: math.nan},
+        strategy=EVIL,
+        stop_reason=EVIL,
+        reason=EVIL,
+        applied=False,
+        monitor=EVIL,
+        cost=EVIL,
+        sensitivity=(Sensitivity(names[0], (0.0, 1.0), (1.0, math.nan)),),
+        limits={EVIL: 0.5},
+        constraints=(EVIL, f"{EVIL} >= 3"),
+        left_out=(LeftOut(EVIL, EVIL, 1, EVIL),),
+        configuration={EVIL: EVIL},
+        versions={EVIL: EVIL},
+    )
+
+
+def large_result(trials: int, groups: int) -> PruningResult:
+    """As many as asked for, some of them without a score."""
+    numbers = random.Random(0)
+    return make_result(
+        trials=tuple(
+            Trial(
+                tuple(numbers.random() for _ in range(groups)),
+                numbers.random(),
+                math.nan if index % 97 == 0 else numbers.gauss(20, 1),
+                {"val_psnr": 20.0, "val_loss": numbers.random()},
+                index % 3 == 0,
+                numbers.random(),
+            )
+            for index in range(trials)
+        ),
+        groups=tuple(
+            GroupResult(f"backbone.{index}.conv", f"stage{index % 9}", "intra", 512, 100, 0.8)
+            for index in range(groups)
+        ),
+        sensitivity=tuple(
+            Sensitivity(f"backbone.{index}.conv", tuple(k / 10 for k in range(11)), tuple(20.0 - k for k in range(11)))
+            for index in range(groups)
+        ),
+    )
+
+
+class Page(HTMLParser):
+    """The page as a reader sees it: text, elements with their attributes, tables as rows of text.
+
+    Refuses elements that are not closed, or not in order.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = ""
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.tables: list[list[list[str]]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        assert len(dict(attrs)) == len(attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert "svg" in self.open, f"<{tag}/> outside of a drawing is a start tag"
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.text += data
+            if "td" in self.open or "th" in self.open:
+                self.tables[-1][-1][-1] += data
+
+    def count(self, tag: str, class_: str | None = None) -> int:
+        found = [attributes for name, attributes in self.elements if name == tag]
+        return sum(class_ is None or class_ in (attributes.get("class") or "").split() for attributes in found)
+
+    def table(self, first: str) -> list[list[str]]:
+        """The table whose first column has this head."""
+        (table,) = [rows for rows in self.tables if rows[0][0] == first]
+        return table
+
+
+RESULTS = {
+    "ordinary": make_result(),
+    "not applied": make_result(applied=False, reason="no trial is feasible"),
+    "no target": make_result(target_sparsity=None),
+    "mode min": make_result(mode="min"),
+    "no trials": make_result(trials=(), chosen=None),
+    "one trial": make_result(trials=make_result().trials[1:2], chosen=0),
+    "nothing": make_result(
+        trials=(), groups=(), sensitivity=(), left_out=(), limits={}, constraints=(), configuration={}, versions={},
+        metrics_before={}, metrics_after={}, chosen=None, latency_before=None, latency_after=None,
+    ),
+    "nan everywhere": make_result(
+        score_before=math.nan, score_after=math.nan, sparsity=math.nan, metrics_after={"val_psnr": math.nan},
+        trials=tuple(replace(t, score=math.nan, sparsity=math.nan) for t in make_result().trials),
+        sensitivity=(Sensitivity("encoder.0", (0.0, 1.0), (math.nan, math.nan)),),
+    ),
+    "infinite": make_result(
+        score_before=math.inf,
+        score_after=-math.inf,
+        trials=tuple(replace(t, score=s) for t, s in zip(make_result().trials, INFINITE, strict=True)),
+    ),
+    "all scores the same": make_result(
+        score_before=1.0, score_after=1.0, trials=tuple(replace(t, score=1.0) for t in make_result().trials)
+    ),
+    "all scores zero": make_result(
+        score_before=0.0, score_after=0.0, trials=tuple(replace(t, score=0.0) for t in make_result().trials)
+    ),
+    "absurd": make_result(
+        target_sparsity=math.nan,
+        trials=tuple(replace(t, sparsity=0.7 + k * 1e-16, score=1e149 * k) for k, t in enumerate(make_result().trials)),
+        sensitivity=(Sensitivity("encoder.0", (0.0, math.nan, 1.0), (1.0, 2.0, -1e149)),),
+    ),
+    "chosen out of range": make_result(chosen=99),
+    "sensitivity of an unknown group": make_result(sensitivity=(Sensitivity("gone", (0.5,), (1.0,)),)),
+    "no channels": make_result(groups=(GroupResult("a", "b", "intra", 0, 0, math.nan), make_result().groups[1])),
+    "evil": evil_result(),
+    "many trials": large_result(5000, 5),
+    "many groups": large_result(300, 200),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_page_is_well_formed_and_can_be_written(name: str) -> None:
+    text = report_page(RESULTS[name])
+
+    page = Page(text)
+    text.encode("utf-8")
+
+    assert page.count("html") == page.count("main") == page.count("h1") == page.count("script") == 1
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_page_asks_the_network_for_nothing(name: str) -> None:
+    text = report_page(RESULTS[name])
+
+    assert re.findall(r"https?:|//[a-z]|@import|url\((?!#)", re.sub(r"^// .*$|\s// .*$", "", text, flags=re.M)) == []
+    elements = Page(text).elements
+    for tag, attributes in elements:
+        assert "src" not in attributes
+        assert attributes.get("href") in (None, "data:,", "trials.csv"), (tag, attributes)
+    (policy,) = [a["content"] for tag, a in elements if tag == "meta" and "http-equiv" in a]
+    assert str(policy).startswith("default-src 'none'; ")
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_no_coordinate_is_nan_or_off_the_scale(name: str) -> None:
+    for tag, attributes in Page(report_page(RESULTS[name])).elements:
+        for key in ("x", "y", "x1", "x2", "y1", "y2", "cx", "cy", "width", "height", "d", "points", "viewbox"):
+            value = attributes.get(key) or ""
+            assert not re.search(r"nan|inf", value), (tag, key, value)
+            if tag != "polyline":  # the small charts cut their curves off
+                assert all(abs(float(number)) < 1000 for number in re.findall(r"-?[\d.]+(?:e\S+)?", value)), value
+
+
+def test_whatever_is_a_name_is_escaped() -> None:
+    text = report_page(evil_result())
+    page = Page(text)
+
+    assert text.count("<script") == 1
+    shown = EVIL.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
+    # Strategy, stop reason, reason, monitor (in card, charts and columns), cost, groups twice, limits, ...
+    assert page.text.count(shown) >= 20
+    ordinary = Page(report_page(make_result(applied=False)))
+    assert {name for name, _ in page.elements} <= {name for name, _ in ordinary.elements}
+    assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
+
+
+def test_every_number_of_the_result_is_on_the_page() -> None:
+    text = Page(report_page(make_result())).text
+
+    for number in (
+        *("epoch 4", "0.7016", "0.7 ± 0.0125", "19.9712", "19.7089", "-0.2623 (-1.3 %)", "worse"),
+        *("1,079,344", "322,102", "-70.2 %", "2,076,224", "720,000", "-65.3 %", "1.23 ms", "0.71 ms", "-42.3 %"),
+        *("41 evaluations", "3.2 s", "patience", "GradientSearch", "val_psnr (max)"),
+        *("512 → 154", "0.699", "0.05 to 0.85", "4,321 params", "8,642 MACs", "32 → 24", "0.250", "0 to 1"),
+        *("decoder.4", "64 channels", "its outputs are the module's outputs", "round_to", "2.13.0"),
+        *("154 of 512 channels kept", "coefficient 0.5: score 19.91"),
+    ):
+        assert number in text, number
+
+
+def test_the_table_of_trials_has_every_value() -> None:
+    header, *rows = Page(report_page(make_result())).table("trial")
+
+    assert header == [
+        *("trial", "sparsity", "score", "feasible", "note", "seconds", "val_loss"),
+        *("coefficient of encoder.0", "coefficient of encoder.4"),
+    ]
+    assert rows == [
+        ["0", "0.35", "19.9", "no", "front", "0.5", "0.111", "0", "0"],
+        ["1", "0.7", "19.7", "yes", "chosen, front", "0.5", "0.123", "0.7", "0.25"],
+        ["2", "0.69", "19.5", "yes", "", "0.25", "", "0.1", "0.3333"],
+        ["3", "0.8", "nan", "no", "", "0.125", "inf", "0.9", "0"],
+    ]
+
+
+def test_limits_and_constraints_say_what_was_reached() -> None:
+    assert Page(report_page(make_result())).table("budget")[1:] == [
+        ["macs", "at most 0.5 of dense", "720,000 MACs"],
+        ["latency", "at most 0.75 of dense", "0.71 ms"],
+        ["val_psnr >= 19.5", "", "19.7089: met"],
+        ["val_loss < 0.001", "", "0.0107: not met"],
+    ]
+    assert "Limits" not in Page(report_page(make_result(limits={}, constraints=()))).text
+    odd = make_result(constraints=("val_psnr >= high", "unknown < 3", "nonsense"), limits={"macs": 0.5})
+    assert [row[2] for row in Page(report_page(odd)).table("budget")[2:]] == ["", "", ""]
+
+
+def test_metrics_are_compared() -> None:
+    result = make_result(metrics_before={"a": 1.0, "b": -2.0}, metrics_after={"a": 1.5, "b": math.nan, "c": 3.0})
+
+    assert Page(report_page(result)).table("metric")[1:] == [
+        ["a", "1", "1.5", "+0.5 (+50.0 %)"],
+        ["b", "-2", "nan", "no finite change"],
+        ["c", "", "3", ""],
+    ]
+
+
+def test_a_lower_score_is_better_in_mode_min() -> None:
+    text = Page(report_page(make_result(mode="min"))).text
+
+    assert "better" in text
+    assert "worse" not in text
+    assert "Lower is better." in text
+
+
+def test_a_banner_says_when_nothing_was_applied_and_why() -> None:
+    assert Page(report_page(make_result())).count("div", "banner") == 0
+    skipped = Page(report_page(make_result(applied=False, reason="no trial meets val_psnr >= 30", chosen=None)))
+    assert "The model was not changed: no trial meets val_psnr >= 30." in skipped.text
+    assert "would have been applied" not in skipped.text
+    dry = Page(report_page(make_result(applied=False, reason=DRY_RUN)))
+    assert "The model was not changed: this was a dry run." in dry.text
+    assert "would have been applied" in dry.text
+    assert dry.count("div", "dry") == 1
+
+
+def test_the_charts_show_each_kind_of_trial() -> None:
+    page = Page(report_page(make_result()))
+
+    # Two charts, each with a legend; the trial without a score has no mark.
+    assert page.count("circle", "feasible") == 2 * (2 + 1)
+    assert page.count("circle", "infeasible") == 2 * (1 + 1)
+    assert page.count("path", "chosen") == 2 * (1 + 1)
+    assert page.count("rect", "band") == 1 + 1
+    assert page.count("polyline", "front") == 1
+    assert page.count("polyline", "best") == 1
+    assert page.count("polyline", "curve") == 2
+    assert page.text.count("1 trial without a finite score, not drawn.") == 2
+    assert "trial 1: score 19.7, sparsity 0.7, feasible, chosen" in page.text
+
+
+def test_without_a_target_there_is_no_band_and_without_a_choice_no_mark() -> None:
+    page = Page(report_page(make_result(target_sparsity=None, chosen=None)))
+
+    assert page.count("rect", "band") == 0
+    assert page.count("path", "chosen") == 0
+    assert page.count("tr", "chosen") == 0
+
+
+def test_a_trial_that_diverged_does_not_flatten_the_others() -> None:
+    ordinary = [Trial((0.5, 0.5), 0.7, 0.5 + k / 100, {}, True, 0.1) for k in range(20)]
+    diverged = Trial((0.5, 0.5), 0.7, 1e9, {}, True, 0.1)
+    page = Page(report_page(make_result(mode="min", score_before=0.45, score_after=0.5, trials=(*ordinary, diverged))))
+
+    assert page.text.count("1 trial beyond the axis, drawn as a triangle.") == 2
+    heights = {attributes["cy"] for tag, attributes in page.elements if tag == "circle" and "r" in attributes}
+    assert len(heights) > 15
+
+
+def test_inter_groups_and_components_are_told_apart() -> None:
+    page = Page(report_page(make_result()))
+    striped = [attributes for tag, attributes in page.elements if attributes.get("fill") == "url(#inter)"]
+
+    assert len(striped) == 1 + 1  # the bar, and the legend
+    assert page.count("li", "c0") == page.count("li", "c1") == 1
+
+
+def test_drawings_have_a_role_a_title_and_a_description() -> None:
+    page = Page(report_page(make_result()))
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+
+    drawings = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("role") == "img"]
+    assert len(drawings) == 2 + 2 + 2  # charts, sensitivity, bars
+    for attributes in drawings:
+        assert attributes.get("aria-label") or set(str(attributes["aria-labelledby"]).split()) <= ids
+
+
+def test_columns_can_be_sorted_by_keyboard_and_say_so() -> None:
+    page = Page(report_page(make_result()))
+    heads = [attributes for tag, attributes in page.elements if tag == "th" and "data-kind" in attributes]
+
+    assert len(heads) == page.count("button") == 9
+    assert [head.get("aria-sort") for head in heads] == ["ascending"] + [None] * 8
+
+
+def test_a_long_table_is_cut_to_the_best_and_says_so() -> None:
+    result = large_result(5000, 5)
+    page = Page(report_page(replace(result, chosen=4)))
+    _, *rows = page.table("trial")
+
+    assert len(rows) == MAX_ROWS
+    assert "The 1,000 best of 5,000 trials; all are in trials.csv." in page.text
+    feasible = sorted((t.score for t in result.trials if t.feasible and not math.isnan(t.score)), reverse=True)
+    shown = [int(row[0]) for row in rows]
+    assert shown == sorted(shown)
+    assert {f"{score:.6g}" for score in feasible[:990]} <= {row[2] for row in rows}
+    assert 4 in shown
+
+
+def test_too_many_groups_for_columns_are_left_to_the_csv() -> None:
+    page = Page(report_page(large_result(300, 200)))
+
+    assert page.table("trial")[0][-1] == "val_loss"
+    assert "The coefficients of 200 groups are in trials.csv." in page.text
+    assert page.count("figure", "small") == 200
+    assert page.count("svg", "bar") == 200
+
+
+@pytest.mark.parametrize(("trials", "groups"), [(5000, 5), (5000, 40), (300, 200), (20_000, 1)])
+def test_a_large_page_stays_small_and_is_made_in_no_time(trials: int, groups: int) -> None:
+    result = large_result(trials, groups)
+    started = time.perf_counter()
+
+    size = len(report_page(result).encode())
+
+    assert size < 2_000_000
+    assert time.perf_counter() - started < 20
+
+
+def test_the_same_result_gives_the_same_page() -> None:
+    assert report_page(make_result()) == report_page(make_result())
+
+
+# Data of the charts
+
+
+def test_best_so_far_counts_feasible_trials_only() -> None:
+    scores = [(math.nan, True), (5.0, True), (9.0, False), (5.0, True), (6.0, True), (4.0, True)]
+    trials = tuple(Trial((0.0, 0.0), 0.5, score, {}, feasible, 0.0) for score, feasible in scores)
+
+    assert best_so_far(make_result(trials=trials, chosen=None)) == [(1, 5.0), (4, 6.0)]
+    assert best_so_far(make_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1.0), (-1e-9, 1e-9), (1e6, 1e6 + 1), (-3e140, 3e149), (5.0, 5.0), (0.123, 0.1231), (-7.0, 900.0)],
+)
+def test_ticks_are_few_ordered_and_within(low: float, high: float) -> None:
+    found = ticks(low, high)
+
+    assert 1 <= len(found) <= 7
+    assert all(a < b for a, b in itertools.pairwise(found))
+    assert all(low - 1e-6 * abs(low) <= value <= high + 1e-6 * abs(high) for value in found)
+
+
+@pytest.mark.parametrize("scores", [[], [math.nan], [1.0], [0.0, 0.0], [1e300, -1e300, math.inf], [3.0, 3.0, 3.0]])
+def test_limits_of_an_axis_are_never_empty(scores: list[float]) -> None:
+    low, high = score_limits(scores, [])
+
+    assert low < high
+    assert math.isfinite(high - low)
+
+
+# Colours
+
+
+def colours(scheme: str) -> dict[str, str]:
+    css = importlib.resources.files("lightning_softprune").joinpath("page.css").read_text(encoding="utf-8")
+    light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.S)
+    block = light if scheme == "light" else dark
+    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6,8});", block))
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast ratio of two colours (WCAG 2.2, "contrast ratio" and "relative luminance")."""
+
+    def luminance(colour: str) -> float:
+        channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    dark, light = sorted((luminance(first), luminance(second)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_of_black_and_white_is_the_standards() -> None:
+    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
+    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_marks_have_enough_contrast(scheme: str) -> None:
+    colour = colours(scheme)
+
+    for text in ("ink", "muted", "accent", "good", "bad"):
+        for background in ("page", "card"):
+            assert contrast(colour[text], colour[background]) >= 4.5, (text, background)
+    for background in ("warn", "info"):
+        assert contrast(colour["ink"], colour[background]) >= 4.5, background
+    for mark in ("edge", "accent", "mark", *(f"c{number}" for number in range(7))):
+        assert contrast(colour[mark], colour["card"]) >= 3.0, mark
+    for bar in (f"c{number}" for number in range(7)):
+        assert contrast(colour[bar], colour["track"]) >= 3.0, bar
+
+
+def test_both_schemes_define_the_same_colours() -> None:
+    assert colours("light").keys() == colours("dark").keys()

@@ -1,0 +1,190 @@
+"""Oracles: explicit Gauss-Newton systems, one per output, by `numpy.linalg.solve`; the dense network's outputs."""
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_softprune import compensation, response
+from lightning_softprune.calibration import collect_statistics, find_readers
+from lightning_softprune.compensation import Compensation, DenseInputs, refine
+from lightning_softprune.groups import trace_groups
+from lightning_softprune.plan import Plan
+from lightning_softprune.response import find_responses, fit_response
+from lightning_softprune.surgery import apply_plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Ways(nn.Module):
+    """A pointwise function follows some layers only."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("module", "function", "method", "in_place", "skip", "norm", "prelu", "looked_at", "last"):
+            self.add_module(name, nn.Linear(5, 5))
+        self.act, self.slopes, self.batch_norm = nn.LeakyReLU(0.3), nn.PReLU(5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        x = self.act(self.module(x))
+        x = torch.sigmoid(self.function(x))
+        x = self.method(x).tanh()
+        x = self.in_place(x)
+        x = F.relu(x, inplace=True)
+        y = self.skip(x)
+        x = F.relu(y) + y
+        x = self.batch_norm(self.norm(x)).relu()
+        x = self.slopes(self.prelu(x))
+        y = self.looked_at(x)
+        x = F.gelu(y.reshape(y.shape)) if y.ndim > 2 else F.gelu(y)
+        return torch.cat([x, self.last(x)], 1)
+
+
+def test_the_function_that_follows_a_layer_is_found_where_nothing_else_reads_the_layer():
+    model = Ways().eval()
+    names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    found = find_responses(model, names, lambda: model(torch.randn(7, 5)))
+    y = torch.randn(20, 5) * 3
+    kept = y.clone()
+    expected = {
+        "module": F.leaky_relu(y, 0.3), "function": y.sigmoid(), "method": y.tanh(), "in_place": y.relu(),
+        "looked_at": F.gelu(y),
+    }  # fmt: skip
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert torch.equal(found[name](y), values)
+    assert torch.equal(y, kept)
+
+
+FUNCTIONS = {
+    "relu": (torch.relu, lambda p: (p > 0).astype(float)),
+    "sigmoid": (torch.sigmoid, lambda p: np.exp(-p) / (1 + np.exp(-p)) ** 2),
+    "tanh": (torch.tanh, lambda p: 1 - np.tanh(p) ** 2),
+}
+
+
+def problem(seed, rows=120, width=6, outputs=4):
+    torch.manual_seed(seed)
+    z = torch.randn(rows, width, dtype=torch.float64) @ torch.randn(width, width, dtype=torch.float64)
+    z = z - z.mean(0)
+    wanted = z @ torch.randn(width, outputs, dtype=torch.float64) + torch.randn(rows, outputs, dtype=torch.float64)
+    weight = torch.randn(outputs, width, dtype=torch.float64) / 2
+    bias, prior = torch.randn(outputs, dtype=torch.float64), weight + 0.1
+    covariance = z.t() @ z / rows
+    ridge = 0.05 * float(covariance.diagonal().mean())
+    factor = torch.linalg.cholesky(covariance + ridge * torch.eye(width, dtype=torch.float64))
+    return wanted, z, weight, bias, prior, factor, ridge
+
+
+def lost(f, wanted, z, w, prior, pull):
+    """`J` of one output."""
+    after = [f(torch.from_numpy(values)).numpy() for values in (wanted, z @ w)]
+    return ((after[0] - after[1]) ** 2).sum() + pull * ((w - prior)[:-1] ** 2).sum()
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("seed", range(4))
+def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, seed, monkeypatch):
+    monkeypatch.setattr(response, "STEPS", 1)
+    monkeypatch.setattr(response, "SOLVES", 40)
+    f, slope = FUNCTIONS[name]
+    given = problem(seed)
+    weight, bias = fit_response(f, *given)
+    wanted, z, *start, _, ridge = (value.numpy() if isinstance(value, torch.Tensor) else value for value in given)
+    z = np.concatenate([z, np.ones((len(z), 1))], 1)
+    for output in range(len(weight)):
+        w = np.append(start[0][output], start[1][output])
+        prior = np.append(start[2][output], 0.0)
+        d = slope(z @ w)
+        e = f(torch.from_numpy(wanted[:, output])).numpy() - f(torch.from_numpy(z @ w)).numpy()
+        pull = ridge * (d**2).sum()
+        penalty = np.diag([pull] * (len(w) - 1) + [0.0])
+        step = np.linalg.solve(z.T @ (d[:, None] ** 2 * z) + penalty, z.T @ (d * e) - penalty @ (w - prior))
+        lengths = [0.5**k for k in range(6)]
+        before = lost(f, wanted[:, output], z, w, prior, pull)
+        length = next((t for t in lengths if lost(f, wanted[:, output], z, w + t * step, prior, pull) <= before), 0.0)
+        np.testing.assert_allclose(np.append(weight[output], bias[output]), w + length * step, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
+    f, _ = FUNCTIONS[name]
+    wanted, z, weight, bias, prior, factor, _ = problem(seed)
+    fitted, shift = fit_response(f, wanted, z, weight, bias, prior, factor, 0.0)
+    before, after = ((f(wanted) - f(z @ w.t() + b)).square().sum(0) for w, b in ((weight, bias), (fitted, shift)))
+    assert (after <= before).all()
+    assert after.sum() < 0.9 * before.sum()
+
+
+def test_an_output_without_a_slope_anywhere_stays_as_it_is():
+    wanted, z, weight, bias, *rest = problem(0)
+    bias[1] = -1e4
+    fitted, shift = fit_response(torch.relu, wanted, z, weight, bias, *rest)
+    assert torch.equal(fitted[1], weight[1])
+    assert shift[1] == bias[1]
+    assert fitted.isfinite().all()
+
+
+def test_outputs_fitted_in_blocks_are_those_fitted_at_once(monkeypatch):
+    whole = fit_response(torch.relu, *problem(0))
+    monkeypatch.setattr(response, "BLOCK", 250)
+    for a, b in zip(whole, fit_response(torch.relu, *problem(0)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def pruned_error(layers, x, seen, monkeypatch, follow):
+    """How far the output is from the dense network's after a refit on `seen`, on fresh inputs `x`."""
+    torch.manual_seed(0)
+    model = layers().eval()
+    dense = model(x).detach()
+    steps = [lambda: model(seen)]
+    groups = [group for group in trace_groups(model, steps) if group.prunable]
+    rankings = [np.arange(group.num_channels) for group in groups]
+    statistics = collect_statistics(model, find_readers(model, groups), steps)
+    found = Compensation("least_squares", model, groups, rankings, statistics)
+    with monkeypatch.context() as patch:
+        if not follow:
+            patch.setattr(compensation, "find_responses", lambda *_: {})
+        targets = DenseInputs(model, found, steps)
+    surgery = apply_plan(model, groups, Plan.from_counts([group.num_channels // 2 for group in groups], rankings))
+    found.apply(model, surgery)
+    refine(model, surgery, found, targets)
+    return (model(x) - dense).square().mean().item()
+
+
+def stack():
+    model = nn.Sequential(nn.Linear(8, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 12), nn.Sigmoid())
+    model[4].weight.data *= 12.0  # deep in saturation
+    return model
+
+
+def pointwise_convolutions():
+    model = nn.Sequential(
+        nn.Conv2d(8, 30, 1), nn.ReLU(), nn.Conv2d(30, 30, 1), nn.ReLU(), nn.Conv2d(30, 12, 1), nn.Sigmoid()
+    )
+    model[4].weight.data *= 12.0
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("layers", "shape"), [(stack, (2000, 8)), (pointwise_convolutions, (100, 8, 4, 5))])
+def test_the_refit_through_the_functions_is_nearer_to_the_dense_network_on_fresh_inputs(
+    layers, shape, dtype, monkeypatch
+):
+    pl.seed_everything(1, verbose=False)
+    x, seen = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
+    linear, through = (
+        pruned_error(lambda: layers().to(dtype), x, seen, monkeypatch, follow) for follow in (False, True)
+    )
+    assert through < linear
+
+
+def test_kernels_of_several_taps_keep_the_linear_fit(monkeypatch):
+    def layers():
+        return nn.Sequential(nn.Conv2d(2, 12, 3), nn.ReLU(), nn.Conv2d(12, 4, 3), nn.Sigmoid())
+
+    x = torch.randn(20, 2, 7, 7)
+    assert pruned_error(layers, x, x, monkeypatch, True) == pruned_error(layers, x, x, monkeypatch, False)
