@@ -1,5 +1,7 @@
 """Structured pruning inside Lightning training runs: physically smaller networks that keep their task metric."""
 
+from typing import TYPE_CHECKING
+
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
 from lightning_softprune.groups import PruningGroup
@@ -40,3 +42,13 @@ __all__ = [
     "prune",
     "resize",
 ]
+
+if not TYPE_CHECKING:  # to a type checker it would say that every name is there
+
+    def __getattr__(name: str) -> object:
+        """Name what was meant, for class paths in configuration files: the parser shows them only this message."""
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, __all__, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")

@@ -59,8 +59,8 @@ class SoftPruning(pl.Callback):
     Args:
         monitor: The score of a plan: any metric the module logs while validating.
         mode: Whether a lower ("min") or a higher ("max") score is better.
-        epochs: Epoch ``e``: the search runs after the validation that closed epoch ``e - 1``, and the prune is in
-            force when epoch ``e`` starts training. Several epochs: one round at each.
+        epochs: When to prune: with epoch ``e``, counted from 0, the search runs after the validation that closed epoch
+            ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each.
         target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
             (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
             sparsity that meets every constraint, to within `tolerance`; with `SensitivitySearch` that takes 10
@@ -73,12 +73,12 @@ class SoftPruning(pl.Callback):
             expect a few percent, more on a busy machine.
         constraints: Metric constraints such as ``"val_psnr >= 19.5"``, on any metric logged while validating; operators
             ``<=``, ``>=``, ``<``, ``>``.
-        on_violation: No plan meets the constraints: "skip" leaves the model as it is and warns, "prune" prunes with the
-            least violating plan and warns, "error" raises.
-        search: How coefficients are searched. The callback works on a copy.
-        granularity: "group": one coefficient per group. "component": one shared by all groups that lie inside one
-            component; groups that couple several keep their own.
-        components: Component name -> module-name patterns. Default: the top-level children of the module.
+        on_violation: What happens when no plan meets the constraints: "skip" leaves the model as it is and warns,
+            "prune" prunes with the least violating plan and warns, "error" raises.
+        search: How coefficients are searched; the callback works on a copy.
+        granularity: What has a coefficient of its own: every group ("group"), or every component ("component"), whose
+            coefficient all groups inside it share; groups that couple several components keep their own.
+        components: Component name -> module-name patterns; ``None``: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
         twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the
             module): a twin gets the same plan and has no coefficients of its own.
@@ -88,15 +88,15 @@ class SoftPruning(pl.Callback):
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
-        search_batches: Validation batches per trial. Default: as many as validation uses.
+        search_batches: Validation batches per trial; ``None``: as many as validation uses.
         calibration_batches: Training batches that rankings and compensation look at.
-        finetune_epochs: After the last round: train on to ``max_epochs`` (None), or that many epochs more and stop;
+        finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
             0: stop with the pruned, validated, checkpointed model.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
         report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and
             figures for the loggers that show any (with matplotlib).
-        verbose: Progress bar and tables on rank zero.
+        verbose: Show a progress bar and tables, on rank zero.
 
     Raises:
         ValueError: An argument is out of its range.

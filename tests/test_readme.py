@@ -25,7 +25,7 @@ def test_ci_runs_the_readme_test_command():
 
 
 def test_readme_commands_install_the_same_torch():
-    versions = [re.findall(r"torch==\S+", block) for block in code_blocks("bash")]
+    versions = [re.findall(r"torch==\S+", block) for block in code_blocks("bash") if "pip install" in block]
     assert len(versions) == 2
     assert versions[0] == versions[1]
     assert len(versions[0]) == 1
@@ -50,6 +50,15 @@ class TinyAutoencoder(L.LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+def test_every_code_block_is_run_by_a_test():
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    of_the_cli = [block for _, block in blocks if "--trainer.callbacks" in block or "class_path" in block]
+    assert len(of_the_cli) == 2  # tests/test_lightning_cli.py
+    others = [(language, block) for language, block in blocks if block not in of_the_cli]
+    # the setup, the command that CI runs and the snippet: the tests of this file
+    assert sorted(language for language, _ in others) == ["bash", "bash", "python"]
 
 
 def test_readme_snippet_prunes_the_model_it_is_given(tmp_path, monkeypatch, capsys):

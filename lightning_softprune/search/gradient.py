@@ -18,6 +18,7 @@ Plans are sought at the lower edge of the tolerance: among plans on target those
 from __future__ import annotations
 
 from collections.abc import Generator
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import nnls
@@ -105,8 +106,8 @@ class GradientSearch(SearchStrategy):
         steps: int = 20,
         step_size: float = 0.1,
         probe: float = 0.05,
-        difference: str = "auto",
-        start: str = "sensitivity",
+        difference: Literal["auto", "central", "forward", "spsa"] = "auto",
+        start: Literal["sensitivity", "uniform"] = "sensitivity",
         patience: int = 5,
         max_evaluations: int | None = None,
     ) -> None:
