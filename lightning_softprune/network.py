@@ -320,6 +320,7 @@ def find_groups(
     def quietly(step: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             with Transaction(model):
+                leave_inference(model)
                 model.eval()
                 return step()
 
