@@ -85,6 +85,10 @@ class OptunaSearch(SearchStrategy):
         self.storage = storage
         _find_sampler(sampler)
 
+    def __repr__(self) -> str:
+        shown = self.storage if self.storage is None else _without_password(self.storage)
+        return super().__repr__().replace(repr(self.storage), repr(shown))
+
     def check(self, space: SearchSpace) -> None:
         """Raises ValueError when the storage cannot be opened."""
         if self.storage is not None and self.is_global_zero:
@@ -185,7 +189,7 @@ class _Record:
                 self._storage = _open_storage(storage)
         except Exception as error:  # of the operating system, SQLAlchemy, a database's driver, JSON
             raise ValueError(
-                f"storage={storage!r} cannot be opened; it must be the URL of a database such as "
+                f"storage={_without_password(storage)!r} cannot be opened; it must be the URL of a database such as "
                 f"'sqlite:///optuna.db', or the path of a file that is new or Optuna's journal ({error})"
             ) from error
 
@@ -321,6 +325,15 @@ def _make_sampler(name: str, seed: int) -> BaseSampler:
     make: Any = _find_sampler(name)
     made: BaseSampler = make(seed=seed, **_ARGUMENTS.get(_plain(name), {}))
     return made
+
+
+def _without_password(storage: str) -> str:
+    """The storage as it may be shown.
+
+    >>> _without_password("mysql://me:secret@host/db")
+    'mysql://me:***@host/db'
+    """
+    return re.sub(r"(://[^:/@]*):[^@/]*@", r"\1:***@", storage)
 
 
 def _open_storage(storage: str) -> Any:

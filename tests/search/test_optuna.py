@@ -374,3 +374,11 @@ def test_optuna_is_imported_with_the_first_instance_only():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_password_is_not_shown():
+    strategy = OptunaSearch(storage="mysql+pymysql://me:secret@localhost:1/optuna")
+    assert "secret" not in repr(strategy)
+    assert "storage='mysql+pymysql://me:***@localhost:1/optuna'" in repr(strategy)
+    assert strategy.storage.count("secret") == 1
+    assert repr(OptunaSearch()) == "OptunaSearch(num_trials=100, sampler='tpe', storage=None)"
