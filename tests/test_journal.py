@@ -123,7 +123,9 @@ def uninterrupted(tmp_path_factory):
 
 def without_times(result):
     trials = tuple(dataclasses.replace(trial, seconds=0.0) for trial in result.trials)
-    return dataclasses.replace(result, seconds=0.0, trials=trials, latency_before=None, latency_after=None)
+    return dataclasses.replace(
+        result, seconds=0.0, trials=trials, latency_before=None, latency_after=None, configuration={}
+    )
 
 
 def assert_ends_as(expected, folder, **arguments):
