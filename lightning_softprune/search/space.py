@@ -396,11 +396,14 @@ class SearchSpace:
             points = self._table[0][relaxed(math.inf).feasible(self._table[0])]
             return float(self.shares(self.realise(points))[:, number].min()) if len(points) else math.inf
         found, least, most = math.inf, 0.0, 1.0
+        starts = [np.full(self.size, 0.5), self.low, self.high]
         for _ in range(10):
             at = relaxed(most if math.isinf(found) else (least + most) / 2)
-            point = at.nearest_point()
-            if at.on_target(point):
-                found = most = float(self.shares(self.realise(point[None]))[0, number])
+            points = np.stack([at.project(start) for start in starts])
+            points = points[at.feasible(points)]
+            if len(points):
+                starts = [*starts[:3], points[0]]
+                found = most = float(self.shares(self.realise(points))[:, number].min())
             elif math.isinf(found):
                 break
             else:
