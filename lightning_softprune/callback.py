@@ -512,7 +512,7 @@ def _limits(value: Any) -> dict[str, float] | None:
         if isinstance(share, bool) or not isinstance(share, (int, float)):
             raise TypeError(f"{name}: {share!r} is not a number")
         if not 0.0 < share <= 1.0:
-            raise ValueError(f"{name}: {share} is not a fraction of the dense model's in (0, 1]")
+            raise ValueError(f"{name}: {share} is not a fraction of the dense model in (0, 1]")
         return float(share)
 
     found: dict[str, float] | None = _mapping("limits", value, read)

@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         description=f"Write report.html and trials.csv again, from the {RESULT_FILE} beside them; print their paths.",
     )
     report.add_argument(
-        "path", type=Path, metavar="DIR", help="the folder of a round, or one with rounds below it (a log directory)"
+        "path", type=Path, metavar="DIR", help="the folder of a round, or one with rounds below it: rewrites all"
     )
     report.set_defaults(run=_report)
     return parser
