@@ -138,7 +138,7 @@ class Trials:
 
     def least_violating(self) -> Scored | None:
         """The trial that is nearest to feasible."""
-        pruned = [scored for scored in self.done if any(scored.counts)]
+        pruned = [scored for scored in self.done if self.target is not None or any(scored.counts)]
 
         def badness(scored: Scored) -> tuple[float, ...]:
             preference = -scored.trial.sparsity if self.target is None else scored.loss
