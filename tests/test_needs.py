@@ -207,6 +207,13 @@ def test_without_a_target_and_with_a_constraint_that_nothing_meets(tmp_path):
     assert not callback.results[0].applied
 
 
+def test_without_a_target_and_with_bounds_that_keep_everything(tmp_path):
+    callback = softpruning(target_sparsity=None, constraints=["val_loss <= 1e3"], bounds={"*": [0.0, 0.0]})
+    with pytest.warns(UserWarning, match="left as it is: there was no plan to score"):
+        fit(tmp_path, made(), callback)
+    assert not callback.results[0].applied
+
+
 def test_without_a_target_the_budget_of_the_strategy_is_kept(tmp_path):
     search = GradientSearch(max_evaluations=20)
     callback = softpruning(target_sparsity=None, constraints=["val_loss <= 1e3"], search=search, compensation="none")
