@@ -150,7 +150,10 @@ def default_components(model: nn.Module) -> list[Component]:
 
 
 def assign_components(
-    model: nn.Module, groups: Sequence[PruningGroup], components: Mapping[str, Sequence[str]] | None
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    components: Mapping[str, Sequence[str]] | None,
+    twins: Iterable[str] = (),
 ) -> list[PruningGroup]:
     """Write component and kind into each group.
 
@@ -159,6 +162,7 @@ def assign_components(
         groups: Groups of it.
         components: Component name -> module-name patterns; ``None``: the default components. Modules of the default
             components that no pattern names keep their default.
+        twins: Modules that only follow others: what is in them does not count.
 
     Raises:
         ValueError: A pattern matches nothing.
@@ -178,7 +182,8 @@ def assign_components(
 
     assigned = []
     for group in groups:
-        names = list(dict.fromkeys(component_of(member.module) for member in group.members))
+        own = [member.module for member in group.members if not any(_inside(member.module, twin) for twin in twins)]
+        names = list(dict.fromkeys(map(component_of, own)))
         kind = "intra" if len(names) <= 1 else "inter"
         assigned.append(replace(group, component="+".join(names), kind=kind))
     return assigned

@@ -192,7 +192,7 @@ def prepare_groups(
                 step()
 
     traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
-    return probe(model, assign_components(model, traced, components), run, lambda: run(1))
+    return probe(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
 
 
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.results import PruningResult
@@ -55,6 +56,13 @@ def prune(
     for name in _WITHOUT_MEANING:
         if name in arguments:
             raise TypeError(f"{name}: {arguments[name]!r} has no meaning in prune(), which runs one round at once")
+    if datamodule is not None and not isinstance(datamodule, pl.LightningDataModule):
+        raise TypeError(
+            f"datamodule: {datamodule!r} is not a LightningDataModule; loaders go to train_dataloaders, val_dataloaders"
+        )
+    if trainer is not None and not isinstance(trainer, pl.Trainer):
+        raise TypeError(f"trainer: {trainer!r} is not a Trainer")
+    _check_data(model, datamodule, train_dataloader=train_dataloaders, val_dataloader=val_dataloaders)
     if trainer is None:
         trainer = pl.Trainer(
             max_epochs=1,
@@ -67,6 +75,10 @@ def prune(
         )
     elif any(isinstance(callback, SoftPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise MisconfigurationException("trainer: it has a SoftPruning callback already; prune() brings its own")
+    if trainer.limit_train_batches == 0:
+        raise MisconfigurationException(
+            "trainer: limit_train_batches=0 leaves no training batch, which rankings and compensation look at"
+        )
     flags = {name: module.training for name, module in model.named_modules()}
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
     try:
@@ -80,6 +92,18 @@ def prune(
     if not callback.results:
         raise RuntimeError("the trainer ended its fit before the round began")
     return callback.results[0]
+
+
+def _check_data(model: pl.LightningModule, datamodule: pl.LightningDataModule | None, **given: Any) -> None:
+    """Refuse data that are missing; what is given twice is Lightning's to refuse."""
+    sources = [source for source in (datamodule, model) if source is not None]
+    purposes = {"train_dataloader": "rankings and compensation look at", "val_dataloader": "plans are scored on"}
+    for method, purpose in purposes.items():
+        if given[method] is None and not any(is_overridden(method, source) for source in sources):
+            names = " and ".join(type(source).__name__ for source in sources)
+            raise MisconfigurationException(
+                f"{method}s: None, and there is no `{method}` in {names}; it gives the data that {purpose}"
+            )
 
 
 @contextmanager

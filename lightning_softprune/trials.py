@@ -138,7 +138,7 @@ class Trials:
 
     def least_violating(self) -> Scored | None:
         """The trial that is nearest to feasible."""
-        pruned = [scored for scored in self.done if any(scored.counts)]
+        pruned = [scored for scored in self.done if self.target is not None or any(scored.counts)]
 
         def badness(scored: Scored) -> tuple[float, ...]:
             preference = -scored.trial.sparsity if self.target is None else scored.loss
@@ -196,9 +196,11 @@ class Trials:
 
     def why_none(self) -> str:
         """Say why no trial is feasible."""
+        if not self.done:
+            return "there was no plan to score: within bounds and limits, nothing was found that removes channels"
         number = f"the {len(self.done)} scored plans"
         at = "" if self.target is None else f" at {self.target:.1%}"
-        if self.done and all(math.isnan(scored.trial.score) for scored in self.done):
+        if all(math.isnan(scored.trial.score) for scored in self.done):
             return f"{self.settings.monitor} is nan for each of {number}"
         nearest = self.least_violating()
         if nearest is not None and nearest.violation:

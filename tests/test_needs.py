@@ -127,6 +127,19 @@ def test_unmet_constraints_prune_all_the_same_if_so_wanted(tmp_path):
     assert count(module) == result.costs_after.params
 
 
+def test_a_model_on_target_already_that_misses_a_constraint_is_named_so(tmp_path):
+    """The first round goes past the target of the second, which has nothing left to remove."""
+    arguments = {**UNMET, "epochs": [1, 2], "target_sparsity": [0.5, 0.5], "bounds": {"*": [0.0, 0.5]}}
+    callback = softpruning(**{**arguments, "search": UniformBaseline()}, on_violation="prune")
+    with pytest.warns(UserWarning, match="pruned all the same") as caught:
+        fit(tmp_path, made(), callback)
+    first, second = callback.results
+    assert [r.applied for r in callback.results] == [True, True]
+    assert second.costs_after == second.costs_before == first.costs_after
+    [said] = [str(w.message) for w in caught if "SoftPruning: the model" in str(w.message)][1:]
+    assert "misses val_psnr >= 500" in said
+
+
 def test_unmet_constraints_are_an_error_if_so_wanted(tmp_path):
     module, callback = made(), softpruning(**UNMET, on_violation="error")
     before = AtEpochStart(training_state)
@@ -191,6 +204,13 @@ def test_without_a_target_and_with_a_constraint_that_nothing_meets(tmp_path):
     with pytest.warns(UserWarning, match="left as it is: none of the"):
         fit(tmp_path, module, callback)
     assert count(module) == dense
+    assert not callback.results[0].applied
+
+
+def test_without_a_target_and_with_bounds_that_keep_everything(tmp_path):
+    callback = softpruning(target_sparsity=None, constraints=["val_loss <= 1e3"], bounds={"*": [0.0, 0.0]})
+    with pytest.warns(UserWarning, match="left as it is: there was no plan to score"):
+        fit(tmp_path, made(), callback)
     assert not callback.results[0].applied
 
 
@@ -509,6 +529,30 @@ def test_prune_refuses_what_is_no_lightning_module_and_a_trainer_that_prunes_alr
         prune(nn.Linear(2, 2))
     with pytest.raises(MisconfigurationException, match="trainer: it has a SoftPruning callback"):
         prune(made(), **loaders(AutoEncoder()), trainer=trainer_of(tmp_path, softpruning()))
+    with pytest.raises(TypeError, match="trainer: 'cpu' is not a Trainer"):
+        prune(made(), **loaders(AutoEncoder()), trainer="cpu")
+
+
+@pytest.mark.parametrize(
+    ("left_out", "arguments", "error", "message"),
+    [
+        ("train_dataloaders", {}, MisconfigurationException, "train_dataloaders: None, .* in AutoEncoder; "),
+        ("train_dataloaders", {"datamodule": pl.LightningDataModule()}, MisconfigurationException, "train_dataloaders"),
+        ("val_dataloaders", {}, MisconfigurationException, "val_dataloaders: None"),
+        ("", {"datamodule": [1]}, TypeError, r"datamodule: \[1\] is not a LightningDataModule"),
+        ("", {"datamodule": pl.LightningDataModule}, TypeError, "datamodule: .* is not a LightningDataModule"),
+    ],
+)
+def test_prune_names_the_data_that_are_missing(left_out, arguments, error, message):
+    data = {name: data for name, data in loaders(AutoEncoder()).items() if name != left_out}
+    with pytest.raises(error, match=message):
+        prune(made(), **data, **arguments, **quiet())
+
+
+def test_prune_refuses_a_trainer_without_training_batches(tmp_path):
+    trainer = trainer_of(tmp_path, limit_train_batches=0)
+    with pytest.raises(MisconfigurationException, match="limit_train_batches=0"):
+        prune(made(), **loaders(AutoEncoder()), trainer=trainer, **quiet())
 
 
 # ----------------------------------------------------------------------------------------------------------- dry run

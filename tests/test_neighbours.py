@@ -494,6 +494,17 @@ def test_twins_that_do_not_fit_are_refused(tmp_path, twins, message):
         fit(WithTarget(), tmp_path, pruning(epochs=1, twins=twins), max_epochs=3)
 
 
+def test_a_twin_leaves_the_component_of_the_module_it_mirrors(tmp_path):
+    """What only `model` and its twin share is inside `model`: names, bounds and shared coefficients stay."""
+    twin = WithTarget()
+    bounds = {"model": [0.25, 0.25]}
+    callback = pruning(epochs=1, twins={"target": "model"}, bounds=bounds, granularity="component", target_sparsity=0.4)
+    fit(twin, tmp_path, callback, max_epochs=3)
+    found = {group.name: (group.component, group.kind) for group in callback.results[0].groups}
+    assert found == {"encoder": ("encoder+model", "inter"), "model.0": ("model", "intra")}
+    assert twin.model[0].out_features == twin.target[0].out_features == 12
+
+
 def test_without_twins_a_target_network_is_in_the_way(tmp_path):
     class Fixed(WithTarget):
         def on_train_batch_end(self, *_):

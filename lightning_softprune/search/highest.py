@@ -61,10 +61,12 @@ def search_highest(
     top = space.sparsity_of(space.high)
     budget = strategy.max_evaluations
     evaluations = asked = 0
+    empty = False  # whether the strategy had nothing to offer at the last target, as a coarse grid may
 
     def attempt(target: float, width: float, *, thorough: bool) -> bool:
         """Search one target; whether a plan at it or beyond it meets the constraints."""
-        nonlocal evaluations, asked
+        nonlocal evaluations, asked, empty
+        empty = False
         nearest = replace(space, target=target, tolerance=width).nearest()  # plans may lie further apart than `width`
         at = replace(space, target=target, tolerance=max(width, abs(nearest - target) + _SLACK))
         on_target(at)
@@ -90,6 +92,7 @@ def search_highest(
                 strategy, at, evaluate_here, seed=seed, cache=cache, max_evaluations=left, enough=enough
             )
             evaluations, asked = evaluations + outcome.evaluations, asked + outcome.asked
+            empty = not outcome.asked and outcome.stop_reason not in ("enough", "max_evaluations")
         return reached() >= at.floor - _SLACK
 
     def known() -> float:
@@ -108,9 +111,14 @@ def search_highest(
         target = min(low + step, top)
         if replace(space, target=target).nearest() <= low + _SLACK and target < top:
             step = least = 2 * step
-        elif attempt(target, min(resolution, target - low) / 2, thorough=True) and known() > low:
+        elif (
+            attempt(target, (target - low if empty else min(resolution, target - low)) / 2, thorough=True)
+            and known() > low
+        ):
             low = known()
             step, least = 2 * step, resolution
+        elif empty and target < top:
+            step = least = 2 * step
         elif step > least:
             step = least
         else:

@@ -12,6 +12,7 @@ from test_limits import limited
 
 from lightning_softprune.search import (
     GradientSearch,
+    GridSearch,
     RandomSearch,
     SensitivitySearch,
     UniformBaseline,
@@ -69,6 +70,14 @@ def test_it_comes_within_the_tolerance_of_the_highest_sparsity(name, kind, bound
     assert outcome.evaluations == len(record.seen)
     assert outcome.stop_reason == "highest"
     assert brute_force(space, loss, bound) - record.reached() <= short
+
+
+@pytest.mark.parametrize("levels", [2, 3, 5])
+def test_gaps_of_a_coarse_grid_are_crossed(levels):
+    space = mlp_space([16, 24, 10])
+    record = Record(space, lambda removed: 0.0, 1.0)
+    record.run(GridSearch(levels=levels))
+    assert record.reached() == space.sparsity_of(space.high)
 
 
 def test_within_a_limit():
