@@ -143,6 +143,8 @@ class SoftPruning(pl.Callback):
         super().__init__()
         self._configuration = {name: repr(value) for name, value in locals().items() if name not in _NO_ARGUMENTS}
         self.monitor = _typed("monitor", monitor, str)
+        if not monitor:
+            raise ValueError("monitor: '' is not the name of a metric that the module logs while validating")
         self.mode = _one_of("mode", mode, ("min", "max"))
         self.epochs = _epochs(epochs)
         self.targets = _targets(target_sparsity, len(self.epochs))
@@ -396,14 +398,16 @@ class SoftPruning(pl.Callback):
 
     @rank_zero_only
     def _tell(self, result: PruningResult, root: str) -> None:
+        folder: Path | None = None
         if self.report:
             folder = round_folder(Path(root), result.epoch)
             try:
                 write_files(result, folder)
             except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
                 rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
+                folder = None
         if self.verbose:
-            print_round(result)
+            print_round(result, folder=folder)
 
     def _settings(self, trainer: pl.Trainer) -> RoundSettings:
         return RoundSettings(
@@ -484,6 +488,8 @@ def _number(name: str, value: Any, low: float, high: float, low_included: bool =
 
 
 def _epochs(value: Any) -> list[int]:
+    if not isinstance(value, (int, list, tuple)):
+        raise TypeError(f"epochs: {value!r} is not a whole number or a list of them")
     epochs = [_whole("epochs", epoch, 0) for epoch in (value if isinstance(value, (list, tuple)) else [value])]
     if not epochs:
         raise ValueError("epochs: an empty list; give at least one epoch")
@@ -495,6 +501,8 @@ def _epochs(value: Any) -> list[int]:
 def _targets(value: Any, rounds: int) -> Sequence[float | None]:
     if value is None:
         return [None] * rounds
+    if not isinstance(value, (int, float, list, tuple)):
+        raise TypeError(f"target_sparsity: {value!r} is not a number, a list of numbers or None")
     if not isinstance(value, (list, tuple)):
         return cubic_schedule(_number("target_sparsity", value, 0.0, 1.0), rounds)
     targets = [_number("target_sparsity", target, 0.0, 1.0) for target in value]

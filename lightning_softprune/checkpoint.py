@@ -18,11 +18,13 @@ all layers that keep a tensor along each of their slots.
 from __future__ import annotations
 
 import itertools
+import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -305,6 +307,8 @@ def _resize(model: nn.Module, source: Any, strict: bool) -> None:
 def _read(source: Any) -> tuple[dict[str, Any] | None, dict[str, Shape]]:
     """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict's shapes."""
     wrong = ValueError('neither a checkpoint, nor its "softprune" record, nor a state dict of tensors')
+    if isinstance(source, (str, Path)):
+        raise ValueError(f"{str(source)!r} is a path; load it first, as in torch.load(path, weights_only=True)")
     if not isinstance(source, Mapping):
         raise wrong
     record = source.get(RECORD, source if "format" in source and "layers" in source else None)
@@ -697,18 +701,27 @@ def _resizing(module_class: type[pl.LightningModule]) -> Iterator[None]:
                     setattr(cls, name, own)
 
 
+_FOREIGN = (AttributeError, KeyError, TypeError)
+_DAMAGED = (EOFError, OSError, RuntimeError, UnpicklingError, struct.error)
+
+
 @contextmanager
 def _naming(path: Any) -> Iterator[None]:
-    """Say so if a file is not a Lightning checkpoint; Lightning stumbles over a missing key."""
+    """Say so if a file is not a Lightning checkpoint; Lightning stumbles over a missing key or over its bytes."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError) as error:
+    except (*_FOREIGN, *_DAMAGED) as error:
         if isinstance(path, (str, Path)) and Path(path).is_file():
             content: Any = None
-            with suppress(Exception):  # whatever is wrong with it, the error above is as good as another
+            try:
                 content = torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError as unpickling:
+                if "GLOBAL" in str(unpickling):  # a whole file with other objects in it: the error above says which
+                    raise error from None
+            except Exception:  # whatever a damaged file raises
+                raise ValueError(f"{path}: this file cannot be read as a checkpoint ({error})") from error
             keys = content.keys() if isinstance(content, Mapping) else set()
-            if content is not None and not {"state_dict", "pytorch-lightning_version"} <= keys:
+            if not {"state_dict", "pytorch-lightning_version"} <= keys:
                 raise ValueError(f"{path}: this file is not a Lightning checkpoint") from error
         raise
 

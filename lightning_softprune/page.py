@@ -180,21 +180,21 @@ def _card(name: str, before: str, after: str, note: str) -> Markup:
     return tag("div", tag("h3", name), value, tag("p", note, class_="note"), class_="card")
 
 
+def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
+    """Limits and constraints, each with what the round's plan comes to and whether that meets it."""
+    rows = []
+    for name, limit in result.limits.items():
+        share = result.shares.get(name)
+        met = "" if share is None else f"{_fraction(share)} of dense: {'met' if share <= limit else 'not met'}"
+        rows.append((f"{name} <= {_fraction(limit)} of dense", met))
+    return rows + [(text, _constraint(text, result.metrics_after)) for text in result.constraints]
+
+
 def _budgets(result: PruningResult) -> Markup:
-    """Limits and constraints, and whether the round's plan meets them."""
-    after = {
-        "params": f"{result.costs_after.params:,} parameters",
-        "macs": f"{result.costs_after.macs:,} MACs",
-        "latency": "not measured" if result.latency_after is None else _milliseconds(result.latency_after),
-    }
-    rows = [(name, f"at most {_fraction(share)} of dense", after.get(name, "")) for name, share in
-            result.limits.items()]  # fmt: skip
-    rows += [(text, "", _constraint(text, result.metrics_after)) for text in result.constraints]
+    rows = budget_rows(result)
     if not rows:
         return Markup()
-    return _section(
-        "Limits and constraints", _table(["budget", "allowed", "after"], rows, "Limits and constraints", "plain")
-    )
+    return _section("Limits and constraints", _table(["budget", "after"], rows, "Limits and constraints", "plain"))
 
 
 def _constraint(text: str, metrics: dict[str, float]) -> str:

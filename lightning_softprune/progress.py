@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -37,6 +38,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from lightning_softprune.page import budget_rows
 from lightning_softprune.results import GroupResult, PruningResult, format_change
 
 Style = Literal["auto", "rich", "tqdm", "plain"]
@@ -162,12 +164,13 @@ class SearchProgress:
             return _PlainLines(console, plain)
 
 
-def print_round(result: PruningResult, console: Console | None = None) -> None:
+def print_round(result: PruningResult, console: Console | None = None, *, folder: Path | None = None) -> None:
     """Print the table of groups and the summary line, above any live bar.
 
     Args:
         result: The round.
         console: Where to print; rich's global one (which `RichProgressBar` draws on) if not given.
+        folder: Where its files are, if they were written.
     """
     console = console or rich.get_console()
     tables = [groups_table(result)]
@@ -180,6 +183,8 @@ def print_round(result: PruningResult, console: Console | None = None) -> None:
             if len(tables) > 1:
                 console.print()
         _print_line(console, result.summary)
+        if folder is not None:
+            _print_line(console, f"Report: {folder / 'report.html'}")
 
 
 def print_rounds(results: Sequence[PruningResult], console: Console | None = None) -> None:
@@ -232,10 +237,8 @@ def groups_table(result: PruningResult) -> Table:
     table.add_row(Text(result.monitor), "", "", f"{result.score_before:.4g} -> {result.score_after:.4g}")
     target = "" if result.target_sparsity is None else f"target {result.target_sparsity:.4g}"
     table.add_row("sparsity", "", "", f"{result.sparsity:.4g}", target)
-    for name, share in result.limits.items():
-        table.add_row("limit", "", "", Text(f"{name} <= {share:.4g}"), "of dense")
-    for constraint in result.constraints:
-        table.add_row("constraint", "", "", Text(constraint))
+    for budget, outcome in budget_rows(result):
+        table.add_row(Text(budget), "", "", Text(outcome))
     return table
 
 

@@ -195,6 +195,8 @@ class PruningResult:
         constraints: Metric constraints, as they were given.
         latency_before: Median time of a validation step's forward before the round, in seconds; `None`: not measured.
         latency_after: The same after it.
+        shares: What remains after the round of the first dense model's `params`, `macs` and, where it was measured,
+            `latency`: a fraction of each.
         left_out: Everything that takes no part in the search, and why.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
@@ -246,6 +248,7 @@ class PruningResult:
     constraints: tuple[str, ...] = ()
     latency_before: float | None = None
     latency_after: float | None = None
+    shares: dict[str, float] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     configuration: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_softprune.compensation import DenseInputs, refine
+from lightning_softprune.costs import COSTS
 from lightning_softprune.journal import BASELINE, open_journal
 from lightning_softprune.neighbours import averaged_copies, forget_compiled
 from lightning_softprune.network import Network, rehearse
@@ -110,6 +111,7 @@ def run_round(
             transaction.commit()
             chosen = trials.done.index(best)
         applied = commit and best is not None
+        slow = latency_after / latency_before / slower if latency_before and latency_after else None
         best = best or trials.unpruned(before)
         costs_after = network.costs_of(best.counts)
         return PruningResult(
@@ -140,6 +142,10 @@ def run_round(
             constraints=tuple(constraint.text for constraint in settings.constraints),
             latency_before=latency_before,
             latency_after=latency_after,
+            shares={
+                **{name: getattr(costs_after, name) / (getattr(dense, name) or 1) for name in COSTS},
+                **({} if slow is None else {"latency": slow}),
+            },
             left_out=network.left_out,
         )
 

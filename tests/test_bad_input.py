@@ -95,6 +95,7 @@ def test_sparsity_lies_between_zero_and_one(target):
         ({"epochs": [2, 1]}, ["epochs", "[2, 1]", "increasing"]),
         ({"epochs": [1, 1]}, ["epochs", "[1, 1]", "increasing"]),
         ({"epochs": -1}, ["epochs", "-1", "0"]),
+        ({"monitor": ""}, ["monitor", "''"]),
         ({"mode": "maximum"}, ["mode", "'maximum'", "'min'", "'max'"]),
         ({"tolerance": -0.1}, ["tolerance", "-0.1", "between 0 and 1"]),
         ({"tolerance": 1.0}, ["tolerance", "1.0", "between 0 and 1"]),

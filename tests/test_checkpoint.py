@@ -893,3 +893,15 @@ def test_a_subclass_named_in_the_file_is_resized_too(uninterrupted):
         thread.join()
     assert len(found) == 4
     assert "on_load_checkpoint" not in vars(AutoEncoder)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"not a checkpoint at all", b"\x80\x02}q\x00."])
+def test_a_damaged_file_is_named(tmp_path, content):
+    path = tmp_path / "model.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.ckpt: this file (cannot be read as|is not) a"):
+        load_from_checkpoint(AutoEncoder, path)
+    with pytest.raises(ValueError, match=r"model\.ckpt' is a path; load it first"):
+        resize(AutoEncoder(), path)
+    with pytest.raises(FileNotFoundError, match=r"absent\.ckpt"):
+        load_from_checkpoint(AutoEncoder, tmp_path / "absent.ckpt")

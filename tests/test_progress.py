@@ -519,18 +519,20 @@ def test_latency_limits_and_constraints_are_shown_if_there_are_any() -> None:
             latency_before=0.00123,
             latency_after=0.00071,
             limits={"macs": 0.5, "latency": 0.75},
+            shares={"macs": 0.3, "latency": 0.8},
             constraints=("val_psnr >= 19.5",),
         ),
         console,
     )
     text = output_of(console)
 
-    assert row_with(text, "latency") == ["latency", "1.23 ms -> 0.71 ms", "-42.3 %"]
-    assert re.findall(r"^limit +(.*?) +of dense *$", text, flags=re.M) == ["macs <= 0.5", "latency <= 0.75"]
-    assert re.findall(r"^constraint +(.*?) *$", text, flags=re.M) == ["val_psnr >= 19.5"]
+    assert row_with(text, "1.23 ms") == ["latency", "1.23 ms -> 0.71 ms", "-42.3 %"]
+    assert row_with(text, "macs <= 0.5 of dense") == ["macs <= 0.5 of dense", "0.3 of dense: met"]
+    assert row_with(text, "latency <= 0.75 of dense") == ["latency <= 0.75 of dense", "0.8 of dense: not met"]
+    assert row_with(text, "val_psnr >= 19.5")[0] == "val_psnr >= 19.5"
     plain = make_console(terminal=False)
     print_round(make_result(), plain)
-    assert not re.search("latency|limit|constraint", output_of(plain))
+    assert not re.search("latency|of dense", output_of(plain))
 
 
 def test_rounds_are_told_with_the_history_of_each_group() -> None:
@@ -604,3 +606,9 @@ def test_in_a_log_neither_table_nor_summary_is_folded() -> None:
 
     assert output_of(console).splitlines()[-1] == result.summary
     assert row_with(output_of(console), long_name)[-2:] == ["0.699", "━━━"]
+
+
+def test_where_the_report_is_is_said(tmp_path: Path) -> None:
+    console = make_console(terminal=False)
+    print_round(make_result(), console, folder=tmp_path)
+    assert output_of(console).splitlines()[-1] == f"Report: {tmp_path / 'report.html'}"

@@ -68,10 +68,13 @@ class SearchStrategy:
         max_evaluations: At most this many vectors are really evaluated; the loop sees to it. None: no limit.
         is_global_zero: Whether this process may write files. Where several processes run the same search together,
             whoever runs it sets False, after copying the strategy, in all of them but one.
+        first_tries: After how many plans on a target a search over targets judges whether it can be met: 1 where the
+            first proposal is a good guess, more where it is a random one.
         stop_reason: Why the search ended; empty while it runs.
     """
 
     max_evaluations: int | None = None
+    first_tries: int = 1
     is_global_zero: bool = True
     stop_reason: str = ""
 

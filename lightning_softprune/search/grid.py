@@ -28,6 +28,8 @@ class GridSearch(SearchStrategy):
         max_evaluations: Evaluate at most this many; needed where the grid has too many.
     """
 
+    first_tries = 8
+
     def __init__(self, levels: int = 11, max_evaluations: int | None = None) -> None:
         self.levels = whole_number("levels", levels, least=2)
         self.max_evaluations = budget(max_evaluations)

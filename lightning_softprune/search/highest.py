@@ -6,6 +6,7 @@ stopped as soon as it has met its target:
 
 1. Bisection. Each target gets the first plan that the strategy proposes on it: after a sensitivity sweep, which is paid
    for once, that is the best combination of the curves. One evaluation per target, about log2(1 / tolerance) targets.
+   Strategies that propose at random get a few plans (`SearchStrategy.first_tries`).
 2. Ascent. From the highest sparsity reached the strategy runs on at targets one tolerance further up, and further as
    long as it succeeds, until it fails one tolerance above what it has reached. It is given up where a round of
    evaluations on the target, two per coefficient, closes less than a third of the gap to the constraints.
@@ -71,7 +72,7 @@ def search_highest(
         at = replace(space, target=target, tolerance=max(width, abs(nearest - target) + _SLACK))
         on_target(at)
         gaps: list[float] = []  # after each evaluation on the target
-        patience = 2 * space.size + 2 if thorough else 1
+        patience = 2 * space.size + 2 if thorough else strategy.first_tries
 
         def enough() -> bool:
             if reached() >= at.floor - _SLACK:

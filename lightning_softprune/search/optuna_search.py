@@ -73,6 +73,8 @@ class OptunaSearch(SearchStrategy):
         ValueError: If an argument is out of range, or there is no such sampler.
     """
 
+    first_tries = 8
+
     def __init__(self, num_trials: int = 100, sampler: str = "tpe", storage: str | None = None) -> None:
         self.num_trials = self.max_evaluations = whole_number("num_trials", num_trials)
         if not isinstance(sampler, str):

@@ -19,6 +19,8 @@ class RandomSearch(SearchStrategy):
         num_candidates: How many different plans are evaluated; fewer where the network has no more on target.
     """
 
+    first_tries = 8
+
     def __init__(self, num_candidates: int = 30) -> None:
         self.num_candidates = whole_number("num_candidates", num_candidates)
 
