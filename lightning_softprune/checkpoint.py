@@ -308,7 +308,7 @@ def _read(source: Any) -> tuple[dict[str, Any] | None, dict[str, Shape]]:
     """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict's shapes."""
     wrong = ValueError('neither a checkpoint, nor its "softprune" record, nor a state dict of tensors')
     if isinstance(source, (str, Path)):
-        raise ValueError(f"{str(source)!r} is a path; load it first, as in torch.load(path, weights_only=True)")
+        raise ValueError(f"{str(source)!r} is a path and {wrong}; load it first, as in torch.load(path)")
     if not isinstance(source, Mapping):
         raise wrong
     record = source.get(RECORD, source if "format" in source and "layers" in source else None)

@@ -123,9 +123,8 @@ def uninterrupted(tmp_path_factory):
 
 def without_times(result):
     trials = tuple(dataclasses.replace(trial, seconds=0.0) for trial in result.trials)
-    return dataclasses.replace(
-        result, seconds=0.0, trials=trials, latency_before=None, latency_after=None, configuration={}
-    )
+    timed = {"seconds": 0.0, "latency_before": None, "latency_after": None, "shares": {}}
+    return dataclasses.replace(result, **timed, trials=trials, configuration={})
 
 
 def assert_ends_as(expected, folder, **arguments):
