@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.results import PruningResult
-from lightning_softprune.scoring import leave_inference
+from lightning_softprune.scoring import has_inference_tensors, leave_inference
 
 __all__ = ["prune"]
 
@@ -83,7 +83,8 @@ def prune(
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
     try:
         with _one_epoch_more(trainer, callback):
-            leave_inference(model)  # a `Trainer.validate` before it left metrics in a state that a fit cannot use
+            if has_inference_tensors(model):
+                leave_inference(model)
             model.train()  # as a fit expects it; the round sets the mode of each pass itself
             trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
     finally:

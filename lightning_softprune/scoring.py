@@ -700,33 +700,36 @@ def time_validation_step(
 ) -> float:
     """Times the module's `validation_step` on the first validation batch, leaving nothing behind.
 
-    In eval mode, without gradients, with the batch on the device already.
+    In eval mode, without gradients. Each run has a batch of its own, on the device already: steps may change theirs.
 
     Args:
         trainer: The trainer in charge.
         pl_module: Its module.
         scorer: Has the batch.
-        runs: How many runs at most, after a warm-up of a third as many.
-        seconds: Roughly how long to measure at most; there are three runs in any case.
+        runs: How many runs at most, after a warm-up of one and a third as many.
+        seconds: Roughly how long to measure at most; there is one run in any case.
 
     Returns:
         The median of the runs, in seconds.
     """
 
-    def run() -> float:
-        started = time.perf_counter()
-        run_step(trainer, pl_module, "validation_step", *batch, autocast=True)
+    def wait() -> None:
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
+
+    def run() -> float:
+        batch = scorer.first_batch()
+        wait()
+        started = time.perf_counter()
+        run_step(trainer, pl_module, "validation_step", *batch, autocast=True)
+        wait()
         return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
         leave_inference(pl_module)
         pl_module.eval()
-        batch = scorer.first_batch()
-        first = run()
-        longest = max(min(run(), first), 1e-6)
-        runs = max(3, min(runs, int(seconds / longest)))
+        run()
+        runs = max(1, min(runs, int(seconds / run())))
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))
@@ -744,6 +747,12 @@ def leave_inference(module: nn.Module) -> None:
             for name, value in holder.items():
                 if isinstance(value, Tensor) and value.is_inference():
                     holder[name] = value.clone()
+
+
+def has_inference_tensors(module: nn.Module) -> bool:
+    """Whether a `Trainer.validate` left buffers or metric states that a fit cannot use."""
+    holders = (holder for child in module.modules() for holder in (child._buffers, vars(child)))
+    return any(isinstance(v, Tensor) and v.is_inference() for holder in holders for v in holder.values())
 
 
 def _reset_metrics(module: nn.Module) -> None:

@@ -50,7 +50,7 @@ class Scored:
 
     def is_better_than(self, other: Scored) -> bool:
         """Whether this is nearer to feasible, or as near and better."""
-        mine, its = ((x.off + x.violation, x.loss if x.loss == x.loss else math.inf) for x in (self, other))
+        mine, its = ((x.off + x.violation, math.inf if math.isnan(x.loss) else x.loss) for x in (self, other))
         return mine < its
 
 
@@ -72,6 +72,7 @@ class Trials:
         self.trainer, self.journal, self.objective, self.target = trainer, journal, objective, target
         self.module, self.scorer, self.settings, self.network, self.space = module, scorer, settings, network, space
         self.done: list[Scored] = []
+        self.best: Scored | None = None  # of the feasible ones; of equals the earliest
         self.recalled = 0  # trials whose score was known before the search
 
     def evaluate_with(self, bar: SearchProgress) -> Callable[[Any], float]:
@@ -82,8 +83,7 @@ class Trials:
             spread = self.network.coefficients.spread(coefficients)
             soft = tuple(float(c) for c in self.network.rounding.soft(spread, np.array(counts)))
             scored = self._score("trial", lambda: self._pruned_metrics(counts), soft, counts)
-            best = next(iter(self.ranked()), None)
-            bar.advance(scored.trial.score, best.trial.score if best else math.nan)
+            bar.advance(scored.trial.score, self.best.trial.score if self.best else math.nan)
             return self.objective.loss(scored.trial.metrics)
 
         return evaluate
@@ -125,16 +125,22 @@ class Trials:
         violation = self.objective.violation(metrics)
         feasible = off == violation == 0 and math.isfinite(score)
         trial = Trial(coefficients, sparsity, score, metrics, feasible, seconds)
-        self.done.append(Scored(trial, counts, self.objective.signed(score), off, violation))
-        return self.done[-1]
+        scored = Scored(trial, counts, self.objective.signed(score), off, violation)
+        self.done.append(scored)
+        if self._is_candidate(scored) and (self.best is None or self._rank(scored) < self._rank(self.best)):
+            self.best = scored
+        return scored
+
+    def _is_candidate(self, scored: Scored) -> bool:
+        # without a target, the module as it is needs no plan
+        return scored.trial.feasible and (self.target is not None or any(scored.counts))
+
+    def _rank(self, scored: Scored) -> tuple[float, ...]:
+        return (scored.loss,) if self.target is not None else (-scored.trial.sparsity, scored.loss)
 
     def ranked(self) -> list[Scored]:
         """The feasible trials, best first; of equals the earliest."""
-        feasible = [scored for scored in self.done if scored.trial.feasible]
-        if self.target is None:  # the module as it is needs no plan
-            pruned = [scored for scored in feasible if any(scored.counts)]
-            return sorted(pruned, key=lambda scored: (-scored.trial.sparsity, scored.loss))
-        return sorted(feasible, key=lambda scored: scored.loss)
+        return sorted(filter(self._is_candidate, self.done), key=self._rank)
 
     def least_violating(self) -> Scored | None:
         """The trial that is nearest to feasible."""
@@ -252,9 +258,9 @@ def check_reachable(space: SearchSpace, settings: RoundSettings, target: float |
         share = space.least_share(number)
         others = " and within the other limits" if len(names) > 1 else ""
         ways.append(
-            f"at that sparsity{others}, no plan was found with less than a share of {share:.4f} of the {name}"
+            f"at that sparsity{others}, the smallest limit on {name} that was found to work is {share:.4f}"
             if math.isfinite(share)
-            else f"no limit on {name} alone makes the others meet"
+            else f"a looser limit on {name} alone does not help"
         )
     raise MisconfigurationException(
         f"{asked} (of the {settings.cost}) and limits={settings.limits} cannot be met together: {'; '.join(ways)}"
@@ -266,7 +272,7 @@ class Stopwatch:
 
     Latency is no function of counts, and measuring is noisy: the better of two medians of repeated steps on the first
     validation batch, in eval mode after a warm-up, on the training device. Only plans that are about to be chosen are
-    timed.
+    timed, each once: what is reported is what was decided on.
     """
 
     def __init__(
@@ -278,10 +284,15 @@ class Stopwatch:
         slower: float,
     ) -> None:
         self.trainer, self.module, self.scorer, self.network, self.slower = trainer, module, scorer, network, slower
+        self.known: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def compare(self, plan: Scored, runs: int = 9, seconds: float = 0.1) -> tuple[float, float]:
         """Seconds of the module as it is and as this plan would make it."""
+        if plan.counts not in self.known:
+            self.known[plan.counts] = self._compare(plan, runs, seconds)
+        return self.known[plan.counts]
 
+    def _compare(self, plan: Scored, runs: int, seconds: float) -> tuple[float, float]:
         def measure() -> float:
             measured = time_validation_step(self.trainer, self.module, self.scorer, runs=runs, seconds=seconds)
             return over_processes(self.trainer, {"seconds": measured})["seconds"]
@@ -304,8 +315,10 @@ class Stopwatch:
         fastest, fewest, timed = math.inf, math.inf, 0
         for plan in ranked:
             macs = self.network.costs_of(plan.counts).macs
-            if macs >= fewest or timed == _FINALISTS:
+            if macs >= fewest:
                 continue
+            if timed == _FINALISTS:
+                break
             fewest, timed = macs, timed + 1
             before, after = self.compare(plan, runs=50, seconds=0.5)
             fastest = min(fastest, after / before / self.slower)

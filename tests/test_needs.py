@@ -325,7 +325,7 @@ def test_budgets_that_do_not_meet_name_the_nearest_point_of_each(tmp_path):
     assert "target_sparsity=0.1" in message
     assert "limits={'macs': 0.1}" in message
     nearest = float(message.split("nearest reachable sparsity is ")[1].split(";")[0])
-    share = float(message.split("share of ")[1].split(" ")[0])
+    share = float(message.split("found to work is ")[1].split(";")[0])
     for change in ({"target_sparsity": nearest}, {"limits": {"macs": share + 1e-3}}):
         again = softpruning(**{"target_sparsity": 0.1, "limits": {"macs": 0.1}, "tolerance": 0.01, **change})
         fit(tmp_path, made(Early), again, data=image_loaders())
@@ -352,6 +352,26 @@ def test_a_latency_limit_is_measured_on_finalists_only(tmp_path, monkeypatch):
     assert result.groups[0].channels_after <= 0.6 * 12
     assert result.latency_after <= 0.6 * result.latency_before
     assert 0 < len([n for n in timed if n < 12]) <= 2 * 7
+
+
+def test_what_is_reported_is_what_was_decided_on(tmp_path, monkeypatch):
+    times = iter([1.0, 0.5, 1.0, 0.5])  # whoever measures again finds something else
+    fake_clock(monkeypatch, lambda module: next(times, 9.0))
+    callback = softpruning(limits={"latency": 0.6})
+    fit(tmp_path, made(Early), callback, data=image_loaders())
+    [result] = callback.results
+    assert (result.latency_before, result.latency_after, result.shares["latency"]) == (1.0, 0.5, 0.5)
+
+
+def test_a_step_that_takes_its_batch_apart_can_be_timed(tmp_path):
+    class Popping(Early):
+        def validation_step(self, batch, batch_idx):
+            y = batch.pop()
+            self.log("val_loss", F.cross_entropy(self(batch.pop()), y), batch_size=len(y))
+
+    callback = softpruning()
+    fit(tmp_path, made(Popping), callback, data=image_loaders())
+    assert callback.results[0].applied
 
 
 def test_a_latency_limit_that_no_finalist_meets(tmp_path, monkeypatch):

@@ -70,7 +70,9 @@ def test_what_a_strategy_finds_meets_the_limit(name, limit):
     shares = {}
 
     def evaluate(x):
-        shares[space.key(x)] = space.on_target(x)
+        removed = space.realise(x[None])
+        share, sparsity = space.shares(removed)[0, 0], space.sparsity(removed)[0]
+        shares[space.key(x)] = share <= limit + 1e-9 and abs(sparsity - 0.5) <= 0.02 + 1e-9
         return plan_loss(space, LOSSES["steep"]([1.0, 0.5, 2.0]))(x)
 
     run_search(STRATEGIES[name], space, evaluate, seed=0)
