@@ -4,10 +4,12 @@ A *reader* is a linear, convolution or attention layer with a group's channels a
 while the dense model runs on a few training batches, streamed in double precision: one mean per input index and one
 covariance per channel pair, whatever the number of samples. Positions of a convolution are observations. A linear
 layer behind a flatten has ``stride`` input indices per channel; they keep their own means and share one covariance.
+Where an output reads several positions of a channel, those of its windows are taken as well (``windows.py``).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_softprune.groups import Member, PruningGroup
+from lightning_softprune.windows import MAX_FEATURES, features_of, most_rows, windows
 
 __all__ = [
     "InputStatistics",
@@ -29,10 +32,13 @@ __all__ = [
     "as_rows",
     "collect_statistics",
     "find_readers",
+    "has_windows",
     "in_double",
     "reading_weight",
+    "reads_one_row",
     "taps_of",
     "watch_inputs",
+    "watch_outputs",
 ]
 
 IntArray = NDArray[np.int64]
@@ -82,12 +88,15 @@ class InputStatistics:
         count: Observations so far.
         mean: Mean of each input index, shape ``(channels * stride,)``.
         taps: How many of a kernel's taps fall on the input and not beside it (:func:`taps_of`), averaged.
+        windows: The same of all that one output reads, for layers whose outputs read more than one row of channels
+            and not too many numbers.
     """
 
     def __init__(self, stride: int = 1) -> None:
         self.stride = stride
         self.count = 0
         self.taps = Taps()
+        self.windows: InputStatistics | None = None
         self.mean = torch.zeros(0, dtype=torch.float64)
         self._products = torch.zeros(0, 0, dtype=torch.float64)
 
@@ -115,6 +124,8 @@ class InputStatistics:
 
     def all_reduce(self) -> None:
         """Merge the observations of all processes of the default process group, so that every one has the same."""
+        if self.windows is not None:
+            self.windows.all_reduce()
         if self.count == 0:
             return
         device = self.mean.device
@@ -175,7 +186,7 @@ def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:
 
 
 def collect_statistics(
-    model: nn.Module, readers: Sequence[Reader], steps: Sequence[Callable[[], Any]]
+    model: nn.Module, readers: Sequence[Reader], steps: Sequence[Callable[[], Any]], *, with_windows: bool = True
 ) -> dict[str, InputStatistics]:
     """Run the model on the calibration batches and record what its readers see.
 
@@ -183,6 +194,7 @@ def collect_statistics(
         model: The model.
         readers: Layers to watch.
         steps: One function per batch that runs the model on it.
+        with_windows: Whether anybody will want the statistics of windows.
 
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
@@ -192,7 +204,11 @@ def collect_statistics(
 
     def add(name: str, source: torch.Tensor) -> None:
         module = model.get_submodule(name)
-        found.setdefault(name, InputStatistics(strides[name])).add(as_rows(module, source), taps_of(module, source))
+        known = found.setdefault(name, InputStatistics(strides[name]))
+        known.add(as_rows(module, source), taps_of(module, source))
+        if with_windows and has_windows(module, strides[name]):
+            known.windows = known.windows or InputStatistics()
+            known.windows.add(windows(module, source, most_rows(features_of(module))))
 
     with watch_inputs(model, list(strides), add), torch.no_grad():
         for step in steps:
@@ -201,6 +217,24 @@ def collect_statistics(
         for name in sorted(found):
             found[name].all_reduce()
     return found
+
+
+def reads_one_row(module: nn.Module, stride: int = 1) -> bool:
+    """Whether each output of the layer reads one row of its input, as :func:`as_rows` gives them, and all are read."""
+    if not isinstance(module, _ConvNd):
+        return stride == 1
+    around: Any = module.padding  # a word pads a kernel of one tap by nothing
+    padded = isinstance(around, tuple) and any(around)
+    return not padded and math.prod(module.kernel_size) == math.prod(module.stride) == 1
+
+
+def has_windows(module: nn.Module, stride: int = 1) -> bool:
+    """Whether the layer's outputs read more than one row each, and not too much to take its covariance."""
+    if not isinstance(module, (nn.Linear, _ConvNd)) or reads_one_row(module, stride):
+        return False
+    if isinstance(module, _ConvNd) and module.groups == module.in_channels > 1:
+        return False  # an output reads one channel: there is nothing to predict it from
+    return features_of(module) <= MAX_FEATURES
 
 
 def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
@@ -221,6 +255,21 @@ def watch_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, tor
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_outputs(model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """Call ``see(name, output)`` for each output of the named layers while the block runs the model."""
+
+    def hook_for(name: str) -> Callable[..., None]:
+        return lambda _, __, output: see(name, output)
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     try:
         yield
     finally:

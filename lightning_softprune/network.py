@@ -85,7 +85,9 @@ class Network:
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
         calibration, batches = _calibration(trainer, module, scorer, settings)
-        statistics = collect_statistics(module, find_readers(module, groups), calibration)
+        statistics = collect_statistics(
+            module, find_readers(module, groups), calibration, with_windows=settings.compensation != "none"
+        )
         rankings = rank(settings.importance, module, groups, calibration, statistics, rng)
         rankings = trainer.strategy.broadcast(rankings)
         for twin, original in (settings.twins or {}).items():  # a twin that did not run sees what its original sees

@@ -20,7 +20,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_softprune.compensation import DenseInputs, refine
 from lightning_softprune.costs import COSTS
 from lightning_softprune.journal import BASELINE, open_journal
 from lightning_softprune.neighbours import averaged_copies, forget_compiled
@@ -28,6 +27,7 @@ from lightning_softprune.network import Network, rehearse
 from lightning_softprune.objective import Objective
 from lightning_softprune.plan import Plan
 from lightning_softprune.progress import SearchProgress
+from lightning_softprune.refit import DenseRun, refit
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
 from lightning_softprune.scoring import ValidationScorer, isolated_rng, over_processes, wrap_again
 from lightning_softprune.search import SearchOutcome, SearchSpace, SearchStrategy, run_search, search_highest
@@ -244,7 +244,7 @@ def _commit(
     """
     dense = None
     if settings.compensation == "least_squares":
-        dense = DenseInputs(module, network.compensation, network.calibration)
+        dense = DenseRun(module, network.compensation, network.calibration)
     plan = Plan.from_counts(best.counts, network.rankings)
     for averaged in copies:
         network.prune(averaged, plan)
@@ -253,7 +253,7 @@ def _commit(
     if dense is not None:
         values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
         values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
-        refine(module, surgery, network.compensation, dense)
+        refit(module, surgery, network.compensation, dense)
         refined = trials.score_as_it_is(best)
         if refined.is_better_than(best):
             best = refined

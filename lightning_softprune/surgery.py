@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.optim import LBFGS, Optimizer
 
 from lightning_softprune.groups import PruningGroup
@@ -337,10 +338,9 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[f
             first = output[0] if isinstance(output, (tuple, list)) and output else output
             if isinstance(first, torch.Tensor) and first.is_floating_point():
                 values = first.detach().flatten().float()
-                weights = torch.cos(torch.arange(len(values), dtype=torch.float32, device=values.device) * 2.3999632)
                 scale = max(torch.finfo(first.dtype).eps / torch.finfo(torch.float32).eps, 1.0)  # coarser in half
                 norm = float(values.norm()) * min(scale, 64.0)
-                seen.setdefault(name, []).append((float((values * weights).sum()), norm))
+                seen.setdefault(name, []).append((_fingerprint(values), norm))
 
         return hook
 
@@ -355,6 +355,19 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[f
         for handle in handles:
             handle.remove()
     return seen
+
+
+def _fingerprint(values: torch.Tensor) -> float:
+    """A sum with weights between -1 and 1 that hardly any reordering leaves as it is."""
+    width = min(len(values), 65537)  # a prime, so that rows do not fall in step with channels
+
+    def weights(size: int, pace: float) -> torch.Tensor:
+        return torch.cos(torch.arange(size, dtype=torch.float32, device=values.device) * pace)
+
+    if not width:
+        return 0.0
+    rows = F.pad(values, (0, -len(values) % width)).reshape(-1, width)
+    return float(weights(len(rows), 1.1803399) @ (rows @ weights(width, 2.3999632)))
 
 
 def _alike(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> bool:

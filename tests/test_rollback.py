@@ -26,10 +26,10 @@ STEPS = [
     (network, "build_space"),
     (rounds, "run_search"),
     (trials, "time_validation_step"),
-    (rounds, "DenseInputs"),
+    (rounds, "DenseRun"),
     (network, "apply_plan"),
     (rounds, "repair_optimizers"),
-    (rounds, "refine"),
+    (rounds, "refit"),
     (rounds, "rehearse"),
     (rounds, "forget_compiled"),
     (rounds, "wrap_again"),
@@ -109,7 +109,7 @@ def loaders():
 FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
     *((rounds, name, KeyboardInterrupt) for name in ("run_search", "rehearse")),
-    *((owner, name, torch.OutOfMemoryError) for owner, name in ((network, "probe"), (rounds, "refine"))),
+    *((owner, name, torch.OutOfMemoryError) for owner, name in ((network, "probe"), (rounds, "refit"))),
 ]
 
 

@@ -17,7 +17,7 @@ LEVELS = (
     {"plan", "coefficients", "objective", "patterns", "results", "markup", "charts", "page"},
     {"layers", "memory"},
     {"groups"},
-    {"costs", "surgery", "calibration", "compensation", "importance", "response"},
+    {"costs", "surgery", "windows", "calibration", "regression", "compensation", "importance", "response", "refit"},
     {"scoring"},
     {"checkpoint", "journal", "neighbours", "report", "figures", "progress", "settings"},
     {"network"},

@@ -1,0 +1,226 @@
+"""The sequential refit: layer by layer, what a reader computed in the dense network, from what the pruned one feeds it.
+
+Compensation of one layer knows nothing of the errors that the layers before it leave. Once a plan is chosen, each
+reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5): with the
+dense network's outputs ``y``, what its outputs read now ``z``, and the compensated weights ``W0``,
+
+    W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
+
+few samples change ``W0`` little. Where a pointwise function follows the reader, outputs are then compared after it
+(``response.py``). Layers whose windows are too wide keep one regression for all positions: the dense inputs ``x`` are
+predicted from ``z``, around the one-shot prediction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_softprune.calibration import as_rows, in_double, sum_over_processes, watch_inputs, watch_outputs
+from lightning_softprune.compensation import Compensation, outputs_kept
+from lightning_softprune.regression import (
+    Joint,
+    Shared,
+    cholesky,
+    input_dim,
+    kept_channels,
+    kept_outputs,
+    ridge_of,
+    rows_to_weight,
+    weight_to_rows,
+)
+from lightning_softprune.response import Response, find_responses, fit_response
+from lightning_softprune.surgery import Surgery
+from lightning_softprune.windows import features_of, most_rows, outputs_at_rows, spread, windows
+
+__all__ = ["REFIT_RIDGE", "DenseRun", "refit"]
+
+Read = Callable[[torch.Tensor], torch.Tensor]
+
+REFIT_RIDGE = 1e-2
+"""How firmly the refit holds on to the one-shot prediction, as a fraction of the mean variance."""
+
+MAX_ROWS = 4096
+"""Observations per calibration batch and reader that are kept of inputs."""
+
+MAX_RESPONSE_ROWS = 2**14
+"""Observations per process and reader on which outputs are compared after the function that follows."""
+
+RESPONSE_PRIOR = 100.0
+"""As many observations the one-shot prediction counts for there. Only those in the function's sloping part tell
+anything, so that few calibration batches tell less of it than of the linear fit."""
+
+
+class DenseRun:
+    """What the readers give in the dense network, and what the others read: the targets of :func:`refit`.
+
+    Evenly spread observations of each calibration batch, in single precision.
+    """
+
+    def __init__(self, model: nn.Module, compensation: Compensation, steps: Sequence[Callable[[], Any]]) -> None:
+        self.steps = steps
+        self.rows: dict[str, list[torch.Tensor]] = {}
+        joint = [name for name in compensation.readers if isinstance(compensation.regression(name), Joint)]
+        shared = [name for name in compensation.readers if name not in joint]
+
+        self.most = {name: most_rows(features_of(model.get_submodule(name))) for name in joint}
+
+        def see_output(name: str, output: torch.Tensor) -> None:
+            rows = outputs_at_rows(model.get_submodule(name), output, self.most[name])
+            self.rows.setdefault(name, []).append(rows.float())
+
+        def see_input(name: str, source: torch.Tensor) -> None:
+            self.rows.setdefault(name, []).append(_thinned(as_rows(model.get_submodule(name), source)).float())
+
+        with watch_outputs(model, joint, see_output), watch_inputs(model, shared, see_input), torch.no_grad():
+            for step in steps:
+                step()
+        self.responses = find_responses(model, joint, steps[0]) if steps else {}
+
+
+def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseRun) -> None:
+    """Fit each reader of the pruned model, in the order in which they run, to what it computed in the dense model.
+
+    Args:
+        model: The pruned, compensated model.
+        surgery: What was removed from it.
+        compensation: How it was compensated.
+        dense: What the readers did before.
+    """
+    old = {id(new): before for before, new, _ in surgery.parameters}
+    for name, targets in dense.rows.items():
+        layer = model.get_submodule(name)
+        by_dim = surgery.kept.get(f"{name}.weight", {})
+        before = old.get(id(layer.get_parameter("weight")))
+        regression = compensation.regression(name)
+        groups = getattr(layer, "groups", 1)
+        if before is None or input_dim(layer) not in by_dim or (groups > 1 and isinstance(regression, Shared)):
+            continue
+        read: Read = partial(_channels, layer)
+        if name in dense.most:
+            read = partial(windows, layer, most=dense.most[name])
+        seen: list[torch.Tensor] = []
+
+        def see(_: str, source: torch.Tensor, read: Read = read, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(read(source))
+
+        with watch_inputs(model, [name], see), torch.no_grad():
+            for step in dense.steps:
+                step()
+        device = regression.mean.device
+        differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
+        if sum_over_processes(torch.tensor(float(differs), device=device)) > 0:
+            continue  # the pruned model calls the layer differently; the one-shot prediction stays
+        wanted, given = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
+        if isinstance(regression, Joint):
+            kept = kept_outputs(layer, before, by_dim)
+            wanted = wanted if kept is None else wanted[:, kept.to(device)]
+            weight, bias = _joint(layer, wanted, given, dense.responses.get(name))
+        else:
+            rows = weight_to_rows(layer, outputs_kept(layer, before.detach(), by_dim), compensation.stride(name))
+            stays = kept_channels(layer, before, by_dim, compensation.stride(name))
+            weight, shift = _shared(regression, rows.to(device, torch.float64), stays.to(device), wanted, given)
+            bias = _bias_before(layer, name, surgery).to(device, torch.float64) + shift
+        with torch.no_grad():
+            for which, value in (("weight", rows_to_weight(layer, weight)), ("bias", bias)):
+                parameter = layer.get_parameter(which)
+                parameter.copy_(value.to(parameter.device, parameter.dtype))
+
+
+def _joint(
+    layer: nn.Module, wanted: torch.Tensor, given: torch.Tensor, response: Response | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (in rows) and bias of a layer whose outputs are to be ``wanted`` where they read ``given``."""
+    weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(given.device, torch.float64)
+    groups = len(weight)
+    total = _over_processes(len(given), given)
+    lacking = _over_processes(float(response is None), given)
+    weights, biases = [], []
+    for part, y, z in zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True):
+        prior = part.flatten(1)
+        mean_y, mean_z = sum_over_processes(y.sum(0)) / total, sum_over_processes(z.sum(0)) / total
+        z = z - mean_z
+        s_zz = sum_over_processes(z.t() @ z) / total
+        s_yz = sum_over_processes((y - mean_y).t() @ z) / total
+        ridge = ridge_of(s_zz, REFIT_RIDGE)
+        solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
+        bias = mean_y
+        if response is not None and not lacking:  # on every process
+            solution, bias = _through(response, y, z, solution, bias, prior, s_zz)
+        weights.append(solution.reshape(part.shape))
+        biases.append(bias - solution @ mean_z)
+    return torch.stack(weights), torch.cat(biases)
+
+
+def _shared(
+    regression: Shared, rows: torch.Tensor, stays: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (in rows), and what to add to the bias, of a layer whose inputs were ``wanted`` and are ``given``."""
+    stride = regression.mean.shape[1]
+    total = _over_processes(len(given), given)
+    mean_x, mean_z = sum_over_processes(wanted.sum(0)) / total, sum_over_processes(given.sum(0)) / total
+    x, z = _by_channel(wanted - mean_x, stride), _by_channel(given - mean_z, stride)
+    s_zz = sum_over_processes(z.t() @ z) / (total * stride)
+    s_xz = sum_over_processes(x.t() @ z) / (total * stride)
+    if stride == 1:
+        s_zz = regression.with_borders(s_zz, mean_z, mean_z)
+        s_xz = regression.with_borders(s_xz, mean_x, mean_z)
+    prior = torch.zeros_like(s_xz)
+    prior[stays] = torch.eye(len(s_zz), dtype=prior.dtype, device=prior.device)
+    kept, removed = stays.nonzero()[:, 0], (~stays).nonzero()[:, 0]
+    prior[~stays] = regression.coefficients(kept, removed)
+    ridge = ridge_of(s_zz, REFIT_RIDGE)
+    solution = torch.cholesky_solve((s_xz + ridge * prior).t(), cholesky(s_zz, ridge)).t()  # (channels, kept)
+    missing = mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride)
+    shift = (rows[0] * missing).sum((1, 2)) * regression.taps.share
+    return torch.einsum("oct,ck->okt", rows[0], solution)[None], shift
+
+
+def _through(
+    response: Response,
+    wanted: torch.Tensor,
+    inputs: torch.Tensor,
+    linear: torch.Tensor,
+    bias: torch.Tensor,
+    prior: torch.Tensor,
+    covariance: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`fit_response` from the linear fit on: the weight, and the bias for centred inputs."""
+    every = max(-(-len(inputs) // MAX_RESPONSE_ROWS), 1)
+    wanted, inputs = wanted[::every], inputs[::every]
+    ridge = ridge_of(covariance, max(REFIT_RIDGE, RESPONSE_PRIOR / _over_processes(len(inputs), inputs)))
+    numbers = (wanted, inputs, linear, bias, prior, cholesky(covariance, ridge))
+    y, z, start, b, w0, factor = (number.float() for number in numbers)
+    weight, shift = fit_response(response, y, z, start, b, w0, factor, ridge)
+    return weight.double(), shift.double()
+
+
+def _over_processes(number: float, like: torch.Tensor) -> float:
+    return float(sum_over_processes(torch.tensor(float(number), dtype=torch.float64, device=like.device)))
+
+
+def _bias_before(layer: nn.Module, name: str, surgery: Surgery) -> torch.Tensor:
+    """The bias from before the plan, for the outputs that stay."""
+    bias = layer.get_parameter("bias").detach()
+    before = next((old.detach() for old, new, _ in surgery.parameters if new is layer.bias), None)
+    if before is None:
+        return torch.zeros_like(bias)
+    rows = surgery.kept.get(f"{name}.bias", {}).get(0)
+    return before if rows is None else before[rows.to(before.device)]
+
+
+def _channels(layer: nn.Module, source: torch.Tensor) -> torch.Tensor:
+    return _thinned(as_rows(layer, source))
+
+
+def _thinned(rows: torch.Tensor) -> torch.Tensor:
+    """Evenly spread observations, copied, the same ones for inputs of equal length."""
+    return rows.detach()[spread(rows.shape[:1], MAX_ROWS, rows.device)]
+
+
+def _by_channel(rows: torch.Tensor, stride: int) -> torch.Tensor:
+    return rows.reshape(len(rows), -1, stride).transpose(1, 2).flatten(0, 1)

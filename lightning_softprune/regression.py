@@ -1,0 +1,230 @@
+"""Regressions: how one reader's removed inputs are predicted from its kept ones, and folded into its weights.
+
+A reader computes ``W x + b``. With the features R of its input removed and K kept, the removed ones are predicted from
+the kept ones by linear regression on calibration data (mean ``m``, covariance ``S``, ridge ``r``),
+
+    x_R = m_R + B (x_K - m_K),    B = S_RK (S_KK + r I)^-1,
+
+and the prediction is folded into the reader: ``W_K + W_R B`` and ``b + W_R (m_R - B m_K)``.
+
+:class:`Joint` regresses all that an output reads (``windows.py``): for a convolution every channel under every tap,
+behind a flatten every channel at every position. No other linear map of what is kept has a smaller error on the
+calibration data, up to the ridge. A grouped convolution has one regression per group.
+
+:class:`Shared` serves layers whose windows are too wide for that: one regression over channels for all positions.
+Where taps of the kernel fall beside the input (on zero padding; between the inputs of a transposed convolution with
+steps), what the bias has to make up for differs from output to output. The bias gets the mean: its term times the
+share of the taps that fall on the input, ``E n / taps``. The rest is an error of variance
+``var n (m_R - B m_K)^2``, so the regression minimises it too: ``S`` becomes ``S + (var n / E n) m m^T``.
+
+Plans of one ranking are nested. So ``S + r I = L L^T`` is factorised once per reader and round, with the most important
+channels first: for a plan that keeps the first k features of them, ``B = L_RK L_KK^-1`` by blocks of that one factor.
+Readers of several groups (behind a concatenation) are factorised per plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lightning_softprune.calibration import InputStatistics
+
+__all__ = ["RIDGE", "Joint", "Shared", "cholesky", "input_dim", "kept_channels", "kept_outputs", "ridge_of"]
+__all__ += ["rows_to_weight", "weight_to_rows"]
+
+RIDGE = 1e-4
+"""Ridge of the regressions, as a fraction of the mean variance of a reader's inputs."""
+
+
+def ridge_of(covariance: torch.Tensor, fraction: float = RIDGE) -> float:
+    """The ridge for a covariance matrix; positive even if every channel is constant."""
+    return max(fraction * float(covariance.diagonal().mean()), 1e-12)
+
+
+def cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Factorise ``matrix + ridge I``, with more ridge where rounding has made the matrix indefinite."""
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * identity)
+        if not failed:
+            found: torch.Tensor = factor
+            return found
+        ridge *= 10.0
+
+
+@dataclass(frozen=True)
+class Order:
+    """The channels of a reader whose plans are nested, the last to go first, shape ``(channels,)``."""
+
+    channels: torch.Tensor
+
+    def features(self, taps: int) -> torch.Tensor:
+        """The same order for the taps of every channel."""
+        return (self.channels[:, None] * taps + torch.arange(taps, device=self.channels.device)).flatten()
+
+
+class _Nested:
+    """A covariance matrix with its ridge, from which regressions of any part on any other part are solved.
+
+    With an order, it is held as its one factor; without, as it is.
+    """
+
+    def __init__(self, covariance: torch.Tensor, order: torch.Tensor | None) -> None:
+        self.ridge = ridge_of(covariance)
+        self.order = order
+        self.matrix = covariance
+        if order is not None:
+            self.matrix = cholesky(covariance[order][:, order], self.ridge)
+            self.place = order.argsort()
+
+    def predicted(self, left: torch.Tensor, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+        """``left S_RK (S_KK + r I)^-1``, shape ``(rows of left, kept)``; both index vectors are sorted."""
+        if self.order is None:
+            factor = cholesky(self.matrix[kept][:, kept], self.ridge)
+            return torch.cholesky_solve((left @ self.matrix[removed][:, kept]).t(), factor).t()
+        k = len(kept)
+        first, last = self.order[:k], self.order[k:]
+        if torch.equal(first.sort().values, kept):
+            known = left[:, torch.searchsorted(removed, last)] @ self.matrix[k:, :k]
+            solved: torch.Tensor = torch.linalg.solve_triangular(self.matrix[:k, :k], known, upper=False, left=False)
+            return solved[:, self.place[kept]]
+        rows, columns = self.matrix[self.place[removed]], self.matrix[self.place[kept]]
+        covariance = columns @ columns.t()  # with the ridge
+        return torch.cholesky_solve((left @ (rows @ columns.t())).t(), cholesky(covariance, 0.0)).t()
+
+
+class Joint:
+    """One regression of everything an output reads.
+
+    Args:
+        known: Statistics of the reader's windows; of its inputs, where an output reads one row of them.
+        taps: Features per channel.
+        order: The order of its channels, if its plans are nested.
+        exact: Whether to predict; otherwise removed features are replaced by their means.
+    """
+
+    def __init__(self, known: InputStatistics, taps: int, order: Order | None, exact: bool) -> None:
+        self.taps, self.mean = taps, known.mean
+        self.covariance = _Nested(known.covariance, order.features(taps) if order else None) if exact else None
+
+    def fold(self, weight: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fold the removed inputs into the kept ones.
+
+        Args:
+            weight: Shape ``(groups, outputs per group, channels per group, taps)``, with the outputs pruned.
+            stays: Which channels are kept, a mask of shape ``(groups * channels per group,)``.
+
+        Returns:
+            The weight for the kept inputs, and what to add to the bias, shape ``(outputs,)``.
+        """
+        groups, outputs, channels, taps = weight.shape
+        of_groups = stays.reshape(groups, channels)
+        folded, shifts = [], []
+        for group, (rows, mask) in enumerate(zip(weight.flatten(2), of_groups.repeat_interleave(taps, 1), strict=True)):
+            inside = torch.arange(channels * taps, device=mask.device) + group * channels * taps
+            kept, removed = inside[mask], inside[~mask]
+            lost = rows[:, ~mask]
+            shift = lost @ self.mean[removed]
+            part = rows[:, mask]
+            if self.covariance is not None and len(removed):
+                added = self.covariance.predicted(lost, kept, removed)
+                part, shift = part + added, shift - added @ self.mean[kept]
+            folded.append(part.reshape(outputs, -1, taps))
+            shifts.append(shift)
+        return torch.stack(folded), torch.cat(shifts)
+
+
+class Shared:
+    """One regression over channels, for all positions of a kernel or of a flattened map.
+
+    Args:
+        known: Statistics of the reader's inputs.
+        order: The order of its channels, if its plans are nested.
+        exact: Whether to predict; otherwise removed channels are replaced by their means.
+    """
+
+    def __init__(self, known: InputStatistics, order: Order | None, exact: bool) -> None:
+        self.taps, self.mean = known.taps, known.mean.reshape(-1, known.stride)
+        self.covariance: _Nested | None = None
+        if exact:
+            covariance = self.with_borders(known.covariance, known.mean, known.mean)
+            self.covariance = _Nested(covariance, order.channels if order else None)
+
+    def with_borders(self, covariance: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Add to a covariance what the means contribute where a kernel's taps fall on the input unevenly."""
+        if not self.taps.unevenness:
+            return covariance
+        return covariance + self.taps.unevenness * torch.outer(left, right)
+
+    def coefficients(self, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+        """``B``, shape ``(removed, kept)``; sorted indices of channels."""
+        if self.covariance is None or not len(removed):
+            return self.mean.new_zeros(len(removed), len(kept))
+        one = torch.eye(len(removed), dtype=self.mean.dtype, device=self.mean.device)
+        return self.covariance.predicted(one, kept, removed)
+
+    def fold(self, weight: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`Joint.fold`."""
+        groups, _, channels, _ = weight.shape
+        folded, shifts = [], []
+        for group, (part, mask) in enumerate(zip(weight, stays.reshape(groups, channels), strict=True)):
+            inside = torch.arange(channels, device=mask.device) + group * channels
+            kept, removed = inside[mask], inside[~mask]
+            solution = self.coefficients(kept, removed)
+            folded.append(part[:, mask] + torch.einsum("ort,rk->okt", part[:, ~mask], solution))
+            missing = self.mean[removed] - solution @ self.mean[kept]
+            shifts.append((part[:, ~mask] * missing).sum((1, 2)) * self.taps.share)
+        return torch.stack(folded), torch.cat(shifts)
+
+
+# ------------------------------------------------------------------------------------------- the shapes of weights
+
+
+def input_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's weight that reads its inputs."""
+    return 0 if isinstance(layer, _ConvTransposeNd) else 1
+
+
+def kept_channels(
+    layer: nn.Module, before: torch.Tensor, by_dim: Mapping[int, torch.Tensor], stride: int
+) -> torch.Tensor:
+    """Mask of the input channels that stay; a grouped weight holds the indices of its first group only."""
+    kept = by_dim[input_dim(layer)]
+    groups, transposed = getattr(layer, "groups", 1), isinstance(layer, _ConvTransposeNd)
+    width = before.shape[input_dim(layer)]
+    parts = 1 if transposed else groups
+    mask = torch.zeros(parts, width, dtype=torch.bool)
+    mask[:, kept.cpu()] = True
+    return mask.flatten()[::stride]
+
+
+def kept_outputs(layer: nn.Module, before: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor | None:
+    """Indices of the outputs that stay; ``None`` for all of them."""
+    kept = by_dim.get(1 - input_dim(layer))
+    groups = getattr(layer, "groups", 1)
+    if kept is None or groups == 1 or not isinstance(layer, _ConvTransposeNd):
+        return kept
+    return torch.cat([kept + group * before.shape[1] for group in range(groups)])  # the weight holds one group's
+
+
+def weight_to_rows(layer: nn.Module, weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Bring a weight into ``(groups, outputs per group, channels per group, taps)``."""
+    if isinstance(layer, nn.Linear):
+        return weight.reshape(1, len(weight), -1, stride)
+    groups = getattr(layer, "groups", 1)
+    blocks = weight.reshape(groups, -1, *weight.shape[1:])
+    return (blocks.transpose(1, 2) if isinstance(layer, _ConvTransposeNd) else blocks).flatten(3)
+
+
+def rows_to_weight(layer: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """The way back from :func:`weight_to_rows`."""
+    if isinstance(layer, nn.Linear):
+        return rows[0].flatten(1)
+    kernel = tuple(layer.kernel_size) if isinstance(layer, _ConvNd) else ()
+    if isinstance(layer, _ConvTransposeNd):
+        rows = rows.transpose(1, 2)
+    return rows.flatten(0, 1).reshape(-1, rows.shape[2], *kernel)
