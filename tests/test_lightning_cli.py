@@ -1,5 +1,6 @@
 """The callback from the command line: the files of examples/cli as they are, and what LightningCLI makes of options."""
 
+import argparse
 import importlib
 import inspect
 import io
@@ -21,6 +22,7 @@ pytest.importorskip("sklearn")
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_softprune import GridSearch, SensitivitySearch, SoftPruning, load_from_checkpoint
+from lightning_softprune.parser import SuggestingParser
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples" / "cli"
@@ -88,12 +90,16 @@ def parsed(example, *args):
     return only_callback(cli)
 
 
-def printed_config(example, *args):
+def printed(call, *args):
     output = io.StringIO()
     with redirect_stdout(output), pytest.raises(SystemExit) as exited:
-        example.main([*args, "--print_config"])
+        call(*args)
     assert not exited.value.code
     return output.getvalue()
+
+
+def printed_config(example, *args):
+    return printed(example.main, [*args, "--print_config"])
 
 
 def refused(capsys, call, *args):
@@ -333,6 +339,169 @@ def test_mistakes_in_shorter_options_are_told_too(example, capsys):
         cli_with_shorter_options("--softprune.target_sparsity=1.5")
 
 
+# ------------------------------------------------------------------------------------------------------- what was meant
+
+
+class ShorterOptions(LightningCLI):
+    def add_arguments_to_parser(self, parser):
+        parser.add_lightning_class_args(SoftPruning, "softprune")
+
+
+def with_either_parser(capsys, args, cli=ShorterOptions, run=True):
+    """What a user reads from a plain LightningCLI, and with SuggestingParser."""
+    digits = sys.modules["digits"]
+
+    def call(**arguments):
+        cli(digits.DigitsAutoencoder, digits.DigitsData, args=args, run=run, **arguments)
+
+    return refused(capsys, call), refused(capsys, lambda: call(parser_class=SuggestingParser))
+
+
+def assert_meant(before_and_after, wrong, meant):
+    """The parser's own words, and behind them, once, what was meant."""
+    plain, told = before_and_after
+    hint = f"; did you mean {meant!r}?"
+    assert f"{wrong}{hint}\n" in told
+    assert told.count(wrong + hint) == told.count("did you mean") == 1
+    assert told.replace(hint, "") == plain
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong", "meant"),
+    [
+        (["target_sparisty=0.7"], "Option 'target_sparisty' is not accepted", "target_sparsity"),
+        (["init_args.target_sparisty=0.7"], "Option 'target_sparisty' is not accepted", "target_sparsity"),
+        (["search.stepz=3"], "Option 'stepz' is not accepted", "steps"),
+        (["search=SensitivitySearch", "search.level=5"], "Option 'level' is not accepted", "levels"),
+        (["search=GradiantSearch"], "Expected a dot import path string: GradiantSearch", "GradientSearch"),
+        (["importance=activaton"], "Got value: activaton", "activation"),
+        (["mode=mx"], "Got value: mx", "max"),
+        (["search=GradientSearch", "search.difference=centre"], "Got value: centre", "central"),
+    ],
+)
+def test_a_typo_in_an_argument_is_answered_with_what_was_meant(example, capsys, options, wrong, meant):
+    args = ["fit", ADD, *(f"{CALLBACK}.{option}" for option in options)]
+    assert_meant(with_either_parser(capsys, args), wrong, meant)
+
+
+@pytest.mark.parametrize("subcommand", ["fit", "validate", "test"])
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "meant"),
+    [
+        ({"target_sparisty": 0.7}, "Option 'target_sparisty' is not accepted", "target_sparsity"),
+        (
+            {"search": {"class_path": "lightning_softprune.GradientSearch", "init_args": {"stepz": 3}}},
+            "Option 'stepz' is not accepted",
+            "steps",
+        ),
+        ({"search": "GradiantSearch"}, "Expected a dot import path string: GradiantSearch", "GradientSearch"),
+        ({"importance": "activaton"}, "Got value: activaton", "activation"),
+    ],
+)
+def test_a_typo_in_a_file_is_answered_with_what_was_meant(
+    example, capsys, tmp_path, subcommand, arguments, wrong, meant
+):
+    callback = {"class_path": "lightning_softprune.SoftPruning", "init_args": arguments}
+    (tmp_path / "config.yaml").write_text(json.dumps({"trainer": {"callbacks": [callback]}}), encoding="utf-8")
+    args = [subcommand, "--config", str(tmp_path / "config.yaml")]
+    assert_meant(with_either_parser(capsys, args), wrong, meant)
+
+
+def test_a_typo_in_a_dictionary_is_answered_with_what_was_meant(example, capsys):
+    callback = {"class_path": "lightning_softprune.SoftPruning", "init_args": {"target_sparisty": 0.7}}
+    told = with_either_parser(capsys, {"trainer": {"callbacks": [callback]}}, run=False)
+    assert_meant(told, "Option 'target_sparisty' is not accepted", "target_sparsity")
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong", "meant"),
+    [
+        (["--softprune.target_sparisty=0.7"], "--softprune.target_sparisty=0.7", "--softprune.target_sparsity"),
+        (["--softprun.search.steps", "7"], "--softprun.search.steps 7", "--softprune.search.steps"),
+        (["--softprune.search.stepz=3"], "Option 'stepz' is not accepted", "steps"),
+        (["--softprune.search=GradiantSearch"], "Expected a dot import path string: GradiantSearch", "GradientSearch"),
+        (["--softprune.importance=activaton"], "Got value: activaton", "activation"),
+        (["--trainer.calbacks+=EarlyStopping"], "--trainer.calbacks+=EarlyStopping", "--trainer.callbacks"),
+        ([f"{CALLBACK}+=EarlyStopping", f"{CALLBACK}.monitr=x"], "Option 'monitr' is not accepted", "monitor"),
+    ],
+)
+def test_a_typo_in_an_option_is_answered_with_what_was_meant(example, capsys, options, wrong, meant):
+    assert_meant(with_either_parser(capsys, ["fit", *options]), wrong, meant)
+
+
+def test_two_typos_are_both_answered(example, capsys):
+    _, told = with_either_parser(capsys, ["fit", "--softprune.epoks=1", "--softprune.target_sparisty=0.7"])
+    assert told.endswith("; did you mean '--softprune.epochs', '--softprune.target_sparsity'?\n")
+
+
+@pytest.mark.parametrize(
+    ("run", "wrong", "meant"),
+    [
+        (True, "Subcommand 'fit' does not accept option 'softprune.target_sparisty'", "softprune.target_sparsity"),
+        (False, "Group 'softprune' does not accept option 'target_sparisty'", "target_sparsity"),
+    ],
+)
+def test_a_typo_below_a_shorter_key_of_a_file_is_answered(example, capsys, tmp_path, run, wrong, meant):
+    (tmp_path / "config.yaml").write_text("softprune: {target_sparisty: 0.7}", encoding="utf-8")
+    args = [*(["fit"] if run else []), "--config", str(tmp_path / "config.yaml")]
+    assert_meant(with_either_parser(capsys, args, run=run), wrong, meant)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        ("SoftPrunning", "Expected a dot import path string: SoftPrunning; did you mean 'SoftPruning'?"),
+        ("EarlyStoping", "Expected a dot import path string: EarlyStoping; did you mean 'EarlyStopping'?"),
+        ("lightning_softprun.SoftPruning", "'lightning_softprun'; did you mean 'lightning_softprune'?"),
+    ],
+)
+def test_a_typo_in_the_name_of_a_callback_is_answered(example, capsys, value, told):
+    assert told in with_either_parser(capsys, ["fit", f"{CALLBACK}+={value}"])[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [ADD, f"{CALLBACK}.zzz=1"],
+        [ADD, f"{CALLBACK}.search=Zzz"],
+        [ADD, f"{CALLBACK}.importance=zzz"],
+        [ADD, f"{CALLBACK}.target_sparsity=much"],
+        [f"{CALLBACK}+=lightning_sparse.Callback"],
+        ["--trainer.zzz=1"],
+        ["--logger=CSVLoger"],
+    ],
+)
+def test_where_nothing_is_near_the_parser_says_what_it_always_says(example, capsys, options):
+    plain, told = with_either_parser(capsys, ["fit", *options])
+    assert told == plain
+    assert "did you mean" not in told
+
+
+@pytest.mark.parametrize("option", ["--softprune.target_sparisty=0.7", "--softprune.mode=mx"])
+def test_a_parser_that_does_not_exit_raises_what_was_meant(example, option):
+    digits = sys.modules["digits"]
+    with pytest.raises(argparse.ArgumentError) as raised:
+        ShorterOptions(
+            digits.DigitsAutoencoder,
+            digits.DigitsData,
+            args=[option],
+            run=False,
+            parser_class=SuggestingParser,
+            parser_kwargs={"exit_on_error": False},
+        )
+    assert str(raised.value).count("did you mean") == 1
+
+
+@pytest.mark.parametrize("args", [["fit", ADD, "--print_config"], ["fit", "--help"], ["--help"]])
+def test_what_is_printed_does_not_depend_on_the_parser(example, args):
+    digits = sys.modules["digits"]
+
+    def plain(args):
+        LightningCLI(digits.DigitsAutoencoder, digits.DigitsData, seed_everything_default=0, args=args)
+
+    assert printed(example.main, args) == printed(plain, args)
+
+
 # ---------------------------------------------------------------------------------------------------------- subcommands
 
 
@@ -429,9 +598,17 @@ def test_a_pruned_model_is_tested_in_another_process(tmp_path):
     assert "test_psnr" in done.stdout
 
 
-def test_a_typo_ends_with_the_key_on_standard_error_and_no_traceback(tmp_path):
-    done = command("fit", ADD, f"{CALLBACK}.target_sparisty=0.7", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["target_sparisty=0.7"], "Option 'target_sparisty' is not accepted; did you mean 'target_sparsity'?\n"),
+        (["search=GradientSerch"], "GradientSerch; did you mean 'GradientSearch'?\n"),
+    ],
+)
+def test_a_typo_ends_with_the_key_and_the_near_miss_on_standard_error_and_no_traceback(tmp_path, options, told):
+    done = command("fit", ADD, *(f"{CALLBACK}.{option}" for option in options), cwd=tmp_path)
     assert done.returncode == 2
-    assert "'target_sparisty' is not" in done.stderr
+    assert f'"{CALLBACK[2:]}"' in done.stderr
+    assert told in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

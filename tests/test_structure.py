@@ -24,7 +24,7 @@ LEVELS = (
     {"trials"},
     {"round"},
     {"callback"},
-    {"cli", "oneshot"},
+    {"cli", "oneshot", "parser"},
     {"__init__", "__main__"},
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,96 @@
+"""An argument parser for LightningCLI that answers a typo with what was meant.
+
+The parser of a plain LightningCLI names the key that is wrong, and no more. It reads the arguments of each class with a
+parser of its own type, which knows them all: so this one finds near misses for any class, not only for this package's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import NoReturn
+
+from lightning.pytorch import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_softprune.search import SearchStrategy
+
+__all__ = ["SuggestingParser"]
+
+# What jsonargparse says of keys: the whole message of the parser that should know the key. An error then passes through
+# every parser around that one, and through some twice: what has its hint is left alone.
+UNKNOWN_OPTIONS = re.compile(r"unrecognized arguments: (?!.*; did you mean )(.*)", re.IGNORECASE | re.DOTALL)
+UNKNOWN_KEY = re.compile(
+    r"(?:.*Group '(?P<group>[^']+)')?.*\b(?:option|key) '(?P<key>[^']+)'(?: is not (?:accepted|expected))?",
+    re.IGNORECASE,  # and in the words of older versions
+)
+# What it says of values: a line of a message.
+BAD_CHOICE = re.compile(
+    r"Expected a typing\.Literal\[(?P<choices>.*)\]\. Got value: (?!.*; did you mean )(?P<value>.*)$", re.MULTILINE
+)
+BAD_MODULE = re.compile(r"No module named '(?P<value>\w+)'$", re.MULTILINE)
+BAD_NAME = re.compile(  # the first such line below the innermost key: there is one per member of a union
+    r'Parser key "(?:[^"]*\.)?(?P<key>callbacks|search)":'
+    r'(?:(?!Parser key ").)*?Expected a dot import path string: (?P<value>\w+)$',
+    re.MULTILINE | re.DOTALL,
+)
+BASES = {"callbacks": Callback, "search": SearchStrategy}  # whose subclasses go by their bare names
+
+
+class SuggestingParser(LightningArgumentParser):
+    """Adds `; did you mean 'target_sparsity'?` to an error, beside the misspelt key, class name or choice.
+
+    Nothing is added where nothing is near, and nothing else is changed:
+
+        LightningCLI(Model, DataModule, parser_class=SuggestingParser)
+    """
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with the message and what was meant: exits, or raises if the parser was told not to exit."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        keys = {option[2:].rstrip("+") for option in parser._option_string_actions if option.startswith("--")}
+        super().error(_with_hints(message, keys), ex)
+
+
+def _with_hints(message: str, keys: Iterable[str]) -> str:
+    if found := UNKNOWN_OPTIONS.fullmatch(message):
+        options = [word[2:].partition("=")[0] for word in found[1].split() if word.startswith("--")]
+        return message + _hint(f"--{key}" for key in (_near_key(option, keys) for option in options) if key)
+    if found := UNKNOWN_KEY.fullmatch(message):
+        group = f"{found['group']}." if found["group"] else ""
+        key = _near_key(group + found["key"], keys)
+        return message + _hint([key.removeprefix(group)] if key else [])
+    message = BAD_CHOICE.sub(lambda bad: _answer(bad, re.findall(r"'([^']*)'", bad["choices"])), message)
+    message = BAD_MODULE.sub(lambda bad: _answer(bad, [__name__.partition(".")[0]], cutoff=0.85), message)
+    return BAD_NAME.sub(lambda bad: _answer(bad, _subclass_names(BASES[bad["key"]])), message)
+
+
+def _answer(bad: re.Match[str], names: Iterable[str], cutoff: float = 0.6) -> str:
+    return bad[0] + _hint(get_close_matches(bad["value"], sorted(names), n=1, cutoff=cutoff))
+
+
+def _hint(names: Iterable[str]) -> str:
+    meant = ", ".join(map(repr, names))
+    return f"; did you mean {meant}?" if meant else ""
+
+
+def _near_key(key: str, keys: Iterable[str]) -> str | None:
+    """The key with every part replaced by the nearest that is known there, if that changes it.
+
+    >>> _near_key("trainer.calbacks.search", ["trainer.callbacks", "trainer.max_epochs"])
+    'trainer.callbacks.search'
+    """
+    known = [one.split(".") for one in keys]
+    meant: list[str] = []
+    for place, part in enumerate(key.split(".")):
+        parts = {one[place] for one in known if one[:place] == meant and len(one) > place}
+        near = [part] if part in parts else get_close_matches(part, sorted(parts), n=1)
+        meant += near or [part]
+    return ".".join(meant) if meant != key.split(".") else None
+
+
+def _subclass_names(base: type[object]) -> set[str]:
+    """Of all subclasses that are loaded, as for jsonargparse."""
+    names = {below.__name__ for below in base.__subclasses__() if not below.__name__.startswith("_")}
+    return names.union(*(_subclass_names(below) for below in base.__subclasses__()))
