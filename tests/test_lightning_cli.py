@@ -86,7 +86,9 @@ def count(model):
 def parsed(example, *args):
     """The callback that options make, without running anything."""
     digits = sys.modules["digits"]
-    cli = LightningCLI(digits.DigitsAutoencoder, digits.DigitsData, args=[*args, *QUIET], run=False)
+    cli = LightningCLI(
+        digits.DigitsAutoencoder, digits.DigitsData, args=[*args, *QUIET], seed_everything_default=0, run=False
+    )
     return only_callback(cli)
 
 
@@ -263,7 +265,7 @@ def cli_with_shorter_options(*args):
             )
 
     digits = sys.modules["digits"]
-    cli = CLI(digits.DigitsAutoencoder, digits.DigitsData, args=[*args, *QUIET], run=False)
+    cli = CLI(digits.DigitsAutoencoder, digits.DigitsData, args=[*args, *QUIET], seed_everything_default=0, run=False)
     return only_callback(cli)
 
 
