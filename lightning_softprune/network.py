@@ -338,10 +338,19 @@ def _plain_step(model: pl.LightningModule, name: str, batch: Any) -> Callable[[]
     function = getattr(model, name)
     takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
 
+    def call() -> Any:
+        return function(batch, 0) if takes_index else function(batch)
+
     def step() -> Any:
         model.__dict__.update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
         try:
-            return function(batch, 0) if takes_index else function(batch)
+            return call()
+        except AttributeError:  # of something that the hook before an epoch makes
+            hook = "on_validation_epoch_start" if name == "validation_step" else "on_train_epoch_start"
+            if not is_overridden(hook, model):
+                raise
+            getattr(model, hook)()
+            return call()
         finally:
             del model.__dict__["log"], model.__dict__["log_dict"]
 

@@ -452,7 +452,9 @@ def run_step(
     """Runs one step of the module by itself, with nothing logged.
 
     The mode (`train()`, `eval()`, gradients) is the caller's choice. What the step changes on the module stays changed:
-    wrap it in `untouched` and `isolated_rng`.
+    wrap it in `untouched` and `isolated_rng`. Steps may need what the module's hooks make at the start of an epoch:
+    validation's are called first, as each pass over the validation data does; training's only where the step misses an
+    attribute, as before the first epoch.
 
     Args:
         trainer: The trainer in charge.
@@ -491,7 +493,17 @@ def run_step(
         stack.enter_context(_eager())
         if autocast or not isinstance(plugin, MixedPrecision):
             stack.enter_context(plugin.train_step_context() if step == "training_step" else plugin.val_step_context())
-        return function(*arguments)
+        if step == "validation_step":
+            pl_module.on_validation_start()
+            pl_module.on_validation_epoch_start()
+            return function(*arguments)
+        try:
+            return function(*arguments)
+        except AttributeError:
+            if not is_overridden("on_train_epoch_start", pl_module):
+                raise
+            pl_module.on_train_epoch_start()
+            return function(*arguments)
 
 
 def _passes_dataloader_idx(trainer: pl.Trainer, function: Callable[..., Any]) -> bool:

@@ -497,6 +497,54 @@ def test_prune_takes_a_datamodule_and_the_modules_own_loaders(tmp_path):
     assert prune(made(Own), **quiet()).applied
 
 
+class Gathering(AutoEncoder):
+    """Its steps need what its hooks make at the start of an epoch."""
+
+    def on_validation_epoch_start(self):
+        self.seen = []
+
+    def on_train_epoch_start(self):
+        self.steps = []
+
+    def training_step(self, batch, *rest):
+        self.steps.append(len(self.losses))
+        return super().training_step(batch, *rest)
+
+    def validation_step(self, batch, *rest):
+        self.seen.append(len(batch))
+        return super().validation_step(batch, *rest)
+
+
+@pytest.mark.parametrize("how", ["one-shot", "before the first epoch", "groups"])
+def test_steps_find_what_hooks_make_at_the_start_of_an_epoch(tmp_path, how):
+    module, plain = made(Gathering), made()
+    data = loaders(plain)
+    if how == "groups":
+        batch = next(iter(data["val_dataloaders"]))
+        found, wanted = (find_groups(m, batch) for m in (module, plain))
+        assert [str(group) for group in found] == [str(group) for group in wanted]
+        assert not {"seen", "steps"} & set(vars(module))
+        return
+    if how == "one-shot":
+        for m in (module, plain):
+            prune(m, **data, **quiet())
+    else:
+        for m in (module, plain):
+            torch.manual_seed(0)
+            fit(tmp_path, m, softpruning(epochs=0), max_epochs=1, num_sanity_val_steps=0, data=loaders(m))
+    assert count(module) == count(plain) < count(made())
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_step_that_misses_an_attribute_all_the_same_says_so(tmp_path):
+    class Lacking(Gathering):
+        def on_train_epoch_start(self):
+            """Makes nothing."""
+
+    with pytest.raises(AttributeError, match="steps"):
+        prune(made(Lacking), **loaders(AutoEncoder()), **quiet())
+
+
 def test_prune_within_a_trainer_that_has_trained_leaves_its_count_of_epochs(tmp_path):
     module, data = made(), loaders(AutoEncoder())
     trainer = fit(tmp_path, module, max_epochs=2, data=data)
