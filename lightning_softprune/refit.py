@@ -119,7 +119,9 @@ def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense:
         if isinstance(regression, Joint):
             kept = kept_outputs(layer, before, by_dim)
             wanted = wanted if kept is None else wanted[:, kept.to(device)]
-            weight, bias = _joint(layer, wanted, given, dense.responses.get(name))
+            response = dense.responses.get(name)
+            response = response if response is None or kept is None else response.of(kept)
+            weight, bias = _joint(layer, wanted, given, response)
         else:
             rows = weight_to_rows(layer, outputs_kept(layer, before.detach(), by_dim), compensation.stride(name))
             stays = kept_channels(layer, before, by_dim, compensation.stride(name))
@@ -140,7 +142,8 @@ def _joint(
     total = _over_processes(len(given), given)
     lacking = _over_processes(float(response is None), given)
     weights, biases = [], []
-    for part, y, z in zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True):
+    width = weight.shape[1]
+    for first, (part, y, z) in enumerate(zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True)):
         prior = part.flatten(1)
         mean_y, mean_z = sum_over_processes(y.sum(0)) / total, sum_over_processes(z.sum(0)) / total
         z = z - mean_z
@@ -150,7 +153,9 @@ def _joint(
         solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
         bias = mean_y
         if response is not None and not lacking:  # on every process
-            solution, bias = _through(response, y, z, solution, bias, prior, s_zz)
+            solution, bias = _through(
+                response.of(slice(first * width, (first + 1) * width)), y, z, solution, bias, prior, s_zz
+            )
         weights.append(solution.reshape(part.shape))
         biases.append(bias - solution @ mean_z)
     return torch.stack(weights), torch.cat(biases)

@@ -14,7 +14,7 @@ from lightning_softprune.compensation import Compensation
 from lightning_softprune.groups import trace_groups
 from lightning_softprune.plan import Plan
 from lightning_softprune.refit import DenseRun, refit
-from lightning_softprune.response import find_responses, fit_response
+from lightning_softprune.response import Response, find_responses, fit_response
 from lightning_softprune.surgery import apply_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,9 +25,17 @@ class Ways(nn.Module):
 
     def __init__(self):
         super().__init__()
-        for name in ("module", "function", "method", "in_place", "skip", "norm", "prelu", "looked_at", "last"):
+        for name in ("module", "function", "method", "in_place", "skip", "norm", "norms", "prelu", "looked_at", "last"):
             self.add_module(name, nn.Linear(5, 5))
-        self.act, self.slopes, self.batch_norm = nn.LeakyReLU(0.3), nn.PReLU(5), nn.BatchNorm1d(5)
+        self.norm_and_skip, self.norm_alone, self.norm_of_the_batch = (nn.Linear(5, 5) for _ in range(3))
+        self.act, self.slopes = nn.LeakyReLU(0.3), nn.PReLU(5)
+        self.batch_norm, self.plain = nn.BatchNorm1d(5), nn.BatchNorm1d(5, affine=False)
+        self.of_the_batch = nn.BatchNorm1d(5, track_running_stats=False)
+        for norm in (self.batch_norm, self.plain):
+            nn.init.uniform_(norm.running_mean, -1, 1)
+            nn.init.uniform_(norm.running_var, 0.1, 4)
+        nn.init.uniform_(self.batch_norm.weight, -1, 1)
+        nn.init.uniform_(self.batch_norm.bias, -1, 1)
 
     def forward(self, x):
         x = self.act(self.module(x))
@@ -37,7 +45,12 @@ class Ways(nn.Module):
         x = F.relu(x, inplace=True)
         y = self.skip(x)
         x = F.relu(y) + y
-        x = self.batch_norm(self.norm(x)).relu()
+        x = F.relu(self.batch_norm(self.norm(x)), inplace=True)
+        x = self.plain(self.batch_norm(self.norms(x))).tanh()
+        y = self.batch_norm(self.norm_and_skip(x))
+        x = y.relu() + y
+        x = self.batch_norm(self.norm_alone(x)) * 2
+        x = self.of_the_batch(self.norm_of_the_batch(x)).relu()
         x = self.slopes(self.prelu(x))
         y = self.looked_at(x)
         x = F.gelu(y.reshape(y.shape)) if y.ndim > 2 else F.gelu(y)
@@ -52,11 +65,13 @@ def test_the_function_that_follows_a_layer_is_found_where_nothing_else_reads_the
     kept = y.clone()
     expected = {
         "module": F.leaky_relu(y, 0.3), "function": y.sigmoid(), "method": y.tanh(), "in_place": y.relu(),
-        "looked_at": F.gelu(y),
+        "looked_at": F.gelu(y), "norm": model.batch_norm(y).relu(), "norms": model.plain(model.batch_norm(y)).tanh(),
     }  # fmt: skip
     assert set(found) == set(expected)
     for name, values in expected.items():
-        assert torch.equal(found[name](y), values)
+        torch.testing.assert_close(found[name](y), values)
+        torch.testing.assert_close(found[name].of(torch.tensor([3, 1]))(y[:, [3, 1]]), values[:, [3, 1]])
+        torch.testing.assert_close(found[name].of(slice(1, 3))(y[:, 1:3]), values[:, 1:3])
     assert torch.equal(y, kept)
 
 
@@ -93,7 +108,7 @@ def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, se
     monkeypatch.setattr(response, "SOLVES", 40)
     f, slope = FUNCTIONS[name]
     given = problem(seed)
-    weight, bias = fit_response(f, *given)
+    weight, bias = fit_response(Response(f), *given)
     wanted, z, *start, _, ridge = (value.numpy() if isinstance(value, torch.Tensor) else value for value in given)
     z = np.concatenate([z, np.ones((len(z), 1))], 1)
     for output in range(len(weight)):
@@ -115,7 +130,7 @@ def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, se
 def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
     f, _ = FUNCTIONS[name]
     wanted, z, weight, bias, prior, factor, _ = problem(seed)
-    fitted, shift = fit_response(f, wanted, z, weight, bias, prior, factor, 0.0)
+    fitted, shift = fit_response(Response(f), wanted, z, weight, bias, prior, factor, 0.0)
     before, after = ((f(wanted) - f(z @ w.t() + b)).square().sum(0) for w, b in ((weight, bias), (fitted, shift)))
     assert (after <= before).all()
     assert after.sum() < 0.9 * before.sum()
@@ -124,16 +139,16 @@ def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
 def test_an_output_without_a_slope_anywhere_stays_as_it_is():
     wanted, z, weight, bias, *rest = problem(0)
     bias[1] = -1e4
-    fitted, shift = fit_response(torch.relu, wanted, z, weight, bias, *rest)
+    fitted, shift = fit_response(Response(torch.relu), wanted, z, weight, bias, *rest)
     assert torch.equal(fitted[1], weight[1])
     assert shift[1] == bias[1]
     assert fitted.isfinite().all()
 
 
 def test_outputs_fitted_in_blocks_are_those_fitted_at_once(monkeypatch):
-    whole = fit_response(torch.relu, *problem(0))
+    whole = fit_response(Response(torch.relu), *problem(0))
     monkeypatch.setattr(response, "BLOCK", 250)
-    for a, b in zip(whole, fit_response(torch.relu, *problem(0)), strict=True):
+    for a, b in zip(whole, fit_response(Response(torch.relu), *problem(0)), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -179,10 +194,26 @@ def kernels():
     return model
 
 
+def normed_kernels():
+    model = nn.Sequential(
+        nn.Conv2d(8, 30, 1), nn.ReLU(), nn.Conv2d(30, 30, 2), nn.BatchNorm2d(30), nn.ReLU(), nn.Conv2d(30, 12, 1),
+        nn.BatchNorm2d(12), nn.Sigmoid(),
+    )  # fmt: skip
+    nn.init.uniform_(model[3].running_var, 0.01, 0.1)
+    nn.init.constant_(model[3].bias, -1.0)
+    nn.init.constant_(model[6].weight, 12.0)  # deep in saturation
+    return model
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("layers", "shape"),
-    [(stack, (2000, 8)), (pointwise_convolutions, (100, 8, 4, 5)), (kernels, (300, 8, 6, 6))],
+    [
+        (stack, (2000, 8)),
+        (pointwise_convolutions, (100, 8, 4, 5)),
+        (kernels, (300, 8, 6, 6)),
+        (normed_kernels, (300, 8, 5, 5)),
+    ],
 )
 def test_the_refit_through_the_functions_is_nearer_to_the_dense_network_on_fresh_inputs(
     layers, shape, dtype, monkeypatch
