@@ -19,7 +19,6 @@ from lightning_softprune.calibration import InputStatistics, Reader, find_reader
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.regression import (
     Joint,
-    Order,
     Shared,
     input_dim,
     kept_channels,
@@ -130,7 +129,7 @@ def _regression(
 ) -> Joint | Shared:
     exact = mode == "least_squares"
     nested = _keep_order(reader, groups, rankings, layer)
-    order = None if nested is None else Order(torch.from_numpy(nested).to(known.mean.device))
+    order = None if nested is None else torch.from_numpy(nested).to(known.mean.device)
     if known.windows is not None:
         return Joint(known.windows, taps_per_channel(layer, reader.stride), order, exact)
     if reads_one_row(layer, reader.stride):

@@ -25,7 +25,6 @@ Readers of several groups (behind a concatenation) are factorised per plan.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -47,24 +46,14 @@ def ridge_of(covariance: torch.Tensor, fraction: float = RIDGE) -> float:
 
 def cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
     """Factorise ``matrix + ridge I``, with more ridge where rounding has made the matrix indefinite."""
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
     while True:
-        factor, failed = torch.linalg.cholesky_ex(matrix + ridge * identity)
+        ridged = matrix.clone()
+        ridged.diagonal().add_(ridge)
+        factor, failed = torch.linalg.cholesky_ex(ridged)
         if not failed:
             found: torch.Tensor = factor
             return found
-        ridge *= 10.0
-
-
-@dataclass(frozen=True)
-class Order:
-    """The channels of a reader whose plans are nested, the last to go first, shape ``(channels,)``."""
-
-    channels: torch.Tensor
-
-    def features(self, taps: int) -> torch.Tensor:
-        """The same order for the taps of every channel."""
-        return (self.channels[:, None] * taps + torch.arange(taps, device=self.channels.device)).flatten()
+        ridge = 10.0 * ridge or ridge_of(matrix, 1e-12)
 
 
 class _Nested:
@@ -78,7 +67,7 @@ class _Nested:
         self.order = order
         self.matrix = covariance
         if order is not None:
-            self.matrix = cholesky(covariance[order][:, order], self.ridge)
+            self.matrix = cholesky(covariance[order[:, None], order], self.ridge)
             self.place = order.argsort()
 
     def predicted(self, left: torch.Tensor, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
@@ -103,13 +92,17 @@ class Joint:
     Args:
         known: Statistics of the reader's windows; of its inputs, where an output reads one row of them.
         taps: Features per channel.
-        order: The order of its channels, if its plans are nested.
+        order: Its channels, the last to go first, if its plans are nested.
         exact: Whether to predict; otherwise removed features are replaced by their means.
     """
 
-    def __init__(self, known: InputStatistics, taps: int, order: Order | None, exact: bool) -> None:
-        self.taps, self.mean = taps, known.mean
-        self.covariance = _Nested(known.covariance, order.features(taps) if order else None) if exact else None
+    def __init__(self, known: InputStatistics, taps: int, order: torch.Tensor | None, exact: bool) -> None:
+        self.mean = known.mean
+        self.covariance: _Nested | None = None
+        if exact:
+            if order is not None:
+                order = (order[:, None] * taps + torch.arange(taps, device=order.device)).flatten()
+            self.covariance = _Nested(known.covariance, order)
 
     def fold(self, weight: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fold the removed inputs into the kept ones.
@@ -143,16 +136,16 @@ class Shared:
 
     Args:
         known: Statistics of the reader's inputs.
-        order: The order of its channels, if its plans are nested.
+        order: Its channels, the last to go first, if its plans are nested.
         exact: Whether to predict; otherwise removed channels are replaced by their means.
     """
 
-    def __init__(self, known: InputStatistics, order: Order | None, exact: bool) -> None:
+    def __init__(self, known: InputStatistics, order: torch.Tensor | None, exact: bool) -> None:
         self.taps, self.mean = known.taps, known.mean.reshape(-1, known.stride)
         self.covariance: _Nested | None = None
         if exact:
             covariance = self.with_borders(known.covariance, known.mean, known.mean)
-            self.covariance = _Nested(covariance, order.channels if order else None)
+            self.covariance = _Nested(covariance, order)
 
     def with_borders(self, covariance: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """Add to a covariance what the means contribute where a kernel's taps fall on the input unevenly."""

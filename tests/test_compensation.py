@@ -344,6 +344,13 @@ def test_the_solution_cut_from_one_factorisation_is_that_of_a_fresh_one_for_ever
             torch.testing.assert_close(solver.predicted(left, kept, removed), left @ fresh, rtol=1e-6, atol=1e-8)
 
 
+def test_a_matrix_that_rounding_made_indefinite_gets_as_much_ridge_as_it_takes():
+    for matrix in (torch.ones(3, 3), torch.diag(torch.tensor([1.0, -1e-9, 0.0])), torch.zeros(2, 2)):
+        factor = regression.cholesky(matrix.double(), 0.0)
+        assert factor.isfinite().all()
+        torch.testing.assert_close(factor @ factor.t(), matrix.double(), atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["Autoencoder", "Residual", "Critic"])
 def test_a_plan_of_the_ranking_needs_no_fresh_factorisation(name, monkeypatch):
     net = prepared(name)
