@@ -28,10 +28,14 @@ from lightning_softprune.plan import Plan
 class Classifier(L.LightningModule):
     """Three layers; logs a loss with or without `sync_dist` and a torchmetrics accuracy."""
 
-    def __init__(self, sync_dist, unused):
+    def __init__(self, sync_dist, unused, convolutions=False):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
         self.head = nn.Linear(12, 3)
+        if convolutions:
+            first = nn.Sequential(nn.Unflatten(1, (2, 2, 2)), nn.Conv2d(2, 16, 3, padding=1, bias=False))
+            second = nn.Sequential(nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 12, 3, padding=1), nn.ReLU())
+            self.body, self.head = nn.Sequential(*first, *second, nn.Flatten()), nn.Linear(48, 3)
         self.spare = nn.Linear(2, 2) if unused else None
         self.sync_dist = sync_dist
         self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=3)
@@ -117,7 +121,7 @@ def run(options):
     y = (x @ torch.randn(8, 3, generator=generator)).argmax(1)
     train = DataLoader(TensorDataset(x, y), 8, shuffle=True)
     val = DataLoader(TensorDataset(x[:40], y[:40]), 8)
-    module = Classifier(options["sync_dist"], options.get("unused", False))
+    module = Classifier(options["sync_dist"], options.get("unused", False), options.get("convolutions", False))
     module.killed_in = options.get("killed_in")
     plans = []
     original = Plan.from_counts.__func__

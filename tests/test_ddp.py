@@ -49,6 +49,7 @@ FITS = {
     "bucket views": {"monitor": "val_acc", "ddp": {"gradient_as_bucket_view": True}},
     "unused parameters": {"unused": True, "ddp": {"find_unused_parameters": True}},
     "static graph": {"ddp": {"static_graph": True}},
+    "convolutions": {"convolutions": True},
     "report and logger": {"report": True},
     "highest sparsity": {"pruning": {"target_sparsity": None, "constraints": ["val_loss <= 1.1", "val_acc >= 0.2"]}},
     "budgets": {
