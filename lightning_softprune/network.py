@@ -6,6 +6,8 @@ behind. Tracing, ranking and rehearsing all run them; no example input is asked 
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +45,9 @@ __all__ = ["Network", "find_groups", "rehearse"]
 
 Steps = list[Callable[[], Any]]
 
+PROBE_SAMPLES = 32
+"""Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
+
 
 @dataclass(frozen=True)
 class Network:
@@ -75,7 +80,11 @@ class Network:
             MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
         """
         steps = module_steps(trainer, module, scorer)
-        found = prepare_groups(module, steps, settings.components, settings.ignore, settings.twins)
+        few = module_steps(trainer, module, scorer, PROBE_SAMPLES)
+        same = trainer.strategy.reduce_boolean_decision(run_the_same(module, few, steps), all=True)
+        found = prepare_groups(
+            module, steps, settings.components, settings.ignore, settings.twins, probing=few if same else steps
+        )
         found = trainer.strategy.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
         if not groups:
@@ -185,16 +194,73 @@ def prepare_groups(
     components: dict[str, list[str]] | None,
     ignore: Sequence[str],
     twins: dict[str, str] | None = None,
+    probing: Steps | None = None,
 ) -> list[PruningGroup]:
     """Trace, name components and probe: the groups as the user sees them."""
 
     def run(seed: int = 0) -> None:
-        with isolated_rng(seed), torch.no_grad():
-            for step in steps:
-                step()
+        _run(probing or steps, seed)
 
     traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
     return probe(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
+
+
+def _run(steps: Steps, seed: int = 0) -> None:
+    with isolated_rng(seed), torch.no_grad():
+        for step in steps:
+            step()
+
+
+def run_the_same(model: nn.Module, few: Steps, whole: Steps) -> bool:
+    """Whether steps on fewer samples run, and call every layer of the model as often as those on whole batches."""
+
+    def calls(steps: Steps) -> Counter[str]:
+        seen: Counter[str] = Counter()
+        handles = [
+            layer.register_forward_hook(lambda *_, name=name: seen.update([name]))
+            for name, layer in model.named_modules()
+        ]
+        try:
+            _run(steps)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    wanted = calls(whole)
+    try:
+        return calls(few) == wanted
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever the user's code says to fewer samples: whole batches do
+        return False
+
+
+def first_samples(batch: Any, count: int | None) -> Any:
+    """The first samples of a batch that is made of tensors of one length; any other batch as it is.
+
+    >>> x, y = first_samples((torch.ones(64, 3), torch.ones(64)), 32)
+    >>> len(x), len(y), first_samples({"x": torch.ones(64), "scale": 1.0}, 32)["x"].shape
+    (32, 32, torch.Size([64]))
+    """
+    lengths: set[int | None] = set()
+
+    def cut(part: Any) -> Any:
+        if isinstance(part, torch.Tensor):
+            lengths.add(len(part) if part.ndim else None)
+            return part[:count] if part.ndim else part
+        if isinstance(part, dict):
+            shorter = copy.copy(part)
+            shorter.update({key: cut(value) for key, value in part.items()})
+            return shorter
+        if isinstance(part, (list, tuple)):
+            inside = [cut(value) for value in part]
+            return type(part)(*inside) if hasattr(part, "_fields") else type(part)(inside)
+        lengths.add(None)
+        return part
+
+    shorter = cut(batch) if count else batch
+    return shorter if len(lengths) == 1 and None not in lengths else batch
 
 
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
@@ -204,7 +270,9 @@ def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
     return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"
 
 
-def _validation(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer) -> Callable[[], Any]:
+def _validation(
+    trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, samples: int | None = None
+) -> Callable[[], Any]:
     """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind."""
 
     def step() -> Any:
@@ -212,29 +280,34 @@ def _validation(trainer: pl.Trainer, module: pl.LightningModule, scorer: Validat
             leave_inference(module)
             module.eval()
             batch, batch_idx, dataloader_idx = scorer.first_batch()
+            batch = first_samples(batch, samples)
             return run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
 
     return step
 
 
-def _training(trainer: pl.Trainer, module: pl.LightningModule, raw: Any, number: int) -> Callable[[], Any]:
+def _training(
+    trainer: pl.Trainer, module: pl.LightningModule, raw: Any, number: int, samples: int | None = None
+) -> Callable[[], Any]:
     """The module's `training_step` on one training batch, in eval mode, leaving nothing behind."""
 
     def step() -> Any:
         with untouched(trainer, module):
             leave_inference(module)
             module.eval()
-            batch = transfer(trainer, module, raw, step="training_step")
+            batch = first_samples(transfer(trainer, module, raw, step="training_step"), samples)
             return run_step(trainer, module, "training_step", batch, number)
 
     return step
 
 
-def module_steps(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer) -> Steps:
+def module_steps(
+    trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, samples: int | None = None
+) -> Steps:
     """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic."""
-    steps: Steps = [_validation(trainer, module, scorer)]
+    steps: Steps = [_validation(trainer, module, scorer, samples)]
     if module.automatic_optimization and is_overridden("training_step", module):
-        steps += [_training(trainer, module, batch, 0) for batch in training_batches(trainer, 1)]
+        steps += [_training(trainer, module, batch, 0, samples) for batch in training_batches(trainer, 1)]
     return steps
 
 
