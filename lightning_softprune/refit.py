@@ -13,7 +13,9 @@ predicted from ``z``, around the one-shot prediction.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -56,7 +58,7 @@ anything, so that few calibration batches tell less of it than of the linear fit
 
 
 class DenseRun:
-    """What the readers give in the dense network, and what the others read: the targets of :func:`refit`.
+    """What the readers did in the dense network: outputs, and inputs of those whose windows are too wide.
 
     Evenly spread observations of each calibration batch, in single precision.
     """
@@ -64,20 +66,24 @@ class DenseRun:
     def __init__(self, model: nn.Module, compensation: Compensation, steps: Sequence[Callable[[], Any]]) -> None:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
+        self.calls: list[Counter[str]] = []
         joint = [name for name in compensation.readers if isinstance(compensation.regression(name), Joint)]
         shared = [name for name in compensation.readers if name not in joint]
-
         self.most = {name: most_rows(features_of(model.get_submodule(name))) for name in joint}
 
         def see_output(name: str, output: torch.Tensor) -> None:
-            rows = outputs_at_rows(model.get_submodule(name), output, self.most[name])
-            self.rows.setdefault(name, []).append(rows.float())
+            see(name, outputs_at_rows(model.get_submodule(name), output, self.most[name]))
 
         def see_input(name: str, source: torch.Tensor) -> None:
-            self.rows.setdefault(name, []).append(_thinned(as_rows(model.get_submodule(name), source)).float())
+            see(name, _channels(model.get_submodule(name), source))
+
+        def see(name: str, rows: torch.Tensor) -> None:
+            self.rows.setdefault(name, []).append(rows.float())
+            self.calls[-1][name] += 1
 
         with watch_outputs(model, joint, see_output), watch_inputs(model, shared, see_input), torch.no_grad():
             for step in steps:
+                self.calls.append(Counter())
                 step()
         self.responses = find_responses(model, joint, steps[0]) if steps else {}
 
@@ -103,14 +109,7 @@ def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense:
         read: Read = partial(_channels, layer)
         if name in dense.most:
             read = partial(windows, layer, most=dense.most[name])
-        seen: list[torch.Tensor] = []
-
-        def see(_: str, source: torch.Tensor, read: Read = read, seen: list[torch.Tensor] = seen) -> None:
-            seen.append(read(source))
-
-        with watch_inputs(model, [name], see), torch.no_grad():
-            for step in dense.steps:
-                step()
+        seen = _given(model, name, read, dense)
         device = regression.mean.device
         differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
         if sum_over_processes(torch.tensor(float(differs), device=device)) > 0:
@@ -131,6 +130,29 @@ def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense:
             for which, value in (("weight", rows_to_weight(layer, weight)), ("bias", bias)):
                 parameter = layer.get_parameter(which)
                 parameter.copy_(value.to(parameter.device, parameter.dtype))
+
+
+class _Enough(BaseException):
+    """Ends a step: all that was wanted of it has been seen."""
+
+
+def _given(model: nn.Module, name: str, read: Read, dense: DenseRun) -> list[torch.Tensor]:
+    """What the reader is given now, call by call; each step is run as far as its last call of the reader."""
+    seen: list[torch.Tensor] = []
+    wanted = 0
+
+    def see(_: str, source: torch.Tensor) -> None:
+        seen.append(read(source))
+        if len(seen) == wanted:
+            raise _Enough
+
+    with watch_inputs(model, [name], see), torch.no_grad():
+        for step, calls in zip(dense.steps, dense.calls, strict=True):
+            wanted += calls[name]
+            if calls[name]:
+                with suppress(_Enough):
+                    step()
+    return seen
 
 
 def _joint(

@@ -895,6 +895,38 @@ def test_the_refit_leaves_alone_what_the_pruned_network_is_given_in_other_number
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("swallow", [False, True])
+def test_the_refit_runs_each_step_as_far_as_the_reader_and_survives_code_that_catches_everything(swallow):
+    model, x = deep()
+    reference = copy.deepcopy(model)
+    calls = []
+
+    def step():
+        try:
+            return model(x)
+        except BaseException:
+            if not swallow:
+                raise
+        finally:
+            calls.append("step")
+
+    for layer in (2, 4, 6):
+        model[layer].register_forward_hook(lambda *_, layer=layer: calls.append(layer))
+    net = Prepared(model, x)
+    found = net.compensation()
+    run = DenseRun(model, found, [step, step])
+    net.prune()
+    calls.clear()
+    refit(model, net.surgery, found, run)
+    assert calls == ["step"] * 2 + [2, "step"] * 2 + [2, 4, "step"] * 2
+    plain = Prepared(reference, x)
+    found = plain.compensation()
+    run = DenseRun(reference, found, plain.steps * 2)
+    plain.prune()
+    refit(reference, plain.surgery, found, run)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("kind", BROKEN)
 def test_nothing_in_the_data_makes_a_refitted_weight_nan(kind):
     model, x = broken_channels(kind)
