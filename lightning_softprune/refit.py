@@ -49,6 +49,9 @@ REFIT_RIDGE = 1e-2
 MAX_ROWS = 4096
 """Observations per calibration batch and reader that are kept of inputs."""
 
+CHECKED_ROWS = 64
+"""Observations on which a layer shows that it is linear in what it reads."""
+
 MAX_RESPONSE_ROWS = 2**14
 """Observations per process and reader on which outputs are compared after the function that follows."""
 
@@ -86,6 +89,39 @@ class DenseRun:
                 self.calls.append(Counter())
                 step()
         self.responses = find_responses(model, joint, steps[0]) if steps else {}
+        for name in _with_ways_of_their_own(model, joint, steps[:1]):
+            del self.rows[name]
+
+
+def _with_ways_of_their_own(model: nn.Module, names: Sequence[str], steps: Sequence[Callable[[], Any]]) -> set[str]:
+    """Layers that compute something else than their weights times what they read: of a class with its own `forward`."""
+    found: set[str] = set()
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(layer: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            source = args[0] if args else next(iter(kwargs.values()))
+            rows = in_double(windows(layer, source, CHECKED_ROWS))
+            wanted = in_double(outputs_at_rows(layer, output, CHECKED_ROWS))
+            weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(rows).flatten(2)
+            parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
+            outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
+            bias = layer._parameters.get("bias")
+            if bias is not None:
+                outputs = outputs + bias.detach().to(rows)
+            if len(outputs) != len(wanted) or (outputs - wanted).norm() > 0.05 * wanted.norm() + 1e-6:
+                found.add(name)
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(hook_for(n), with_kwargs=True) for n in names]
+    try:
+        with torch.no_grad():
+            for step in steps:
+                step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
 
 
 def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseRun) -> None:

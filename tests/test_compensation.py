@@ -883,6 +883,42 @@ def test_the_refit_leaves_grouped_convolutions_of_wide_windows_alone(too_wide):
     assert changed == {"head.weight", "head.bias"}
 
 
+class Scaled(nn.Linear):
+    """Weights are three times what they are used as."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight / 3, self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """Weights are brought to unit norm before they are used."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight / self.weight.flatten(1).norm(dim=1)[:, None, None, None], self.bias)
+
+
+@pytest.mark.parametrize(
+    ("own", "kinds", "shape"),
+    [(Scaled, (20, 16), (300, 24)), (Standardised, (20, 16, 2), (100, 24, 5, 5))],
+    ids=["linear", "convolution"],
+)
+def test_the_refit_leaves_layers_that_compute_in_their_own_way_alone(own, kinds, shape):
+    torch.manual_seed(0)
+    plain = own.__mro__[1]
+    size = kinds[2:]
+    layers = [plain(24, 20, *size), nn.ReLU(), own(*kinds), nn.ReLU(), plain(16, 4, *size)]
+    model, x = nn.Sequential(*layers), torch.randn(shape)
+    net = Prepared(model, x)
+    found = net.compensation()
+    run = DenseRun(model, found, net.steps)
+    net.prune()
+    before = copy.deepcopy(model.state_dict())
+    refit(model, net.surgery, found, run)
+    assert found.readers == ["2", "4"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]) == (not name.startswith("4."))
+
+
 def test_the_refit_leaves_alone_what_the_pruned_network_is_given_in_other_numbers():
     model, x = deep()
     net = Prepared(model, x)
