@@ -37,8 +37,8 @@ __all__ = [
     "reading_weight",
     "reads_one_row",
     "taps_of",
+    "watch_calls",
     "watch_inputs",
-    "watch_outputs",
 ]
 
 IntArray = NDArray[np.int64]
@@ -263,13 +263,18 @@ def watch_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, tor
 
 
 @contextmanager
-def watch_outputs(model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """Call ``see(name, output)`` for each output of the named layers while the block runs the model."""
+def watch_calls(
+    model: nn.Module, names: Sequence[str], see: Callable[[str, torch.Tensor, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, source, output)`` after each call of the named layers while the block runs the model."""
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda _, __, output: see(name, output)
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+            see(name, args[0] if args else next(iter(kwargs.values())), output)
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name), with_kwargs=True) for name in names]
     try:
         yield
     finally:

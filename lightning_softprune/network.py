@@ -379,18 +379,6 @@ def find_groups(
     0 8 prunable
     2 2 2 produces an output of the network
     """
-    steps: Steps = []
-    if isinstance(model, pl.LightningModule) and batch is not None:
-        names = ["validation_step"] if is_overridden("validation_step", model) else []
-        if model.automatic_optimization and is_overridden("training_step", model):
-            names.append("training_step")
-        steps = [_plain_step(model, name, batch) for name in names]
-    elif batch is None:
-        batch = getattr(model, "example_input_array", None)
-        if batch is None:
-            raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
-    if not steps:
-        steps = [lambda: model(*batch) if isinstance(batch, tuple) else model(batch)]
 
     def quietly(step: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -401,29 +389,44 @@ def find_groups(
 
         return run
 
+    steps: Steps = []
+    if isinstance(model, pl.LightningModule) and batch is not None:
+        names = ["validation_step"] if is_overridden("validation_step", model) else []
+        if model.automatic_optimization and is_overridden("training_step", model):
+            names.append("training_step")
+        for name in names:
+            begin = False
+            try:  # hooks may want a trainer, which is not here: they are called only where a step misses what they make
+                with torch.inference_mode(False):
+                    _run([quietly(_plain_step(model, name, batch))])
+            except AttributeError:
+                begin = True
+            steps.append(_plain_step(model, name, batch, begin))
+    elif batch is None:
+        batch = getattr(model, "example_input_array", None)
+        if batch is None:
+            raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
+    if not steps:
+        steps = [lambda: model(*batch) if isinstance(batch, tuple) else model(batch)]
     with isolated_rng(0), torch.inference_mode(False):
         return prepare_groups(model, [quietly(step) for step in steps], components, ignore or ())
 
 
-def _plain_step(model: pl.LightningModule, name: str, batch: Any) -> Callable[[], Any]:
+BEGINNINGS = {"validation_step": "on_validation_epoch_start", "training_step": "on_train_epoch_start"}
+
+
+def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = False) -> Callable[[], Any]:
     from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
     function = getattr(model, name)
     takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
 
-    def call() -> Any:
-        return function(batch, 0) if takes_index else function(batch)
-
     def step() -> Any:
         model.__dict__.update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
         try:
-            return call()
-        except AttributeError:  # of something that the hook before an epoch makes
-            hook = "on_validation_epoch_start" if name == "validation_step" else "on_train_epoch_start"
-            if not is_overridden(hook, model):
-                raise
-            getattr(model, hook)()
-            return call()
+            if begin:
+                getattr(model, BEGINNINGS[name])()
+            return function(batch, 0) if takes_index else function(batch)
         finally:
             del model.__dict__["log"], model.__dict__["log_dict"]
 

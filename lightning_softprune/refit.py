@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_softprune.calibration import as_rows, in_double, sum_over_processes, watch_inputs, watch_outputs
+from lightning_softprune.calibration import as_rows, in_double, sum_over_processes, watch_calls, watch_inputs
 from lightning_softprune.compensation import Compensation, outputs_kept
 from lightning_softprune.regression import (
     Joint,
@@ -74,8 +74,13 @@ class DenseRun:
         shared = [name for name in compensation.readers if name not in joint]
         self.most = {name: most_rows(features_of(model.get_submodule(name))) for name in joint}
 
-        def see_output(name: str, output: torch.Tensor) -> None:
-            see(name, outputs_at_rows(model.get_submodule(name), output, self.most[name]))
+        own_ways = dict.fromkeys(joint, 0.0)
+
+        def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
+            layer = model.get_submodule(name)
+            if name not in self.rows and not _is_linear_in_its_windows(layer, source, output):
+                own_ways[name] = 1.0
+            see(name, outputs_at_rows(layer, output, self.most[name]))
 
         def see_input(name: str, source: torch.Tensor) -> None:
             see(name, _channels(model.get_submodule(name), source))
@@ -84,44 +89,29 @@ class DenseRun:
             self.rows.setdefault(name, []).append(rows.float())
             self.calls[-1][name] += 1
 
-        with watch_outputs(model, joint, see_output), watch_inputs(model, shared, see_input), torch.no_grad():
+        with watch_calls(model, joint, see_call), watch_inputs(model, shared, see_input), torch.no_grad():
             for step in steps:
                 self.calls.append(Counter())
                 step()
+        device = next(model.parameters()).device
+        found = sum_over_processes(torch.tensor(list(own_ways.values()), device=device)).tolist()
+        for name, flags in zip(joint, found, strict=True):  # all processes leave out the same ones
+            if flags:
+                self.rows.pop(name, None)
         self.responses = find_responses(model, joint, steps[0]) if steps else {}
-        for name in _with_ways_of_their_own(model, joint, steps[:1]):
-            del self.rows[name]
 
 
-def _with_ways_of_their_own(model: nn.Module, names: Sequence[str], steps: Sequence[Callable[[], Any]]) -> set[str]:
-    """Layers that compute something else than their weights times what they read: of a class with its own `forward`."""
-    found: set[str] = set()
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
-            source = args[0] if args else next(iter(kwargs.values()))
-            rows = in_double(windows(layer, source, CHECKED_ROWS))
-            wanted = in_double(outputs_at_rows(layer, output, CHECKED_ROWS))
-            weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(rows).flatten(2)
-            parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
-            outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
-            bias = layer._parameters.get("bias")
-            if bias is not None:
-                outputs = outputs + bias.detach().to(rows)
-            if len(outputs) != len(wanted) or (outputs - wanted).norm() > 0.05 * wanted.norm() + 1e-6:
-                found.add(name)
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_hook(hook_for(n), with_kwargs=True) for n in names]
-    try:
-        with torch.no_grad():
-            for step in steps:
-                step()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
+def _is_linear_in_its_windows(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
+    """Whether outputs are the weights times what they read: not so for some classes with a `forward` of their own."""
+    rows = in_double(windows(layer, source, CHECKED_ROWS))
+    wanted = in_double(outputs_at_rows(layer, output, CHECKED_ROWS))
+    weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(rows).flatten(2)
+    parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
+    outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
+    bias = layer._parameters.get("bias")
+    if bias is not None:
+        outputs = outputs + bias.detach().to(rows)
+    return len(outputs) == len(wanted) and bool((outputs - wanted).norm() <= 0.05 * wanted.norm() + 1e-6)
 
 
 def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseRun) -> None:

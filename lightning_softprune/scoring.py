@@ -448,13 +448,13 @@ def run_step(
     dataloader_idx: int = 0,
     *,
     autocast: bool = False,
+    begin: bool = True,
 ) -> Any:
     """Runs one step of the module by itself, with nothing logged.
 
     The mode (`train()`, `eval()`, gradients) is the caller's choice. What the step changes on the module stays changed:
-    wrap it in `untouched` and `isolated_rng`. Steps may need what the module's hooks make at the start of an epoch:
-    validation's are called first, as each pass over the validation data does; training's only where the step misses an
-    attribute, as before the first epoch.
+    wrap it in `untouched` and `isolated_rng`. Steps may need what the module's hooks make at the start of an epoch, so
+    these are called first: validation's, and training's as long as this fit has trained on no batch.
 
     Args:
         trainer: The trainer in charge.
@@ -464,6 +464,7 @@ def run_step(
         batch_idx: Its index; left out where the step takes none.
         dataloader_idx: Its loader; left out where Lightning would.
         autocast: Whether mixed precision applies. Precisions that change the module itself (`"bf16-true"`) always do.
+        begin: Whether to call those hooks.
 
     Returns:
         What the step returns.
@@ -493,17 +494,12 @@ def run_step(
         stack.enter_context(_eager())
         if autocast or not isinstance(plugin, MixedPrecision):
             stack.enter_context(plugin.train_step_context() if step == "training_step" else plugin.val_step_context())
-        if step == "validation_step":
+        if begin and step == "validation_step":
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
-            return function(*arguments)
-        try:
-            return function(*arguments)
-        except AttributeError:
-            if not is_overridden("on_train_epoch_start", pl_module):
-                raise
+        elif begin and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             pl_module.on_train_epoch_start()
-            return function(*arguments)
+        return function(*arguments)
 
 
 def _passes_dataloader_idx(trainer: pl.Trainer, function: Callable[..., Any]) -> bool:
@@ -729,18 +725,18 @@ def time_validation_step(
         if pl_module.device.type == "cuda":
             torch.cuda.synchronize(pl_module.device)
 
-    def run() -> float:
+    def run(begin: bool = False) -> float:
         batch = scorer.first_batch()
         wait()
         started = time.perf_counter()
-        run_step(trainer, pl_module, "validation_step", *batch, autocast=True)
+        run_step(trainer, pl_module, "validation_step", *batch, autocast=True, begin=begin)
         wait()
         return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
         leave_inference(pl_module)
         pl_module.eval()
-        run()
+        run(begin=True)
         runs = max(1, min(runs, int(seconds / run())))
         for _ in range(runs // 3):
             run()

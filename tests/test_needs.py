@@ -498,13 +498,18 @@ def test_prune_takes_a_datamodule_and_the_modules_own_loaders(tmp_path):
 
 
 class Gathering(AutoEncoder):
-    """Its steps need what its hooks make at the start of an epoch."""
+    """Its steps need what its hooks make at the start of an epoch, some of it between two layers."""
 
     def on_validation_epoch_start(self):
-        self.seen = []
+        self.seen = self.now = []
 
     def on_train_epoch_start(self):
-        self.steps = []
+        self.steps = self.now = []
+
+    def forward(self, x):
+        z = self.encoder(x)
+        self.now.append(len(z))
+        return self.decoder(z)
 
     def training_step(self, batch, *rest):
         self.steps.append(len(self.losses))
@@ -523,7 +528,7 @@ def test_steps_find_what_hooks_make_at_the_start_of_an_epoch(tmp_path, how):
         batch = next(iter(data["val_dataloaders"]))
         found, wanted = (find_groups(m, batch) for m in (module, plain))
         assert [str(group) for group in found] == [str(group) for group in wanted]
-        assert not {"seen", "steps"} & set(vars(module))
+        assert not {"seen", "steps", "now"} & set(vars(module))
         return
     if how == "one-shot":
         for m in (module, plain):
