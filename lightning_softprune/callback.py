@@ -31,7 +31,6 @@ from lightning_softprune.figures import log_figures
 from lightning_softprune.groups import match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
-from lightning_softprune.objective import parse_constraint
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
@@ -42,7 +41,7 @@ from lightning_softprune.scoring import (
     take_epoch_back,
     take_epoch_back_in,
 )
-from lightning_softprune.search import GradientSearch, SearchStrategy
+from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
 from lightning_softprune.settings import RoundSettings
 
 __all__ = ["SoftPruning", "cubic_schedule"]

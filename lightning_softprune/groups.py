@@ -32,7 +32,7 @@ from torch_pruning import _helpers, ops
 from torch_pruning.dependency import index_mapping, shape_infer
 
 from lightning_softprune.layers import Layout, layout_of
-from lightning_softprune.patterns import no_match
+from lightning_softprune.utilities.patterns import no_match
 
 __all__ = ["Component", "Member", "PruningGroup", "assign_components", "match_modules", "trace_groups"]
 

@@ -20,13 +20,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_softprune.calibration import collect_statistics, find_readers
-from lightning_softprune.coefficients import Coefficients, build_rounding, build_space
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.costs import CostModel, Positions, record_macs
 from lightning_softprune.groups import PruningGroup, assign_components, mirror_twins, trace_groups
 from lightning_softprune.importance import norms, rank
 from lightning_softprune.journal import digest
-from lightning_softprune.plan import Plan, Rounding
 from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.scoring import (
     ValidationScorer,
@@ -37,7 +35,7 @@ from lightning_softprune.scoring import (
     transfer,
     untouched,
 )
-from lightning_softprune.search import SearchSpace
+from lightning_softprune.search import Coefficients, Plan, Rounding, SearchSpace, build_rounding, build_space
 from lightning_softprune.settings import RoundSettings
 from lightning_softprune.surgery import Surgery, Transaction, apply_plan, probe
 

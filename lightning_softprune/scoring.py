@@ -47,7 +47,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_softprune.memory import ATOMS, RNGS, Memory
+from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Memory
 
 __all__ = ["ValidationScorer", "isolated_rng", "run_step", "training_batches", "transfer", "untouched"]
 

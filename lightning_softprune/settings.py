@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_softprune.objective import Constraint
-from lightning_softprune.search import SearchStrategy
+from lightning_softprune.search import Constraint, SearchStrategy
 
 __all__ = ["RoundSettings"]
 

@@ -22,8 +22,8 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_softprune.groups import PruningGroup
 from lightning_softprune.layers import Layout, layout_of, set_sizes
-from lightning_softprune.memory import Memory
-from lightning_softprune.plan import Plan
+from lightning_softprune.search import Plan
+from lightning_softprune.utilities.snapshot import Memory
 
 __all__ = ["OptimizerTransaction", "Surgery", "Transaction", "apply_plan", "probe", "repair_optimizers"]
 

@@ -17,12 +17,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_softprune.journal import Journal, Key
 from lightning_softprune.network import Network
-from lightning_softprune.objective import Objective
-from lightning_softprune.plan import Plan
 from lightning_softprune.progress import SearchProgress
 from lightning_softprune.results import Sensitivity, Trial
 from lightning_softprune.scoring import ValidationScorer, over_processes, time_validation_step
-from lightning_softprune.search import SearchSpace, SearchStrategy
+from lightning_softprune.search import Objective, Plan, SearchSpace, SearchStrategy
 from lightning_softprune.settings import RoundSettings
 
 __all__ = ["Scored", "Stopwatch", "Trials", "check_reachable", "monitored"]

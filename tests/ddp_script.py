@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round as rounds
 from lightning_softprune import OptunaSearch, RandomSearch, SoftPruning
-from lightning_softprune.plan import Plan
+from lightning_softprune.search.plan import Plan
 
 
 class Classifier(L.LightningModule):

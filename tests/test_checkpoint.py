@@ -33,7 +33,7 @@ from lightning_softprune import (
     resize,
 )
 from lightning_softprune.checkpoint import Form, keep_record
-from lightning_softprune.plan import Plan
+from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 
 pytestmark = [

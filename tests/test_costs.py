@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import BY_NAME, PRUNABLE, prunable
 
 from lightning_softprune.costs import CostModel, count_macs, count_parameters, record_macs
-from lightning_softprune.plan import Plan
+from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

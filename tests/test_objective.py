@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_softprune.objective import Objective, parse_constraint
+from lightning_softprune.search.objective import Objective, parse_constraint
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lightning_softprune.plan import Plan, Rounding
+from lightning_softprune.search.plan import Plan, Rounding
 
 GRID = np.linspace(0.0, 1.0, 201)
 BOUNDS = [(0.0, 1.0), (0.0, 0.5), (0.3, 1.0), (0.25, 0.6), (0.5, 0.5), (0.0, 0.0), (1.0, 1.0), (0.11, 0.13)]

@@ -12,9 +12,9 @@ from lightning_softprune import response
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.groups import trace_groups
-from lightning_softprune.plan import Plan
 from lightning_softprune.refit import DenseRun, refit
 from lightning_softprune.response import Response, find_responses, fit_response
+from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from zoo import BY_NAME, PRUNABLE, prunable
 
-from lightning_softprune.plan import Plan
+from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import OptimizerTransaction, Transaction, apply_plan, probe, repair_optimizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")

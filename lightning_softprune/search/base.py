@@ -38,7 +38,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 _RUNNING = frozenset({"is_global_zero", "stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"})
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_softprune.search.base import SearchStrategy, budget
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 MAX_REPEATS = 1000
 """A strategy that asks this many times in a row for plans it has asked before in this search is ended."""

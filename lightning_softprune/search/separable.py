@@ -31,7 +31,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from lightning_softprune.search.base import SensitivityCurve
-from lightning_softprune.search.space import FloatArray, IntArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 EXACT_COMBINATIONS = 200_000
 """Up to this many combinations are gone through in the order of the objective."""

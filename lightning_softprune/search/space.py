@@ -18,15 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 EXACT_PLANS = 300_000
 """Networks with at most this many plans are enumerated, which makes `nearest` and `project` exact."""
 
 _SLACK = 1e-12  # sparsities are quotients of integers: equal ones may differ in the last bits
+
 _SAMPLES = 8192  # per coefficient, when its values that realise differently are looked for
+
 _PAIRS = 64  # beyond this many coefficients single steps are fine enough, and pairs too many
+
 _CORRECTIONS = 60  # steps towards all budgets together
 
 

@@ -8,7 +8,7 @@ from networks import AUTOENCODER, CASES, LOSSES, mlp_space, plan_loss, steep
 from scipy.optimize import minimize
 
 from lightning_softprune.search import GradientSearch, GridSearch, run_search
-from lightning_softprune.search.gradient import constrained_step, least_squares_gradient
+from lightning_softprune.search.strategies.gradient import constrained_step, least_squares_gradient
 
 
 def best_on_target(space, cache):

@@ -8,7 +8,8 @@ import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, whole_number
 from lightning_softprune.search.separable import best_combinations
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 
 def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple[SensitivityCurve, ...]]:

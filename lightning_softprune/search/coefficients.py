@@ -12,35 +12,43 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lightning_softprune.patterns import no_match
-from lightning_softprune.plan import Rounding
-from lightning_softprune.search import SearchSpace
-
-__all__ = ["Coefficients", "build_rounding", "build_space"]
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from lightning_softprune.search.plan import Rounding
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
+from lightning_softprune.utilities.patterns import no_match
 
 
 class Named(Protocol):
     """What this module has to know of a pruning group."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its unique name."""
+        ...
+
     @property
-    def component(self) -> str: ...
+    def component(self) -> str:
+        """The component it lies in."""
+        ...
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """``intra`` or ``inter``."""
+        ...
+
     @property
-    def num_channels(self) -> int: ...
+    def num_channels(self) -> int:
+        """Channels that can be removed."""
+        ...
 
 
 class Counting(Protocol):
     """What this module has to know of a cost model."""
 
-    def count(self, what: str, counts: IntArray) -> IntArray: ...
+    def count(self, what: str, counts: IntArray) -> IntArray:
+        """Costs, shape (n,), of the plans that remove so many channels, shape (n, m)."""
+        ...
 
 
 def build_rounding(groups: Sequence[Named], bounds: Mapping[str, Sequence[float]] | None, round_to: int) -> Rounding:

@@ -24,13 +24,17 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lightning_softprune.search.base import SearchStrategy, budget, choice, fraction, whole_number
-from lightning_softprune.search.sensitivity import sweep
 from lightning_softprune.search.separable import best_combinations
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.search.strategies.sensitivity import sweep
+from lightning_softprune.utilities.arrays import FloatArray
 
 _SWEEP_LEVELS = 10
+
 _AUTO_SPSA = 16  # more coefficients than this: spsa
+
 _TINY = 1e-12
+
 _MOMENTUM = 0.7  # of the spsa gradient: one random pair per step says little
 
 

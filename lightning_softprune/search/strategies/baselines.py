@@ -7,7 +7,8 @@ from collections.abc import Generator
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 
 class UniformBaseline(SearchStrategy):

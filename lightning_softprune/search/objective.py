@@ -13,11 +13,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Constraint", "Objective", "parse_constraint"]
-
 _OPERATORS = ("<=", ">=", "<", ">")
+
 _METRIC = re.compile(r"\s*([^<>=!~\s](?:[^<>=!~]*[^<>=!~\s])?)\s*")
+
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
 _PENALTY = 10.0  # a shortfall of 1 % of the bound weighs like a loss that is 10 % higher
 
 

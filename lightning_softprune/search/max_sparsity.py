@@ -24,9 +24,11 @@ import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.loop import SearchOutcome, run_search
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 _SLACK = 1e-9
+
 _CLOSED = 1 / 3  # of the gap to the constraints, that a round of evaluations has to close
 
 

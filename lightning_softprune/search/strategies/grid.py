@@ -8,12 +8,15 @@ from collections.abc import Generator, Iterator
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, budget, whole_number
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 MAX_COMBINATIONS = 2_000_000
 """Combinations whose sparsity is looked at."""
+
 MAX_FEASIBLE = 20_000
 """Combinations on target that are evaluated without a `max_evaluations`."""
+
 _CHUNK = 65_536
 
 

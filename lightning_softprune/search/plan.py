@@ -11,12 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-__all__ = ["Plan", "Rounding"]
-
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 _EPS = 1e-9
 

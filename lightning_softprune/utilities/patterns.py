@@ -5,8 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
-__all__ = ["no_match"]
-
 
 def no_match(argument: str, pattern: str, names: Sequence[str], what: str) -> str:
     """Word the error for a pattern that matches nothing.

@@ -28,16 +28,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, whole_number
-from lightning_softprune.search.space import FloatArray, SearchSpace
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
 
 if TYPE_CHECKING:
     from optuna import Study
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
+
 _MISSES = 100  # suggestions in a row without a new plan on target, after which there are taken to be no more
+
 _PACKAGES = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}  # that Optuna itself does without
+
 _UNFIT = {"bruteforce", "motpe"}  # steps instead of ranges; another name of tpe, and deprecated
+
 _ARGUMENTS = {
     "gp": {"deterministic_objective": True},
     "qmc": {"scramble": True},  # without it the seed changes nothing

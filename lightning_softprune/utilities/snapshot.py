@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ATOMS", "RNGS", "Memory"]
-
 # Values that cannot change, or that nobody changes: never looked into.
 ATOMS = frozenset(
     {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type, range, slice, torch.dtype, torch.device}
     | {torch.Size, FunctionType, MethodType, BuiltinFunctionType, ModuleType}
 )
+
 RNGS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+
 _DATA = (Tensor, np.ndarray, list, dict, set, deque, tuple, frozenset, *RNGS)
 
 
