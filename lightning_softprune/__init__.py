@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
-from lightning_softprune.groups import PruningGroup
+from lightning_softprune.graph import PruningGroup
 from lightning_softprune.network import find_groups
 from lightning_softprune.oneshot import prune
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_softprune.groups import Member, PruningGroup
+from lightning_softprune.graph import Member, PruningGroup
 from lightning_softprune.windows import MAX_FEATURES, features_of, most_rows, windows
 
 __all__ = [

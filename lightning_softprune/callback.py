@@ -26,9 +26,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
-from lightning_softprune.costs import COSTS
 from lightning_softprune.figures import log_figures
-from lightning_softprune.groups import match_modules
+from lightning_softprune.graph import COSTS, match_modules
 from lightning_softprune.importance import IMPORTANCES
 from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
 from lightning_softprune.progress import print_round

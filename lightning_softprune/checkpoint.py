@@ -34,7 +34,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
-from lightning_softprune.layers import Layout, TensorAxis, layout_of, set_sizes
+from lightning_softprune.graph import Layout, TensorAxis, layout_of, set_sizes
 from lightning_softprune.results import PruningResult
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from lightning_softprune.calibration import InputStatistics, Reader, find_readers, reads_one_row
-from lightning_softprune.groups import PruningGroup
+from lightning_softprune.graph import PruningGroup
 from lightning_softprune.regression import (
     Joint,
     Shared,

@@ -25,8 +25,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from lightning_softprune.calibration import InputStatistics, find_readers, is_reading, reading_weight
-from lightning_softprune.groups import Member, PruningGroup
-from lightning_softprune.layers import Layout, layout_of
+from lightning_softprune.graph import Layout, Member, PruningGroup, layout_of
 
 __all__ = ["IMPORTANCES", "norms", "rank"]
 

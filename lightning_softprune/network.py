@@ -21,8 +21,15 @@ from torch import nn
 
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
-from lightning_softprune.costs import CostModel, Positions, record_macs
-from lightning_softprune.groups import PruningGroup, assign_components, mirror_twins, trace_groups
+from lightning_softprune.graph import (
+    CostModel,
+    Positions,
+    PruningGroup,
+    assign_components,
+    mirror_twins,
+    record_macs,
+    trace_groups,
+)
 from lightning_softprune.importance import norms, rank
 from lightning_softprune.journal import digest
 from lightning_softprune.results import Costs, GroupResult, LeftOut

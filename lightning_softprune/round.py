@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from lightning_softprune.costs import COSTS
+from lightning_softprune.graph import COSTS
 from lightning_softprune.journal import BASELINE, open_journal
 from lightning_softprune.neighbours import averaged_copies, forget_compiled
 from lightning_softprune.network import Network, rehearse

@@ -20,8 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import LBFGS, Optimizer
 
-from lightning_softprune.groups import PruningGroup
-from lightning_softprune.layers import Layout, layout_of, set_sizes
+from lightning_softprune.graph import Layout, PruningGroup, layout_of, set_sizes
 from lightning_softprune.search import Plan
 from lightning_softprune.utilities.snapshot import Memory
 

@@ -20,7 +20,8 @@ from lightning_softprune.calibration import (
     taps_of,
     watch_inputs,
 )
-from lightning_softprune.groups import Member, PruningGroup, trace_groups
+from lightning_softprune.graph.grouping import trace_groups
+from lightning_softprune.graph.groups import Member, PruningGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -27,8 +27,8 @@ from lightning_softprune import (
 )
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
-from lightning_softprune.costs import CostModel, count_parameters
-from lightning_softprune.groups import trace_groups
+from lightning_softprune.graph.costs import CostModel, count_parameters
+from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.refit import REFIT_RIDGE, DenseRun, refit
 from lightning_softprune.regression import RIDGE
 from lightning_softprune.search.plan import Plan

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import BY_NAME, PRUNABLE, prunable
 
-from lightning_softprune.costs import CostModel, count_macs, count_parameters, record_macs
+from lightning_softprune.graph.costs import CostModel, count_macs, count_parameters, record_macs
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 

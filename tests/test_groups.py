@@ -10,7 +10,8 @@ from torch import nn
 from zoo import BY_NAME, CASES, PRUNABLE, find
 
 from lightning_softprune import find_groups
-from lightning_softprune.groups import assign_components, match_modules, trace_groups
+from lightning_softprune.graph.components import assign_components, match_modules
+from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.surgery import probe
 
 pytestmark = pytest.mark.usefixtures("one_thread")

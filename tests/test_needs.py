@@ -36,7 +36,7 @@ from lightning_softprune import (
     find_groups,
     prune,
 )
-from lightning_softprune.costs import count_macs, record_macs
+from lightning_softprune.graph.costs import count_macs, record_macs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

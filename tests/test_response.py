@@ -11,7 +11,7 @@ from lightning_softprune import refit as refits
 from lightning_softprune import response
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
-from lightning_softprune.groups import trace_groups
+from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.refit import DenseRun, refit
 from lightning_softprune.response import Response, find_responses, fit_response
 from lightning_softprune.search.plan import Plan

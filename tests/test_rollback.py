@@ -13,7 +13,7 @@ import lightning_softprune.round as rounds
 import lightning_softprune.trials as trials
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.compensation import Compensation
-from lightning_softprune.costs import CostModel
+from lightning_softprune.graph.costs import CostModel
 
 STEPS = [
     (network, "trace_groups"),

@@ -15,9 +15,8 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 LEVELS = (
     {"utilities"},
     {"search", "results", "markup", "charts", "page"},  # numbers only
-    {"layers"},
-    {"groups"},
-    {"costs", "surgery", "windows", "calibration", "regression", "compensation", "importance", "response", "refit"},
+    {"graph"},
+    {"surgery", "windows", "calibration", "regression", "compensation", "importance", "response", "refit"},
     {"scoring"},
     {"checkpoint", "journal", "neighbours", "report", "figures", "progress", "settings"},
     {"network"},
@@ -81,7 +80,7 @@ def importers(*names):
 
 
 def test_torch_pruning_has_one_importer():
-    assert importers("torch_pruning") == {"groups"}
+    assert importers("torch_pruning") == {"graph"}
 
 
 def test_private_names_of_lightning_have_one_importer():
@@ -102,7 +101,7 @@ def test_below_scoring_nothing_knows_lightning():
 
 
 def test_numbers_know_no_tensors():
-    low = {name for name, level in LEVEL.items() if level < LEVEL["layers"]}
+    low = {name for name, level in LEVEL.items() if level < LEVEL["graph"]}
     assert importers("torch") & low == {"utilities"}  # its files are doors of their own: no number imports snapshot.py
 
 
@@ -128,7 +127,7 @@ def test_the_search_runs_without_torch_and_without_lightning():
 
 def test_groups_and_surgery_run_without_lightning():
     code = (
-        f"import {PACKAGE}.costs, {PACKAGE}.surgery, {PACKAGE}.importance, {PACKAGE}.compensation\n"
+        f"import {PACKAGE}.graph, {PACKAGE}.surgery, {PACKAGE}.importance, {PACKAGE}.compensation\n"
         "print(*(name for name in sys.modules if name.startswith(('lightning.', 'pytorch_lightning', 'torchmetrics'))))"
     )
     assert python(code) == []
@@ -144,5 +143,5 @@ def test_extras_are_imported_where_they_are_used():
 
 
 def test_every_file_is_looked_at():
-    assert {"groups", "search", "callback"} <= {unit(path) for path in FILES}
+    assert {"graph", "search", "callback"} <= {unit(path) for path in FILES}
     assert len(list(itertools.chain.from_iterable(imports(path) for path in FILES))) > 100

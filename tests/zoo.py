@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from lightning_softprune.groups import PruningGroup, assign_components, trace_groups
+from lightning_softprune.graph.components import assign_components
+from lightning_softprune.graph.grouping import trace_groups
+from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.surgery import probe
 
 

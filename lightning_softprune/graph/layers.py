@@ -21,8 +21,6 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
 
-__all__ = ["Layout", "TensorAxis", "is_leaf_layer", "layout_of", "set_sizes"]
-
 
 @dataclass(frozen=True)
 class TensorAxis:

@@ -18,20 +18,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_softprune.groups import PruningGroup
-from lightning_softprune.layers import Layout, layout_of
-
-__all__ = ["CostModel", "count_macs", "count_parameters", "record_macs"]
+from lightning_softprune.graph.groups import PruningGroup
+from lightning_softprune.graph.layers import Layout, layout_of
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 COSTS = ("params", "macs")
 """What is counted."""
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 Slot = tuple[str, str]
 
 
@@ -172,9 +168,6 @@ def _parameter(module: nn.Module, path: str) -> nn.Parameter | None:
 def count_parameters(model: nn.Module) -> int:
     """Elements of ``model.parameters()``: tied weights once, frozen ones included."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-# ------------------------------------------------------------------------------------------------------------ MACs
 
 
 @dataclass

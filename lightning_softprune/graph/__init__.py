@@ -1,0 +1,29 @@
+"""The dependency graph of a network: its layers, its pruning groups, what is left alone and why, and what plans cost.
+
+torch-pruning (DepGraph, arXiv 2301.12900) is used in this folder alone, and only its dependency graph. A module is
+traced by running its own steps (`trace`), each layer's output channels are followed to all that depends on them
+(`walk`), and what was found is sorted into groups (`grouping`). `layers` is the one table of layer types.
+"""
+
+from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins
+from lightning_softprune.graph.costs import COSTS, CostModel, Positions, record_macs
+from lightning_softprune.graph.grouping import trace_groups
+from lightning_softprune.graph.groups import Member, PruningGroup
+from lightning_softprune.graph.layers import Layout, TensorAxis, layout_of, set_sizes
+
+__all__ = [
+    "COSTS",
+    "CostModel",
+    "Layout",
+    "Member",
+    "Positions",
+    "PruningGroup",
+    "TensorAxis",
+    "assign_components",
+    "layout_of",
+    "match_modules",
+    "mirror_twins",
+    "record_macs",
+    "set_sizes",
+    "trace_groups",
+]

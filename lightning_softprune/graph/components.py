@@ -1,0 +1,149 @@
+"""Components: named sub-networks, found by patterns of module names, and twins that mirror other modules.
+
+A *component* is a set of modules; a group is ``intra`` where all its members lie in one, ``inter`` where it couples
+several. A *twin* (a target network, an EMA teacher) follows the module it mirrors: the same plan, no coefficients of
+its own.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from lightning_softprune.graph.groups import PruningGroup
+from lightning_softprune.utilities.patterns import no_match
+
+
+@dataclass(frozen=True)
+class Component:
+    """A named sub-network: the modules whose names match one of the patterns, and everything inside them."""
+
+    name: str
+    patterns: tuple[str, ...]
+
+    def contains(self, module: str) -> bool:
+        """Whether a module lies in this component."""
+        parents = module.split(".")
+        names = [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]
+        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
+
+
+def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, list[str]]:
+    """Find the modules (and bare parameters) that each pattern names.
+
+    Args:
+        model: Where to look.
+        patterns: ``fnmatch`` patterns of module names.
+        argument: The user's argument, for the error.
+
+    Raises:
+        ValueError: A pattern matches nothing; the message gives the nearest module names.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    names += [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in names or "." not in name]
+    found = {}
+    for pattern in patterns:
+        hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not hits:
+            raise ValueError(no_match(argument, pattern, names, "module"))
+        found[pattern] = hits
+    return found
+
+
+def default_components(model: nn.Module) -> list[Component]:
+    """The top-level children with parameters; a single wrapping child is looked through."""
+    prefix, current = "", model
+    while True:
+        children = [(name, child) for name, child in current.named_children() if any(True for _ in child.parameters())]
+        bare = any(True for _ in current.parameters(recurse=False))
+        nested = len(children) == 1 and not bare and any(True for _ in children[0][1].children())
+        if not nested:
+            return [Component(name, (prefix + name,)) for name, _ in children]
+        prefix, current = f"{prefix}{children[0][0]}.", children[0][1]
+
+
+def assign_components(
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    components: Mapping[str, Sequence[str]] | None,
+    twins: Iterable[str] = (),
+) -> list[PruningGroup]:
+    """Write component and kind into each group.
+
+    Args:
+        model: The traced model.
+        groups: Groups of it.
+        components: Component name -> module-name patterns; ``None``: the default components. Modules of the default
+            components that no pattern names keep their default.
+        twins: Modules that only follow others: what is in them does not count.
+
+    Raises:
+        ValueError: A pattern matches nothing.
+    """
+    named = []
+    if components is not None:
+        for name, patterns in components.items():
+            match_modules(model, patterns, f"components[{name!r}]")
+            named.append(Component(name, tuple(patterns)))
+    defaults = default_components(model)
+
+    def component_of(module: str) -> str:
+        for component in (*named, *defaults):
+            if component.contains(module):
+                return component.name
+        return module.split(".")[0]
+
+    assigned = []
+    for group in groups:
+        own = [member.module for member in group.members if not any(_inside(member.module, twin) for twin in twins)]
+        names = list(dict.fromkeys(map(component_of, own)))
+        kind = "intra" if len(names) <= 1 else "inter"
+        assigned.append(replace(group, component="+".join(names), kind=kind))
+    return assigned
+
+
+def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mapping[str, str]) -> list[PruningGroup]:
+    """Let twins follow the modules they mirror: the same plan, no coefficients of their own.
+
+    Args:
+        model: The traced model.
+        groups: Groups of it.
+        twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders).
+
+    Returns:
+        The groups without those of the twins; every member inside a mirrored module has its twin beside it.
+
+    Raises:
+        ValueError: A name matches no module, or a twin's parameters are not those of the module it mirrors.
+    """
+    match_modules(model, [*twins, *twins.values()], "twins")
+    for twin, original in twins.items():
+        shapes = [
+            {name: tuple(p.shape) for name, p in model.get_submodule(module).named_parameters()}
+            for module in (twin, original)
+        ]
+        if shapes[0] != shapes[1]:
+            differing = sorted(dict(shapes[0].items() ^ shapes[1].items()))
+            raise ValueError(
+                f"twins: {twin!r} does not mirror {original!r}; different are: {', '.join(map(repr, differing))}"
+            )
+    mirrored = []
+    for group in groups:
+        own = [member for member in group.members if not any(_inside(member.module, twin) for twin in twins)]
+        if not own or any(_inside(group.name.partition("#")[0], twin) for twin in twins):
+            continue
+        added = [
+            replace(member, module=twin + member.module[len(original) :])
+            for member in own
+            for twin, original in twins.items()
+            if _inside(member.module, original)
+        ]
+        mirrored.append(replace(group, members=(*own, *added)))
+    return mirrored
+
+
+def _inside(name: str, module: str) -> bool:
+    return name == module or name.startswith(f"{module}.")

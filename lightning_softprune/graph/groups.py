@@ -1,0 +1,67 @@
+"""What a pruning group is: channels that must be removed together, and the slots of layers that hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lightning_softprune.utilities.arrays import IntArray
+
+
+@dataclass(frozen=True)
+class Member:
+    """One slot of one layer (or one dimension of a bare parameter) that belongs to a group.
+
+    Attributes:
+        module: Name of the layer or parameter, as in ``named_modules()`` / ``named_parameters()``.
+        slot: ``"in"``, ``"out"``, ``"both"``, or ``"dim<k>"`` for a bare parameter.
+        owner: The group's channel that each index of the slot belongs to, -1 for indices of other groups; shape
+            ``(slot size,)``.
+    """
+
+    module: str
+    slot: str
+    owner: IntArray
+
+    def __str__(self) -> str:
+        return f"{self.module} ({self.slot})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Member):
+            return NotImplemented
+        return (self.module, self.slot) == (other.module, other.slot) and np.array_equal(self.owner, other.owner)
+
+    def __hash__(self) -> int:
+        return hash((self.module, self.slot))
+
+
+@dataclass(frozen=True)
+class PruningGroup:
+    """Channels that must be removed together, because layers depend on each other.
+
+    Attributes:
+        name: Unique name: the first layer that produces the channels.
+        component: The component the members lie in; several are joined by ``+``.
+        kind: ``"intra"`` (one component) or ``"inter"`` (the group couples several).
+        num_channels: Number of removable units.
+        members: The coupled slots.
+        prunable: Whether the group takes part in a search.
+        reason: Why it does not; empty exactly when it does.
+    """
+
+    name: str
+    component: str
+    kind: str
+    num_channels: int
+    members: tuple[Member, ...]
+    prunable: bool = True
+    reason: str = ""
+
+    def refuse(self, reason: str) -> PruningGroup:
+        """Return this group as not prunable."""
+        return replace(self, prunable=False, reason=reason)
+
+    def slots(self) -> set[tuple[str, str]]:
+        """The ``(module, slot)`` pairs of the members."""
+        return {(member.module, member.slot) for member in self.members}
