@@ -29,19 +29,22 @@ from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.figures import log_figures
 from lightning_softprune.graph import COSTS, match_modules
 from lightning_softprune.importance import IMPORTANCES
-from lightning_softprune.neighbours import averaged_copies, refuse_sharded_optimizers, refuse_sharding, reset_monitors
 from lightning_softprune.progress import print_round
 from lightning_softprune.report import log_values, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import run_round
-from lightning_softprune.scoring import (
+from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
+from lightning_softprune.settings import RoundSettings
+from lightning_softprune.trainer import (
+    averaged_copies,
     finish_epoch_without_training,
     logging_step,
+    refuse_sharded_optimizers,
+    refuse_sharding,
+    reset_monitors,
     take_epoch_back,
     take_epoch_back_in,
 )
-from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
-from lightning_softprune.settings import RoundSettings
 
 __all__ = ["SoftPruning", "cubic_schedule"]
 

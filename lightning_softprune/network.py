@@ -6,8 +6,6 @@ behind. Tracing, ranking and rehearsing all run them; no example input is asked 
 
 from __future__ import annotations
 
-import copy
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,22 +31,20 @@ from lightning_softprune.graph import (
 from lightning_softprune.importance import norms, rank
 from lightning_softprune.journal import digest
 from lightning_softprune.results import Costs, GroupResult, LeftOut
-from lightning_softprune.scoring import (
-    ValidationScorer,
-    isolated_rng,
-    leave_inference,
-    run_step,
-    training_batches,
-    transfer,
-    untouched,
-)
 from lightning_softprune.search import Coefficients, Plan, Rounding, SearchSpace, build_rounding, build_space
 from lightning_softprune.settings import RoundSettings
 from lightning_softprune.surgery import Surgery, Transaction, apply_plan, probe
-
-__all__ = ["Network", "find_groups", "rehearse"]
-
-Steps = list[Callable[[], Any]]
+from lightning_softprune.trainer import (
+    Steps,
+    ValidationScorer,
+    _calibration,
+    _run,
+    _validation,
+    isolated_rng,
+    leave_inference,
+    run_the_same,
+    tracing_steps,
+)
 
 PROBE_SAMPLES = 32
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
@@ -84,8 +80,8 @@ class Network:
         Raises:
             MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
         """
-        steps = module_steps(trainer, module, scorer)
-        few = module_steps(trainer, module, scorer, PROBE_SAMPLES)
+        steps = tracing_steps(trainer, module, scorer)
+        few = tracing_steps(trainer, module, scorer, PROBE_SAMPLES)
         same = trainer.strategy.reduce_boolean_decision(run_the_same(module, few, steps), all=True)
         found = prepare_groups(
             module, steps, settings.components, settings.ignore, settings.twins, probing=few if same else steps
@@ -98,7 +94,7 @@ class Network:
             rounding = build_rounding(groups, settings.bounds, settings.round_to)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        calibration, batches = _calibration(trainer, module, scorer, settings)
+        calibration, batches = _calibration(trainer, module, scorer, settings.calibration_batches)
         statistics = collect_statistics(
             module, find_readers(module, groups), calibration, with_windows=settings.compensation != "none"
         )
@@ -210,148 +206,11 @@ def prepare_groups(
     return probe(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
 
 
-def _run(steps: Steps, seed: int = 0) -> None:
-    with isolated_rng(seed), torch.no_grad():
-        for step in steps:
-            step()
-
-
-def run_the_same(model: nn.Module, few: Steps, whole: Steps) -> bool:
-    """Whether steps on fewer samples run, and call every layer of the model as often as those on whole batches."""
-
-    def calls(steps: Steps) -> Counter[str]:
-        seen: Counter[str] = Counter()
-        handles = [
-            layer.register_forward_hook(lambda *_, name=name: seen.update([name]))
-            for name, layer in model.named_modules()
-        ]
-        try:
-            _run(steps)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return seen
-
-    wanted = calls(whole)
-    try:
-        return calls(few) == wanted
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever the user's code says to fewer samples: whole batches do
-        return False
-
-
-def first_samples(batch: Any, count: int | None) -> Any:
-    """The first samples of a batch that is made of tensors of one length; any other batch as it is.
-
-    >>> x, y = first_samples((torch.ones(64, 3), torch.ones(64)), 32)
-    >>> len(x), len(y), first_samples({"x": torch.ones(64), "scale": 1.0}, 32)["x"].shape
-    (32, 32, torch.Size([64]))
-    """
-    lengths: set[int | None] = set()
-
-    def cut(part: Any) -> Any:
-        if isinstance(part, torch.Tensor):
-            lengths.add(len(part) if part.ndim else None)
-            return part[:count] if part.ndim else part
-        if isinstance(part, dict):
-            shorter = copy.copy(part)
-            shorter.update({key: cut(value) for key, value in part.items()})
-            return shorter
-        if isinstance(part, (list, tuple)):
-            inside = [cut(value) for value in part]
-            return type(part)(*inside) if hasattr(part, "_fields") else type(part)(inside)
-        lengths.add(None)
-        return part
-
-    shorter = cut(batch) if count else batch
-    return shorter if len(lengths) == 1 and None not in lengths else batch
-
-
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
     """Word the error for a model in which every group is refused."""
     reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8])
     more = f"; and {len(groups) - 8} more" if len(groups) > 8 else ""
     return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"
-
-
-def _validation(
-    trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, samples: int | None = None
-) -> Callable[[], Any]:
-    """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind."""
-
-    def step() -> Any:
-        with untouched(trainer, module):
-            leave_inference(module)
-            module.eval()
-            batch, batch_idx, dataloader_idx = scorer.first_batch()
-            batch = first_samples(batch, samples)
-            return run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
-
-    return step
-
-
-def _training(
-    trainer: pl.Trainer, module: pl.LightningModule, raw: Any, number: int, samples: int | None = None
-) -> Callable[[], Any]:
-    """The module's `training_step` on one training batch, in eval mode, leaving nothing behind."""
-
-    def step() -> Any:
-        with untouched(trainer, module):
-            leave_inference(module)
-            module.eval()
-            batch = first_samples(transfer(trainer, module, raw, step="training_step"), samples)
-            return run_step(trainer, module, "training_step", batch, number)
-
-    return step
-
-
-def module_steps(
-    trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, samples: int | None = None
-) -> Steps:
-    """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic."""
-    steps: Steps = [_validation(trainer, module, scorer, samples)]
-    if module.automatic_optimization and is_overridden("training_step", module):
-        steps += [_training(trainer, module, batch, 0, samples) for batch in training_batches(trainer, 1)]
-    return steps
-
-
-def _calibration(
-    trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, settings: RoundSettings
-) -> tuple[Steps, list[Any]]:
-    """Training batches, and one step for each: `training_step`; where there is none, one validation batch's step."""
-    automatic = module.automatic_optimization and is_overridden("training_step", module)
-    batches = training_batches(trainer, settings.calibration_batches) if automatic else []
-    steps: Steps = [_validation(trainer, module, scorer)]
-    if batches:
-        steps = [_training(trainer, module, batch, number) for number, batch in enumerate(batches)]
-    return [_repeatable(step, number) for number, step in enumerate(steps)], batches
-
-
-def _repeatable(step: Callable[[], Any], seed: int) -> Callable[[], Any]:
-    """The step with the same random numbers each time: dense and pruned inputs are compared sample by sample."""
-
-    def run() -> Any:
-        with isolated_rng(seed):
-            return step()
-
-    return run
-
-
-def rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, seed: int) -> None:
-    """Run the pruned module once as validation and as training will; the user's own exception goes on."""
-    with isolated_rng(seed):
-        with torch.no_grad():
-            _validation(trainer, module, scorer)()
-        if module.automatic_optimization and is_overridden("training_step", module):
-            for raw in training_batches(trainer, 1):
-                with untouched(trainer, module), torch.enable_grad():
-                    leave_inference(module)
-                    batch = transfer(trainer, module, raw, step="training_step")
-                    run_step(trainer, module, "training_step", batch, 0, autocast=True)
-
-
-# ------------------------------------------------------------------------------------------------- without a trainer
 
 
 def find_groups(

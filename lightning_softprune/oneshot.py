@@ -6,9 +6,6 @@ provides (device, precision, data hooks, distributed processes) is as in a fit, 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,9 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.results import PruningResult
-from lightning_softprune.scoring import has_inference_tensors, leave_inference
-
-__all__ = ["prune"]
+from lightning_softprune.trainer import _one_epoch_more, has_inference_tensors, leave_inference
 
 _WITHOUT_MEANING = ("epochs", "finetune_epochs")
 
@@ -105,19 +100,3 @@ def _check_data(model: pl.LightningModule, datamodule: pl.LightningDataModule | 
             raise MisconfigurationException(
                 f"{method}s: None, and there is no `{method}` in {names}; it gives the data that {purpose}"
             )
-
-
-@contextmanager
-def _one_epoch_more(trainer: pl.Trainer, callback: SoftPruning) -> Iterator[None]:
-    """Let a trainer that may have trained already begin another epoch, and forget it afterwards."""
-    loop = trainer.fit_loop
-    callbacks, steps = trainer.callbacks, loop.epoch_loop.max_steps  # type: ignore[attr-defined]
-    before = (loop.max_epochs, loop.min_epochs, copy.deepcopy(loop.epoch_progress))
-    trainer.callbacks = [*callbacks, callback]  # type: ignore[attr-defined]
-    loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps = trainer.current_epoch + 1, None, -1
-    try:
-        yield
-    finally:
-        trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        loop.max_epochs, loop.min_epochs, loop.epoch_progress = before
-        loop.epoch_loop.max_steps = steps

@@ -22,12 +22,10 @@ from torch import nn
 
 from lightning_softprune.graph import COSTS
 from lightning_softprune.journal import BASELINE, open_journal
-from lightning_softprune.neighbours import averaged_copies, forget_compiled
-from lightning_softprune.network import Network, rehearse
+from lightning_softprune.network import Network
 from lightning_softprune.progress import SearchProgress
 from lightning_softprune.refit import DenseRun, refit
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
-from lightning_softprune.scoring import ValidationScorer, isolated_rng, over_processes, wrap_again
 from lightning_softprune.search import (
     Objective,
     Plan,
@@ -39,6 +37,15 @@ from lightning_softprune.search import (
 )
 from lightning_softprune.settings import RoundSettings
 from lightning_softprune.surgery import OptimizerTransaction, Transaction, repair_optimizers
+from lightning_softprune.trainer import (
+    ValidationScorer,
+    averaged_copies,
+    forget_compiled,
+    isolated_rng,
+    over_processes,
+    rehearse,
+    wrap_again,
+)
 from lightning_softprune.trials import Scored, Stopwatch, Trials, check_reachable, monitored
 
 __all__ = ["run_round"]

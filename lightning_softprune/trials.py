@@ -19,9 +19,9 @@ from lightning_softprune.journal import Journal, Key
 from lightning_softprune.network import Network
 from lightning_softprune.progress import SearchProgress
 from lightning_softprune.results import Sensitivity, Trial
-from lightning_softprune.scoring import ValidationScorer, over_processes, time_validation_step
 from lightning_softprune.search import Objective, Plan, SearchSpace, SearchStrategy
 from lightning_softprune.settings import RoundSettings
+from lightning_softprune.trainer import ValidationScorer, over_processes, time_validation_step
 
 __all__ = ["Scored", "Stopwatch", "Trials", "check_reachable", "monitored"]
 

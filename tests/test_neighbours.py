@@ -28,8 +28,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round as rounds
 from lightning_softprune import RandomSearch, SoftPruning, UniformBaseline
-from lightning_softprune.neighbours import refuse_sharded_optimizers, refuse_sharding
 from lightning_softprune.report import log_values
+from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

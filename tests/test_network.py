@@ -8,7 +8,8 @@ from modules import AutoEncoder, loaders, made
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import UniformBaseline, network, prune
-from lightning_softprune.network import PROBE_SAMPLES, first_samples
+from lightning_softprune.network import PROBE_SAMPLES
+from lightning_softprune.trainer.module_steps import first_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Pair = namedtuple("Pair", "x y")

@@ -2,7 +2,9 @@
 
 import copy
 import importlib
+import pkgutil
 import random
+import re
 import warnings
 from collections import deque
 
@@ -18,8 +20,11 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from lightning_softprune import scoring
-from lightning_softprune.scoring import ValidationScorer, isolated_rng, run_step, training_batches, transfer, untouched
+from lightning_softprune import trainer
+from lightning_softprune.trainer.batches import training_batches
+from lightning_softprune.trainer.isolation import isolated_rng, untouched
+from lightning_softprune.trainer.scorer import ValidationScorer
+from lightning_softprune.trainer.steps import run_step, transfer
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 pytestmark = [
@@ -795,10 +800,13 @@ def test_lightning_still_has(tmp_path, owner, name):
             value, rest = importlib.import_module(path), [last]
     for part in rest:
         value = getattr(value, part)
-    assert hasattr(value, name), f"Lightning {pl.__version__} has no {owner}.{name}, which scoring.py relies on"
+    assert hasattr(value, name), f"Lightning {pl.__version__} has no {owner}.{name}, which trainer/ relies on"
 
 
 def test_the_contract_lists_every_private_name_that_is_imported():
-    imported = {name for name, value in vars(scoring).items() if name.startswith("_") and not name.startswith("__")}
-    foreign = {name for name in imported if getattr(getattr(scoring, name), "__module__", "").startswith("lightning.")}
+    files = [
+        importlib.import_module(f"{trainer.__name__}.{file.name}") for file in pkgutil.iter_modules(trainer.__path__)
+    ]
+    imported = {name: value for file in files for name, value in vars(file).items() if re.match("_[^_]", name)}
+    foreign = {name for name, value in imported.items() if getattr(value, "__module__", "").startswith("lightning.")}
     assert foreign <= {name for names in PRIVATE.values() for name in names}

@@ -17,8 +17,8 @@ LEVELS = (
     {"search", "results", "markup", "charts", "page"},  # numbers only
     {"graph"},
     {"surgery", "windows", "calibration", "regression", "compensation", "importance", "response", "refit"},
-    {"scoring"},
-    {"checkpoint", "journal", "neighbours", "report", "figures", "progress", "settings"},
+    {"trainer"},
+    {"checkpoint", "journal", "report", "figures", "progress", "settings"},
     {"network"},
     {"trials"},
     {"round"},
@@ -92,11 +92,11 @@ def test_private_names_of_lightning_have_one_importer():
                 part.startswith("_") for part in parts
             ):
                 users.add(unit(path))
-    assert users == {"scoring"}
+    assert users == {"trainer"}
 
 
-def test_below_scoring_nothing_knows_lightning():
-    low = {name for name, level in LEVEL.items() if level < LEVEL["scoring"]}
+def test_below_the_trainer_nothing_knows_lightning():
+    low = {name for name, level in LEVEL.items() if level < LEVEL["trainer"]}
     assert not importers("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics") & low
 
 

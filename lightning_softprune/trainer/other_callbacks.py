@@ -1,7 +1,7 @@
 """The other callbacks and schedulers of a run: what they remember of the dense model, and how they are told.
 
 After a round, best scores and waiting counters belong to a model that no longer exists, averaged copies have the wrong
-shape, and compiled graphs are out of date. Strategies that shard or fork the model are refused before anything runs.
+shape, and compiled graphs are out of date.
 """
 
 from __future__ import annotations
@@ -10,55 +10,9 @@ import sys
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    ModelCheckpoint,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-
-__all__ = ["averaged_copies", "forget_compiled", "refuse_sharded_optimizers", "refuse_sharding", "reset_monitors"]
-
-
-def refuse_sharding(trainer: pl.Trainer) -> None:
-    """Refuse strategies whose processes do not each hold the whole model, or that fork.
-
-    Allowed are one device, and DistributedDataParallel with one script per process (``strategy="ddp"``).
-
-    Raises:
-        MisconfigurationException: Names the strategy and says what to do instead.
-    """
-    strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy):
-        return
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
-        if strategy._start_method == "popen":
-            return
-        how = f"{type(strategy).__name__} started by {strategy._start_method!r}"
-    else:
-        how = type(strategy).__name__
-    raise MisconfigurationException(
-        f"strategy: {how} is not supported: SoftPruning needs the whole model in every process, and processes that run "
-        'the script (`strategy="ddp"`). Train as you do, then prune on one device from a consolidated checkpoint'
-    )
-
-
-def refuse_sharded_optimizers(trainer: pl.Trainer) -> None:
-    """Refuse optimizers that spread their state over the processes.
-
-    Raises:
-        MisconfigurationException: Names the optimizer and says what to do instead.
-    """
-    for optimizer in trainer.optimizers:
-        if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(optimizer).__mro__):
-            raise MisconfigurationException(
-                f"optimizer: {type(optimizer).__name__} spreads its state over the processes, which SoftPruning cannot "
-                "slice. Use a plain optimizer, or prune on one device from a consolidated checkpoint"
-            )
 
 
 def reset_monitors(trainer: pl.Trainer) -> None:

@@ -1,0 +1,72 @@
+"""The fit loop's own counters: an epoch that ends without training, and one that never was."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+def logging_step(trainer: pl.Trainer) -> int:
+    """The step at which Lightning itself would write a row into the loggers now."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def finish_epoch_without_training(trainer: pl.Trainer) -> None:
+    """At the start of a training epoch: validate for real and let the fit end after this epoch, with no batch run.
+
+    Checkpoints, metrics and loggers then belong to the model as it is now. ModelCheckpoint saves once per step only, so
+    it is told that this step has no checkpoint yet.
+    """
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            callback._last_global_step_saved = -1
+    loop = trainer.fit_loop.epoch_loop
+    trainer.validating = True
+    try:
+        loop.val_loop.run()
+    finally:
+        trainer.training = True
+    trainer.should_stop = True
+
+
+def take_epoch_back(trainer: pl.Trainer, epoch: int) -> None:
+    """Once training is over: an epoch that ended without training is still to come.
+
+    Lightning counts every epoch that was begun. A fit that goes on from there would train one epoch less than asked.
+    """
+    for counter in (trainer.fit_loop.epoch_progress.total, trainer.fit_loop.epoch_progress.current):
+        counter.load_state_dict(dict.fromkeys(vars(counter), epoch))
+
+
+def take_epoch_back_in(checkpoint: dict[str, Any], epoch: int) -> None:
+    """The same in a checkpoint, whenever it was saved since: it is one from between two epochs."""
+    state = checkpoint["loops"]["fit_loop"]
+    trained = state["epoch_loop.batch_progress"]
+    for counts, count in (
+        *((counts, epoch) for counts in state["epoch_progress"].values()),
+        (trained["total"], trained["total"]["completed"]),
+        (trained["current"], 0),
+    ):
+        counts.update(dict.fromkeys(counts, count))
+    trained["is_last_batch"] = False
+
+
+@contextmanager
+def _one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
+    """Let a trainer that may have trained already begin another epoch, and forget it afterwards."""
+    loop = trainer.fit_loop
+    callbacks, steps = trainer.callbacks, loop.epoch_loop.max_steps  # type: ignore[attr-defined]
+    before = (loop.max_epochs, loop.min_epochs, copy.deepcopy(loop.epoch_progress))
+    trainer.callbacks = [*callbacks, callback]  # type: ignore[attr-defined]
+    loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps = trainer.current_epoch + 1, None, -1
+    try:
+        yield
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
+        loop.max_epochs, loop.min_epochs, loop.epoch_progress = before
+        loop.epoch_loop.max_steps = steps

@@ -1,0 +1,145 @@
+"""What is put back after a step or a pass: random states, and everything around the module's parameters.
+
+*Untouched* is what was saved before and put back after: the same objects with the same values.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torchmetrics import Metric, MetricCollection
+
+from lightning_softprune.utilities.snapshot import Memory
+
+# Objects with a life of their own: kept by reference, their insides are left alone.
+_OPAQUE = (Dataset, DataLoader, Sampler, Optimizer, pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Puts the random state of Python, NumPy, torch and every CUDA device back on exit, also after an exception.
+
+    Args:
+        seed: If given, all of them are seeded with it on entry.
+
+    Yields:
+        Nothing.
+    """
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one users' code draws from
+    # Asking an idle CUDA for its state would start it on every device.
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    cuda_states = torch.cuda.get_rng_state_all() if started else None
+    try:
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            # torch.manual_seed would also queue a seed for a CUDA that starts later, and that cannot be taken back.
+            torch.default_generator.manual_seed(seed)
+            if cuda_states is not None:
+                torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+    """Puts back, on exit, everything around the module's parameters that the user's own code may change.
+
+    That is: the schedulers' state and the optimizers' hyperparameters; the trainer's metrics, stage, `should_stop` and
+    loggers; of the module and all its submodules the buffers, metric states, `training` and `requires_grad` flags, and
+    whatever plain data they keep as attributes. Objects stay the same objects, also when an exception passes through.
+
+    Pending gradients are set aside meanwhile (inside, every `parameter.grad` starts as `None`, as in Lightning's
+    validation) and come back untouched. Parameter values and the optimizers' state are not looked after, so a change
+    that should last (the final prune) belongs outside.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module.
+
+    Yields:
+        Nothing.
+    """
+    memory = Memory(_OPAQUE)
+    for optimizer in trainer.optimizers:
+        for group in optimizer.param_groups:
+            memory.ignore(group["params"])
+        memory.contents(optimizer.param_groups)
+    for config in trainer.lr_scheduler_configs:
+        memory.contents(vars(config.scheduler))
+    for name in ("should_stop", "_last_val_time", "callbacks", "_loggers", "profiler", "_logger_connector"):
+        memory.attribute(trainer, name)
+    memory.contents(vars(trainer._logger_connector), vars(trainer.state), trainer.loggers)
+    memory.contents(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    memory.attribute(trainer.strategy, "_model")
+    memory.attributes(getattr(trainer, "datamodule", None))
+    memory.contents(pl_module)
+    try:
+        memory.take_gradients()
+        yield
+    finally:
+        memory.restore()
+
+
+@contextmanager
+def _swapped(owner: object, **values: object) -> Iterator[None]:
+    """Gives an object other attributes for a while."""
+    missing = object()
+    mapping = vars(owner)
+    before = {name: mapping.get(name, missing) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(owner, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            if value is missing:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+def leave_inference(module: nn.Module) -> None:
+    """Replace the module's tensors that were made in inference mode by ordinary ones.
+
+    `Trainer.validate` runs in that mode. Outside of it torch neither changes such tensors in place nor lets gradients
+    pass by them. Metrics start afresh. Wrap it in `untouched`, which puts the originals back.
+    """
+    _reset_metrics(module)
+    for child in module.modules():
+        for holder in (child._buffers, vars(child)):
+            for name, value in holder.items():
+                if isinstance(value, Tensor) and value.is_inference():
+                    holder[name] = value.clone()
+
+
+def has_inference_tensors(module: nn.Module) -> bool:
+    """Whether a `Trainer.validate` left buffers or metric states that a fit cannot use."""
+    holders = (holder for child in module.modules() for holder in (child._buffers, vars(child)))
+    return any(isinstance(v, Tensor) and v.is_inference() for holder in holders for v in holder.values())
+
+
+def _reset_metrics(module: nn.Module) -> None:
+    collections: list[MetricCollection] = []
+    for child in module.modules():
+        if isinstance(child, MetricCollection):
+            collections.append(child)
+        elif isinstance(child, Metric):
+            child.reset()
+    for collection in collections:  # after their members, whose shared states they tie together again
+        collection.reset()

@@ -1,0 +1,263 @@
+"""Scores the live module as `Trainer.validate` would, in the middle of a fit, and leaves nothing behind.
+
+A *pass* is one run of Lightning's validation loop over the batches in memory; it yields the metrics of one trial.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+from types import SimpleNamespace, TracebackType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.loops import evaluation_loop
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.data import _extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_softprune.trainer.batches import _fresh, _MemoryLoader, _private, _undisturbed
+from lightning_softprune.trainer.isolation import _swapped, isolated_rng, leave_inference, untouched
+from lightning_softprune.trainer.steps import _eager, _quiet, _validation_loop, run_step, transfer
+
+
+class _PassLoop(_EvaluationLoop):
+    """Lightning's validation loop with data that are there already."""
+
+    def setup_data(self) -> None:
+        """Does nothing; Lightning would ask for the user's loaders again."""
+
+
+class _LoggedMetrics(dict[str, Any]):
+    """The metrics callbacks see: those from before the pass too, for users' hooks; `logged` has the pass's own."""
+
+    def __init__(self, before: Mapping[str, Any]) -> None:
+        super().__init__(before)
+        self.logged: dict[str, Any] = {}
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Lightning's only way to write here."""
+        self.logged.update(*args, **kwargs)
+        super().update(*args, **kwargs)
+
+
+@contextmanager
+def _without_callbacks(trainer: pl.Trainer) -> Iterator[None]:
+    """Lets the evaluation loop call the module's hooks and not the callbacks'.
+
+    An empty `trainer.callbacks` would do the same, but a module may look there itself (`trainer.checkpoint_callback`).
+    """
+
+    def call_callback_hooks(of: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        if of is not trainer:
+            call._call_callback_hooks(of, *args, **kwargs)
+
+    functions = {name: value for name, value in vars(call).items() if not name.startswith("__")}
+    functions["_call_callback_hooks"] = call_callback_hooks
+    with _swapped(evaluation_loop, call=SimpleNamespace(**functions)):
+        yield
+
+
+class ValidationScorer:
+    """Scores the live module as `Trainer.validate` would, and leaves nothing behind.
+
+    A context manager for one round: entering reads the validation batches into memory, once; leaving drops them. In
+    between, `metrics` runs the module's own `validation_step` over them as often as wanted. Every pass starts from the
+    same random state, so the same weights get the same score.
+
+    Works inside `Trainer.fit` and inside `Trainer.validate`. With several processes each one scores its own shard;
+    averaging the score is the caller's business, since metrics logged with `sync_dist` are equal already.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module.
+        max_batches: At most so many batches of every loader; `None`: as many as validation uses.
+        seed: For data that are random (a shuffled validation loader, dropout left on).
+
+    Raises:
+        MisconfigurationException: On entering: no `validation_step`, no validation data, or data that can be read only
+            once.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, max_batches: int | None = None, seed: int = 0
+    ) -> None:
+        if max_batches is not None and max_batches < 1:
+            raise ValueError(f"`max_batches` must be at least 1 or None, got {max_batches}.")
+        self._trainer = trainer
+        self._module = pl_module
+        self._max_batches = max_batches
+        self._seed = seed
+        self._loader: CombinedLoader | None = None
+        self.batches: list[list[Any]] = []
+        """The batches in memory, a list for each loader, as the loaders yield them."""
+
+    def __enter__(self) -> ValidationScorer:
+        loop = self._loop_with_data()
+        combined = loop._combined_loader
+        if combined is None:
+            raise MisconfigurationException("There are no validation data, which every trial of a search is scored on.")
+        with torch.inference_mode(False), torch.no_grad(), isolated_rng(self._seed):
+            self.batches = self._read(list(combined.flattened), loop._max_batches)
+        if not any(self.batches):
+            raise MisconfigurationException("The validation loaders yield no batch, which every trial is scored on.")
+        self._loader = copy(combined)
+        self._loader._iterator = None
+        self._loader.flattened = [
+            _MemoryLoader(batches, loader) for batches, loader in zip(self.batches, combined.flattened, strict=True)
+        ]
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.batches = []
+        self._loader = None
+
+    def _loop_with_data(self) -> _EvaluationLoop:
+        trainer = self._trainer
+        if not is_overridden("validation_step", self._module):
+            raise MisconfigurationException(
+                f"`{type(self._module).__name__}` has no `validation_step`, which scores every trial of a search."
+            )
+        if trainer.limit_val_batches == 0:
+            raise MisconfigurationException("`limit_val_batches=0` leaves no validation batch to score a trial on.")
+        loop = _validation_loop(trainer)
+        if loop._combined_loader is not None:
+            return loop
+        # At epoch 0 without sanity check Lightning has not asked for the data yet. It will, as if we had not.
+        source = loop._data_source
+        if source.instance is None or not source.is_defined():
+            raise MisconfigurationException(
+                "There is no `val_dataloader` (or `val_dataloaders`), which every trial is scored on."
+            )
+        own = _EvaluationLoop(trainer, loop._trainer_fn, RunningStage.VALIDATING, verbose=False, inference_mode=False)
+        own._data_source = source
+        with isolated_rng(), _swapped(trainer.state, stage=RunningStage.VALIDATING):
+            own.setup_data()
+        return own
+
+    def _read(self, loaders: list[Any], limits: list[int | float]) -> list[list[Any]]:
+        batches = []
+        with _undisturbed(loaders):
+            for loader, limit in zip(loaders, limits, strict=True):
+                if self._trainer.state.fn == TrainerFn.FITTING:
+                    _set_sampler_epoch(loader, self._trainer.current_epoch)
+                limit = min(limit, sys.maxsize if self._max_batches is None else self._max_batches)
+                iterator = itertools.islice(_private(loader, "val_dataloaders"), int(min(limit, sys.maxsize)))
+                batches.append([_fresh(batch) for batch in iterator])
+        return batches
+
+    def _opened(self) -> CombinedLoader:
+        if self._loader is None:
+            raise RuntimeError("`ValidationScorer` holds its batches inside a `with` block only.")
+        return self._loader
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of samples in the first batch, or `None` where it cannot be told."""
+        try:
+            return next((size for size in _extract_batch_size(self._first()) if size is not None), None)
+        except (RecursionError, TypeError):
+            return None
+
+    def _first(self) -> Any:
+        batch, _, _ = next(iter(copy(self._opened())))
+        return batch
+
+    def first_batch(self) -> tuple[Any, int, int]:
+        """A fresh copy of the first validation batch on the module's device, its index and its loader's index."""
+        return transfer(self._trainer, self._module, self._first()), 0, 0
+
+    def metrics(self) -> dict[str, float]:
+        """Runs one pass over the live module as it is now.
+
+        Returns:
+            Every metric that callbacks would see after this validation, by name. Metrics that are not single numbers
+            are left out.
+
+        Raises:
+            Exception: The user's own, as it is, with everything put back.
+        """
+        trainer, module = self._trainer, self._module
+        loader = copy(self._opened())
+        parent = trainer if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop
+        name = "validate_loop" if parent is trainer else "val_loop"
+        loop = _PassLoop(
+            trainer, getattr(parent, name)._trainer_fn, RunningStage.VALIDATING, verbose=False, inference_mode=False
+        )
+        loop._combined_loader = loader
+        loop._data_source = getattr(parent, name)._data_source
+        loop._max_batches = [len(batches) for batches in self.batches]
+        connector = _LoggerConnector(trainer)
+        connector._callback_metrics = seen = _LoggedMetrics(trainer._logger_connector._callback_metrics)
+        with (
+            untouched(trainer, module),
+            _swapped(parent, **{name: loop}),
+            _swapped(trainer, _logger_connector=connector),
+            _swapped(trainer.state, stage=RunningStage.VALIDATING),
+            # the module itself, not its DistributedDataParallel wrapper, which knows the dense shapes
+            _swapped(trainer.strategy, _model=module),
+            _quiet(trainer),
+            _without_callbacks(trainer),
+            _eager(),
+            isolated_rng(self._seed),
+        ):
+            leave_inference(module)
+            loop.run()
+            return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
+
+
+def time_validation_step(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, scorer: ValidationScorer, *, runs: int, seconds: float
+) -> float:
+    """Times the module's `validation_step` on the first validation batch, leaving nothing behind.
+
+    In eval mode, without gradients. Each run has a batch of its own, on the device already: steps may change theirs.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module.
+        scorer: Has the batch.
+        runs: How many runs at most, after a warm-up of one and a third as many.
+        seconds: Roughly how long to measure at most; there is one run in any case.
+
+    Returns:
+        The median of the runs, in seconds.
+    """
+
+    def wait() -> None:
+        if pl_module.device.type == "cuda":
+            torch.cuda.synchronize(pl_module.device)
+
+    def run(begin: bool = False) -> float:
+        batch = scorer.first_batch()
+        wait()
+        started = time.perf_counter()
+        run_step(trainer, pl_module, "validation_step", *batch, autocast=True, begin=begin)
+        wait()
+        return time.perf_counter() - started
+
+    with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
+        leave_inference(pl_module)
+        pl_module.eval()
+        run(begin=True)
+        runs = max(1, min(runs, int(seconds / run())))
+        for _ in range(runs // 3):
+            run()
+        return statistics.median(run() for _ in range(runs))

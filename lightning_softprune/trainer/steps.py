@@ -1,0 +1,184 @@
+"""One step of the module by itself: a batch is brought to the device, the step runs, nothing is logged."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+from lightning_softprune.trainer.batches import _fresh
+from lightning_softprune.trainer.isolation import _swapped
+
+_STAGES = {"validation_step": RunningStage.VALIDATING, "training_step": RunningStage.TRAINING}
+
+
+def _stage(step: str) -> RunningStage:
+    if step not in _STAGES:
+        raise ValueError(f"`step` must be one of {sorted(_STAGES)}, got {step!r}.")
+    return _STAGES[step]
+
+
+def transfer(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    batch: Any,
+    dataloader_idx: int = 0,
+    *,
+    step: str = "validation_step",
+) -> Any:
+    """Brings a copy of a batch to the module's device as Lightning would: precision, then the transfer hooks.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module.
+        batch: A batch as a loader yields it; it stays as it is.
+        dataloader_idx: The loader it comes from.
+        step: The step it is meant for: hooks that ask for `trainer.training` get the right answer.
+
+    Returns:
+        The batch as the step receives it.
+    """
+    stage = _stage(step)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        _swapped(trainer.state, stage=stage),
+        _swapped(trainer, profiler=PassThroughProfiler()),
+        _swapped(pl_module, _current_fx_name=pl_module._current_fx_name),
+    ):
+        batch = trainer.precision_plugin.convert_input(_fresh(batch))
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
+        return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+class _QuietLogger(DummyLogger):
+    """Stands in for one of the user's loggers: tells where that one writes, and writes nothing."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> str | None:  # type: ignore[override]
+        return self._logger.name  # type: ignore[no-any-return]
+
+    @property
+    def version(self) -> int | str | None:  # type: ignore[override]
+        return self._logger.version  # type: ignore[no-any-return]
+
+    @property
+    def save_dir(self) -> str | None:
+        # `Trainer.log_dir` asks these two for `log_dir` and all others for `save_dir`
+        own = isinstance(self._logger, (CSVLogger, TensorBoardLogger))
+        return self._logger.log_dir if own else self._logger.save_dir  # type: ignore[no-any-return]
+
+    @property
+    def log_dir(self) -> str | None:
+        return getattr(self._logger, "log_dir", None)
+
+    @property
+    def root_dir(self) -> str | None:
+        return getattr(self._logger, "root_dir", None)
+
+
+def _eager() -> AbstractContextManager[Any]:
+    """Compiled modules run eagerly: every trial has other shapes, and torch gives up compiling after a few.
+
+    Where the compiler was never loaded, nothing is compiled, and it is not loaded for this.
+    """
+    if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+        return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return nullcontext()
+
+
+@contextmanager
+def _quiet(trainer: pl.Trainer) -> Iterator[None]:
+    """No row in the user's loggers and profiler."""
+    quiet = [_QuietLogger(logger) for logger in trainer.loggers]
+    with _swapped(trainer, _loggers=quiet, profiler=PassThroughProfiler()):
+        yield
+
+
+def run_step(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    step: str,
+    batch: Any,
+    batch_idx: int = 0,
+    dataloader_idx: int = 0,
+    *,
+    autocast: bool = False,
+    begin: bool = True,
+) -> Any:
+    """Runs one step of the module by itself, with nothing logged.
+
+    The mode (`train()`, `eval()`, gradients) is the caller's choice. What the step changes on the module stays changed:
+    wrap it in `untouched` and `isolated_rng`. Steps may need what the module's hooks make at the start of an epoch, so
+    these are called first: validation's, and training's as long as this fit has trained on no batch.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module.
+        step: `"validation_step"` or `"training_step"`.
+        batch: A batch that is on the device already, see `transfer`.
+        batch_idx: Its index; left out where the step takes none.
+        dataloader_idx: Its loader; left out where Lightning would.
+        autocast: Whether mixed precision applies. Precisions that change the module itself (`"bf16-true"`) always do.
+        begin: Whether to call those hooks.
+
+    Returns:
+        What the step returns.
+
+    Raises:
+        ValueError: `step` is neither of the two.
+    """
+    stage = _stage(step)
+    function = getattr(pl_module, step)
+    arguments: tuple[Any, ...] = (batch,)
+    if is_param_in_hook_signature(function, "dataloader_iter", explicit=True):
+        arguments = (iter([(batch, batch_idx, dataloader_idx)]),)
+    else:
+        if is_param_in_hook_signature(function, "batch_idx", min_args=2):
+            arguments = (*arguments, batch_idx)
+        if step == "validation_step" and _passes_dataloader_idx(trainer, function):
+            arguments = (*arguments, dataloader_idx)
+
+    def log_nothing(*args: Any, **kwargs: Any) -> None:
+        """Takes whatever `self.log` and `self.log_dict` take."""
+
+    plugin = trainer.precision_plugin
+    with ExitStack() as stack:
+        stack.enter_context(_swapped(trainer.state, stage=stage))
+        stack.enter_context(_quiet(trainer))
+        stack.enter_context(_swapped(pl_module, log=log_nothing, log_dict=log_nothing, _current_fx_name=step))
+        stack.enter_context(_eager())
+        if autocast or not isinstance(plugin, MixedPrecision):
+            stack.enter_context(plugin.train_step_context() if step == "training_step" else plugin.val_step_context())
+        if begin and step == "validation_step":
+            pl_module.on_validation_start()
+            pl_module.on_validation_epoch_start()
+        elif begin and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+            pl_module.on_train_epoch_start()
+        return function(*arguments)
+
+
+def _passes_dataloader_idx(trainer: pl.Trainer, function: Callable[..., Any]) -> bool:
+    combined = _validation_loop(trainer)._combined_loader
+    if combined is None:  # not set up yet; a step that has the argument may have it without a default
+        return is_param_in_hook_signature(function, "dataloader_idx")
+    return combined._mode == "sequential" and len(combined.flattened) > 1
+
+
+def _validation_loop(trainer: pl.Trainer) -> _EvaluationLoop:
+    return trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop
