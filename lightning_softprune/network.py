@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from lightning_softprune.calibration import collect_statistics, find_readers
+from lightning_softprune.calibration import collect_statistics, find_readers, norms, rank
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph import (
     CostModel,
@@ -28,12 +28,11 @@ from lightning_softprune.graph import (
     record_macs,
     trace_groups,
 )
-from lightning_softprune.importance import norms, rank
 from lightning_softprune.journal import digest
 from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.search import Coefficients, Plan, Rounding, SearchSpace, build_rounding, build_space
 from lightning_softprune.settings import RoundSettings
-from lightning_softprune.surgery import Surgery, Transaction, apply_plan, probe
+from lightning_softprune.surgery import Surgery, Transaction, apply_plan, probe_groups
 from lightning_softprune.trainer import (
     Steps,
     ValidationScorer,
@@ -203,7 +202,7 @@ def prepare_groups(
         _run(probing or steps, seed)
 
     traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
-    return probe(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
+    return probe_groups(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
 
 
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:

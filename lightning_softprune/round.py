@@ -20,11 +20,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_softprune.compensation import DenseRun, refit_readers
 from lightning_softprune.graph import COSTS
 from lightning_softprune.journal import BASELINE, open_journal
 from lightning_softprune.network import Network
 from lightning_softprune.progress import SearchProgress
-from lightning_softprune.refit import DenseRun, refit
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
 from lightning_softprune.search import (
     Objective,
@@ -266,7 +266,7 @@ def _commit(
     if dense is not None:
         values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
         values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
-        refit(module, surgery, network.compensation, dense)
+        refit_readers(module, surgery, network.compensation, dense)
         refined = trials.score_as_it_is(best)
         if refined.is_better_than(best):
             best = refined

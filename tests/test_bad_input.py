@@ -381,7 +381,7 @@ class Trap(AutoEncoder):
 @pytest.fixture
 def trap(monkeypatch, tmp_path):
     """Numbers of the calls to a step that a round makes, but for those whose failure makes a group not prunable."""
-    original = network_module.probe
+    original = network_module.probe_groups
 
     def probe(*arguments, **more):
         Trap.probing = True
@@ -402,7 +402,7 @@ def trap(monkeypatch, tmp_path):
         monkeypatch.setattr(Trap, "where", step)
         return found
 
-    monkeypatch.setattr(network_module, "probe", probe)
+    monkeypatch.setattr(network_module, "probe_groups", probe)
     monkeypatch.setattr(Trap, "at", -1)
     return calls
 

@@ -13,24 +13,22 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_softprune.calibration.statistics as calibration
+import lightning_softprune.compensation.refit as refits
+import lightning_softprune.compensation.regression as regression
 from lightning_softprune import (
     GradientSearch,
     PruningResult,
     SensitivitySearch,
     SoftPruning,
     UniformBaseline,
-    calibration,
-    regression,
-)
-from lightning_softprune import (
-    refit as refits,
 )
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
+from lightning_softprune.compensation.refit import REFIT_RIDGE, DenseRun, refit_readers
+from lightning_softprune.compensation.regression import RIDGE
 from lightning_softprune.graph.costs import CostModel, count_parameters
 from lightning_softprune.graph.grouping import trace_groups
-from lightning_softprune.refit import REFIT_RIDGE, DenseRun, refit
-from lightning_softprune.regression import RIDGE
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan, repair_optimizers
 
@@ -563,7 +561,7 @@ def test_applying_writes_into_no_tensor_of_the_dense_model(name):
     ]
     state = {key: value.clone() for key, value in net.model.state_dict().items()}
     surgery = net.prune()
-    refit(net.model, surgery, net.compensation(), DenseRun(net.model, net.compensation(), []))
+    refit_readers(net.model, surgery, net.compensation(), DenseRun(net.model, net.compensation(), []))
     for tensor, value, grad in before:
         assert torch.equal(tensor, value)
         assert grad is None or torch.equal(tensor.grad, grad)
@@ -787,7 +785,7 @@ def test_the_refit_brings_the_output_nearer_to_the_dense_networks_where_inputs_h
     uncompensated = (model(x) - dense).square().mean().item()
     found.apply(model, surgery)
     one_shot = (model(x) - dense).square().mean().item()
-    refit(model, surgery, found, targets)
+    refit_readers(model, surgery, found, targets)
     assert (model(x) - dense).square().mean().item() <= one_shot < uncompensated
 
 
@@ -806,7 +804,7 @@ def test_the_refit_is_the_ridge_regression_of_dense_inputs_on_shifted_ones_aroun
         targets = DenseRun(model, found, net.steps)
         surgery = apply_plan(model, net.groups, net.plan)
         found.apply(model, surgery)
-        refit(model, surgery, found, targets)
+        refit_readers(model, surgery, found, targets)
         for reader in ("2", "4", "6"):
             layer = dense.get_submodule(reader)
             gone, lost = net.removed(reader, "in"), net.removed(reader, "out")
@@ -835,7 +833,7 @@ def test_the_refit_without_shifted_inputs_changes_little_and_spoils_nothing(name
     targets = DenseRun(model, found, net.steps)
     surgery = net.prune()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    refit(model, surgery, found, targets)
+    refit_readers(model, surgery, found, targets)
     for key, value in model.state_dict().items():
         assert value.isfinite().all()
         assert value.shape == before[key].shape
@@ -851,7 +849,7 @@ def test_the_refit_fits_what_outputs_read_now_to_the_dense_outputs_around_the_on
     run = DenseRun(model, found, net.steps)
     net.prune()
     one_shot = copy.deepcopy(model)
-    refit(model, net.surgery, found, run)
+    refit_readers(model, net.surgery, found, run)
     for reader in found.readers:
         layer, start = model.get_submodule(reader), one_shot.get_submodule(reader)
         (x,), (z,) = raw_inputs_of(dense, reader, *net.inputs), raw_inputs_of(model, reader, *net.inputs)
@@ -878,7 +876,7 @@ def test_the_refit_leaves_grouped_convolutions_of_wide_windows_alone(too_wide):
     targets = DenseRun(model, found, net.steps)
     surgery = net.prune()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    refit(model, surgery, found, targets)
+    refit_readers(model, surgery, found, targets)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {"head.weight", "head.bias"}
 
@@ -913,7 +911,7 @@ def test_the_refit_leaves_layers_that_compute_in_their_own_way_alone(own, kinds,
     run = DenseRun(model, found, net.steps)
     net.prune()
     before = copy.deepcopy(model.state_dict())
-    refit(model, net.surgery, found, run)
+    refit_readers(model, net.surgery, found, run)
     assert found.readers == ["2", "4"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (not name.startswith("4."))
@@ -927,7 +925,7 @@ def test_the_refit_leaves_alone_what_the_pruned_network_is_given_in_other_number
     targets.steps = [lambda: model(x[:50])]
     surgery = net.prune()
     before = copy.deepcopy(model.state_dict())
-    refit(model, surgery, found, targets)
+    refit_readers(model, surgery, found, targets)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
@@ -953,13 +951,13 @@ def test_the_refit_runs_each_step_as_far_as_the_reader_and_survives_code_that_ca
     run = DenseRun(model, found, [step, step])
     net.prune()
     calls.clear()
-    refit(model, net.surgery, found, run)
+    refit_readers(model, net.surgery, found, run)
     assert calls == ["step"] * 2 + [2, "step"] * 2 + [2, 4, "step"] * 2
     plain = Prepared(reference, x)
     found = plain.compensation()
     run = DenseRun(reference, found, plain.steps * 2)
     plain.prune()
-    refit(reference, plain.surgery, found, run)
+    refit_readers(reference, plain.surgery, found, run)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
 
 
@@ -972,7 +970,7 @@ def test_nothing_in_the_data_makes_a_refitted_weight_nan(kind):
     found = net.compensation()
     targets = DenseRun(model, found, net.steps)
     surgery = net.prune()
-    refit(model, surgery, found, targets)
+    refit_readers(model, surgery, found, targets)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 

@@ -12,7 +12,7 @@ from zoo import BY_NAME, CASES, PRUNABLE, find
 from lightning_softprune import find_groups
 from lightning_softprune.graph.components import assign_components, match_modules
 from lightning_softprune.graph.grouping import trace_groups
-from lightning_softprune.surgery import probe
+from lightning_softprune.surgery import probe_groups
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -337,7 +337,7 @@ def test_no_layer_type_crashes(between):
         layer = name.split(".parametrizations")[0].removesuffix(".out_proj.weight").removesuffix(".out_proj.bias")
         assert layer.rsplit(".", 1)[0] in names
     prunable = [group for group in groups if group.prunable]
-    assert len(probe(model, prunable, lambda: model(x))) == len(prunable)
+    assert len(probe_groups(model, prunable, lambda: model(x))) == len(prunable)
 
 
 def test_attention_whose_weights_nobody_reads_is_prunable():
@@ -423,7 +423,7 @@ def test_modes_flags_hooks_and_values_are_those_of_before(case):
 
     groups = assign_components(model, trace_groups(model, [step]), None)
     assert [module.training for module in model.modules()] == modes
-    probe(model, groups, lambda: model.eval()(x))
+    probe_groups(model, groups, lambda: model.eval()(x))
     assert {n: id(t) for n, t in model.named_parameters()} == {n: key for n, (key, _) in tensors.items()}
     assert {n: id(t) for n, t in model.named_buffers()} == {n: key for n, (key, _) in buffers.items()}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):

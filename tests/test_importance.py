@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from zoo import PRUNABLE, prunable
 
 from lightning_softprune.calibration import collect_statistics, find_readers
-from lightning_softprune.importance import IMPORTANCES, norms, rank
+from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -90,15 +90,15 @@ def round_of(module):
 
 def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
     seen = {}
-    original = network.probe
+    original = network.probe_groups
 
-    def probe(model, groups, run, other):
+    def probe_groups(model, groups, run, other):
         GIVEN.clear()
         found = original(model, groups, run, other)
         seen[model.whole, model.more] = set(GIVEN)
         return found
 
-    monkeypatch.setattr(network, "probe", probe)
+    monkeypatch.setattr(network, "probe_groups", probe_groups)
     results = {}
     for whole, more in ((False, False), (True, False), (False, True)):
         module = made(Counting, whole=whole, more=more)

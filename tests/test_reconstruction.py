@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.calibration import collect_statistics, find_readers
+from lightning_softprune.calibration.importance import rank
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph.grouping import trace_groups
-from lightning_softprune.importance import rank
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 

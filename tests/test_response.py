@@ -7,13 +7,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_softprune import refit as refits
-from lightning_softprune import response
+import lightning_softprune.compensation.activation_fit as response
+import lightning_softprune.compensation.refit as refits
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
+from lightning_softprune.compensation.activation_fit import fit_response
+from lightning_softprune.compensation.activations import Response, find_responses
+from lightning_softprune.compensation.refit import DenseRun, refit_readers
 from lightning_softprune.graph.grouping import trace_groups
-from lightning_softprune.refit import DenseRun, refit
-from lightning_softprune.response import Response, find_responses, fit_response
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 
@@ -168,7 +169,7 @@ def pruned_error(layers, x, seen, monkeypatch, follow):
         targets = DenseRun(model, found, steps)
     surgery = apply_plan(model, groups, Plan.from_counts([group.num_channels // 2 for group in groups], rankings))
     found.apply(model, surgery)
-    refit(model, surgery, found, targets)
+    refit_readers(model, surgery, found, targets)
     return (model(x) - dense).square().mean().item()
 
 

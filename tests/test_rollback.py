@@ -18,7 +18,7 @@ from lightning_softprune.graph.costs import CostModel
 STEPS = [
     (network, "trace_groups"),
     (network, "mirror_twins"),
-    (network, "probe"),
+    (network, "probe_groups"),
     (network, "collect_statistics"),
     (network, "rank"),
     (network, "norms"),
@@ -29,7 +29,7 @@ STEPS = [
     (rounds, "DenseRun"),
     (network, "apply_plan"),
     (rounds, "repair_optimizers"),
-    (rounds, "refit"),
+    (rounds, "refit_readers"),
     (rounds, "rehearse"),
     (rounds, "forget_compiled"),
     (rounds, "wrap_again"),
@@ -109,7 +109,7 @@ def loaders():
 FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
     *((rounds, name, KeyboardInterrupt) for name in ("run_search", "rehearse")),
-    *((owner, name, torch.OutOfMemoryError) for owner, name in ((network, "probe"), (rounds, "refit"))),
+    *((owner, name, torch.OutOfMemoryError) for owner, name in ((network, "probe_groups"), (rounds, "refit_readers"))),
 ]
 
 

@@ -41,7 +41,7 @@ from lightning_softprune import (
     SensitivitySearch,
     UniformBaseline,
 )
-from lightning_softprune.importance import IMPORTANCES
+from lightning_softprune.calibration.importance import IMPORTANCES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

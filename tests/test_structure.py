@@ -16,7 +16,7 @@ LEVELS = (
     {"utilities"},
     {"search", "results", "markup", "charts", "page"},  # numbers only
     {"graph"},
-    {"surgery", "windows", "calibration", "regression", "compensation", "importance", "response", "refit"},
+    {"surgery", "calibration", "compensation"},
     {"trainer"},
     {"checkpoint", "journal", "report", "figures", "progress", "settings"},
     {"network"},
@@ -127,7 +127,7 @@ def test_the_search_runs_without_torch_and_without_lightning():
 
 def test_groups_and_surgery_run_without_lightning():
     code = (
-        f"import {PACKAGE}.graph, {PACKAGE}.surgery, {PACKAGE}.importance, {PACKAGE}.compensation\n"
+        f"import {PACKAGE}.graph, {PACKAGE}.surgery, {PACKAGE}.calibration, {PACKAGE}.compensation\n"
         "print(*(name for name in sys.modules if name.startswith(('lightning.', 'pytorch_lightning', 'torchmetrics'))))"
     )
     assert python(code) == []

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from zoo import BY_NAME, PRUNABLE, prunable
 
 from lightning_softprune.search.plan import Plan
-from lightning_softprune.surgery import OptimizerTransaction, Transaction, apply_plan, probe, repair_optimizers
+from lightning_softprune.surgery import OptimizerTransaction, Transaction, apply_plan, probe_groups, repair_optimizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -425,7 +425,7 @@ def test_the_probe_finds_what_only_running_shows_and_undoes_its_cuts():
     groups = zoo.trace_groups(model, [lambda: model(x)])
     before = snapshot(model)
     traced = {group.name: group.prunable for group in groups}
-    probed = {group.name: group for group in probe(model, groups, lambda: model(x))}
+    probed = {group.name: group for group in probe_groups(model, groups, lambda: model(x))}
     assert traced["body"]
     assert not probed["body"].prunable
     assert probed["body"].reason.startswith("the model does not run with fewer channels: RuntimeError")

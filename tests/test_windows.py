@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_softprune import calibration
+import lightning_softprune.calibration.statistics as calibration
 from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, has_windows, reads_one_row
-from lightning_softprune.windows import features_of, most_rows, outputs_at_rows, spread, taps_per_channel, windows
+from lightning_softprune.calibration.unfold import (
+    features_of,
+    most_rows,
+    outputs_at_rows,
+    spread,
+    taps_per_channel,
+    windows,
+)
 
 LAYERS = [
     (nn.Linear(6, 4), (6,)),

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from lightning_softprune.graph.components import assign_components
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import PruningGroup
-from lightning_softprune.surgery import probe
+from lightning_softprune.surgery import probe_groups
 
 
 class Autoencoder(nn.Module):
@@ -509,7 +509,7 @@ def find(
         return model(x)
 
     traced = trace_groups(model, [run], ignore)
-    return probe(model, assign_components(model, traced, components), run)
+    return probe_groups(model, assign_components(model, traced, components), run)
 
 
 def prunable(model: nn.Module, x: torch.Tensor) -> list[PruningGroup]:

@@ -17,12 +17,15 @@ from lightning_softprune.search.strategies.grid import GridSearch
 from lightning_softprune.search.strategies.optuna_search import OptunaSearch
 from lightning_softprune.search.strategies.random_search import RandomSearch
 from lightning_softprune.search.strategies.sensitivity import SensitivitySearch
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 __all__ = [
     "Coefficients",
     "Constraint",
+    "FloatArray",
     "GradientSearch",
     "GridSearch",
+    "IntArray",
     "NormBaseline",
     "Objective",
     "OptunaSearch",

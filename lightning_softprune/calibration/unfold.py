@@ -19,9 +19,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-__all__ = ["MAX_FEATURES", "features_of", "most_rows", "outputs_at_rows", "spread", "taps_per_channel"]
-__all__ += ["windows"]
-
 MAX_FEATURES = 4608
 """Widest rows that are built, 512 channels under a kernel of 3 x 3; their covariance takes 170 MB."""
 

@@ -22,24 +22,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_softprune.calibration import as_rows, in_double, sum_over_processes, watch_calls, watch_inputs
-from lightning_softprune.compensation import Compensation, outputs_kept
-from lightning_softprune.regression import (
-    Joint,
-    Shared,
-    cholesky,
+from lightning_softprune.calibration import (
+    as_rows,
+    features_of,
+    in_double,
+    most_rows,
+    outputs_at_rows,
+    spread,
+    watch_calls,
+    watch_inputs,
+    windows,
+)
+from lightning_softprune.compensation.activation_fit import fit_response
+from lightning_softprune.compensation.activations import Response, find_responses
+from lightning_softprune.compensation.fold import Compensation
+from lightning_softprune.compensation.regression import Joint, Shared, cholesky, ridge_of
+from lightning_softprune.compensation.weights import (
     input_dim,
     kept_channels,
     kept_outputs,
-    ridge_of,
+    outputs_kept,
     rows_to_weight,
     weight_to_rows,
 )
-from lightning_softprune.response import Response, find_responses, fit_response
 from lightning_softprune.surgery import Surgery
-from lightning_softprune.windows import features_of, most_rows, outputs_at_rows, spread, windows
-
-__all__ = ["REFIT_RIDGE", "DenseRun", "refit"]
+from lightning_softprune.utilities.distributed import sum_over_processes
 
 Read = Callable[[torch.Tensor], torch.Tensor]
 
@@ -114,7 +121,7 @@ def _is_linear_in_its_windows(layer: nn.Module, source: torch.Tensor, output: to
     return len(outputs) == len(wanted) and bool((outputs - wanted).norm() <= 0.05 * wanted.norm() + 1e-6)
 
 
-def refit(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseRun) -> None:
+def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseRun) -> None:
     """Fit each reader of the pruned model, in the order in which they run, to what it computed in the dense model.
 
     Args:

@@ -21,18 +21,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from lightning_softprune.calibration import InputStatistics, find_readers, is_reading, reading_weight
+from lightning_softprune.calibration.readers import find_readers, is_reading, reading_weight
+from lightning_softprune.calibration.statistics import InputStatistics
 from lightning_softprune.graph import Layout, Member, PruningGroup, layout_of
-
-__all__ = ["IMPORTANCES", "norms", "rank"]
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 IMPORTANCES = ("magnitude", "activation", "taylor", "reconstruction", "random")
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
 Steps = Sequence[Callable[[], Any]]
 
 

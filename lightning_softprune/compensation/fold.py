@@ -11,28 +11,23 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_softprune.calibration import InputStatistics, Reader, find_readers, reads_one_row
-from lightning_softprune.graph import PruningGroup
-from lightning_softprune.regression import (
-    Joint,
-    Shared,
+from lightning_softprune.calibration import InputStatistics, Reader, find_readers, reads_one_row, taps_per_channel
+from lightning_softprune.compensation.regression import Joint, Shared
+from lightning_softprune.compensation.weights import (
     input_dim,
     kept_channels,
+    outputs_kept,
     rows_to_weight,
     weight_to_rows,
 )
+from lightning_softprune.graph import PruningGroup
 from lightning_softprune.surgery import Surgery
-from lightning_softprune.windows import taps_per_channel
-
-__all__ = ["COMPENSATIONS", "Compensation", "outputs_kept"]
+from lightning_softprune.utilities.arrays import IntArray
 
 COMPENSATIONS = ("none", "bias", "least_squares")
-
-IntArray = NDArray[np.int64]
 
 
 class Compensation:
@@ -111,12 +106,6 @@ class Compensation:
                 folded, shift = regression.fold(rows, stays.to(rows.device))
                 weight.copy_(rows_to_weight(layer, folded).to(weight.device, weight.dtype))
                 _add_to_bias(layer, name, shift.to(weight.device), surgery)
-
-
-def outputs_kept(layer: nn.Module, weight: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """A weight from before a plan, without the outputs that the plan removes."""
-    dim = 1 - input_dim(layer)
-    return weight.index_select(dim, by_dim[dim].to(weight.device)) if dim in by_dim else weight
 
 
 def _regression(

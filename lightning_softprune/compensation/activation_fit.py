@@ -18,150 +18,16 @@ A BatchNorm in between, which in eval mode is a scale and a shift of each output
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from lightning_softprune.calibration import sum_over_processes
-
-__all__ = ["Response", "find_responses", "fit_response"]
-
-_IN_PLACE_TOO = ("relu", "leaky_relu", "elu", "celu", "selu", "hardtanh", "sigmoid", "tanh")
-_OTHERS = ("relu6", "gelu", "silu", "mish", "softplus", "hardswish", "hardsigmoid", "logsigmoid", "softsign")
-POINTWISE = frozenset([*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), *_OTHERS])
-"""Names of the functions that are followed, in whatever form they are called."""
+from lightning_softprune.compensation.activations import Response
+from lightning_softprune.utilities.distributed import sum_over_processes
 
 STEPS, SOLVES, HALVINGS = 2, 6, 5
 """Gauss-Newton steps, conjugate gradients in each, and halvings of a step that goes too far."""
 
 BLOCK = 2**23
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
-
-
-@dataclass(frozen=True)
-class Response:
-    """What becomes of a layer's outputs: ``function(scale * y + shift)``.
-
-    Attributes:
-        function: Pointwise.
-        scale: One per output, or ``None`` for the outputs as they are.
-        shift: The same.
-    """
-
-    function: Callable[[torch.Tensor], torch.Tensor]
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-
-    def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
-        """Outputs of shape ``(observations, outputs)``, in their precision."""
-        if self.scale is not None and self.shift is not None:
-            outputs = outputs * self.scale.to(outputs) + self.shift.to(outputs)
-        return self.function(outputs)
-
-    def of(self, outputs: slice | torch.Tensor) -> Response:
-        """The same for some of the outputs."""
-        if self.scale is None or self.shift is None:
-            return self
-        if isinstance(outputs, torch.Tensor):
-            outputs = outputs.to(self.scale.device)
-        return Response(self.function, self.scale[outputs], self.shift[outputs])
-
-
-def find_responses(model: nn.Module, names: Sequence[str], step: Callable[[], Any]) -> dict[str, Response]:
-    """The pointwise function that follows each layer; layers whose output anything else reads are left out.
-
-    Args:
-        model: The model.
-        names: The layers.
-        step: Runs the model once.
-    """
-    consumers = _Consumers()
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: consumers.watch(name, out))
-        for name in names
-    ]
-    try:
-        with consumers, torch.no_grad():
-            step()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: found for name, (found, *more) in consumers.found.items() if found is not None and not more}
-
-
-class _Consumers(TorchFunctionMode):
-    """Notes which functions read the watched tensors; ``None`` for one that is not pointwise."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, list[Response | None]] = {}
-        self.watched: list[tuple[torch.Tensor, str, Response]] = []
-
-    def watch(self, name: str, output: Any) -> None:
-        if isinstance(output, torch.Tensor):
-            self.watched.append((output, name, Response(_nothing)))
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if isinstance(result, (torch.Tensor, tuple, list)):  # not: a look at its shape
-            read = {id(tensor) for tensor in _tensors((args, kwargs))}
-            normed: list[tuple[torch.Tensor, str, Response]] = []
-            for output, name, so_far in self.watched:
-                if id(output) not in read:
-                    continue
-                after = _normed(func, output, args, kwargs, so_far)
-                if after is not None and isinstance(result, torch.Tensor):
-                    normed.append((result, name, after))
-                else:
-                    self.found.setdefault(name, []).append(_response(func, output, args, kwargs, so_far))
-            self.watched = [one for one in self.watched if one[0] is not result] + normed  # changed in place: gone
-        return result
-
-
-def _tensors(nested: Any) -> list[torch.Tensor]:
-    if isinstance(nested, torch.Tensor):
-        return [nested]
-    if isinstance(nested, dict):
-        nested = list(nested.values())
-    return [tensor for item in nested for tensor in _tensors(item)] if isinstance(nested, (list, tuple)) else []
-
-
-def _nothing(outputs: torch.Tensor) -> torch.Tensor:
-    return outputs
-
-
-def _response(func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: Response) -> Response | None:
-    alone = len(_tensors((args, kwargs))) == 1 and bool(args) and args[0] is output
-    if not alone or getattr(func, "__name__", "") not in POINTWISE:
-        return None
-    return Response(lambda values: func(values.clone(), *args[1:], **kwargs), so_far.scale, so_far.shift)
-
-
-def _normed(func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: Response) -> Response | None:
-    """What a BatchNorm in eval mode makes of the outputs; ``None`` for anything else."""
-    if func is not F.batch_norm:
-        return None
-    given = inspect.signature(F.batch_norm).bind(*args, **kwargs)
-    given.apply_defaults()
-    norm = given.arguments
-    if norm["training"] or norm["running_mean"] is None or norm["input"] is not output:
-        return None
-    scale = (norm["running_var"].detach().double() + norm["eps"]).rsqrt()
-    if norm["weight"] is not None:
-        scale = scale * norm["weight"].detach()
-    shift = -scale * norm["running_mean"].detach()
-    if norm["bias"] is not None:
-        shift = shift + norm["bias"].detach()
-    if so_far.scale is not None and so_far.shift is not None:
-        scale, shift = scale * so_far.scale, scale * so_far.shift + shift
-    return Response(_nothing, scale, shift)
 
 
 def fit_response(

@@ -1,0 +1,34 @@
+"""What layers see of a group's channels on a few training batches, and which channels go first by it."""
+
+from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
+from lightning_softprune.calibration.readers import Reader, as_rows, find_readers, watch_calls, watch_inputs
+from lightning_softprune.calibration.statistics import InputStatistics, collect_statistics, in_double, reads_one_row
+from lightning_softprune.calibration.unfold import (
+    features_of,
+    most_rows,
+    outputs_at_rows,
+    spread,
+    taps_per_channel,
+    windows,
+)
+
+__all__ = [
+    "IMPORTANCES",
+    "InputStatistics",
+    "Reader",
+    "as_rows",
+    "collect_statistics",
+    "features_of",
+    "find_readers",
+    "in_double",
+    "most_rows",
+    "norms",
+    "outputs_at_rows",
+    "rank",
+    "reads_one_row",
+    "spread",
+    "taps_per_channel",
+    "watch_calls",
+    "watch_inputs",
+    "windows",
+]

@@ -1,0 +1,11 @@
+"""What the readers of removed channels do to make up for them, in closed form."""
+
+from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
+from lightning_softprune.compensation.refit import DenseRun, refit_readers
+
+__all__ = [
+    "COMPENSATIONS",
+    "Compensation",
+    "DenseRun",
+    "refit_readers",
+]

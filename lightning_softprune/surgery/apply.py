@@ -1,0 +1,200 @@
+"""Apply a plan: the tensors of the layers it touches are replaced by smaller ones, everything else stays as it is.
+
+No graph is needed. The `Surgery` record says which elements of every tensor survived, and puts the layers back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_softprune.graph import Layout, PruningGroup, layout_of, set_sizes
+from lightning_softprune.search import Plan
+
+KeptByDim = dict[int, torch.Tensor]
+
+
+@dataclass
+class Surgery:
+    """What a plan did to the tensors of a model.
+
+    Attributes:
+        parameters: Pairs of (old, new) parameter with the kept indices of every sliced dimension.
+        kept: Name of every sliced parameter and buffer -> kept indices by dimension, in the numbering before.
+        created: Biases that compensation had to create: name, the weight beside it, the bias.
+    """
+
+    parameters: list[tuple[nn.Parameter, nn.Parameter, KeptByDim]] = field(default_factory=list)
+    kept: dict[str, KeptByDim] = field(default_factory=dict)
+    created: list[tuple[str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
+    _before: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+
+    def undo(self) -> None:
+        """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
+        for mapping, items in self._before:
+            mapping.clear()
+            mapping.update(items)
+
+    def replace(self, module: nn.Module, attribute: str, name: str, new: nn.Parameter) -> None:
+        """Put a parameter of the same shape in the place of one that was not sliced: the old one has to survive."""
+        old = module.get_parameter(attribute)
+        module._parameters[attribute] = new
+        self.parameters.append((old, new, {}))
+        self.kept[name] = {}
+
+    def _remember(self, module: nn.Module) -> None:
+        for mapping in (module._parameters, module._buffers, module.__dict__):
+            self._before.append((mapping, dict(mapping)))
+
+
+def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> Surgery:
+    """Remove a plan's channels from the model, in place.
+
+    Each tensor is sliced once, from the indices that all groups remove together, in the numbering before the plan.
+    New parameters keep ``requires_grad``, dtype, memory format, attributes and the slice of a pending gradient;
+    tied parameters stay one tensor.
+
+    Args:
+        model: The model whose modules the groups name.
+        groups: The groups the plan speaks of, in its order.
+        plan: Removed channels by group.
+
+    Returns:
+        The record of what was sliced.
+
+    Raises:
+        ValueError: Groups do not fit the model, or the plan the groups.
+    """
+    removed = _removed_by_slot(groups, plan)
+    return _select(
+        model,
+        {name: {slot: _kept(m) for slot, m in slots.items()} for name, slots in removed.items()},
+        {(name, slot): len(mask) for name, slots in removed.items() for slot, mask in slots.items()},
+    )
+
+
+def _select(
+    model: nn.Module, selected: Mapping[str, Mapping[str, torch.Tensor]], expected: Mapping[tuple[str, str], int]
+) -> Surgery:
+    """Make every slot hold the given indices of what it holds now; ``expected`` is how many it should hold now."""
+    modules = dict(model.named_modules())
+    record = Surgery()
+    slices: dict[int, tuple[torch.Tensor, KeptByDim, list[tuple[nn.Module, str, str]]]] = {}
+    resized: list[tuple[nn.Module, dict[str, int]]] = []
+
+    def add(owner: nn.Module, full: str, dim: int, kept: torch.Tensor) -> None:
+        name = full.rpartition(".")[2]
+        tensor = getattr(owner, name)
+        _, by_dim, owners = slices.setdefault(id(tensor), (tensor, {}, []))
+        if dim in by_dim and not torch.equal(by_dim[dim], kept):
+            raise ValueError(f"{full}: two layers share this tensor and would keep different channels of it")
+        by_dim[dim] = kept
+        if (owner, name, full) not in owners:
+            owners.append((owner, name, full))
+
+    for module_name, slots in selected.items():
+        sizes = {}
+        module = modules.get(module_name)
+        if module is None:  # a bare parameter
+            parent, _, _ = module_name.rpartition(".")
+            for slot, kept in slots.items():
+                add(modules[parent], module_name, int(slot.removeprefix("dim")), kept)
+            continue
+        layout = layout_of(module)
+        if not isinstance(layout, Layout):
+            raise ValueError(f"{module_name}: {layout or 'this module is not a layer'}")
+        for slot, kept in slots.items():
+            if layout.slots[slot] != expected[module_name, slot]:
+                raise ValueError(
+                    f"{module_name}: the group expects {expected[module_name, slot]} channels, "
+                    f"there are {layout.slots[slot]}"
+                )
+            sizes[slot] = len(kept)
+            for axis in layout.axes:
+                path, _, name = axis.tensor.rpartition(".")
+                owner = module.get_submodule(path)
+                if axis.slot == slot and getattr(owner, name, None) is not None:
+                    add(owner, f"{module_name}.{axis.tensor}", axis.dim, axis.expand(kept, layout.slots[slot]))
+        resized.append((module, sizes))
+
+    _complete_tied(model, slices)
+    sliced = {
+        key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else slice_tensor(tensor, by_dim)
+        for key, (tensor, by_dim, _) in slices.items()
+    }
+    # Nothing has been written so far; from here on nothing can fail.
+    touched = {id(m): m for m, _ in resized} | {id(o): o for *_, owners in slices.values() for o, *_ in owners}
+    for outer in touched.values():
+        for inner in outer.modules():
+            record._remember(inner)
+    for module, sizes in resized:
+        set_sizes(module, sizes)
+    for key, (tensor, by_dim, owners) in slices.items():
+        new = sliced[key]
+        for owner, name, full in owners:
+            if isinstance(new, nn.Parameter):
+                owner._parameters[name] = new
+            else:
+                owner._buffers[name] = new
+            record.kept[full] = by_dim
+        if isinstance(new, nn.Parameter):
+            record.parameters.append((tensor, new, by_dim))  # type: ignore[arg-type]
+    return record
+
+
+def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """Keep the given indices of the given dimensions; memory format is preserved, autograd is not involved."""
+    with torch.inference_mode(False), torch.no_grad():
+        result = tensor.detach()
+        for dim, kept in by_dim.items():
+            result = result.index_select(dim, kept.to(tensor.device))
+        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
+            result = result.contiguous(memory_format=last)
+    return result
+
+
+def _slice_parameter(parameter: nn.Parameter, by_dim: KeptByDim) -> nn.Parameter:
+    new = nn.Parameter(slice_tensor(parameter, by_dim), requires_grad=parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    if parameter.grad is not None:
+        new.grad = slice_tensor(parameter.grad, by_dim)
+    return new
+
+
+def _complete_tied(model: nn.Module, slices: Mapping[int, tuple[Any, Any, list[tuple[nn.Module, str, str]]]]) -> None:
+    """Every module that holds a sliced tensor gets the new one, also under names that no group knows."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            full = f"{prefix}.{name}".lstrip(".")
+            if tensor is not None and id(tensor) in slices:
+                owners = slices[id(tensor)][2]
+                if not any(known == full for *_, known in owners):
+                    owners.append((module, name, full))
+
+
+def _removed_by_slot(groups: Sequence[PruningGroup], plan: Plan) -> dict[str, dict[str, np.ndarray[Any, Any]]]:
+    if len(groups) != len(plan.removed):
+        raise ValueError(f"plan: {len(plan.removed)} groups planned for {len(groups)} groups")
+    removed: dict[str, dict[str, np.ndarray[Any, Any]]] = {}
+    for group, channels in zip(groups, plan.removed, strict=True):
+        if not channels:
+            continue
+        if not all(0 <= channel < group.num_channels for channel in channels):
+            raise ValueError(f"plan: {group.name} has {group.num_channels} channels, and should lose {channels}")
+        gone = np.zeros(group.num_channels + 1, dtype=bool)  # the last place serves owner == -1
+        gone[list(channels)] = True
+        for member in group.members:
+            masks = removed.setdefault(member.module, {})
+            mask = masks.setdefault(member.slot, np.zeros(len(member.owner), dtype=bool))
+            mask |= gone[member.owner]
+    return removed
+
+
+def _kept(mask: np.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(np.flatnonzero(~mask))

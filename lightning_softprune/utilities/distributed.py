@@ -1,0 +1,12 @@
+"""The processes of the default group, if there are several."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor, in place, over the processes of the default group; alone, it stays as it is."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+    return tensor
