@@ -27,10 +27,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
-from lightning_softprune.figures import log_figures
 from lightning_softprune.graph import COSTS, match_modules
-from lightning_softprune.progress import print_round
-from lightning_softprune.report import log_values, round_folder, write_files
+from lightning_softprune.report import log_figures, log_values, print_round, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import run_round
 from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint

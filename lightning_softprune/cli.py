@@ -20,8 +20,7 @@ from rich.console import Console
 
 from lightning_softprune import __version__
 from lightning_softprune.checkpoint import FORMAT, RECORD
-from lightning_softprune.progress import print_rounds
-from lightning_softprune.report import RESULT_FILE, read_result, rebuild_files, round_folders
+from lightning_softprune.report import RESULT_FILE, print_rounds, read_result, rebuild_files, round_folders
 from lightning_softprune.results import PruningResult
 
 PROGRAM = "lightning-softprune"

@@ -24,7 +24,7 @@ from lightning_softprune.compensation import DenseRun, refit_readers
 from lightning_softprune.graph import COSTS
 from lightning_softprune.journal import BASELINE, open_journal
 from lightning_softprune.network import Network
-from lightning_softprune.progress import SearchProgress
+from lightning_softprune.report import SearchProgress
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
 from lightning_softprune.search import (
     Objective,

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_softprune.journal import Journal, Key
 from lightning_softprune.network import Network
-from lightning_softprune.progress import SearchProgress
+from lightning_softprune.report import SearchProgress
 from lightning_softprune.results import Sensitivity, Trial
 from lightning_softprune.search import Objective, Plan, SearchSpace, SearchStrategy
 from lightning_softprune.settings import RoundSettings

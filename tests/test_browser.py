@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from test_page import RESULTS, make_result
 
-from lightning_softprune.page import report_page
+from lightning_softprune.report.page import report_page
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra `browser`")
 

@@ -31,7 +31,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lightning_softprune.journal as journal_module
-import lightning_softprune.report as report_module
+import lightning_softprune.report.files as report_module
 import lightning_softprune.trials as trials_module
 from lightning_softprune import GradientSearch, PruningResult, RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.callback import cubic_schedule

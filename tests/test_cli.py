@@ -16,8 +16,8 @@ from test_report import read_csv
 
 import lightning_softprune
 from lightning_softprune.cli import main
-from lightning_softprune.page import report_page
-from lightning_softprune.report import round_folder, write_files
+from lightning_softprune.report.files import round_folder, write_files
+from lightning_softprune.report.page import report_page
 from lightning_softprune.results import PruningResult
 
 Captured = pytest.CaptureFixture[str]

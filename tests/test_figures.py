@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from modules import fit, made, softpruning
 from test_page import RESULTS, large_result, make_result
 
-from lightning_softprune import figures
-from lightning_softprune.figures import MAX_GROUPS, channels_figure, log_figures, score_figure
+from lightning_softprune.report import figures
+from lightning_softprune.report.figures import MAX_GROUPS, channels_figure, log_figures, score_figure
 
 NAMES = ["softprune/score_against_sparsity", "softprune/channels_kept"]
 

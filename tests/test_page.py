@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_softprune.charts import best_so_far, score_limits, ticks
-from lightning_softprune.page import MAX_ROWS, report_page
+from lightning_softprune.report.charts import ticks
+from lightning_softprune.report.page import MAX_ROWS, report_page
+from lightning_softprune.report.series import best_so_far, score_limits
 from lightning_softprune.results import (
     DRY_RUN,
     Costs,
@@ -466,7 +467,7 @@ def test_limits_of_an_axis_are_never_empty(scores: list[float]) -> None:
 
 
 def colours(scheme: str) -> dict[str, str]:
-    css = importlib.resources.files("lightning_softprune").joinpath("page.css").read_text(encoding="utf-8")
+    css = importlib.resources.files("lightning_softprune.report").joinpath("page.css").read_text(encoding="utf-8")
     light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.S)
     block = light if scheme == "light" else dark
     return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6,8});", block))

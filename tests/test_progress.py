@@ -18,7 +18,8 @@ from rich.live import Live
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import SoftPruning, UniformBaseline
-from lightning_softprune.progress import SearchProgress, groups_table, print_round, print_rounds, progress_style
+from lightning_softprune.report.progress import SearchProgress, progress_style
+from lightning_softprune.report.tables import groups_table, print_round, print_rounds
 from lightning_softprune.results import DRY_RUN, Costs, GroupResult, LeftOut, PruningResult
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

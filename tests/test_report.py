@@ -8,16 +8,9 @@ from typing import Any
 
 import pytest
 
-from lightning_softprune.page import report_page
-from lightning_softprune.report import (
-    log_values,
-    read_result,
-    rebuild_files,
-    round_folder,
-    round_folders,
-    trial_rows,
-    write_files,
-)
+from lightning_softprune.report.files import read_result, rebuild_files, round_folder, round_folders, write_files
+from lightning_softprune.report.page import report_page
+from lightning_softprune.report.series import log_values, trial_rows
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 
 

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # From the bottom to the top. Modules of one level may import each other, in one direction.
 LEVELS = (
     {"utilities"},
-    {"search", "results", "markup", "charts", "page"},  # numbers only
+    {"search", "results"},  # numbers only
     {"graph"},
     {"surgery", "calibration", "compensation"},
     {"trainer"},
-    {"checkpoint", "journal", "report", "figures", "progress", "settings"},
+    {"checkpoint", "journal", "report", "settings"},
     {"network"},
     {"trials"},
     {"round"},

@@ -14,7 +14,9 @@ Attribute = str | int | float | bool | None
 
 # Elements that have no content and no end tag: HTML's, and those of SVG that the charts draw with.
 _VOID = frozenset({"meta", "link", "br"})
+
 _EMPTY = frozenset({"rect", "line", "path", "circle", "polyline"})
+
 # No document may hold these; a lone surrogate cannot even be written to a file.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_softprune.markup import Markup, join, tag
+from lightning_softprune.report.markup import Markup, join, tag
+from lightning_softprune.report.series import (
+    best_so_far,
+    chosen_trial,
+    component_colours,
+    is_drawable,
+    score_limits,
+    target_band,
+)
 from lightning_softprune.results import PruningResult, Sensitivity, pareto_front
 
 WIDTH, HEIGHT = 480, 300
+
 _RIGHT, _TOP, _BOTTOM = 14, 12, 50
+
 _SMALL_WIDTH, _SMALL_HEIGHT = 220, 128
+
 _MANY = 400  # more points than this: one path for all of them, without a tooltip each
+
 _FAR = 100.0
-_LARGEST = 1e150  # beyond it, differences of scores overflow
 
 
 @dataclass(frozen=True)
@@ -68,69 +79,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     decimals = max(0, 2 - math.floor(math.log10(step)))
     found = [round(number * step, decimals) for number in range(first, first + count + 2)]
     return [value for value in found if value <= high + 1e-9 * step] or [low]
-
-
-def score_limits(scores: Sequence[float], important: Sequence[float]) -> tuple[float, float]:
-    """The ends of an axis of scores.
-
-    Everything important is on it, and of the rest what lies within Tukey's fences, one and a half interquartile ranges
-    beyond the quartiles: one trial that diverged must not press all others into a line.
-
-    Args:
-        scores: Every score; those that are not finite are ignored.
-        important: Scores that have to be seen.
-
-    Returns:
-        Lowest and highest value, with a margin.
-
-    >>> score_limits([1.0, 2.0, 3.0, 4.0, 1e6], important=[0.0])
-    (-0.28, 4.28)
-    """
-    finite = sorted(score for score in scores if is_drawable(score))
-    wanted = [score for score in important if is_drawable(score)]
-    if finite:
-        lower, upper = finite[len(finite) // 4], finite[(3 * len(finite)) // 4 - (len(finite) % 4 == 0)]
-        fence = 1.5 * (upper - lower)
-        wanted += [score for score in finite if lower - fence <= score <= upper + fence]
-    if not wanted:
-        return 0.0, 1.0
-    low, high = min(wanted), max(wanted)
-    margin = 0.07 * (high - low)
-    if margin <= 1e-9 * max(abs(low), abs(high)):
-        margin = 0.05 * max(abs(low), abs(high)) or 1.0
-    return low - margin, high + margin
-
-
-def is_drawable(score: float) -> bool:
-    """Whether a score has a place on an axis: neither NaN nor infinite, nor close to it."""
-    return abs(score) < _LARGEST
-
-
-def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
-    """Trial and score of each feasible trial that was better than every feasible one before it."""
-    better: Callable[[float, float], bool] = (lambda a, b: a > b) if result.mode == "max" else (lambda a, b: a < b)
-    found: list[tuple[int, float]] = []
-    for index, trial in enumerate(result.trials):
-        if trial.feasible and not math.isnan(trial.score) and (not found or better(trial.score, found[-1][1])):
-            found.append((index, trial.score))
-    return found
-
-
-def target_band(result: PruningResult) -> tuple[float, float] | None:
-    """Lowest and highest sparsity that is feasible; `None` if there is no target."""
-    if result.target_sparsity is None:
-        return None
-    band = (result.target_sparsity - result.tolerance, result.target_sparsity + result.tolerance)
-    return band if all(map(is_drawable, band)) else None
-
-
-def component_colours(result: PruningResult) -> dict[str, str]:
-    """Component -> class of its colour; seven colours, in the order of the groups."""
-    components = dict.fromkeys(group.component for group in result.groups)
-    return {component: f"c{number % 7}" for number, component in enumerate(components)}
-
-
-# ---------------------------------------------------------------------------------------------------------- the charts
 
 
 def history_chart(result: PruningResult) -> Markup:
@@ -194,8 +142,6 @@ def sensitivity_charts(result: PruningResult) -> Markup:
         figures.append(tag("figure", tag("figcaption", curve.group), chart, class_=f"small {colour}"))
     return tag("div", *figures, class_="smalls")
 
-
-# ------------------------------------------------------------------------------------------------------------- drawing
 
 _KEYS = {
     "feasible": "feasible trial",
@@ -325,11 +271,6 @@ class _Frame:
         feasible = "feasible" if trial.feasible else "not feasible"
         chosen = ", chosen" if index == self.result.chosen else ""
         return f"trial {index}: score {trial.score:.5g}, sparsity {trial.sparsity:.4g}, {feasible}{chosen}"
-
-
-def chosen_trial(result: PruningResult) -> int | None:
-    """Index of the chosen trial, if there is one."""
-    return result.chosen if result.chosen is not None and 0 <= result.chosen < len(result.trials) else None
 
 
 def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float | None, key: str) -> Markup:

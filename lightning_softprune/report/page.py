@@ -12,30 +12,20 @@ import functools
 import hashlib
 import importlib.resources
 import math
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from lightning_softprune.charts import (
-    chosen_trial,
-    component_colours,
-    history_chart,
-    sensitivity_charts,
-    sparsity_chart,
-)
-from lightning_softprune.markup import Markup, join, tag, trusted
+from lightning_softprune.report.charts import history_chart, sensitivity_charts, sparsity_chart
+from lightning_softprune.report.markup import Markup, join, tag, trusted
+from lightning_softprune.report.series import _fraction, _number, budget_rows, chosen_trial, component_colours
 from lightning_softprune.results import GroupResult, PruningResult, format_change, pareto_front
 
 MAX_ROWS = 1000
-MAX_CELLS = 40_000
-MAX_COEFFICIENT_COLUMNS = 40
-_LONG = 24  # more rows than this scroll in a box of their own
 
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    "<=": lambda a, b: a <= b,
-    ">=": lambda a, b: a >= b,
-    "<": lambda a, b: a < b,
-    ">": lambda a, b: a > b,
-}
+MAX_CELLS = 40_000
+
+MAX_COEFFICIENT_COLUMNS = 40
+
+_LONG = 24  # more rows than this scroll in a box of their own
 
 
 def report_page(result: PruningResult) -> str:
@@ -79,10 +69,7 @@ def report_page(result: PruningResult) -> str:
 
 @functools.cache
 def _asset(name: str) -> str:
-    return importlib.resources.files("lightning_softprune").joinpath(name).read_text(encoding="utf-8")
-
-
-# -------------------------------------------------------------------------------------------------------------- pieces
+    return importlib.resources.files("lightning_softprune.report").joinpath(name).read_text(encoding="utf-8")
 
 
 def _section(title: str, *content: str, note: str = "") -> Markup:
@@ -102,15 +89,6 @@ def _scrolling(table: Markup, rows: int, label: str) -> Markup:
     return tag("div", table, class_=box, role="region", tabindex=0, aria_label=label)
 
 
-def _number(value: float) -> str:
-    """A metric or a score in six digits."""
-    return f"{value:.6g}"
-
-
-def _fraction(value: float) -> str:
-    return f"{value:.4g}"
-
-
 def _change(before: float, after: float) -> str:
     if not (math.isfinite(before) and math.isfinite(after)):
         return "no finite change"
@@ -119,9 +97,6 @@ def _change(before: float, after: float) -> str:
 
 def _milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:,.4g} ms"
-
-
-# ------------------------------------------------------------------------------------------------------------ sections
 
 
 def _header(result: PruningResult) -> Markup:
@@ -180,32 +155,11 @@ def _card(name: str, before: str, after: str, note: str) -> Markup:
     return tag("div", tag("h3", name), value, tag("p", note, class_="note"), class_="card")
 
 
-def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
-    """Limits and constraints, each with what the round's plan comes to and whether that meets it."""
-    rows = []
-    for name, limit in result.limits.items():
-        share = result.shares.get(name)
-        met = "" if share is None else f"{_fraction(share)} of dense: {'met' if share <= limit else 'not met'}"
-        rows.append((f"{name} <= {_fraction(limit)} of dense", met))
-    return rows + [(text, _constraint(text, result.metrics_after)) for text in result.constraints]
-
-
 def _budgets(result: PruningResult) -> Markup:
     rows = budget_rows(result)
     if not rows:
         return Markup()
     return _section("Limits and constraints", _table(["budget", "after"], rows, "Limits and constraints", "plain"))
-
-
-def _constraint(text: str, metrics: dict[str, float]) -> str:
-    match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
-    if match is None or match[1] not in metrics:
-        return ""
-    try:
-        met = _OPERATORS[match[2]](metrics[match[1]], float(match[3]))
-    except ValueError:
-        return ""
-    return f"{_number(metrics[match[1]])}: {'met' if met else 'not met'}"
 
 
 def _groups(result: PruningResult) -> Markup:

@@ -1,4 +1,4 @@
-"""What a round leaves behind for people: files in a folder, scalars for the Trainer's loggers.
+"""The files of a round in a folder.
 
 Each file is a pure function from a `PruningResult` to text (`_FILES`); writing is one function for all of them.
 """
@@ -12,12 +12,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_softprune.page import report_page
-from lightning_softprune.results import PruningResult, pareto_front
+from lightning_softprune.report.page import report_page
+from lightning_softprune.report.series import trial_rows
+from lightning_softprune.results import PruningResult
 
 RESULT_FILE = "result.json"
-
-Cell = str | int | float | bool
 
 
 def round_folder(root: Path, epoch: int) -> Path:
@@ -96,46 +95,6 @@ def rebuild_files(folder: Path) -> list[Path]:
     result = read_result(folder / RESULT_FILE)
     texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
     return [_replace(folder / name, text) for name, text in texts.items()]
-
-
-def log_values(result: PruningResult) -> dict[str, float]:
-    """The scalars that the Trainer's loggers get at a round.
-
-    Returns:
-        `softprune/sparsity`, `softprune/params`, `softprune/macs`, `softprune/score`, `softprune/evaluations` and one
-        `softprune/coefficient/<group>` per group.
-    """
-    values = {
-        "sparsity": result.sparsity,
-        "params": result.costs_after.params,
-        "macs": result.costs_after.macs,
-        "score": result.score_after,
-        "evaluations": result.evaluations,
-        **{f"coefficient/{group.name}": group.coefficient for group in result.groups},
-    }
-    return {f"softprune/{name}": float(value) for name, value in values.items()}
-
-
-def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
-    """The trials as a table.
-
-    Returns:
-        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `metric/<name>` for every metric any
-        trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an empty cell.
-    """
-    metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.metrics))
-    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds"]
-    header += [f"metric/{name}" for name in metrics]
-    header += [f"coefficient/{group.name}" for group in result.groups]
-    front = set(pareto_front([t.sparsity for t in result.trials], [t.score for t in result.trials], result.mode))
-    rows = []
-    for index, trial in enumerate(result.trials):
-        row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
-        row.append(float(trial.seconds))
-        row += [float(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
-        row += map(float, trial.coefficients)
-        rows.append(row)
-    return header, rows
 
 
 def _json_text(result: PruningResult) -> str:

@@ -19,15 +19,19 @@ import numpy.typing as npt
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
-from lightning_softprune.charts import best_so_far, chosen_trial, is_drawable, score_limits, target_band
+from lightning_softprune.report.series import best_so_far, chosen_trial, is_drawable, score_limits, target_band
 from lightning_softprune.results import PruningResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+
 MAX_GROUPS = 80
+
 _MAX_NAME = 36
+
 _BLUE, _GREY, _ORANGE, _GREEN, _INK = "#0a6cab", "#818b96", "#c04f00", "#007a58", "#1b2128"
+
 _COLOURS = (_BLUE, _ORANGE, _GREEN, "#a3447e", "#8a6a00", "#5b5bb5", "#5c6670")  # as on the page
 
 

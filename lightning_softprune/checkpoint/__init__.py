@@ -1,0 +1,34 @@
+"""Checkpoints of pruned models: the record in the file, and modules that take the shape a file needs.
+
+A pruned model's checkpoint is an ordinary one with one more entry, ``checkpoint["softprune"]``, in plain types:
+
+- ``format``: version of the record;
+- ``layers``: module name -> its slot sizes, for every layer that has slots (convolutions: ``in``, ``out``, ``groups``);
+- ``shapes``: name of every parameter and buffer -> its shape, bare parameters included;
+- ``created_biases``: names of the biases that compensation added; the class itself does not make them;
+- ``dense``: ``layers`` and ``shapes`` of the model before its first round;
+- ``results``: the rounds, as :meth:`PruningResult.to_dict` writes them;
+- ``optimizers``: in full checkpoints, the parameters of each group of each optimizer by name, in order.
+
+Sizes and shapes are read off the live module whenever it is saved, so they are right also after further rounds, and in
+later runs without the callback. :func:`resize` is the way back. Where a file has no record, shapes tell the sizes of
+all layers that keep a tensor along each of their slots.
+"""
+
+from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
+from lightning_softprune.checkpoint.record import FORMAT, is_recorded, keep_record, order_parameters
+from lightning_softprune.checkpoint.resize import resize
+from lightning_softprune.checkpoint.shapes import RECORD, Form
+
+__all__ = [
+    "FORMAT",
+    "RECORD",
+    "Form",
+    "LoadHook",
+    "PrunedCheckpointMixin",
+    "is_recorded",
+    "keep_record",
+    "load_from_checkpoint",
+    "order_parameters",
+    "resize",
+]

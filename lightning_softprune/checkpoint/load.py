@@ -1,0 +1,177 @@
+"""Modules that take the shape of the checkpoint they load, with a trainer and without."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+from lightning_softprune.checkpoint.record import InstanceHook
+from lightning_softprune.checkpoint.resize import _resize
+from lightning_softprune.checkpoint.shapes import RECORD, Form
+
+Module = TypeVar("Module", bound=pl.LightningModule)
+
+
+class LoadHook(InstanceHook):
+    """A module's `on_load_checkpoint` while a checkpoint may come: takes the file's shape, then calls the user's own.
+
+    Attributes:
+        record: The record of the checkpoint that came, if it had one.
+
+    Args:
+        module: The module; the hook is an attribute of the instance until :meth:`remove`.
+        copies: Lists the module's averaged copies, which take the same shape.
+    """
+
+    name = "on_load_checkpoint"
+
+    def __init__(self, module: pl.LightningModule, copies: Callable[[], Iterable[nn.Module]] = tuple) -> None:
+        self.module, self.copies = module, copies
+        self.record: dict[str, Any] | None = None
+        before = module.__dict__.get(self.name)
+        self.before: Callable[[dict[str, Any]], None] | None
+        self.before = before.before if isinstance(before, LoadHook) else before
+        module.__dict__[self.name] = self
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        """Resize, and call what was there before."""
+        self.record = checkpoint.get(RECORD)
+        _resize_around(self.module, checkpoint, lambda: self.call_before(checkpoint))
+        for averaged in self.copies():
+            with nullcontext() if self.record else suppress(ValueError):  # as for the module, which has passed
+                _resize(averaged, checkpoint, strict=False)
+
+
+def _resize_around(module: pl.LightningModule, checkpoint: dict[str, Any], own: Callable[[], None]) -> None:
+    """Resize, then call the user's own hook.
+
+    Where there is no record, the user's hook may be what makes a checkpoint fit (an older class's names, a larger
+    vocabulary): it has its turn before anything is refused.
+    """
+    problem: ValueError | None = None
+    try:
+        _resize(module, checkpoint, strict=False)
+    except ValueError as error:
+        if RECORD in checkpoint:
+            raise
+        problem = error
+    own()
+    if problem is not None:
+        shapes = Form.of(module).shapes
+        for name, value in checkpoint.get("state_dict", {}).items():
+            if isinstance(value, torch.Tensor) and shapes.get(name, tuple(value.shape)) != tuple(value.shape):
+                raise problem
+
+
+_PATCHING = threading.RLock()
+
+
+@contextmanager
+def _resizing(module_class: type[pl.LightningModule]) -> Iterator[None]:
+    """While this lasts, modules of this class and of its subclasses take the shape of the checkpoint they load.
+
+    Lightning builds the module and loads its weights in one call; between the two it calls the module's
+    `on_load_checkpoint`, and which subclass it builds may be written in the checkpoint.
+    """
+    name = LoadHook.name
+    classes = [module_class]
+    for cls in classes:
+        classes += [sub for sub in cls.__subclasses__() if sub not in classes]
+    with _PATCHING:
+        before = [(cls, vars(cls).get(name)) for cls in classes if cls is module_class or name in vars(cls)]
+        running: list[pl.LightningModule] = []
+
+        def around(original: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
+            def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+                if running:  # `super().on_load_checkpoint`, or a module inside
+                    original(self, checkpoint)
+                    return
+                running.append(self)
+                try:
+                    _resize_around(self, checkpoint, lambda: original(self, checkpoint))
+                finally:
+                    running.clear()
+
+            return on_load_checkpoint
+
+        wrapped = [(cls, around(getattr(cls, name))) for cls, _ in before]
+        try:
+            for cls, function in wrapped:
+                setattr(cls, name, function)
+            yield
+        finally:
+            for cls, own in before:
+                if own is None:
+                    delattr(cls, name)
+                else:
+                    setattr(cls, name, own)
+
+
+_FOREIGN = (AttributeError, KeyError, TypeError)
+
+_DAMAGED = (EOFError, OSError, RuntimeError, UnpicklingError, struct.error)
+
+
+@contextmanager
+def _naming(path: Any) -> Iterator[None]:
+    """Say so if a file is not a Lightning checkpoint; Lightning stumbles over a missing key or over its bytes."""
+    try:
+        yield
+    except (*_FOREIGN, *_DAMAGED) as error:
+        if isinstance(path, (str, Path)) and Path(path).is_file():
+            content: Any = None
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError as unpickling:
+                if "GLOBAL" in str(unpickling):  # a whole file with other objects in it: the error above says which
+                    raise error from None
+            except Exception:  # whatever a damaged file raises
+                raise ValueError(f"{path}: this file cannot be read as a checkpoint ({error})") from error
+            keys = content.keys() if isinstance(content, Mapping) else set()
+            if not {"state_dict", "pytorch-lightning_version"} <= keys:
+                raise ValueError(f"{path}: this file is not a Lightning checkpoint") from error
+        raise
+
+
+def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, *args: Any, **kwargs: Any) -> Module:
+    """Load a module from a checkpoint, pruned or dense: no trainer and no callback are needed.
+
+    Args:
+        module_class: The LightningModule's class.
+        checkpoint_path: Path, URL or file object.
+        args: See `LightningModule.load_from_checkpoint`.
+        kwargs: As there: `map_location`, `hparams_file`, `strict`, `weights_only`, and hyperparameters to override.
+
+    Returns:
+        The module, in the checkpoint's shape, with its weights.
+
+    Raises:
+        ValueError: The file is no Lightning checkpoint, or does not fit the class; the message names the file or the
+            module.
+    """
+    with _resizing(module_class), _naming(checkpoint_path):
+        return module_class.load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+
+class PrunedCheckpointMixin:
+    """Makes `load_from_checkpoint` of a LightningModule understand pruned checkpoints.
+
+    To be named first: ``class Net(PrunedCheckpointMixin, LightningModule)``. The arguments stay the same.
+    """
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a module from a checkpoint, pruned or dense; see `LightningModule.load_from_checkpoint`."""
+        if not issubclass(cls, pl.LightningModule):
+            raise TypeError(f"{cls.__name__} is not a LightningModule")
+        with _resizing(cls), _naming(checkpoint_path):
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]

@@ -1,0 +1,130 @@
+"""The record that a pruned module writes into its checkpoints."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_softprune.checkpoint.shapes import RECORD, Form
+from lightning_softprune.results import PruningResult
+
+FORMAT = 1
+"""Version of the record."""
+
+
+class InstanceHook:
+    """A hook of a LightningModule that stands, as an attribute of the instance, in front of the user's own."""
+
+    name: str
+    module: pl.LightningModule
+    before: Callable[[dict[str, Any]], None] | None
+
+    def call_before(self, checkpoint: dict[str, Any]) -> None:
+        """Call what the hook stands in front of."""
+        if self.before is not None:
+            self.before(checkpoint)
+        else:
+            getattr(type(self.module), self.name)(self.module, checkpoint)
+
+    def remove(self) -> None:
+        """Leave the module as it was before."""
+        if self.module.__dict__.get(self.name) is not self:
+            return
+        if self.before is None:
+            del self.module.__dict__[self.name]
+        else:
+            self.module.__dict__[self.name] = self.before
+
+
+class SaveHook(InstanceHook):
+    """A pruned module's `on_save_checkpoint`: the user's own, and then the record.
+
+    It stays on the module (as an attribute of the instance) for as long as the module is pruned, so that whoever saves
+    it, with which trainer and callbacks ever, writes a file that can be loaded. It is copied and pickled with its
+    module.
+    """
+
+    name = "on_save_checkpoint"
+
+    def __init__(self, module: pl.LightningModule, dense: Form, results: list[dict[str, Any]]) -> None:
+        self.module, self.dense, self.results = module, dense, results
+        self.before = module.__dict__.get(self.name)
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        """Let the user's own hook write, then write the record."""
+        self.call_before(checkpoint)
+        form = Form.of(self.module)
+        checkpoint[RECORD] = {
+            "format": FORMAT,
+            **form.to_dict(),
+            "created_biases": [name for name in form.shapes if name not in self.dense.shapes],
+            "dense": self.dense.to_dict(),
+            "results": list(self.results),
+        }
+        if "optimizer_states" in checkpoint:
+            checkpoint[RECORD]["optimizers"] = _parameter_names(self.module, self.module.trainer.optimizers)
+
+
+def keep_record(module: pl.LightningModule, dense: Form, results: Iterable[PruningResult | dict[str, Any]]) -> None:
+    """From now on, write the record into every checkpoint of this module.
+
+    Args:
+        module: A pruned module.
+        dense: Its form before the first round; ignored where an earlier round has left one.
+        results: The rounds so far.
+    """
+    plain = [result.to_dict() if isinstance(result, PruningResult) else result for result in results]
+    hook = save_hook(module)
+    if hook is None:
+        module.__dict__[SaveHook.name] = SaveHook(module, dense, plain)
+    else:
+        hook.results = plain
+
+
+def is_recorded(module: nn.Module) -> bool:
+    """Whether this module was pruned, and writes the record when it is saved."""
+    return save_hook(module) is not None
+
+
+def save_hook(module: nn.Module) -> SaveHook | None:
+    """The hook of a pruned module; ``None`` where it was not pruned."""
+    hook = module.__dict__.get(SaveHook.name)
+    return hook if isinstance(hook, SaveHook) else None
+
+
+def _parameter_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list[list[list[str | None]]]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [
+        [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def _flat(groups: list[list[str | None]]) -> list[str]:
+    return [str(name) for name in itertools.chain(*groups)]
+
+
+def order_parameters(module: nn.Module, optimizers: Sequence[Optimizer], record: Mapping[str, Any] | None) -> None:
+    """Bring the parameters of fresh optimizers into the order in which a checkpoint has their state.
+
+    PyTorch matches optimizer state by position. A bias that compensation created joined its weight's parameter group
+    when it was made; an optimizer that is built later finds it elsewhere, perhaps in another group.
+
+    Args:
+        module: The module, in the checkpoint's shape.
+        optimizers: Its optimizers. One that does not hold the same parameters as then is left alone.
+        record: The checkpoint's record.
+    """
+    wanted = (record or {}).get("optimizers") or []
+    parameters = dict(module.named_parameters())
+    if len(wanted) != len(optimizers):
+        return
+    for optimizer, now, then in zip(optimizers, _parameter_names(module, optimizers), wanted, strict=True):
+        if len(now) == len(then) and sorted(_flat(now)) == sorted(_flat(then)) and set(_flat(now)) <= parameters.keys():
+            for group, names in zip(optimizer.param_groups, then, strict=True):
+                group["params"][:] = [parameters[name] for name in names]

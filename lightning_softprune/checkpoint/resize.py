@@ -1,0 +1,345 @@
+"""Give a module the shape that a file needs: worked out first, and done when nothing can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_softprune.checkpoint.record import FORMAT, keep_record, save_hook
+from lightning_softprune.checkpoint.shapes import (
+    RECORD,
+    Form,
+    Shape,
+    Sizes,
+    _is_depthwise,
+    _layout,
+    _Place,
+    _places,
+    _places_by_name,
+    _sizes,
+    _tensor,
+)
+from lightning_softprune.graph import Layout, set_sizes
+
+
+def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
+    """Give a module the shape that a checkpoint's weights have, in place; the weights are for `load_state_dict`.
+
+    The module may be dense, pruned further or pruned less. New tensors keep dtype, device, memory format,
+    `requires_grad` and attributes, and what overlaps with the old values; tied weights stay one tensor; biases that
+    compensation created are made. Optimizers have to be built afterwards.
+
+    Args:
+        model: A module of the architecture that was saved.
+        checkpoint_or_record: A checkpoint, its ``"softprune"`` record, or a state dict. Without a record, sizes are
+            taken from the tensors' shapes.
+
+    Raises:
+        ValueError: The model is not of this architecture, or the shapes alone do not tell the size of a layer; the
+            message names the module. Nothing is changed then.
+
+    >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)]
+    >>> model = nn.Sequential(*layers)
+    >>> resize(model, {"0.weight": torch.ones(5, 4), "0.bias": torch.ones(5),
+    ...                "2.weight": torch.ones(2, 5), "2.bias": torch.ones(2)})
+    >>> model
+    Sequential(
+      (0): Linear(in_features=4, out_features=5, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=5, out_features=2, bias=True)
+    )
+    """
+    _resize(model, checkpoint_or_record, strict=True)
+
+
+def _resize(model: nn.Module, source: Any, strict: bool) -> None:
+    record, state = _read(source)
+    hook = save_hook(model)
+    live = Form.of(model)
+    exact = True  # the target is the form of this file, not a guess from shapes
+    if record is not None:
+        target = Form.from_dict(record)
+    elif hook is not None and not live.has(state) and hook.dense.has(state):
+        target = hook.dense
+    else:
+        target, exact = Form({}, state), False
+    if strict:
+        _check_names(model, live, target, exact)
+    _Change(model, live, target, exact).apply()
+    if isinstance(model, pl.LightningModule):
+        if record is not None:
+            if hook is not None:
+                hook.remove()  # what it knows of rounds is not this file's history
+            keep_record(model, Form.from_dict(record.get("dense", record)), record.get("results", []))
+        elif hook is not None and exact:
+            hook.remove()
+
+
+def _read(source: Any) -> tuple[dict[str, Any] | None, dict[str, Shape]]:
+    """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict's shapes."""
+    wrong = ValueError('neither a checkpoint, nor its "softprune" record, nor a state dict of tensors')
+    if isinstance(source, (str, Path)):
+        raise ValueError(f"{str(source)!r} is a path and {wrong}; load it first, as in torch.load(path)")
+    if not isinstance(source, Mapping):
+        raise wrong
+    record = source.get(RECORD, source if "format" in source and "layers" in source else None)
+    if record is not None:
+        if not isinstance(record, Mapping) or not isinstance(record.get("format"), int):
+            raise ValueError(f"the {RECORD!r} record is damaged: it has no format version")
+        if record["format"] > FORMAT:
+            raise ValueError(
+                f"the {RECORD!r} record has format {record['format']}; this version of lightning-softprune "
+                f"reads formats up to {FORMAT}"
+            )
+        return dict(record), {}
+    state = source.get("state_dict", source)
+    shapes = {}
+    if isinstance(state, Mapping):
+        shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+    if not shapes:
+        raise wrong
+    return None, shapes
+
+
+def _check_names(model: nn.Module, live: Form, target: Form, exact: bool) -> None:
+    """Refuse a file that has other tensors than the model."""
+    places = _places_by_name(model)
+    own = {*live.shapes, *model.state_dict(), *places}
+    for name in target.shapes:
+        if name not in own and _missing_bias(model, name) is None:
+            raise ValueError(f"{_owner(name)}: the checkpoint has {name!r}, {type(model).__name__} has not")
+    named = {
+        id(place.tensor) for name, place in places.items() if name in target.shapes
+    }  # a tied tensor: once is enough
+    for name, place in places.items():
+        removable = exact and name.endswith("bias") and _owner(name) in target.layers
+        if place.is_parameter and not place.lazy and id(place.tensor) not in named and not removable:
+            raise ValueError(f"{_owner(name)}: {type(model).__name__} has {name!r}, the checkpoint has not")
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0] or name
+
+
+def _missing_bias(model: nn.Module, name: str) -> nn.Module | None:
+    """The layer without bias whose bias this would be."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        return None
+    empty = attribute == "bias" and layer._parameters.get("bias", layer) is None
+    return layer if empty and isinstance(layer, (nn.Linear, _ConvNd)) else None
+
+
+class _Change:
+    """What has to be done to a model so that it has a form: worked out first, and done when nothing can fail.
+
+    Args:
+        model: The model.
+        live: Its form now.
+        target: The form it shall have; with `exact` unset, its layers are unknown and follow from the shapes.
+        exact: Whether the target is known to be a form of this very architecture.
+    """
+
+    def __init__(self, model: nn.Module, live: Form, target: Form, exact: bool) -> None:
+        self.live, self.target, self.exact = live, target, exact
+        self.places = [place for place in _places(model) if not place.lazy]
+        self.shapes = self._with_aliases()
+        self.resized: list[tuple[nn.Module, Sizes]] = []
+        self.created: list[tuple[nn.Module, int]] = []
+        self.removed: list[nn.Module] = []
+        self.wanted: dict[str, Shape] = {}
+        self.refused: dict[str, str] = {}
+        self._plan_layers(model)
+        self._plan_bare()
+        self.tensors = self._by_tensor()
+
+    def _with_aliases(self) -> dict[str, Shape]:
+        """The file's shapes; a tied tensor that it names once has the same shape under its other names."""
+        shapes, named = dict(self.target.shapes), {}
+        for place in self.places:
+            if place.name in shapes:
+                named[id(place.tensor)] = shapes[place.name]
+        for place in self.places:
+            if id(place.tensor) in named:
+                shapes.setdefault(place.name, named[id(place.tensor)])
+        return shapes
+
+    def _plan_layers(self, model: nn.Module) -> None:
+        unknown, changed = [], set()
+        for name, module in model.named_modules(remove_duplicate=False):
+            layout = _layout(module)
+            if isinstance(layout, str):
+                self.refused[name] = layout
+            now = self.live.layers.get(name)
+            if now is None or any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+                continue
+            try:
+                sizes = self.target.layers.get(name) or self._derive(name, module, now)
+                if sizes is None:
+                    unknown.append((name, module, now))
+                    continue
+                self._plan_layer(name, module, now, sizes)
+            except ValueError as error:
+                raise ValueError(f"{name or 'the model'}: {error}") from None
+            if sizes != now:
+                changed |= {now[slot] for slot in now if now[slot] != sizes[slot]}
+                self.resized.append((module, sizes))
+        for name, module, now in unknown:
+            if changed & set(now.values()):
+                raise ValueError(
+                    f"{name}: no tensor of this {type(module).__name__} tells its size, so a state dict alone is not "
+                    "enough; pass the whole checkpoint, or its 'softprune' record"
+                )
+
+    def _derive(self, name: str, module: nn.Module, now: Sizes) -> Sizes | None:
+        """Read a layer's sizes off the shapes in the file; `None`: they do not tell."""
+        prefix = f"{name}." if name else ""
+        if isinstance(module, _ConvNd):
+            weight = self.shapes.get(f"{prefix}weight")
+            if weight is None:
+                return None
+            self._check_rank(weight, module.weight)
+            if _is_depthwise(now) and now["groups"] > 1:
+                return dict.fromkeys(now, weight[0])
+            first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
+            return {**now, first: weight[0], second: weight[1] * module.groups}
+        layout = _layout(module)
+        if not isinstance(layout, Layout):
+            return None
+        sizes: Sizes = {}
+        for axis in layout.axes:
+            shape, tensor = self.shapes.get(prefix + axis.tensor), _tensor(module, axis.tensor)
+            if shape is not None and tensor is not None:
+                self._check_rank(shape, tensor)
+                sizes.setdefault(axis.slot, shape[axis.dim] * axis.parts // axis.repeat)
+        return sizes if sizes.keys() == layout.slots.keys() else None
+
+    @staticmethod
+    def _check_rank(shape: Shape, tensor: torch.Tensor) -> None:
+        if len(shape) != tensor.ndim:
+            raise ValueError(_mismatch(shape, tuple(tensor.shape)))
+
+    def _plan_layer(self, name: str, module: nn.Module, now: Sizes, sizes: Sizes) -> None:
+        """Check that the layer can have these sizes, and note the shapes its tensors then have."""
+        if sizes.keys() != now.keys():
+            raise ValueError(f"the checkpoint has another kind of layer here, this is a {type(module).__name__}")
+        if min(sizes.values()) < 0:
+            raise ValueError(f"the checkpoint gives it the sizes {sizes}")
+        prefix = f"{name}." if name else ""
+        for tensor, shape in self._shapes_of(module, now, sizes).items():
+            known = self.shapes.get(prefix + tensor, shape)
+            if known != shape:
+                raise ValueError(_mismatch(known, shape))
+            self.wanted[prefix + tensor] = shape
+        if not isinstance(module, (nn.Linear, _ConvNd)) or "bias" not in module._parameters:
+            return
+        given = self.shapes.get(f"{prefix}bias")
+        if module.bias is None and given is not None:
+            if given != (sizes["out"],):
+                raise ValueError(_mismatch(given, (sizes["out"],)))
+            if not any(layer is module for layer, _ in self.created):
+                self.created.append((module, sizes["out"]))
+        elif module.bias is not None and given is None and self.exact and name in self.target.layers:
+            self.removed.append(module)
+
+    @staticmethod
+    def _shapes_of(module: nn.Module, now: Sizes, sizes: Sizes) -> dict[str, Shape]:
+        if isinstance(module, _ConvNd):
+            groups = sizes["groups"]
+            if groups != now["groups"] and not (_is_depthwise(now) or _is_depthwise(sizes)):
+                raise ValueError(f"it has {now['groups']} groups, in the checkpoint {groups}")
+            if groups == 0 or sizes["in"] % groups or sizes["out"] % groups:
+                raise ValueError(f"{sizes['in']} -> {sizes['out']} channels do not make {groups} equal groups")
+            first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
+            shapes = {"weight": (sizes[first], sizes[second] // groups, *module.weight.shape[2:])}
+            return shapes | ({} if module.bias is None else {"bias": (sizes["out"],)})
+        layout = _layout(module)
+        if not isinstance(layout, Layout):
+            raise ValueError(str(layout))
+        for slot, parts in layout.parts.items():
+            if sizes[slot] % parts:
+                raise ValueError(f"{sizes[slot]} channels do not make {parts} equal parts")
+        result: dict[str, Shape] = {}
+        for axis in layout.axes:
+            tensor = _tensor(module, axis.tensor)
+            if tensor is not None:
+                shape = list(result.get(axis.tensor, tensor.shape))
+                shape[axis.dim] = sizes[axis.slot] * axis.repeat // axis.parts
+                result[axis.tensor] = tuple(shape)
+        return result
+
+    def _plan_bare(self) -> None:
+        """Tensors that no slot describes: parameters of the user's own modules, mostly."""
+        layers = {id(place.module) for place in self.places if _sizes(place.module)}
+        for place in self.places:
+            now = tuple(place.tensor.shape)
+            shape = self.shapes.get(place.name, now)
+            if place.name in self.wanted or shape == now:
+                continue
+            owner = _owner(place.name)
+            for name, reason in self.refused.items():
+                if owner == name or owner.startswith(f"{name}."):
+                    raise ValueError(f"{name}: {_mismatch(shape, now)}; {reason}")
+            if not self.exact and not place.is_parameter:
+                continue  # a buffer of the user's own; no round changes its shape
+            if len(shape) != len(now) or (id(place.module) in layers and not self.exact):
+                raise ValueError(f"{owner}: {_mismatch(shape, now)}")
+            self.wanted[place.name] = shape
+
+    def _by_tensor(self) -> list[tuple[torch.Tensor, Shape, list[_Place]]]:
+        found: dict[int, tuple[torch.Tensor, Shape, list[_Place]]] = {}
+        for place in self.places:
+            shape = self.wanted.get(place.name, tuple(place.tensor.shape))
+            _, known, owners = found.setdefault(id(place.tensor), (place.tensor, shape, []))
+            if known != shape:
+                other = owners[0].name
+                raise ValueError(f"{_owner(place.name)}: {place.name} is one tensor with {other}, which has {known}")
+            owners.append(place)
+        return [item for item in found.values() if tuple(item[0].shape) != item[1]]
+
+    def apply(self) -> None:
+        """Do it."""
+        with torch.inference_mode(False), torch.no_grad():
+            made = [(_of_shape(tensor, shape), owners) for tensor, shape, owners in self.tensors]
+            biases = []
+            for layer, size in self.created:
+                weight = layer.get_parameter("weight")
+                biases.append((layer, nn.Parameter(weight.new_zeros(size), requires_grad=weight.requires_grad)))
+        for module, sizes in self.resized:
+            if isinstance(module, _ConvNd):
+                module.in_channels, module.out_channels, module.groups = sizes["in"], sizes["out"], sizes["groups"]
+            else:
+                set_sizes(module, sizes)
+        for new, owners in made:
+            for place in owners:
+                place.container[place.attribute] = new
+        for layer, bias in biases:
+            layer._parameters["bias"] = bias
+        for layer in self.removed:
+            layer._parameters["bias"] = None
+
+
+def _mismatch(there: Shape, here: Shape) -> str:
+    return f"a tensor has the shape {there} in the checkpoint, this model would have {here}"
+
+
+def _of_shape(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
+    """A tensor of this shape like the given one, with the values where both have any, and zeros elsewhere."""
+    new = tensor.detach().new_zeros(shape)
+    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        new = new.contiguous(memory_format=torch.channels_last)
+    common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
+    new[common].copy_(tensor.detach()[common])
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        new.__dict__.update(tensor.__dict__)
+    return new

@@ -1,0 +1,136 @@
+"""The sizes and shapes of a module: all that a plan changes but the values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from lightning_softprune.graph import Layout, TensorAxis, layout_of
+
+RECORD = "softprune"
+"""Key of the record in a checkpoint."""
+
+Sizes = dict[str, int]
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """The sizes and shapes of a module: all that a plan changes but the values.
+
+    Attributes:
+        layers: Module name -> slot sizes. A layer has an entry under each of its names.
+        shapes: Parameter or buffer name -> shape. A tied tensor has an entry under each of its names.
+    """
+
+    layers: Mapping[str, Sizes]
+    shapes: Mapping[str, Shape]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Form:
+        """Read the form off a live module."""
+        layers = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if sizes := _sizes(module):
+                layers[name] = sizes
+        return cls(layers, {place.name: tuple(place.tensor.shape) for place in _places(model) if not place.lazy})
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Form:
+        """The form that :meth:`to_dict` described.
+
+        Raises:
+            ValueError: It did not.
+        """
+        try:
+            layers = {
+                str(name): {str(slot): int(n) for slot, n in sizes.items()} for name, sizes in data["layers"].items()
+            }
+            return cls(layers, {str(name): tuple(int(n) for n in shape) for name, shape in data["shapes"].items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the {RECORD!r} record is damaged: {type(error).__name__}: {error}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form in plain types."""
+        return {
+            "layers": {name: dict(sizes) for name, sizes in self.layers.items()},
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+        }
+
+    def has(self, state: Mapping[str, Shape]) -> bool:
+        """Whether a state dict of these shapes is of this form, as far as both name the same tensors."""
+        common = [name for name in state if name in self.shapes]
+        return bool(common) and all(state[name] == self.shapes[name] for name in common)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor where a module holds it."""
+
+    name: str
+    module: nn.Module
+    attribute: str
+    tensor: torch.Tensor
+    is_parameter: bool
+
+    @property
+    def lazy(self) -> bool:
+        """Whether it has no shape yet."""
+        return isinstance(self.tensor, (UninitializedParameter, UninitializedBuffer))
+
+    @property
+    def container(self) -> dict[str, Any]:
+        return self.module._parameters if self.is_parameter else self.module._buffers
+
+
+def _places(model: nn.Module) -> Iterator[_Place]:
+    """All parameters and buffers, under each of their names."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
+            for attribute, tensor in tensors.items():
+                if tensor is not None:
+                    name = f"{prefix}.{attribute}" if prefix else attribute
+                    yield _Place(name, module, attribute, tensor, is_parameter)
+
+
+def _places_by_name(model: nn.Module) -> dict[str, _Place]:
+    return {place.name: place for place in _places(model)}
+
+
+def _layout(module: nn.Module) -> Layout | str | None:
+    """The layer table's word, but a PReLU has its slot also when one channel is left."""
+    layout = layout_of(module)
+    if isinstance(module, nn.PReLU) and isinstance(layout, Layout):
+        return Layout({"both": module.num_parameters}, (TensorAxis("weight", 0, "both"),))
+    return layout
+
+
+def _sizes(module: nn.Module) -> Sizes:
+    """Slot sizes; nothing for a module without slots, or whose weights are computed.
+
+    A convolution's groups go with its channels if it is depthwise, and what was grouped before a prune may look
+    depthwise after it: convolutions are described by all three numbers.
+    """
+    layout = _layout(module)
+    if isinstance(module, _ConvNd):
+        if module._parameters.get("weight") is None:
+            return {}
+        return {"in": module.in_channels, "out": module.out_channels, "groups": module.groups}
+    return dict(layout.slots) if isinstance(layout, Layout) else {}
+
+
+def _is_depthwise(sizes: Sizes) -> bool:
+    return sizes["in"] == sizes["out"] == sizes["groups"]
+
+
+def _tensor(module: nn.Module, path: str) -> torch.Tensor | None:
+    outer, _, name = path.rpartition(".")
+    found = getattr(module.get_submodule(outer), name, None)
+    return found if isinstance(found, torch.Tensor) else None

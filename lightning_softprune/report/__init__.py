@@ -1,0 +1,28 @@
+"""What people see of a round: a bar and tables in the terminal, files, a page, figures for loggers."""
+
+from lightning_softprune.report.figures import log_figures
+from lightning_softprune.report.files import (
+    RESULT_FILE,
+    read_result,
+    rebuild_files,
+    round_folder,
+    round_folders,
+    write_files,
+)
+from lightning_softprune.report.progress import SearchProgress
+from lightning_softprune.report.series import log_values
+from lightning_softprune.report.tables import print_round, print_rounds
+
+__all__ = [
+    "RESULT_FILE",
+    "SearchProgress",
+    "log_figures",
+    "log_values",
+    "print_round",
+    "print_rounds",
+    "read_result",
+    "rebuild_files",
+    "round_folder",
+    "round_folders",
+    "write_files",
+]

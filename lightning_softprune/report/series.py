@@ -1,0 +1,157 @@
+"""The data behind tables, charts and figures: pure functions of a `PruningResult`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+from lightning_softprune.results import PruningResult, pareto_front
+
+Cell = str | int | float | bool
+
+
+def log_values(result: PruningResult) -> dict[str, float]:
+    """The scalars that the Trainer's loggers get at a round.
+
+    Returns:
+        `softprune/sparsity`, `softprune/params`, `softprune/macs`, `softprune/score`, `softprune/evaluations` and one
+        `softprune/coefficient/<group>` per group.
+    """
+    values = {
+        "sparsity": result.sparsity,
+        "params": result.costs_after.params,
+        "macs": result.costs_after.macs,
+        "score": result.score_after,
+        "evaluations": result.evaluations,
+        **{f"coefficient/{group.name}": group.coefficient for group in result.groups},
+    }
+    return {f"softprune/{name}": float(value) for name, value in values.items()}
+
+
+def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
+    """The trials as a table.
+
+    Returns:
+        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `metric/<name>` for every metric any
+        trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an empty cell.
+    """
+    metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.metrics))
+    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds"]
+    header += [f"metric/{name}" for name in metrics]
+    header += [f"coefficient/{group.name}" for group in result.groups]
+    front = set(pareto_front([t.sparsity for t in result.trials], [t.score for t in result.trials], result.mode))
+    rows = []
+    for index, trial in enumerate(result.trials):
+        row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
+        row.append(float(trial.seconds))
+        row += [float(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
+        row += map(float, trial.coefficients)
+        rows.append(row)
+    return header, rows
+
+
+_LARGEST = 1e150  # beyond it, differences of scores overflow
+
+
+def is_drawable(score: float) -> bool:
+    """Whether a score has a place on an axis: neither NaN nor infinite, nor close to it."""
+    return abs(score) < _LARGEST
+
+
+def score_limits(scores: Sequence[float], important: Sequence[float]) -> tuple[float, float]:
+    """The ends of an axis of scores.
+
+    Everything important is on it, and of the rest what lies within Tukey's fences, one and a half interquartile ranges
+    beyond the quartiles: one trial that diverged must not press all others into a line.
+
+    Args:
+        scores: Every score; those that are not finite are ignored.
+        important: Scores that have to be seen.
+
+    Returns:
+        Lowest and highest value, with a margin.
+
+    >>> score_limits([1.0, 2.0, 3.0, 4.0, 1e6], important=[0.0])
+    (-0.28, 4.28)
+    """
+    finite = sorted(score for score in scores if is_drawable(score))
+    wanted = [score for score in important if is_drawable(score)]
+    if finite:
+        lower, upper = finite[len(finite) // 4], finite[(3 * len(finite)) // 4 - (len(finite) % 4 == 0)]
+        fence = 1.5 * (upper - lower)
+        wanted += [score for score in finite if lower - fence <= score <= upper + fence]
+    if not wanted:
+        return 0.0, 1.0
+    low, high = min(wanted), max(wanted)
+    margin = 0.07 * (high - low)
+    if margin <= 1e-9 * max(abs(low), abs(high)):
+        margin = 0.05 * max(abs(low), abs(high)) or 1.0
+    return low - margin, high + margin
+
+
+def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
+    """Trial and score of each feasible trial that was better than every feasible one before it."""
+    better: Callable[[float, float], bool] = (lambda a, b: a > b) if result.mode == "max" else (lambda a, b: a < b)
+    found: list[tuple[int, float]] = []
+    for index, trial in enumerate(result.trials):
+        if trial.feasible and not math.isnan(trial.score) and (not found or better(trial.score, found[-1][1])):
+            found.append((index, trial.score))
+    return found
+
+
+def target_band(result: PruningResult) -> tuple[float, float] | None:
+    """Lowest and highest sparsity that is feasible; `None` if there is no target."""
+    if result.target_sparsity is None:
+        return None
+    band = (result.target_sparsity - result.tolerance, result.target_sparsity + result.tolerance)
+    return band if all(map(is_drawable, band)) else None
+
+
+def chosen_trial(result: PruningResult) -> int | None:
+    """Index of the chosen trial, if there is one."""
+    return result.chosen if result.chosen is not None and 0 <= result.chosen < len(result.trials) else None
+
+
+def component_colours(result: PruningResult) -> dict[str, str]:
+    """Component -> class of its colour; seven colours, in the order of the groups."""
+    components = dict.fromkeys(group.component for group in result.groups)
+    return {component: f"c{number % 7}" for number, component in enumerate(components)}
+
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<=": lambda a, b: a <= b,
+    ">=": lambda a, b: a >= b,
+    "<": lambda a, b: a < b,
+    ">": lambda a, b: a > b,
+}
+
+
+def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
+    """Limits and constraints, each with what the round's plan comes to and whether that meets it."""
+    rows = []
+    for name, limit in result.limits.items():
+        share = result.shares.get(name)
+        met = "" if share is None else f"{_fraction(share)} of dense: {'met' if share <= limit else 'not met'}"
+        rows.append((f"{name} <= {_fraction(limit)} of dense", met))
+    return rows + [(text, _constraint(text, result.metrics_after)) for text in result.constraints]
+
+
+def _constraint(text: str, metrics: dict[str, float]) -> str:
+    match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
+    if match is None or match[1] not in metrics:
+        return ""
+    try:
+        met = _OPERATORS[match[2]](metrics[match[1]], float(match[3]))
+    except ValueError:
+        return ""
+    return f"{_number(metrics[match[1]])}: {'met' if met else 'not met'}"
+
+
+def _number(value: float) -> str:
+    """A metric or a score in six digits."""
+    return f"{value:.6g}"
+
+
+def _fraction(value: float) -> str:
+    return f"{value:.4g}"

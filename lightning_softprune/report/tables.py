@@ -1,0 +1,206 @@
+"""Tables in the terminal: the groups of a round, its bounds, what was left out, several rounds beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import rich
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.progress_bar import ProgressBar
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from lightning_softprune.report.series import budget_rows
+from lightning_softprune.results import GroupResult, PruningResult, format_change
+
+_BAR_WIDTH = 10
+
+_LOG_WIDTH = 500
+
+
+def print_round(result: PruningResult, console: Console | None = None, *, folder: Path | None = None) -> None:
+    """Print the table of groups and the summary line, above any live bar.
+
+    Args:
+        result: The round.
+        console: Where to print; rich's global one (which `RichProgressBar` draws on) if not given.
+        folder: Where its files are, if they were written.
+    """
+    console = console or rich.get_console()
+    tables = [groups_table(result)]
+    if result.is_dry_run:
+        tables.append(bounds_table(result))
+        tables += [left_out_table(result)] if result.left_out else []
+    with Tqdm.external_write_mode(file=console.file):
+        for table in tables:
+            console.print(_Printable(table), crop=False)
+            if len(tables) > 1:
+                console.print()
+        _print_line(console, result.summary)
+        if folder is not None:
+            _print_line(console, f"Report: {folder / 'report.html'}")
+
+
+def print_rounds(results: Sequence[PruningResult], console: Console | None = None) -> None:
+    """Print what several rounds on one model did: a row per round, a row per group.
+
+    Args:
+        results: The rounds, in order.
+        console: Where to print; rich's global one if not given.
+    """
+    console = console or rich.get_console()
+    for table in (rounds_table(results), channels_table(results)):
+        console.print(_Printable(table), crop=False)
+        console.print()
+
+
+def groups_table(result: PruningResult) -> Table:
+    """One row per group, then costs, score and sparsity before and after, latency, limits and constraints if any.
+
+    The bar is the share of channels kept.
+    """
+    applied = "" if result.applied else f" (not applied{': ' if result.reason else ''}{result.reason})"
+    table = _table(f"SoftPruning, epoch {result.epoch}{applied}")
+    table.add_column("group", overflow="fold", min_width=8)
+    table.add_column("component", overflow="fold")
+    table.add_column("kind", overflow="fold")
+    table.add_column("channels", justify="right", overflow="fold")
+    table.add_column("coefficient", justify="right", overflow="fold")
+    table.add_column("kept", overflow="fold")
+    for group in result.groups:
+        before, after = group.channels_before, group.channels_after
+        table.add_row(
+            Text(group.name),
+            Text(group.component),
+            Text(group.kind),
+            f"{before:,} -> {after:,}",
+            f"{group.coefficient:.3f}",
+            ProgressBar(total=max(before, 1), completed=after, width=_BAR_WIDTH),
+        )
+    table.add_section()
+    before_costs, after_costs = result.costs_before, result.costs_after
+    for name, dense, pruned in (
+        ("parameters", before_costs.params, after_costs.params),
+        ("MACs", before_costs.macs, after_costs.macs),
+    ):
+        table.add_row(name, "", "", f"{_format_count(dense)} -> {_format_count(pruned)}", format_change(dense, pruned))
+    if result.latency_before is not None and result.latency_after is not None:
+        latencies = result.latency_before, result.latency_after
+        times = " -> ".join(f"{1000 * seconds:.4g} ms" for seconds in latencies)
+        table.add_row("latency", "", "", times, format_change(*latencies))
+    table.add_row(Text(result.monitor), "", "", f"{result.score_before:.4g} -> {result.score_after:.4g}")
+    target = "" if result.target_sparsity is None else f"target {result.target_sparsity:.4g}"
+    table.add_row("sparsity", "", "", f"{result.sparsity:.4g}", target)
+    for budget, outcome in budget_rows(result):
+        table.add_row(Text(budget), "", "", Text(outcome))
+    return table
+
+
+def bounds_table(result: PruningResult) -> Table:
+    """One row per group: its bounds, and the costs that go when it alone is pruned as far as they allow."""
+    table = _table("One group alone, pruned as far as its bounds allow")
+    table.add_column("group", overflow="fold", min_width=8)
+    for name in ("lowest", "highest coefficient", "parameters", "MACs"):
+        table.add_column(name, justify="right", overflow="fold")
+    for group in result.groups:
+        costs = [f"-{_format_count(number)}" if number else "0" for number in (group.params, group.macs)]
+        table.add_row(Text(group.name), f"{group.low:.3f}", f"{group.high:.3f}", *costs)
+    return table
+
+
+def left_out_table(result: PruningResult) -> Table:
+    """What the search leaves alone, and why."""
+    table = _table("Left out")
+    for name in ("name", "component", "channels", "reason"):
+        table.add_column(name, justify="right" if name == "channels" else "left", overflow="fold")
+    for item in result.left_out:
+        channels = f"{item.channels:,}" if item.channels else ""
+        table.add_row(Text(item.name), Text(item.component), channels, Text(item.reason))
+    return table
+
+
+def rounds_table(results: Sequence[PruningResult]) -> Table:
+    """One row per round: costs and score before and after, and what became of it."""
+    table = _table("Rounds")
+    for name in ("epoch", "sparsity", "parameters", "MACs", "score"):
+        table.add_column(name, justify="right", overflow="fold")
+    for name in ("strategy", "applied"):
+        table.add_column(name, overflow="fold")
+    for result in results:
+        before, after = result.costs_before, result.costs_after
+        table.add_row(
+            str(result.epoch),
+            f"{result.sparsity:.4g}",
+            f"{before.params:,} -> {after.params:,}",
+            f"{before.macs:,} -> {after.macs:,}",
+            Text(f"{result.monitor} {result.score_before:.4g} -> {result.score_after:.4g}"),
+            Text(f"{result.strategy}: {result.stop_reason}"),
+            Text("yes" if result.applied else f"no: {result.reason}".removesuffix(": ")),
+        )
+    return table
+
+
+def channels_table(results: Sequence[PruningResult]) -> Table:
+    """One row per group, with its channels from round to round; rounds that were not applied count if none was."""
+    table = _table("Groups")
+    for name in ("group", "component", "kind"):
+        table.add_column(name, overflow="fold")
+    table.add_column("channels", justify="right", overflow="fold")
+    applied = [result for result in results if result.applied] or results
+    groups: dict[str, list[GroupResult]] = {}
+    for result in applied:
+        for group in result.groups:
+            groups.setdefault(group.name, []).append(group)
+    for name, states in groups.items():
+        counts = [states[0].channels_before, *(state.channels_after for state in states)]
+        path = " -> ".join(f"{count:,}" for count in counts)
+        table.add_row(Text(name), Text(states[0].component), Text(states[0].kind), path)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+
+
+def _format_count(number: int) -> str:
+    """A large number in three digits.
+
+    >>> [_format_count(number) for number in (999, 1_079_344, 322_102, 999_999, 4_089_184_256)]
+    ['999', '1.08 M', '322 K', '1.00 M', '4.09 G']
+    """
+    digits, exponent = f"{number:.2e}".split("e")  # rounded first: 999,999 is a million
+    if int(exponent) < 3:
+        return str(number)
+    power = min(int(exponent) // 3, 4)
+    decimals = max(0, 2 - (int(exponent) - 3 * power))
+    return f"{float(f'{digits}e{exponent}') / 1000**power:.{decimals}f} {' KMGT'[power]}"
+
+
+def _print_line(console: Console, line: str) -> None:
+    line = _encodable(console, line)
+    console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _encodable(console: Console, text: str) -> str:
+    # A name, or a box, that the screen's encoding lacks must not end a training run.
+    return text.encode(console.encoding, "replace").decode(console.encoding)
+
+
+class _Printable:
+    """Anything rich can draw, in characters that the output has; in a log file, as wide as it needs to be."""
+
+    def __init__(self, renderable: RenderableType) -> None:
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if not (console.is_terminal or console.is_jupyter):
+            wide = options.update(width=_LOG_WIDTH)
+            wanted = Measurement.get(console, wide, self._renderable).maximum
+            options = options.update(width=max(options.max_width, wanted))
+        for segment in console.render(self._renderable, options):
+            yield Segment(_encodable(console, segment.text), segment.style, segment.control)
