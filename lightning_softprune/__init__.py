@@ -5,8 +5,6 @@ from typing import TYPE_CHECKING
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
 from lightning_softprune.graph import PruningGroup
-from lightning_softprune.network import find_groups
-from lightning_softprune.oneshot import prune
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 from lightning_softprune.search import (
     GradientSearch,
@@ -18,6 +16,7 @@ from lightning_softprune.search import (
     SensitivitySearch,
     UniformBaseline,
 )
+from lightning_softprune.standalone import find_groups, prune
 
 __version__ = "0.1.0"
 

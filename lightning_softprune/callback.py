@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 import platform
-from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -30,9 +28,8 @@ from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
 from lightning_softprune.report import log_figures, log_values, print_round, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import run_round
+from lightning_softprune.round import RoundSettings, _bounds, _epochs, _limits, _patterns, _targets, run_round
 from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
-from lightning_softprune.settings import RoundSettings
 from lightning_softprune.trainer import (
     averaged_copies,
     finish_epoch_without_training,
@@ -43,11 +40,7 @@ from lightning_softprune.trainer import (
     take_epoch_back,
     take_epoch_back_in,
 )
-
-__all__ = ["SoftPruning", "cubic_schedule"]
-
-LIMITS = (*COSTS, "latency")
-"""What can be limited."""
+from lightning_softprune.utilities.checks import _mapping, _number, _one_of, _strings, _typed, _whole
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
 
@@ -442,124 +435,3 @@ def _versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
-
-
-def cubic_schedule(target: float, rounds: int) -> list[float]:
-    """Sparsity of each round on the way to the last one's: ``s * (1 - (1 - k / n)^3)`` (arXiv 1710.01878, eq. 1).
-
-    >>> [round(sparsity, 4) for sparsity in cubic_schedule(0.7, 3)]
-    [0.4926, 0.6741, 0.7]
-    """
-    return [target * (1.0 - (1.0 - k / rounds) ** 3) for k in range(1, rounds + 1)]
-
-
-# --------------------------------------------------------------------------------------------------------- arguments
-
-
-def _typed(name: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name}: {value!r} is not a {kind.__name__}")
-    return value
-
-
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
-    if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
-    return value
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {value!r} is not a whole number")
-    if value < least:
-        raise ValueError(f"{name}: {value} is less than {least}")
-    return value
-
-
-def _number(name: str, value: Any, low: float, high: float, low_included: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: {value!r} is not a number")
-    if not (low < value < high or (low_included and value == low)):
-        raise ValueError(
-            f"{name}: {value} is not between {low:g} and {high:g} ({'upper end' if low_included else 'both'} excluded)"
-        )
-    return float(value)
-
-
-def _epochs(value: Any) -> list[int]:
-    if not isinstance(value, (int, list, tuple)):
-        raise TypeError(f"epochs: {value!r} is not a whole number or a list of them")
-    epochs = [_whole("epochs", epoch, 0) for epoch in (value if isinstance(value, (list, tuple)) else [value])]
-    if not epochs:
-        raise ValueError("epochs: an empty list; give at least one epoch")
-    if sorted(set(epochs)) != epochs:
-        raise ValueError(f"epochs: {value} is not a strictly increasing list")
-    return epochs
-
-
-def _targets(value: Any, rounds: int) -> Sequence[float | None]:
-    if value is None:
-        return [None] * rounds
-    if not isinstance(value, (int, float, list, tuple)):
-        raise TypeError(f"target_sparsity: {value!r} is not a number, a list of numbers or None")
-    if not isinstance(value, (list, tuple)):
-        return cubic_schedule(_number("target_sparsity", value, 0.0, 1.0), rounds)
-    targets = [_number("target_sparsity", target, 0.0, 1.0) for target in value]
-    if len(targets) != rounds:
-        raise ValueError(
-            f"target_sparsity: {len(targets)} values for {rounds} epochs; give one value, or one per epoch"
-        )
-    if any(later < earlier for earlier, later in itertools.pairwise(targets)):
-        raise ValueError(f"target_sparsity: {value} decreases; removed channels do not come back")
-    return targets
-
-
-def _limits(value: Any) -> dict[str, float] | None:
-    def read(name: str, share: Any) -> float:
-        if isinstance(share, bool) or not isinstance(share, (int, float)):
-            raise TypeError(f"{name}: {share!r} is not a number")
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"{name}: {share} is not a fraction of the dense model in (0, 1]")
-        return float(share)
-
-    found: dict[str, float] | None = _mapping("limits", value, read)
-    for name in found or {}:
-        if name not in LIMITS:
-            raise ValueError(f"limits: {name!r} is not one of {', '.join(map(repr, LIMITS))}")
-    return found
-
-
-def _strings(name: str, value: Any) -> list[str]:
-    if value is None:
-        return []
-    if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
-        raise TypeError(f"{name}: {value!r} is not a list of strings")
-    return list(value)
-
-
-def _mapping(name: str, value: Any, read: Callable[[str, Any], Any]) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"{name}: {value!r} is not a dictionary with string keys")
-    return {key: read(f"{name}[{key!r}]", item) for key, item in value.items()}
-
-
-def _patterns(name: str, value: Any) -> dict[str, list[str]] | None:
-    found: dict[str, list[str]] | None = _mapping(name, value, _strings)
-    return found
-
-
-def _bounds(value: Any) -> dict[str, list[float]] | None:
-    def read(name: str, pair: Any) -> list[float]:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"{name}: {pair!r} is not a pair [low, high]")
-        if any(isinstance(end, bool) or not isinstance(end, (int, float)) or math.isnan(end) for end in pair):
-            raise TypeError(f"{name}: {pair!r} is not a pair of numbers")
-        low, high = (float(end) for end in pair)
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"{name}: {pair!r} is not 0 <= low <= high <= 1")
-        return [low, high]
-
-    found: dict[str, list[float]] | None = _mapping("bounds", value, read)
-    return found

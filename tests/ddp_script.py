@@ -20,7 +20,6 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.round as rounds
 from lightning_softprune import OptunaSearch, RandomSearch, SoftPruning
 from lightning_softprune.search.plan import Plan
 
@@ -130,7 +129,7 @@ def run(options):
         plans.append(original(cls, counts, rankings))
         return plans[-1]
 
-    rounds.Plan.from_counts = classmethod(from_counts)
+    Plan.from_counts = classmethod(from_counts)
     digests = Digests()
     search = OptunaSearch(4, storage=options["storage"]) if "storage" in options else RandomSearch(num_candidates=4)
     pruning = SoftPruning(
@@ -155,7 +154,7 @@ def run(options):
         strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **options.get("ddp", {})),
     )  # fmt: skip
     trainer.fit(module, train, val, ckpt_path=options.get("resume"))
-    rounds.Plan.from_counts = classmethod(original)
+    Plan.from_counts = classmethod(original)
     assert trainer.global_rank == rank
     record = {
         "digests": digests.values,

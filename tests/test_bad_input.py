@@ -28,8 +28,8 @@ from modules import (
 )
 from torch import nn
 
-import lightning_softprune.network as network_module
-import lightning_softprune.round as round_module
+import lightning_softprune.round.commit as round_module
+import lightning_softprune.round.prepare as network_module
 from lightning_softprune import GradientSearch, GridSearch, RandomSearch, SoftPruning, UniformBaseline
 
 pytestmark = pytest.mark.usefixtures("one_thread")

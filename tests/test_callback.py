@@ -30,11 +30,11 @@ from modules import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.journal as journal_module
 import lightning_softprune.report.files as report_module
-import lightning_softprune.trials as trials_module
+import lightning_softprune.round.journal as journal_module
+import lightning_softprune.round.trials as trials_module
 from lightning_softprune import GradientSearch, PruningResult, RandomSearch, SoftPruning, UniformBaseline
-from lightning_softprune.callback import cubic_schedule
+from lightning_softprune.round.settings import cubic_schedule
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

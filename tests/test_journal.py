@@ -17,7 +17,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from modules import AutoEncoder, fit, loaders, made, softpruning, trainer_of
 
 from lightning_softprune import GradientSearch, OptunaSearch, RandomSearch
-from lightning_softprune.journal import BASELINE, Journal, Key, digest, fingerprint, journal_path
+from lightning_softprune.round.fingerprint import digest, fingerprint
+from lightning_softprune.round.journal import BASELINE, Journal, Key, journal_path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

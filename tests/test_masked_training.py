@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.round as round_module
+import lightning_softprune.round.commit as round_module
 from lightning_softprune import RandomSearch
 
 pytestmark = pytest.mark.usefixtures("one_thread")

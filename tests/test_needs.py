@@ -25,7 +25,7 @@ from modules import (
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_softprune.trials as trials_module
+import lightning_softprune.round.latency as trials_module
 from lightning_softprune import (
     GradientSearch,
     GridSearch,

@@ -26,7 +26,7 @@ from modules import made
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.round as rounds
+import lightning_softprune.round.commit as rounds
 from lightning_softprune import RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.report import log_values
 from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding

@@ -7,8 +7,9 @@ import torch
 from modules import AutoEncoder, loaders, made
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_softprune import UniformBaseline, network, prune
-from lightning_softprune.network import PROBE_SAMPLES
+import lightning_softprune.round.prepare as network
+from lightning_softprune import UniformBaseline, prune
+from lightning_softprune.round.prepare import PROBE_SAMPLES
 from lightning_softprune.trainer.module_steps import first_samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,31 +8,32 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.network as network
-import lightning_softprune.round as rounds
-import lightning_softprune.trials as trials
+import lightning_softprune.round.commit as commit
+import lightning_softprune.round.latency as latency
+import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.run as run
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph.costs import CostModel
 
 STEPS = [
-    (network, "trace_groups"),
-    (network, "mirror_twins"),
-    (network, "probe_groups"),
-    (network, "collect_statistics"),
-    (network, "rank"),
-    (network, "norms"),
-    (network, "build_rounding"),
-    (network, "build_space"),
-    (rounds, "run_search"),
-    (trials, "time_validation_step"),
-    (rounds, "DenseRun"),
-    (network, "apply_plan"),
-    (rounds, "repair_optimizers"),
-    (rounds, "refit_readers"),
-    (rounds, "rehearse"),
-    (rounds, "forget_compiled"),
-    (rounds, "wrap_again"),
+    (prepare, "trace_groups"),
+    (prepare, "mirror_twins"),
+    (prepare, "probe_groups"),
+    (prepare, "collect_statistics"),
+    (prepare, "rank"),
+    (prepare, "norms"),
+    (prepare, "build_rounding"),
+    (prepare, "build_space"),
+    (run, "run_search"),
+    (latency, "time_validation_step"),
+    (commit, "DenseRun"),
+    (prepare, "apply_plan"),
+    (commit, "repair_optimizers"),
+    (commit, "refit_readers"),
+    (commit, "rehearse"),
+    (commit, "forget_compiled"),
+    (commit, "wrap_again"),
     (Compensation, "apply"),
     (CostModel, "build"),
 ]
@@ -108,8 +109,9 @@ def loaders():
 
 FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
-    *((rounds, name, KeyboardInterrupt) for name in ("run_search", "rehearse")),
-    *((owner, name, torch.OutOfMemoryError) for owner, name in ((network, "probe_groups"), (rounds, "refit_readers"))),
+    (run, "run_search", KeyboardInterrupt),
+    (commit, "rehearse", KeyboardInterrupt),
+    *((owner, name, torch.OutOfMemoryError) for owner, name in ((prepare, "probe_groups"), (commit, "refit_readers"))),
 ]
 
 

@@ -31,7 +31,7 @@ from modules import (
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round as round_module
+import lightning_softprune.round.run as round_module
 from lightning_softprune import (
     GradientSearch,
     GridSearch,

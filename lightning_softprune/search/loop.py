@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_softprune.search.base import SearchStrategy, budget
+from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.checks import budget
 
 MAX_REPEATS = 1000
 """A strategy that asks this many times in a row for plans it has asked before in this search is ended."""

@@ -23,11 +23,12 @@ from typing import Literal
 import numpy as np
 from scipy.optimize import nnls
 
-from lightning_softprune.search.base import SearchStrategy, budget, choice, fraction, whole_number
+from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.strategies.sensitivity import sweep
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.checks import budget, choice, fraction, whole_number
 
 _SWEEP_LEVELS = 10
 

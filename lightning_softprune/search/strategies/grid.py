@@ -7,9 +7,10 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy, budget, whole_number
+from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.checks import budget, whole_number
 
 MAX_COMBINATIONS = 2_000_000
 """Combinations whose sparsity is looked at."""

@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy, whole_number
+from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.checks import whole_number
 
 if TYPE_CHECKING:
     from optuna import Study

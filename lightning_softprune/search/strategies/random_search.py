@@ -6,9 +6,10 @@ from collections.abc import Generator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy, whole_number
+from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.checks import whole_number
 
 _MISSES = 100  # draws in a row without a new plan on target, after which there are taken to be no more
 

@@ -6,10 +6,11 @@ from collections.abc import Generator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, whole_number
+from lightning_softprune.search.base import SearchStrategy, SensitivityCurve
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.checks import whole_number
 
 
 def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple[SensitivityCurve, ...]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import lightning.pytorch as pl
@@ -18,37 +17,20 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
 
-from lightning_softprune.compensation import DenseRun, refit_readers
 from lightning_softprune.graph import COSTS
-from lightning_softprune.journal import BASELINE, open_journal
-from lightning_softprune.network import Network
 from lightning_softprune.report import SearchProgress
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
-from lightning_softprune.search import (
-    Objective,
-    Plan,
-    SearchOutcome,
-    SearchSpace,
-    SearchStrategy,
-    run_search,
-    search_highest,
-)
-from lightning_softprune.settings import RoundSettings
-from lightning_softprune.surgery import OptimizerTransaction, Transaction, repair_optimizers
-from lightning_softprune.trainer import (
-    ValidationScorer,
-    averaged_copies,
-    forget_compiled,
-    isolated_rng,
-    over_processes,
-    rehearse,
-    wrap_again,
-)
-from lightning_softprune.trials import Scored, Stopwatch, Trials, check_reachable, monitored
-
-__all__ = ["run_round"]
+from lightning_softprune.round.commit import _commit
+from lightning_softprune.round.feasibility import check_reachable, monitored
+from lightning_softprune.round.journal import BASELINE, open_journal
+from lightning_softprune.round.latency import Stopwatch
+from lightning_softprune.round.prepare import Network
+from lightning_softprune.round.settings import RoundSettings
+from lightning_softprune.round.trials import Scored, Trials
+from lightning_softprune.search import Objective, SearchOutcome, SearchSpace, SearchStrategy, run_search, search_highest
+from lightning_softprune.surgery import OptimizerTransaction, Transaction
+from lightning_softprune.trainer import ValidationScorer, averaged_copies, isolated_rng, over_processes
 
 
 def run_round(
@@ -237,44 +219,3 @@ def _search(
                 on_asked=lambda x, *_: trials.recall_unpruned(x, before),
             )
         return strategy, outcome
-
-
-def _commit(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    copies: Sequence[nn.Module],
-    scorer: ValidationScorer,
-    settings: RoundSettings,
-    network: Network,
-    trials: Trials,
-    best: Scored,
-    seed: int,
-) -> Scored:
-    """Prune for good, and refine the compensation where that helps; the model's own score decides.
-
-    Returns:
-        The trial that the model now is.
-    """
-    dense = None
-    if settings.compensation == "least_squares":
-        dense = DenseRun(module, network.compensation, network.calibration)
-    plan = Plan.from_counts(best.counts, network.rankings)
-    for averaged in copies:
-        network.prune(averaged, plan)
-    surgery = network.prune(module, plan)
-    repair_optimizers(trainer.optimizers, surgery)
-    if dense is not None:
-        values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
-        values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
-        refit_readers(module, surgery, network.compensation, dense)
-        refined = trials.score_as_it_is(best)
-        if refined.is_better_than(best):
-            best = refined
-        else:
-            with torch.no_grad():
-                for parameter, value in values:
-                    parameter.copy_(value)
-    rehearse(trainer, module, scorer, seed)
-    forget_compiled()
-    wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
-    return best

@@ -13,39 +13,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import inspect
 import json
 import math
 import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import BuiltinFunctionType, FunctionType, MethodType, TracebackType
+from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import lightning.pytorch as pl
-import numpy as np
-import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import nn
 
-__all__ = ["BASELINE", "Journal", "Key", "Pass", "digest", "fingerprint", "journal_path", "open_journal"]
+from lightning_softprune.round.fingerprint import fingerprint
 
 FORMAT = 1
 """Version of the format; other versions are not read."""
 
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
-_LIBRARIES = frozenset({"builtins", "lightning", "lightning_softprune", "pytorch_lightning", "torch", "torchmetrics"})
-_MODULES_THEN = {  # digests hold names of classes: where a class of this package was when journals began
-    "lightning_softprune.checkpoint.load": "lightning_softprune.checkpoint",
-    "lightning_softprune.search.objective": "lightning_softprune.objective",
-    **{
-        f"lightning_softprune.search.strategies.{name}": f"lightning_softprune.search.{name}"
-        for name in ("baselines", "gradient", "grid", "optuna_search", "random_search", "sensitivity")
-    },
-}
 _WITHOUT_INFLUENCE = frozenset({"verbose"})  # settings that no score depends on
 
 
@@ -305,9 +289,6 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-# ---------------------------------------------------------------------------------------------------------------- lines
-
-
 def _line(key: Key, found: Pass, monitor: str, details: Mapping[str, object]) -> str:
     metrics = {name: value if math.isfinite(value) else str(value) for name, value in found.metrics.items()}
     record = {**key._asdict(), **details, "score": metrics.get(monitor), "metrics": metrics, "seconds": found.seconds}
@@ -330,116 +311,3 @@ def _parse(line: str | bytes) -> tuple[Key, Pass] | None:
         return key, Pass(metrics, float(record["seconds"]))
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return None
-
-
-# ---------------------------------------------------------------------------------------------------------- fingerprint
-
-
-def fingerprint(module: nn.Module, configuration: Mapping[str, object], data: Sequence[Any]) -> dict[str, str]:
-    """Digests of all that a plan's score depends on before the network is looked at (`Key.network` has the rest).
-
-    Not seen: code outside the classes of the module and its submodules, and attributes of theirs that are neither
-    parameters, buffers, saved hyperparameters nor in their ``repr``.
-
-    Args:
-        module: The module before the round.
-        configuration: What the user asked for.
-        data: The batches that plans are scored on.
-    """
-    from lightning_softprune import __version__  # the package imports this module
-
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    kinds = {kind for child in module.modules() for kind in type(child).__mro__}
-    return {
-        "version": __version__,
-        "settings": digest(configuration),
-        "weights": digest(tensors),
-        "module": digest(module, sorted((_name(kind), _source(kind)) for kind in kinds)),
-        "hyperparameters": digest(getattr(module, "hparams_initial", None)),  # `hparams` would create them
-        "data": digest(data),
-    }
-
-
-def digest(*values: object) -> str:
-    """A hash of nested data by value, the same in every process. What cannot be looked into counts by its type.
-
-    >>> digest([1, torch.zeros(2)]) == digest([1, torch.zeros(2)])
-    True
-    >>> digest([1, torch.zeros(2)]) == digest([1, torch.zeros(3)])
-    False
-    """
-    sha = hashlib.sha256()
-    _feed(sha.update, values, ())
-    return sha.hexdigest()
-
-
-def _feed(update: Callable[[Any], None], value: Any, outer: tuple[int, ...]) -> None:
-    def put(text: str) -> None:
-        encoded = text.encode(errors="surrogatepass")
-        update(b"%d:%s" % (len(encoded), encoded))
-
-    put(_name(type(value)))
-    if id(value) in outer:  # it holds itself
-        return
-    try:
-        content = _content(value)
-        if isinstance(content, list):
-            put(str(len(content)))
-            for item in content:
-                _feed(update, item, (*outer, id(value)))
-        elif isinstance(content, str):
-            put(content)
-        else:
-            put(str(content.nbytes))
-            update(content)
-    except Exception:  # whatever users' own tensors and batches raise
-        put("unknown")
-
-
-def _content(value: Any) -> list[Any] | str | memoryview:
-    """What a value consists of: other values, text, or bytes."""
-    kind = type(value)
-    if isinstance(value, memoryview):
-        return value
-    if isinstance(value, torch.Tensor):
-        return [str((value.dtype, value.layout)), tuple(value.shape), *([] if value.is_meta else [_bytes_of(value)])]
-    if hasattr(kind, "__array__") or hasattr(kind, "__array_interface__"):
-        array = np.asarray(value)
-        if array.dtype.hasobject:
-            return [array.shape, *array.reshape(-1)]
-        return [array.dtype.str, array.shape, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data]
-    if isinstance(value, Mapping):
-        return [*value.keys(), *value.values()]
-    if isinstance(value, Set):
-        return sorted(map(digest, value))
-    if isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray)):
-        return list(value)
-    if isinstance(value, (type, FunctionType, MethodType, BuiltinFunctionType)):
-        return _name(value)
-    attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and attributes and not isinstance(value, nn.Module):
-        return [*attributes.keys(), *attributes.values()]
-    return _ADDRESS.sub("", repr(value))
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    tensor = tensor.detach()
-    tensor = tensor.dequantize() if tensor.is_quantized else tensor
-    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def _name(value: Any) -> str:
-    module = getattr(value, "__module__", "")
-    return f"{_MODULES_THEN.get(module, module)}.{getattr(value, '__qualname__', '')}"
-
-
-def _source(kind: type) -> str:
-    """The code of a class that the user wrote; where it cannot be found (typed into a console), nothing."""
-    if kind.__module__.partition(".")[0] in _LIBRARIES:
-        return ""
-    try:
-        return inspect.getsource(kind)
-    except Exception:
-        return ""

@@ -1,31 +1,27 @@
-"""The trials of a round: plans that were scored, which of them is best, and what is said where none will do.
+"""The trials of a round: plans that were scored, and which of them is best.
 
 A trial is *feasible* when its plan meets the sparsity target and the limits on counted costs, and its metrics the
-constraints. How long a plan's validation step takes is measured on a few finalists only.
+constraints.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_softprune.journal import Journal, Key
-from lightning_softprune.network import Network
 from lightning_softprune.report import SearchProgress
 from lightning_softprune.results import Sensitivity, Trial
+from lightning_softprune.round.feasibility import monitored
+from lightning_softprune.round.journal import Journal, Key
+from lightning_softprune.round.prepare import Network
+from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import Objective, Plan, SearchSpace, SearchStrategy
-from lightning_softprune.settings import RoundSettings
-from lightning_softprune.trainer import ValidationScorer, over_processes, time_validation_step
-
-__all__ = ["Scored", "Stopwatch", "Trials", "check_reachable", "monitored"]
-
-_FINALISTS = 6  # plans whose latency is measured, at most
+from lightning_softprune.trainer import ValidationScorer, over_processes
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,115 +210,3 @@ class Trials:
                 f"misses {missed}"
             )
         return f"none of {number} has a finite {self.settings.monitor}{at}"
-
-
-def monitored(metrics: dict[str, float], objective: Objective) -> float:
-    """The score among the metrics.
-
-    Raises:
-        MisconfigurationException: The score, or a metric with a constraint, is not among them.
-    """
-    missing = objective.unlogged(metrics)
-    if missing is not None:
-        logged = ", ".join(map(repr, sorted(metrics))) or "nothing"
-        argument, name = missing
-        what = "" if argument.startswith("monitor") else f": {name!r}"
-        raise MisconfigurationException(f"{argument}{what} is not logged while validating; logged are: {logged}")
-    return metrics[objective.monitor]
-
-
-def check_reachable(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
-    """Refuse budgets that no plan meets, and say how near plans come."""
-    names = [name for name in settings.limits or {} if name != "latency"]
-    least = [] if space.shares is None else space.shares(space.realise(space.high[None]))[0].tolist()
-    for name, limit, share in zip(names, space.limits, least, strict=True):
-        if share > limit:
-            raise MisconfigurationException(
-                f"limits[{name!r}]={limit:g} is out of reach: a share of {share:.4f} of the {name} remains when every "
-                "group is pruned as far as its bounds allow"
-            )
-    if target is None:
-        return
-    nearest = space.nearest_point()
-    if space.on_target(nearest):
-        return
-    asked = f"target_sparsity={target:g} with tolerance={space.tolerance:g}"
-    if not names:
-        raise MisconfigurationException(
-            f"{asked} is out of reach: the nearest reachable sparsity is {space.sparsity_of(nearest):.4f}"
-        )
-    ways = [f"within the limits, the nearest reachable sparsity is {space.sparsity_of(nearest):.4f}"]
-    for number, name in enumerate(names):
-        share = space.least_share(number)
-        others = " and within the other limits" if len(names) > 1 else ""
-        ways.append(
-            f"at that sparsity{others}, the smallest limit on {name} that was found to work is {share:.4f}"
-            if math.isfinite(share)
-            else f"a looser limit on {name} alone does not help"
-        )
-    raise MisconfigurationException(
-        f"{asked} (of the {settings.cost}) and limits={settings.limits} cannot be met together: {'; '.join(ways)}"
-    )
-
-
-class Stopwatch:
-    """Times the validation step of plans against that of the module as it is.
-
-    Latency is no function of counts, and measuring is noisy: the better of two medians of repeated steps on the first
-    validation batch, in eval mode after a warm-up, on the training device. Only plans that are about to be chosen are
-    timed, each once: what is reported is what was decided on.
-    """
-
-    def __init__(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        scorer: ValidationScorer,
-        network: Network,
-        slower: float,
-    ) -> None:
-        self.trainer, self.module, self.scorer, self.network, self.slower = trainer, module, scorer, network, slower
-        self.known: dict[tuple[int, ...], tuple[float, float]] = {}
-
-    def compare(self, plan: Scored, runs: int = 9, seconds: float = 0.1) -> tuple[float, float]:
-        """Seconds of the module as it is and as this plan would make it."""
-        if plan.counts not in self.known:
-            self.known[plan.counts] = self._compare(plan, runs, seconds)
-        return self.known[plan.counts]
-
-    def _compare(self, plan: Scored, runs: int, seconds: float) -> tuple[float, float]:
-        def measure() -> float:
-            measured = time_validation_step(self.trainer, self.module, self.scorer, runs=runs, seconds=seconds)
-            return over_processes(self.trainer, {"seconds": measured})["seconds"]
-
-        before = after = math.inf
-        for _ in range(2):  # in turns: what else the machine does meanwhile disturbs both
-            before = min(before, measure())
-            surgery = self.network.prune(self.module, Plan.from_counts(plan.counts, self.network.rankings))
-            try:
-                after = min(after, measure())
-            finally:
-                surgery.undo()
-        return before, after
-
-    def first_within(self, limit: float, ranked: Sequence[Scored]) -> tuple[Scored | None, str]:
-        """The best of the plans that is fast enough, or none and why.
-
-        After the best one come those that are better than all others with fewer MACs.
-        """
-        fastest, fewest, timed = math.inf, math.inf, 0
-        for plan in ranked:
-            macs = self.network.costs_of(plan.counts).macs
-            if macs >= fewest:
-                continue
-            if timed == _FINALISTS:
-                break
-            fewest, timed = macs, timed + 1
-            before, after = self.compare(plan, runs=50, seconds=0.5)
-            fastest = min(fastest, after / before / self.slower)
-            if after <= limit * before * self.slower:
-                return plan, ""
-        return None, (
-            f"limits['latency']={limit:g}: the fastest of the {timed} plans that were timed takes {fastest:.3f} of the "
-            "dense model's time"
-        )

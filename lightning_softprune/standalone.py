@@ -1,20 +1,119 @@
-"""One round without a training run: a trained module goes in, the same module comes out smaller.
+"""Without a training run: list a model's groups; prune a trained module in place.
 
-The round is the callback's own, at the start of a fit that ends before its first batch. So everything the Trainer
-provides (device, precision, data hooks, distributed processes) is as in a fit, and there is no second way to prune.
+The round of `prune` is the callback's own, at the start of a fit that ends before its first batch. So everything the
+Trainer provides (device, precision, data hooks, distributed processes) is as in a fit, and there is no second way to
+prune.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
 from lightning_softprune.callback import SoftPruning
+from lightning_softprune.graph import PruningGroup
 from lightning_softprune.results import PruningResult
-from lightning_softprune.trainer import _one_epoch_more, has_inference_tensors, leave_inference
+from lightning_softprune.round import prepare_groups
+from lightning_softprune.surgery import Transaction
+from lightning_softprune.trainer import (
+    Steps,
+    _one_epoch_more,
+    _run,
+    has_inference_tensors,
+    isolated_rng,
+    leave_inference,
+)
+
+
+def find_groups(
+    model: nn.Module,
+    batch: Any = None,
+    *,
+    components: dict[str, list[str]] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> list[PruningGroup]:
+    """List the pruning groups of a model, and everything that is left alone with the reason.
+
+    Args:
+        model: A LightningModule, or any ``nn.Module``. It is run, and is unchanged afterwards.
+        batch: For a LightningModule, a batch as its loaders yield it, on the module's device: its `validation_step` is
+            run (and `training_step`, where optimization is automatic). For another module, its input, or a tuple of
+            inputs. ``None``: the LightningModule's `example_input_array`.
+        components: Component name -> module-name patterns.
+        ignore: Patterns of modules that must keep their outputs and inputs.
+
+    Returns:
+        The groups in the order in which the model runs them.
+
+    Raises:
+        ValueError: No batch and no `example_input_array`; or a pattern that matches nothing.
+
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> for group in find_groups(model, torch.zeros(1, 4)):
+    ...     print(group.name, group.num_channels, group.reason or "prunable")
+    0 8 prunable
+    2 2 2 produces an output of the network
+    """
+
+    def quietly(step: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            with Transaction(model):
+                leave_inference(model)
+                model.eval()
+                return step()
+
+        return run
+
+    steps: Steps = []
+    if isinstance(model, pl.LightningModule) and batch is not None:
+        names = ["validation_step"] if is_overridden("validation_step", model) else []
+        if model.automatic_optimization and is_overridden("training_step", model):
+            names.append("training_step")
+        for name in names:
+            begin = False
+            try:  # hooks may want a trainer, which is not here: they are called only where a step misses what they make
+                with torch.inference_mode(False):
+                    _run([quietly(_plain_step(model, name, batch))])
+            except AttributeError:
+                begin = True
+            steps.append(_plain_step(model, name, batch, begin))
+    elif batch is None:
+        batch = getattr(model, "example_input_array", None)
+        if batch is None:
+            raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
+    if not steps:
+        steps = [lambda: model(*batch) if isinstance(batch, tuple) else model(batch)]
+    with isolated_rng(0), torch.inference_mode(False):
+        return prepare_groups(model, [quietly(step) for step in steps], components, ignore or ())
+
+
+BEGINNINGS = {"validation_step": "on_validation_epoch_start", "training_step": "on_train_epoch_start"}
+
+
+def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = False) -> Callable[[], Any]:
+    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+
+    function = getattr(model, name)
+    takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
+
+    def step() -> Any:
+        model.__dict__.update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
+        try:
+            if begin:
+                getattr(model, BEGINNINGS[name])()
+            return function(batch, 0) if takes_index else function(batch)
+        finally:
+            del model.__dict__["log"], model.__dict__["log_dict"]
+
+    return step
+
 
 _WITHOUT_MEANING = ("epochs", "finetune_epochs")
 
