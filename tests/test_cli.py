@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import fit, made, softpruning
 from test_page import make_result
 from test_report import read_csv
 
@@ -19,6 +18,7 @@ from lightning_softprune.cli import main
 from lightning_softprune.report.files import round_folder, write_files
 from lightning_softprune.report.page import report_page
 from lightning_softprune.results import PruningResult
+from support.modules import fit, made, softpruning
 
 Captured = pytest.CaptureFixture[str]
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from networks import mlp_space
 
 from lightning_softprune.search import (
     GradientSearch,
@@ -14,6 +13,7 @@ from lightning_softprune.search import (
     UniformBaseline,
     run_search,
 )
+from support.networks import mlp_space
 
 
 class Listed(SearchStrategy):

@@ -10,7 +10,6 @@ import pickle
 
 import numpy as np
 import pytest
-from networks import coupled, mlp_space, plan_loss, steep
 
 from lightning_softprune.search import (
     GradientSearch,
@@ -24,6 +23,7 @@ from lightning_softprune.search import (
     UniformBaseline,
     run_search,
 )
+from support.networks import coupled, mlp_space, plan_loss, steep
 
 # Each with how far above the best plan of all it may end on a smooth function; baselines need only be on target.
 STRATEGIES = {

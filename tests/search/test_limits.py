@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from networks import LOSSES, mlp_space, plan_loss
 
 from lightning_softprune.search import (
     GradientSearch,
@@ -19,6 +18,7 @@ from lightning_softprune.search import (
     UniformBaseline,
     run_search,
 )
+from support.networks import LOSSES, mlp_space, plan_loss
 
 WIDTHS = [16, 24, 32, 24, 10]
 POSITIONS = np.array([64.0, 16.0, 4.0, 1.0])  # early layers are applied often, as convolutions are: MACs are elsewhere

@@ -5,9 +5,9 @@ import time
 
 import numpy as np
 import pytest
-from networks import AUTOENCODER, mlp_space
 
 from lightning_softprune.search import SearchSpace
+from support.networks import AUTOENCODER, mlp_space
 
 
 def all_plans(space):

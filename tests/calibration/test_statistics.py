@@ -1,0 +1,339 @@
+"""Oracle: NumPy's mean and covariance of all observations at once."""
+
+import copy
+import threading
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_softprune.calibration import (
+    InputStatistics,
+    Reader,
+    as_rows,
+    collect_statistics,
+    find_readers,
+    watch_inputs,
+)
+from lightning_softprune.calibration.readers import reading_weight
+from lightning_softprune.calibration.statistics import Taps, taps_of
+from lightning_softprune.graph.grouping import trace_groups
+from lightning_softprune.graph.groups import Member, PruningGroup
+from support import zoo
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def observations(n=57, width=6, seed=0):
+    """Correlated, far from zero, of very different scales."""
+    rng = np.random.default_rng(seed)
+    mixed = rng.normal(size=(n, width)) @ rng.normal(size=(width, width)) * np.logspace(-2, 2, width)
+    return mixed + rng.normal(size=width) * 1e3
+
+
+def streamed(rows, splits, stride=1, dtype=torch.float64):
+    statistics = InputStatistics(stride)
+    for part in np.split(rows, splits):
+        statistics.add(torch.from_numpy(part).to(dtype))
+    return statistics
+
+
+def pooled_covariance(rows, stride):
+    """Every position of a channel is an observation of it, about its own mean."""
+    centred = (rows - rows.mean(0)).reshape(len(rows), -1, stride)
+    by_channel = np.concatenate([centred[:, :, position] for position in range(stride)])
+    return by_channel.T @ by_channel / len(by_channel)
+
+
+# ------------------------------------------------------------------------------------------------------ statistics
+
+
+@pytest.mark.parametrize("splits", [[], [1], [1, 2, 3, 40], [0, 0, 20, 57]])
+@pytest.mark.parametrize("stride", [1, 2, 3, 6])
+def test_streamed_moments_are_those_of_all_observations_at_once(splits, stride):
+    rows = observations()
+    found = streamed(rows, splits, stride)
+    expected = pooled_covariance(rows, stride)
+    assert found.count == len(rows)
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(found.variance, np.repeat(np.diag(expected), stride), rtol=1e-8)
+    if stride == 1:
+        np.testing.assert_allclose(found.covariance, np.cov(rows.T, bias=True), rtol=1e-8, atol=1e-8)
+
+
+def test_a_mean_that_dwarfs_the_variance_does_not_cancel_it():
+    rows = np.random.default_rng(0).normal(size=(4000, 3)) + 1e6
+    found = streamed(rows, [5, 1000, 3999])
+    np.testing.assert_allclose(found.covariance, np.cov(rows.T, bias=True), atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_observations_are_summed_in_double_precision(dtype):
+    rows = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0)).add(3).to(dtype)
+    found = InputStatistics()
+    for part in rows.split(7):
+        found.add(part)
+    exact = rows.double().numpy()
+    assert found.mean.dtype == found.covariance.dtype == torch.float64
+    np.testing.assert_allclose(found.mean, exact.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(exact.T, bias=True), atol=1e-12)
+
+
+def test_memory_is_one_matrix_whatever_the_number_of_observations():
+    found = InputStatistics(2)
+    for seed in range(30):
+        found.add(torch.from_numpy(observations(20, 8, seed)))
+    held = [value for value in vars(found).values() if isinstance(value, torch.Tensor)]
+    assert sum(tensor.numel() for tensor in held) == 8 + 4 * 4
+    assert all(tensor.untyped_storage().nbytes() == tensor.numel() * 8 for tensor in held)
+
+
+def test_what_is_not_finite_counts_as_zero():
+    rows = observations()
+    broken = rows.copy()
+    broken[3, 1], broken[5, 2], broken[7, 2], broken[9, 0] = np.nan, np.inf, -np.inf, 1e300
+    zeroed = rows.copy()
+    zeroed[3, 1] = zeroed[5, 2] = zeroed[7, 2] = zeroed[9, 0] = 0.0
+    found = streamed(broken, [4, 6])
+    np.testing.assert_allclose(found.mean, zeroed.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(zeroed.T, bias=True), rtol=1e-8, atol=1e-8)
+
+
+def test_without_observations_there_is_nothing_and_nothing_fails():
+    found = InputStatistics()
+    found.add(torch.zeros(0, 5))
+    assert found.count == 0
+    assert found.covariance.shape == (0, 0)
+
+
+def test_adding_observations_leaves_them_as_they_are():
+    rows = torch.tensor([[1.0, float("nan")], [2.0, 3.0]], dtype=torch.float64)
+    before = rows.clone()
+    InputStatistics().add(rows)
+    assert torch.equal(rows.nan_to_num(-1), before.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, monkeypatch):
+    rows = observations()
+    shares = np.split(rows, [5, 31])
+    barrier, lock, table = threading.Barrier(len(shares)), threading.Lock(), {}
+    turn = threading.local()
+
+    def all_reduce(tensor):
+        turn.number = getattr(turn, "number", -1) + 1
+        with lock:
+            table.setdefault(turn.number, []).append(tensor.clone())
+        barrier.wait(timeout=20)
+        tensor.copy_(torch.stack(table[turn.number]).sum(0))
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    found = [streamed(share, [2], stride) for share in shares]
+    for statistics, taps in zip(found, (Taps(0.5, 3.0), Taps(), Taps(0.25, 1.0)), strict=True):
+        statistics.taps = taps
+    threads = [threading.Thread(target=statistics.all_reduce) for statistics in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for statistics in found:
+        assert statistics.count == len(rows)
+        taps = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
+        np.testing.assert_allclose([statistics.taps.share, statistics.taps.unevenness], taps)
+        np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=1e-12)
+        np.testing.assert_allclose(statistics.covariance, pooled_covariance(rows, stride), rtol=1e-8, atol=1e-8)
+
+
+# --------------------------------------------------------------------------------------------------------- readers
+
+
+def examined(model, *inputs):
+    model.eval()
+    steps = [lambda x=x: model(x) for x in inputs]
+    groups = [group for group in trace_groups(model, steps) if group.prunable]
+    return groups, find_readers(model, groups), steps
+
+
+@pytest.mark.parametrize(
+    ("name", "readers"),
+    [
+        ("Autoencoder", {"encoder.2": 1, "decoder.0": 1, "decoder.2": 1, "classifier": 1}),
+        ("Residual", {"up": 1, "down": 1, "head": 4}),
+        ("Sequence", {"inner": 1, "head": 7}),
+        ("DepthwiseSeparable", {"pointwise": 1, "head": 1}),
+        ("Attention", {"attention": 1, "head": 1}),
+    ],
+)
+def test_readers_are_the_layers_that_mix_a_groups_channels_with_the_positions_behind_a_flatten(name, readers):
+    model, x = zoo.BY_NAME[name].make()
+    _, found, _ = examined(model, x)
+    assert {reader.name: reader.stride for reader in found} == readers
+    assert len(found) == len(readers)
+
+
+@pytest.mark.parametrize(
+    ("slot", "stride"),
+    [
+        ("aaaabbbb", 4),
+        ("aaaabb", 2),  # maps of two sizes
+        ("aaaab", 1),  # a map beside a vector
+        ("abab", 1),  # channels last
+        ("aaaa..", 2),  # what no prunable group owns
+        ("aa....bbbb", 2),
+        ("ab", 1),
+    ],
+)
+def test_positions_of_a_channel_are_the_longest_blocks_that_tile_the_slot(slot, stride):
+    owner = np.array([".ab".index(letter) - 1 for letter in slot])
+    first = PruningGroup("a", "", "intra", 2, (Member("0", "in", owner),))
+    assert find_readers(nn.Sequential(nn.Linear(len(slot), 2)), [first]) == [Reader("0", "in", stride)]
+    one = PruningGroup("a", "", "intra", 1, (Member("0", "in", np.where(owner == 0, 0, -1)),))
+    other = PruningGroup("b", "", "intra", 1, (Member("0", "in", np.where(owner == 1, 0, -1)),))
+    assert find_readers(nn.Sequential(nn.Linear(len(slot), 2)), [one, other]) == [Reader("0", "in", stride)]
+
+
+@pytest.mark.parametrize("case", zoo.PRUNABLE, ids=lambda case: case.name)
+def test_collected_moments_are_those_of_what_the_reader_is_given(case):
+    model, x = case.make()
+    y = case.input()
+    _, readers, steps = examined(model, x, y)
+    seen: dict[str, list[np.ndarray]] = {}
+    handles = [
+        model.get_submodule(reader.name).register_forward_pre_hook(
+            lambda module, args, name=reader.name: seen.setdefault(name, []).append(args[0].detach().double().numpy())
+        )
+        for reader in readers
+    ]
+    with torch.no_grad():
+        model(x)
+        model(y)
+    for handle in handles:
+        handle.remove()
+    found = collect_statistics(model, readers, steps)
+    assert found.keys() == seen.keys()
+    for reader in readers:
+        layer = model.get_submodule(reader.name)
+        inputs = [np.moveaxis(a, 1, -1) if hasattr(layer, "kernel_size") else a for a in seen[reader.name]]
+        rows = np.concatenate([a.reshape(-1, a.shape[-1]) for a in inputs])
+        assert found[reader.name].count == len(rows)
+        np.testing.assert_allclose(found[reader.name].mean, rows.mean(0), atol=1e-9)
+        covariance = pooled_covariance(rows, reader.stride)
+        np.testing.assert_allclose(found[reader.name].covariance, covariance, atol=1e-9)
+
+
+def test_positions_of_batched_and_unbatched_convolutions_are_observations():
+    x = torch.randn(2, 3, 4, 5)
+    layer = nn.Conv2d(3, 2, 1)
+    assert torch.equal(as_rows(layer, x), x.permute(0, 2, 3, 1).reshape(-1, 3))
+    assert torch.equal(as_rows(layer, x[0]), x[0].permute(1, 2, 0).reshape(-1, 3))
+    assert torch.equal(as_rows(nn.ConvTranspose1d(3, 2, 1), x[0, :, 0]), x[0, :, 0].t())
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Linear(6, 4),
+        nn.Conv2d(6, 4, 3),
+        nn.Conv2d(6, 4, 3, groups=2),
+        nn.ConvTranspose2d(6, 4, 3),
+        nn.ConvTranspose2d(6, 4, 3, groups=2),
+        nn.MultiheadAttention(6, 2),
+    ],
+    ids=str,
+)
+def test_the_reading_weights_of_a_channel_are_those_whose_loss_it_feels(layer):
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    found = reading_weight(layer)
+    for channel in range(6):
+        x = torch.zeros(2, 6) if isinstance(layer, (nn.Linear, nn.MultiheadAttention)) else torch.zeros(2, 6, 5, 5)
+        x[:, channel] = 1.0
+        out = nn.functional.linear(x, weight) if isinstance(layer, nn.MultiheadAttention) else layer(x)
+        (gradient,) = torch.autograd.grad(out.square().sum(), weight)
+        assert found[channel].square().sum().item() == pytest.approx(weight[gradient != 0].square().sum().item())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Conv1d(4, 2, 3, padding=1), (5,)),
+        (nn.Conv2d(4, 2, 3, padding=1, stride=2, groups=2), (5, 7)),
+        (nn.Conv2d(4, 2, (1, 4), padding="same", dilation=2), (6, 6)),
+        (nn.Conv3d(4, 2, 2), (3, 3, 3)),
+        (nn.Conv2d(4, 2, 3, padding=1, padding_mode="reflect"), (5, 5)),
+        (nn.ConvTranspose1d(4, 2, 3, stride=2, output_padding=1), (4,)),
+        (nn.ConvTranspose2d(4, 2, 4, stride=2, padding=1), (4, 5)),
+        (nn.ConvTranspose3d(4, 2, 2, dilation=2), (3, 2, 3)),
+        (nn.ConvTranspose2d(4, 2, 2, stride=3), (2, 2)),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel.*")
+def test_taps_that_fall_on_the_input_are_what_a_layer_of_ones_adds_up(layer, shape):
+    for batch in ((2,), ()):
+        x = torch.ones(*batch, 4, *shape)
+        found = taps_of(layer, x)
+        ones = copy.deepcopy(layer)
+        nn.init.ones_(ones.weight)
+        nn.init.zeros_(ones.bias)
+        n = ones(x).detach().double().numpy() / (4 // layer.groups)
+        assert found.share == pytest.approx(n.mean() / np.prod(layer.kernel_size))
+        assert found.unevenness == pytest.approx(n.var() / n.mean(), abs=1e-6)
+
+
+def test_the_taps_of_inputs_of_several_sizes_are_averaged_by_their_observations():
+    model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1))
+    short, long = torch.ones(4, 2, 2), torch.ones(1, 2, 6)
+    steps = [lambda: model(short), lambda: model(long)]
+    found = collect_statistics(model, [Reader("0", "in", 1)], steps)["0"].taps
+    first, second = taps_of(model[0], short), taps_of(model[0], long)
+    assert first.share == pytest.approx(2 / 3)
+    assert found.share == pytest.approx((8 * first.share + 6 * second.share) / 14)
+    assert found.unevenness == pytest.approx((8 * first.unevenness + 6 * second.unevenness) / 14)
+
+
+def test_other_layers_meet_their_input_everywhere():
+    assert taps_of(nn.Linear(3, 2), torch.ones(4, 3)) == Taps(1.0, 0.0)
+
+
+# -------------------------------------------------------------------------------------------------- leaving no trace
+
+
+def test_calibration_leaves_model_batches_hooks_and_random_state_alone():
+    model, x = zoo.BY_NAME["Residual"].make()
+    _, readers, steps = examined(model, x)
+    weights, batch, random = copy.deepcopy(model.state_dict()), x.clone(), torch.get_rng_state()
+    first = collect_statistics(model, readers, steps)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(x, batch)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not any(statistics.mean.requires_grad for statistics in first.values())
+    second = collect_statistics(model, readers, steps)
+    for name, statistics in first.items():
+        assert torch.equal(statistics.covariance, second[name].covariance)
+
+
+def test_hooks_go_when_the_users_code_fails():
+    model = nn.Sequential(nn.Linear(2, 2))
+
+    def fail():
+        raise ZeroDivisionError("the user's own")
+
+    with pytest.raises(ZeroDivisionError, match="the user's own"):
+        collect_statistics(model, [Reader("0", "in", 1)], [fail])
+    assert not model[0]._forward_pre_hooks
+
+
+def test_inputs_given_by_keyword_are_seen():
+    layer, seen = nn.Linear(3, 2), []
+    with watch_inputs(nn.Sequential(layer), ["0"], lambda name, source: seen.append((name, source))):
+        layer(input=torch.ones(4, 3))
+    assert [(name, source.shape) for name, source in seen] == [("0", (4, 3))]
+
+
+def test_a_reader_that_did_not_run_has_no_statistics():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+    readers = [Reader("0", "in", 1), Reader("1", "in", 1)]
+    assert list(collect_statistics(model, readers, [lambda: model[1](torch.ones(3, 2))])) == ["1"]

@@ -1,0 +1,545 @@
+"""Mistakes and failures: who is told what, and that nothing has changed."""
+
+import copy
+import inspect
+import itertools
+import signal
+import typing
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+import lightning_softprune.round.commit as round_module
+import lightning_softprune.round.prepare as network_module
+from lightning_softprune import GradientSearch, GridSearch, RandomSearch, SoftPruning, UniformBaseline
+from support.modules import (
+    FEATURES,
+    AutoEncoder,
+    ConvClassifier,
+    assert_optimizers_hold_live_parameters,
+    assert_same,
+    count,
+    fit,
+    loaders,
+    made,
+    run_state,
+    softpruning,
+    trainer_of,
+    training_state,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Before(Callback):
+    """Keeps everything as it was when a round began: put it in front of SoftPruning."""
+
+    def __init__(self, epoch=1):
+        self.epoch, self.state = epoch, None
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            self.state = training_state(trainer, pl_module)
+
+
+def fails(tmp_path, module, callback, error=MisconfigurationException, **arguments):
+    """Fit, expect an exception from the round, and check that nothing has changed since the round began."""
+    before = Before(max(callback.epochs))
+    pl.seed_everything(7, verbose=False)
+    trainer = trainer_of(tmp_path, before, callback, **arguments)
+    with pytest.raises(error) as raised:
+        trainer.fit(module, **loaders(module))
+    assert before.state is not None, "the round was reached"
+    assert_same(training_state(trainer, module), before.state)
+    assert callback.results == []
+    return raised.value
+
+
+def refused(tmp_path, module, *callbacks, **arguments):
+    """Fit, expect to be refused before anything runs."""
+    weights = copy.deepcopy(module.state_dict())
+    trainer = trainer_of(tmp_path, *callbacks, **arguments)
+    with pytest.raises(MisconfigurationException) as raised:
+        trainer.fit(module, **loaders(module))
+    assert trainer.global_step == 0
+    assert_same(module.state_dict(), weights)
+    return str(raised.value)
+
+
+def assert_says(message, *parts):
+    for part in parts:
+        assert part in str(message), (part, str(message))
+
+
+# ----------------------------------------------------------------------------------------------------- the arguments
+
+
+@pytest.mark.parametrize("target", [0, 1, 0.0, 1.0, -0.2, 1.5, float("nan"), float("inf"), [0.2, 1.0], [0.0, 0.5]])
+def test_sparsity_lies_between_zero_and_one(target):
+    value = next((t for t in target if not 0 < t < 1), None) if isinstance(target, list) else target
+    with pytest.raises(ValueError, match="target_sparsity") as raised:
+        SoftPruning(target_sparsity=target, epochs=[1, 2])
+    assert_says(raised.value, str(value), "between 0 and 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ({"epochs": [1, 2], "target_sparsity": [0.5, 0.4]}, ["target_sparsity", "[0.5, 0.4]", "decreases"]),
+        ({"epochs": [1, 2], "target_sparsity": [0.5]}, ["target_sparsity", "1 values", "2 epochs"]),
+        ({"epochs": []}, ["epochs", "empty"]),
+        ({"epochs": [2, 1]}, ["epochs", "[2, 1]", "increasing"]),
+        ({"epochs": [1, 1]}, ["epochs", "[1, 1]", "increasing"]),
+        ({"epochs": -1}, ["epochs", "-1", "0"]),
+        ({"monitor": ""}, ["monitor", "''"]),
+        ({"mode": "maximum"}, ["mode", "'maximum'", "'min'", "'max'"]),
+        ({"tolerance": -0.1}, ["tolerance", "-0.1", "between 0 and 1"]),
+        ({"tolerance": 1.0}, ["tolerance", "1.0", "between 0 and 1"]),
+        ({"tolerance": float("nan")}, ["tolerance", "nan"]),
+        ({"importance": "l1"}, ["importance", "'l1'", "'magnitude'", "'activation'", "'taylor'", "'random'"]),
+        ({"round_to": 0}, ["round_to", "0", "less than 1"]),
+        ({"search_batches": 0}, ["search_batches", "0", "less than 1"]),
+        ({"calibration_batches": 0}, ["calibration_batches", "0", "less than 1"]),
+        ({"finetune_epochs": -1}, ["finetune_epochs", "-1", "less than 0"]),
+        ({"seed": -1}, ["seed", "-1", "less than 0"]),
+        ({"bounds": {"encoder": [0.5]}}, ["bounds['encoder']", "[0.5]", "[low, high]"]),
+        ({"bounds": {"encoder": [0.9, 0.1]}}, ["bounds['encoder']", "[0.9, 0.1]", "low <= high"]),
+        ({"bounds": {"encoder": [-0.1, 0.5]}}, ["bounds['encoder']", "[-0.1, 0.5]", "0 <= low"]),
+        ({"bounds": {"encoder": [0.0, 1.5]}}, ["bounds['encoder']", "[0.0, 1.5]", "<= 1"]),
+    ],
+)
+def test_a_value_out_of_range_is_a_value_error_with_name_value_and_range(arguments, parts):
+    with pytest.raises(ValueError, match=parts[0].split("[")[0]) as raised:
+        SoftPruning(**arguments)
+    assert_says(raised.value, *parts)
+
+
+WRONG = {
+    "monitor": [5, None, ["val_loss"]],
+    "mode": [5, None, ["min"]],
+    "epochs": ["1", 1.0, None, True, [1, "2"], {"a": 1}],
+    "target_sparsity": ["0.5", {"a": 0.5}, ["0.5"], True],
+    "tolerance": ["0.02", None, [0.02], True],
+    "cost": [5, None, ["macs"], "flops"],
+    "limits": [["macs"], "macs", 0.5, {"macs": "0.5"}, {"macs": None}, {"macs": True}, {5: 0.5}],
+    "constraints": ["val_loss < 1", 5, [5], {"val_loss": 1}, [["val_loss < 1"]]],
+    "on_violation": [5, None, ["skip"], True],
+    "granularity": [5, None, ["group"]],
+    "search": ["GradientSearch", None, GradientSearch, 5],
+    "components": [["encoder"], "encoder", {"a": "encoder"}, {"a": [5]}, {"a": 5}, {5: ["encoder"]}],
+    "ignore": ["encoder", 5, [5], {"encoder": 1}, [["encoder"]]],
+    "twins": [["a"], "a", 5, {"a": 5}, {5: "a"}],
+    "bounds": [[0.1, 0.2], "encoder", {"a": ["0", "1"]}, {5: [0, 1]}, {"a": [None, 1]}, {"a": [float("nan"), 1]}],
+    "importance": [5, None, ["taylor"]],
+    "compensation": [5, None, ["bias"]],
+    "round_to": ["1", 1.0, None, True],
+    "search_batches": ["1", 1.5, True, [1]],
+    "calibration_batches": ["1", 1.0, None, False],
+    "finetune_epochs": ["1", 1.0, True],
+    "reset_monitors": ["yes", 1, None],
+    "seed": ["0", 0.5, None, True],
+    "report": ["yes", 1, None],
+    "verbose": ["no", 0, None],
+}
+KNOWN = inspect.signature(SoftPruning).parameters
+
+
+@pytest.mark.parametrize(("name", "value"), [(n, v) for n, values in WRONG.items() for v in values if n in KNOWN])
+def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
+    with pytest.raises((TypeError, ValueError), match=name) as raised:
+        SoftPruning(**{name: value})
+    shown = next(iter(value.values())) if isinstance(value, dict) and all(isinstance(k, str) for k in value) else value
+    shown = shown[-1] if name in ("epochs", "target_sparsity") and isinstance(shown, list) else shown
+    assert repr(value) in str(raised.value) or repr(shown) in str(raised.value), str(raised.value)
+
+
+def test_every_argument_has_its_wrong_values_here():
+    assert set(KNOWN) == set(WRONG)
+
+
+def test_arguments_are_not_changed_or_kept():
+    arguments = {
+        "epochs": [1, 2],
+        "target_sparsity": [0.2, 0.3],
+        "ignore": ["a"],
+        "bounds": {"b": [0, 1]},
+        "components": {"c": ["d"]},
+    }
+    given = copy.deepcopy(arguments)
+    callback = SoftPruning(**given)
+    assert given == arguments
+    given["epochs"].append(3)
+    given["ignore"].append("x")
+    given["bounds"]["b"][1] = 9
+    given["components"]["c"].append("y")
+    assert (callback.epochs, callback.ignore) == ([1, 2], ("a",))
+    assert (callback.bounds, callback.components) == ({"b": [0.0, 1.0]}, {"c": ["d"]})
+
+
+# ------------------------------------------------------------------------------- wrong for this trainer or this model
+
+
+def test_epochs_beyond_the_last(tmp_path):
+    for epoch in (3, 7, [1, 3]):
+        message = refused(tmp_path, made(), softpruning(epochs=epoch), max_epochs=3)
+        assert_says(message, f"epochs={epoch if isinstance(epoch, int) else 3}", "max_epochs=3", "2")
+
+
+def test_fine_tuning_beyond_the_last_epoch(tmp_path):
+    message = refused(tmp_path, made(), softpruning(epochs=1, finetune_epochs=3), max_epochs=3)
+    assert_says(message, "finetune_epochs=3", "max_epochs=3", "4")
+
+
+def test_fine_tuning_that_min_epochs_forbids(tmp_path):
+    message = refused(tmp_path, made(), softpruning(epochs=1, finetune_epochs=1), max_epochs=6, min_epochs=5)
+    assert_says(message, "finetune_epochs=1", "min_epochs=5")
+
+
+def test_two_callbacks(tmp_path):
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `SoftPruning`"):
+        trainer_of(tmp_path, softpruning(), softpruning(epochs=2))  # Lightning's own words
+    module, trainer = made(), trainer_of(tmp_path, softpruning())
+    trainer.callbacks.append(softpruning(epochs=2))
+    with pytest.raises(MisconfigurationException, match=r"2 SoftPruning callbacks in one Trainer.*several `epochs`"):
+        trainer.fit(module, **loaders(module))
+    assert trainer.global_step == 0
+
+
+def test_barebones(tmp_path):
+    module = made()
+    arguments = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "log_every_n_steps"]
+    )
+    trainer = trainer_of(tmp_path, softpruning(), **arguments, barebones=True)
+    with pytest.raises(MisconfigurationException, match="barebones=True"):
+        trainer.fit(module, **loaders(module))
+
+
+def test_no_validation_step(tmp_path):
+    class Blind(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(FEATURES, 3)
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0]).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    trainer = trainer_of(tmp_path, softpruning())
+    with pytest.raises(MisconfigurationException, match="validation_step") as raised:
+        trainer.fit(Blind(), loaders(made())["train_dataloaders"])
+    assert_says(raised.value, "Blind")
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*")
+def test_no_validation_data(tmp_path):
+    module, before, callback = made(), Before(), softpruning()
+    trainer = trainer_of(tmp_path, before, callback)
+    with pytest.raises(MisconfigurationException, match="val_dataloader"):
+        trainer.fit(module, loaders(module)["train_dataloaders"])
+    assert_same(training_state(trainer, module), before.state)
+
+
+def test_no_validation_batches_allowed(tmp_path):
+    assert_says(fails(tmp_path, made(), softpruning(), limit_val_batches=0), "limit_val_batches")
+
+
+def test_an_unknown_monitor_lists_what_is_logged(tmp_path):
+    error = fails(tmp_path, made(), softpruning(monitor="val_los"))
+    assert_says(error, "monitor='val_los'", "'val_loss'", "'val_psnr'", "'val_constant'")
+    assert "train_loss" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "near"),
+    [
+        ("ignore", ["encodr"], "'encoder'"),
+        ("ignore", ["decoder.*", "decoder.9"], "'decoder."),
+        ("components", {"front": ["encoderr"]}, "'encoder'"),
+        ("components", {"front": ["encoder"], "back": ["nothing*"]}, "'encoder'"),
+    ],
+)
+def test_a_pattern_that_matches_no_module_is_refused_with_near_names(tmp_path, name, value, near):
+    message = refused(tmp_path, made(), softpruning(**{name: value}))
+    pattern = value[-1] if isinstance(value, list) else list(value.values())[-1][0]
+    assert_says(message, name, repr(pattern), near)
+
+
+@pytest.mark.parametrize("pattern", ["encoder.00", "latent", "decodr"])
+def test_bounds_that_match_no_group_are_refused_with_near_names(tmp_path, pattern):
+    error = fails(tmp_path, made(), softpruning(bounds={pattern: [0, 0.5]}), (ValueError, MisconfigurationException))
+    assert_says(error, "bounds", repr(pattern), "encoder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest"),
+    [
+        ({"target_sparsity": 0.99, "tolerance": 0.001}, None),
+        ({"target_sparsity": 0.5, "tolerance": 0.0}, None),
+        ({"target_sparsity": 0.9, "bounds": {"*": [0, 0.25]}}, None),
+        ({"target_sparsity": 0.1, "bounds": {"*": [0.75, 1]}}, None),
+    ],
+)
+def test_a_target_out_of_reach_gives_the_nearest_sparsity(tmp_path, arguments, nearest):
+    module = made()
+    error = fails(tmp_path, module, softpruning(**arguments))
+    found = float(str(error).split("nearest reachable sparsity is ")[1].split()[0].rstrip("."))
+    assert_says(error, f"target_sparsity={arguments['target_sparsity']}", "tolerance=")
+    low, high = arguments.get("bounds", {"*": [0, 1]})["*"]
+    plans = [
+        (a, b, c)
+        for a in range(16)
+        if low <= a / 16 <= high
+        for b in range(8)
+        if low <= b / 8 <= high
+        for c in range(16)
+        if low <= c / 16 <= high
+    ]
+    dense = count(module)
+    sparsities = [1 - size(16 - a, 8 - b, 16 - c) / dense for a, b, c in plans]
+    assert size(16, 8, 16) == dense
+    target = arguments["target_sparsity"]
+    assert abs(found - target) == pytest.approx(min(abs(s - target) for s in sparsities), abs=6e-5)
+
+
+def size(hidden, latent, back):
+    widths = [FEATURES, hidden, latent, back, FEATURES]
+    return sum(a * b + b for a, b in itertools.pairwise(widths))
+
+
+def test_round_to_that_allows_no_plan_is_out_of_reach_too(tmp_path):
+    error = fails(tmp_path, made(), softpruning(round_to=16, target_sparsity=0.5))
+    assert_says(error, "target_sparsity=0.5", "nearest reachable sparsity is 0.0000")
+
+
+def test_nothing_prunable_names_the_modules_in_the_way(tmp_path):
+    class OneLayer(AutoEncoder):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = nn.Linear(FEATURES, FEATURES), nn.Identity()
+
+    class Stubborn(AutoEncoder):
+        def forward(self, x):
+            return self.decoder(self.encoder(x).view(-1, 8)) + 0 * self.encoder[0](x).view(-1, 16).sum()
+
+        def loss(self, batch):
+            hidden = self.decoder[1](self.decoder[0](self.encoder(batch[0]))).view(-1, 16)
+            return nn.functional.mse_loss(self.decoder[2](hidden), batch[0]) + 0 * self(batch[0]).sum()
+
+    assert_says(fails(tmp_path, made(OneLayer), softpruning()), "nothing that can be pruned", "encoder")
+    assert_says(fails(tmp_path, made(), softpruning(ignore=["*"])), "encoder.0", "encoder.2", "decoder.0", "decoder.2")
+    assert_says(fails(tmp_path, made(Stubborn), softpruning()), "encoder.0", "encoder.2", "decoder.0")
+
+
+def test_a_grid_that_is_too_large_names_levels_and_the_number(tmp_path):
+    error = fails(tmp_path, made(), softpruning(search=GridSearch(levels=150)))
+    assert_says(error, "search", "levels=150", f"{150**3:,}")
+
+
+# --------------------------------------------------------------------------------------------------- failures, midway
+
+
+class OopsError(Exception):
+    """The user's own."""
+
+
+class Trap(AutoEncoder):
+    """Raises at one of the steps that a round runs; they are numbered out of the module's reach."""
+
+    where, at, error = "validation_step", -1, OopsError
+    calls: typing.ClassVar[dict] = {}
+    probing = False
+
+    def __init__(self):
+        super().__init__()
+        Trap.calls = {"validation_step": [], "training_step": []}
+
+    def _step(self, name):
+        if self.trainer.current_epoch == 1 and self.trainer.global_step == 4:
+            Trap.calls[name].append(Trap.probing)
+            if name == self.where and len(Trap.calls[name]) == self.at:
+                self.encoder[0].train(not self.encoder[0].training)  # and it leaves a mess
+                self.losses.append(float("nan"))
+                torch.rand(3)
+                raise self.error("the user's own")
+
+    def validation_step(self, batch, batch_idx):
+        self._step("validation_step")
+        super().validation_step(batch, batch_idx)
+
+    def training_step(self, batch, batch_idx):
+        self._step("training_step")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.fixture
+def trap(monkeypatch, tmp_path):
+    """Numbers of the calls to a step that a round makes, but for those whose failure makes a group not prunable."""
+    original = network_module.probe_groups
+
+    def probe(*arguments, **more):
+        Trap.probing = True
+        try:
+            return original(*arguments, **more)
+        finally:
+            Trap.probing = False
+
+    def calls(step, **arguments):
+        found = []
+
+        class Count(Callback):
+            def on_train_epoch_start(self, trainer, pl_module):
+                if trainer.current_epoch == 1:
+                    found.extend(n + 1 for n, probing in enumerate(Trap.calls[step]) if not probing)
+
+        fit(tmp_path, made(Trap), softpruning(**arguments), Count(), num_sanity_val_steps=0, max_epochs=2)
+        monkeypatch.setattr(Trap, "where", step)
+        return found
+
+    monkeypatch.setattr(network_module, "probe_groups", probe)
+    monkeypatch.setattr(Trap, "at", -1)
+    return calls
+
+
+@pytest.mark.parametrize("step", ["validation_step", "training_step"])
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+def test_the_users_exception_reaches_the_user_with_everything_as_before(tmp_path, monkeypatch, trap, step, share):
+    """From the first step of the round to the last, which is in the rehearsal of the pruned model."""
+    arguments = {"search": RandomSearch(num_candidates=3), "calibration_batches": 2}
+    calls = trap(step, **arguments)
+    assert len(calls) >= 4
+    monkeypatch.setattr(Trap, "at", calls[round(share * (len(calls) - 1))])
+    module = made(Trap)
+    error = fails(tmp_path, module, softpruning(**arguments), Exception, num_sanity_val_steps=0)
+    assert isinstance(error, OopsError) or isinstance(error.__cause__, OopsError), repr(error)
+    monkeypatch.setattr(Trap, "at", -1)
+    size, callback = count(module), softpruning(**arguments)
+    trainer = fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert count(module) < size
+    assert_optimizers_hold_live_parameters(trainer, module)
+
+
+def test_an_exception_in_the_rehearsal_rolls_the_committed_prune_back(tmp_path):
+    class Fragile(AutoEncoder):
+        """Takes one narrow layer in its stride, but not the final plan while training."""
+
+        def training_step(self, batch, batch_idx):
+            if self.training and self.encoder[0].out_features < 16:
+                raise OopsError("too narrow to train")
+            return super().training_step(batch, batch_idx)
+
+    for search in (UniformBaseline(), GradientSearch(steps=1)):
+        module = made(Fragile)
+        error = fails(tmp_path, module, softpruning(search=search), Exception)
+        assert isinstance(error, OopsError) or isinstance(error.__cause__, OopsError)
+        assert module.encoder[0].out_features == 16
+        fit(tmp_path, module, max_epochs=1)
+
+
+@pytest.mark.parametrize("where", ["repair_optimizers", "rehearse"])
+def test_a_failure_inside_the_commit_rolls_back_weights_and_optimizers(tmp_path, where, monkeypatch):
+    original = getattr(round_module, where)
+
+    def failing(*arguments):
+        original(*arguments)
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(round_module, where, failing)
+    fails(tmp_path, made(), softpruning(), MemoryError)
+    fails(tmp_path, made(ConvClassifier), softpruning(), MemoryError)
+
+
+def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, monkeypatch, trap):
+    calls = trap("validation_step", search=RandomSearch(num_candidates=6))
+    monkeypatch.setattr(Trap, "error", KeyboardInterrupt)
+    monkeypatch.setattr(Trap, "at", calls[-8])  # the trials come last: three batches each
+    handler = signal.getsignal(signal.SIGINT)
+    module, before, callback = made(Trap), Before(), softpruning(search=RandomSearch(num_candidates=6))
+    pl.seed_everything(7, verbose=False)
+    trainer = trainer_of(tmp_path, before, callback, num_sanity_val_steps=0)
+    try:
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            trainer.fit(module, **loaders(module))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further interrupts from then on
+    assert_same(training_state(trainer, module), before.state)
+    assert callback.results == []
+    monkeypatch.setattr(Trap, "at", -1)
+    fit(tmp_path, module, softpruning())
+
+
+def test_an_exception_in_epoch_zero_leaves_everything_as_before(tmp_path):
+    class First(AutoEncoder):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if count(self) < 450:  # less than one group alone, narrowed to be probed
+                raise OopsError("narrow")
+
+    fails(tmp_path, made(First), softpruning(epochs=0), OopsError, num_sanity_val_steps=0)
+
+
+def test_an_exception_in_a_later_round_keeps_the_earlier_prune(tmp_path):
+    class Later(AutoEncoder):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if self.trainer.current_epoch == 2 and self.trainer.training is False and count(self) < 350:
+                raise OopsError("later")
+
+    module, before = made(Later), Before(2)
+    callback = softpruning(epochs=[1, 2], target_sparsity=[0.4, 0.7])
+    trainer = trainer_of(tmp_path, before, callback)
+    with pytest.raises(OopsError):
+        trainer.fit(module, **loaders(module))
+    assert [result.epoch for result in callback.results] == [1]
+    assert callback.results[0].costs_after.params == count(module)
+    assert_same(training_state(trainer, module), before.state)
+    assert_optimizers_hold_live_parameters(trainer, module)
+
+
+def test_a_score_that_is_missing_for_pruned_networks_only_is_an_error_with_everything_as_before(tmp_path):
+    class Silent(AutoEncoder):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            if self.encoder[0].out_features == 16:
+                self.log("val_sometimes", 1.0)
+
+    assert_says(
+        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes")), "monitor='val_sometimes'", "'val_loss'"
+    )
+
+
+def test_a_loss_without_gradient_for_taylor(tmp_path):
+    class Detached(AutoEncoder):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) if self.training else torch.zeros(())
+
+    error = fails(tmp_path, made(Detached), softpruning(importance="taylor"), (ValueError, MisconfigurationException))
+    assert_says(error, "importance", "'taylor'", "'activation'")
+
+
+def test_run_state_is_part_of_what_is_compared(tmp_path):
+    """The comparisons above can fail."""
+    module = made()
+    trainer = fit(tmp_path, module, max_epochs=1)
+    state = training_state(trainer, module)
+    assert set(run_state(trainer)) < set(state)
+    assert_same(training_state(trainer, module), state)
+    for change in (
+        lambda: torch.rand(1),
+        lambda: module.encoder[0].weight.data.add_(1e-7),
+        lambda: module.encoder.eval(),
+        lambda: trainer.optimizers[0].state[module.encoder[0].weight]["exp_avg"].add_(1e-7),
+        lambda: module.losses.append(1.0),
+        lambda: setattr(module.encoder[0], "weight", nn.Parameter(module.encoder[0].weight.detach().clone())),
+    ):
+        state = training_state(trainer, module)
+        change()
+        with pytest.raises(AssertionError):
+            assert_same(training_state(trainer, module), state)

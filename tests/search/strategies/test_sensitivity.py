@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from lightning_softprune.search import SensitivityCurve, SensitivitySearch, best_combinations, run_search
+from lightning_softprune.search import separable as separable_module
+from lightning_softprune.search.separable import envelope, increases
+from support.networks import mlp_space, plan_loss, quadratic, steep
+
+
+def random_curves(space, rng, levels=5):
+    curves = []
+    for i in range(space.size):
+        losses = 1 + np.concatenate(([0.0], np.cumsum(rng.exponential(size=levels) ** 2)))
+        curves.append(SensitivityCurve(i, tuple(np.linspace(0, 1, levels + 1)), tuple(losses)))
+    return curves
+
+
+def model(space, curves, x):
+    """The separable objective, written out without the package."""
+    return sum(
+        np.interp(v, c.coefficients, np.maximum.accumulate(c.losses)) - c.losses[0]
+        for v, c in zip(x, curves, strict=True)
+    )
+
+
+def brute_force(space, curves):
+    values = [np.arange(c) / c for c in space.channels]
+    points = np.array(list(itertools.product(*values)))
+    points = points[space.within(space.sparsities(points))]
+    return sorted(model(space, curves, x) for x in points)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_combination_equals_brute_force_on_small_networks(seed):
+    rng = np.random.default_rng(seed)
+    space = mlp_space([8, 6, 9, 7, 5], target=0.5, tolerance=0.03)
+    curves = random_curves(space, rng)
+    expected = brute_force(space, curves)
+    found = best_combinations(space, curves, 3)
+    np.testing.assert_allclose([model(space, curves, x) for x in found], expected[:3], atol=1e-4)
+    assert all(space.on_target(x) for x in found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_knapsack_with_exchanges_comes_within_two_percent_of_brute_force(seed, monkeypatch):
+    rng = np.random.default_rng(seed)
+    space = mlp_space([32, 24, 30, 20, 16], target=0.6, tolerance=0.02)
+    curves = random_curves(space, rng)
+    expected = brute_force(space, curves)[0]
+    monkeypatch.setattr(
+        separable_module, "EXACT_COMBINATIONS", 0
+    )  # neither the plans nor the sweep's grid gone through
+    found = best_combinations(space, curves, 1)[0]
+    assert space.on_target(found)
+    assert model(space, curves, found) <= 1.02 * expected
+
+
+def test_further_combinations_are_kept_apart_and_best_first():
+    space = mlp_space([32, 24, 30, 20, 16], target=0.6)
+    curves = random_curves(space, np.random.default_rng(0))
+    found = best_combinations(space, curves, 3, separation=0.05)
+    assert len(found) == 3
+    assert min(np.abs(a - b).max() for a, b in itertools.combinations(found, 2)) > 0.05
+    heights = [model(space, curves, x) for x in found]
+    assert heights == sorted(heights)
+
+
+def test_the_envelope_never_falls_and_is_infinite_from_the_first_nan_on():
+    np.testing.assert_array_equal(envelope([1.0, 0.5, 2.0, math.nan, 3.0]), [1.0, 1.0, 2.0, math.inf, math.inf])
+
+
+def test_values_beyond_the_last_usable_point_cost_more_than_anything_measured():
+    broken = SensitivityCurve(0, (0.0, 0.5, 1.0), (1.0, 2.0, math.nan))
+    sound = SensitivityCurve(1, (0.0, 0.5, 1.0), (1.0, 5.0, 9.0))
+    first, second = increases([broken, sound], [np.array([0.0, 0.5, 0.75, 1.0])] * 2)
+    np.testing.assert_allclose(first[:2], [0.0, 1.0], atol=1e-5)
+    assert first[2] > 10 * second.max()
+    assert (np.diff(first) > 0).all()
+
+
+def test_nan_points_keep_the_plan_away_from_them():
+    space = mlp_space([64, 48, 64, 32, 10])
+    loss = plan_loss(space, quadratic([0.1, 2.0, 2.0]))  # the first group is by far the cheapest
+    asked = []
+    search = SensitivitySearch()
+    run_search(search, space, lambda x: math.nan if x[0] > 0.55 else loss(x), seed=0,
+               on_asked=lambda x, *_: asked.append(x))  # fmt: skip
+    for x in asked[-search.refine :]:
+        assert space.on_target(x)
+        assert x[0] <= 0.5 + 1e-9
+
+
+def test_without_one_usable_point_it_still_checks_plans_on_target():
+    space = mlp_space([64, 48, 64, 32, 10])
+    asked = []
+    outcome = run_search(SensitivitySearch(), space, lambda x: math.nan, seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert outcome.stop_reason == "exhausted"
+    assert all(space.on_target(x) for x in asked[-3:])
+
+
+@pytest.mark.parametrize("k", [4, 8, 16, 32])
+def test_evaluations_grow_linearly_with_the_number_of_groups(k):
+    space = mlp_space([100, *([64, 128, 96, 48] * (k // 4)), 10])
+    cache = {}
+    outcome = run_search(
+        SensitivitySearch(levels=10, refine=3), space, plan_loss(space, steep([1.0] * k)), seed=0, cache=cache
+    )
+    assert outcome.evaluations == 1 + 10 * k + 3
+    best = [v for plan, v in list(cache.items())[-3:] if space.within(space.sparsity(np.array([plan])))[0]]
+    uniform = plan_loss(space, steep([1.0] * k))(space.scale(np.ones(k)))
+    assert min(best) < uniform
+
+
+def test_a_level_that_removes_no_further_channel_costs_nothing():
+    space = mlp_space([32, 4, 32, 8], target=0.5)
+    search = SensitivitySearch(levels=10, refine=1)
+    outcome = run_search(search, space, plan_loss(space, quadratic([1.0, 1.0])), seed=0)
+    assert outcome.asked == 1 + 3 + 10 + 1
+    assert [len(curve.losses) for curve in search.sensitivity] == [11, 11]
+
+
+def test_curves_are_the_losses_of_one_coefficient_at_a_time():
+    space = mlp_space([32, 20, 40, 8])
+    loss = plan_loss(space, quadratic([1.0, 3.0]))
+    search = SensitivitySearch(levels=4)
+    run_search(search, space, loss, seed=0)
+    first, second = search.sensitivity
+    assert (first.index, second.index) == (0, 1)
+    assert first.coefficients == (0.0, 0.25, 0.5, 0.75, 1.0)
+    assert second.losses == tuple(loss(np.array([0.0, c])) for c in second.coefficients)
+
+
+def test_the_model_that_is_really_separable_is_solved_to_the_best_of_all_plans():
+    space = mlp_space([64, 48, 64, 32, 10])
+    loss = plan_loss(space, quadratic([1.0, 0.5, 2.0]))
+    cache = {}
+    run_search(SensitivitySearch(), space, loss, seed=0, cache=cache)
+    points, sparsities, _ = space._table
+    best = min(loss(x) for x in points[space.within(sparsities)])
+    assert min(v for plan, v in cache.items() if space.within(space.sparsity(np.array([plan])))[0]) <= 1.01 * best
+
+
+@pytest.mark.parametrize("k", [5, 8])
+def test_no_exchange_of_a_channel_improves_a_combination_on_a_wide_network(k):
+    space = mlp_space([100, *([64, 128, 96, 48] * 2)[:k], 10])
+    curves = random_curves(space, np.random.default_rng(0))
+    found = best_combinations(space, curves, 1)[0]
+    assert space.num_plans > separable_module.EXACT_COMBINATIONS
+    near = space.neighbours(found)
+    near = near[space.within(space.sparsities(near))]
+    assert len(near) > 0
+    assert min(model(space, curves, x) for x in near) >= model(space, curves, found) - 1e-4

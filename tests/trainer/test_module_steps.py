@@ -1,0 +1,112 @@
+"""Groups are probed on a few samples where that shows as much as whole batches do."""
+
+from collections import OrderedDict, defaultdict, namedtuple
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_softprune.round.prepare as network
+from lightning_softprune import UniformBaseline, prune
+from lightning_softprune.round.prepare import PROBE_SAMPLES
+from lightning_softprune.trainer.module_steps import first_samples
+from support.modules import AutoEncoder, loaders, made
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Pair = namedtuple("Pair", "x y")
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        torch.arange(8.0),
+        (torch.ones(8, 3), torch.ones(8)),
+        [torch.ones(8, 3), {"a": (torch.ones(8, 2, 2),)}],
+        OrderedDict(x=torch.ones(8)),
+        defaultdict(list, x=torch.ones(8)),
+        Pair(torch.ones(8, 1), torch.ones(8)),
+    ],
+    ids=lambda batch: type(batch).__name__,
+)
+def test_batches_of_tensors_of_one_length_are_cut_and_keep_their_type(batch):
+    shorter = first_samples(batch, 5)
+    assert type(shorter) is type(batch)
+    whole, cut = (torch.utils._pytree.tree_flatten(value) for value in (batch, shorter))
+    assert whole[1] == cut[1]
+    assert all(torch.equal(a[:5], b) for a, b in zip(whole[0], cut[0], strict=True))
+    assert torch.utils._pytree.tree_flatten(first_samples(batch, 50))[0][0].shape == whole[0][0].shape
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.ones(7, 8), torch.ones(8)),
+        {"x": torch.ones(8), "names": list("abcdefgh")},
+        (torch.ones(8), torch.tensor(1.0)),
+        (torch.ones(8), None),
+        (torch.ones(8), 0.5),
+        "abc",
+        (),
+    ],
+    ids=str,
+)
+def test_any_other_batch_stays_whole(batch):
+    assert first_samples(batch, 5) is batch
+
+
+def test_no_number_cuts_nothing():
+    batch = torch.ones(8)
+    assert first_samples(batch, None) is batch
+
+
+GIVEN: list[int] = []
+
+
+class Counting(AutoEncoder):
+    """Its training step notes how many samples it is given; it may insist on whole batches, or do more with them."""
+
+    def __init__(self, whole=False, more=False):
+        super().__init__()
+        self.whole, self.more = whole, more
+
+    def loss(self, batch):
+        size = len(batch[0])
+        GIVEN.append(size)
+        if self.whole and size < 48:
+            raise ValueError("give me all of them")
+        if self.more and size >= 48:
+            self.encoder[1](batch[0])
+        return super().loss(batch)
+
+
+def round_of(module):
+    x = torch.randn(96, next(iter(loaders(module)["val_dataloaders"]))[0].shape[1], generator=torch.manual_seed(0))
+    data = DataLoader(TensorDataset(x), batch_size=48)
+    result = prune(
+        module, train_dataloaders=data, val_dataloaders=data, search=UniformBaseline(), tolerance=0.05,
+        verbose=False, report=False,
+    )  # fmt: skip
+    return result, x
+
+
+def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
+    seen = {}
+    original = network.probe_groups
+
+    def probe_groups(model, groups, run, other):
+        GIVEN.clear()
+        found = original(model, groups, run, other)
+        seen[model.whole, model.more] = set(GIVEN)
+        return found
+
+    monkeypatch.setattr(network, "probe_groups", probe_groups)
+    results = {}
+    for whole, more in ((False, False), (True, False), (False, True)):
+        module = made(Counting, whole=whole, more=more)
+        results[whole, more], _ = round_of(module)
+    assert seen[False, False] == {PROBE_SAMPLES}
+    assert seen[True, False] == {48}, "fewer samples do not run"
+    assert seen[False, True] == {48}, "fewer samples run other layers"
+    groups = [[(g.name, g.channels_before) for g in result.groups] for result in results.values()]
+    assert groups[0] == groups[1] == groups[2]
+    assert all(result.applied for result in results.values())
