@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import math
 import platform
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Union
@@ -23,12 +24,20 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.calibration import IMPORTANCES
-from lightning_softprune.checkpoint import Form, LoadHook, is_recorded, keep_record, order_parameters
+from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
 from lightning_softprune.report import log_figures, log_values, print_round, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import RoundSettings, _bounds, _epochs, _limits, _patterns, _targets, run_round
+from lightning_softprune.round import (
+    RoundSettings,
+    checked_bounds,
+    checked_epochs,
+    checked_limits,
+    checked_patterns,
+    checked_targets,
+    run_round,
+)
 from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
 from lightning_softprune.trainer import (
     averaged_copies,
@@ -40,7 +49,7 @@ from lightning_softprune.trainer import (
     take_epoch_back,
     take_epoch_back_in,
 )
-from lightning_softprune.utilities.checks import _mapping, _number, _one_of, _strings, _typed, _whole
+from lightning_softprune.utilities import checks
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
 
@@ -134,20 +143,20 @@ class SoftPruning(pl.Callback):
     ) -> None:
         super().__init__()
         self._configuration = {name: repr(value) for name, value in locals().items() if name not in _NO_ARGUMENTS}
-        self.monitor = _typed("monitor", monitor, str)
+        self.monitor = checks.instance_of("monitor", monitor, str)
         if not monitor:
             raise ValueError("monitor: '' is not the name of a metric that the module logs while validating")
-        self.mode = _one_of("mode", mode, ("min", "max"))
-        self.epochs = _epochs(epochs)
-        self.targets = _targets(target_sparsity, len(self.epochs))
-        self.tolerance = _number("tolerance", tolerance, 0.0, 1.0, low_included=True)
-        self.cost = _one_of("cost", cost, COSTS)
-        self.limits = _limits(limits)
+        self.mode = checks.one_of("mode", mode, ("min", "max"))
+        self.epochs = checked_epochs(epochs)
+        self.targets = checked_targets(target_sparsity, len(self.epochs))
+        self.tolerance = checks.number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
+        self.cost = checks.one_of("cost", cost, COSTS)
+        self.limits = checked_limits(limits)
         self.constraints = tuple(
             parse_constraint(text, f"constraints[{number}]")
-            for number, text in enumerate(_strings("constraints", constraints))
+            for number, text in enumerate(checks.strings("constraints", constraints))
         )
-        self.on_violation = _one_of("on_violation", on_violation, ("skip", "prune", "error"))
+        self.on_violation = checks.one_of("on_violation", on_violation, ("skip", "prune", "error"))
         if target_sparsity is None and not self.constraints:
             raise ValueError(
                 "target_sparsity: None asks for the highest sparsity that meets every metric constraint, and there are "
@@ -156,21 +165,21 @@ class SoftPruning(pl.Callback):
         if not isinstance(search, SearchStrategy):
             raise TypeError(f"search: {search!r} is not a SearchStrategy, for example GradientSearch()")
         self.search = copy.deepcopy(search)
-        self.granularity = _one_of("granularity", granularity, ("group", "component"))
-        self.components = _patterns("components", components)
-        self.ignore = tuple(_strings("ignore", ignore))
-        self.twins: dict[str, str] | None = _mapping("twins", twins, lambda name, value: _typed(name, value, str))
-        self.bounds = _bounds(bounds)
-        self.importance = _one_of("importance", importance, IMPORTANCES)
-        self.compensation = _one_of("compensation", compensation, COMPENSATIONS)
-        self.round_to = _whole("round_to", round_to, 1)
-        self.search_batches = None if search_batches is None else _whole("search_batches", search_batches, 1)
-        self.calibration_batches = _whole("calibration_batches", calibration_batches, 1)
-        self.finetune_epochs = None if finetune_epochs is None else _whole("finetune_epochs", finetune_epochs, 0)
-        self.reset_monitors = _typed("reset_monitors", reset_monitors, bool)
-        self.seed = _whole("seed", seed, 0)
-        self.report = _typed("report", report, bool)
-        self.verbose = _typed("verbose", verbose, bool)
+        self.granularity = checks.one_of("granularity", granularity, ("group", "component"))
+        self.components = checked_patterns("components", components)
+        self.ignore = tuple(checks.strings("ignore", ignore))
+        self.twins: dict[str, str] | None = checks.mapping("twins", twins, partial(checks.instance_of, kind=str))
+        self.bounds = checked_bounds(bounds)
+        self.importance = checks.one_of("importance", importance, IMPORTANCES)
+        self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
+        self.round_to = checks.whole_number("round_to", round_to, 1)
+        self.search_batches = checks.optional_whole_number("search_batches", search_batches)
+        self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
+        self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
+        self.reset_monitors = checks.instance_of("reset_monitors", reset_monitors, bool)
+        self.seed = checks.whole_number("seed", seed, 0)
+        self.report = checks.instance_of("report", report, bool)
+        self.verbose = checks.instance_of("verbose", verbose, bool)
         self.results: list[PruningResult] = []
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
@@ -348,7 +357,7 @@ class SoftPruning(pl.Callback):
                 self._run_round(trainer, pl_module, epoch, target)
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
-        before = Form.of(pl_module)
+        before = ModelShapes.of(pl_module)
         result = self._search(trainer, pl_module, epoch, target)
         self._dense = self._dense or result.costs_before
         self.results.append(result)
@@ -383,7 +392,7 @@ class SoftPruning(pl.Callback):
             epoch=epoch,
             target=target,
             dense=self._dense,
-            slower=1.0 / math.prod(faster),
+            dense_latency_ratio=1.0 / math.prod(faster),
             commit=commit,
         )
         return dataclasses.replace(result, configuration=self._configuration, versions=_versions())

@@ -23,11 +23,11 @@ from lightning_softprune.round import prepare_groups
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
     Steps,
-    _one_epoch_more,
-    _run,
+    clone_inference_tensors_and_reset_metrics,
     has_inference_tensors,
     isolated_rng,
-    leave_inference,
+    one_epoch_more,
+    run_steps,
 )
 
 
@@ -65,7 +65,7 @@ def find_groups(
     def quietly(step: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
             with Transaction(model):
-                leave_inference(model)
+                clone_inference_tensors_and_reset_metrics(model)
                 model.eval()
                 return step()
 
@@ -80,7 +80,7 @@ def find_groups(
             begin = False
             try:  # hooks may want a trainer, which is not here: they are called only where a step misses what they make
                 with torch.inference_mode(False):
-                    _run([quietly(_plain_step(model, name, batch))])
+                    run_steps([quietly(_plain_step(model, name, batch))])
             except AttributeError:
                 begin = True
             steps.append(_plain_step(model, name, batch, begin))
@@ -176,9 +176,9 @@ def prune(
     flags = {name: module.training for name, module in model.named_modules()}
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
     try:
-        with _one_epoch_more(trainer, callback):
+        with one_epoch_more(trainer, callback):
             if has_inference_tensors(model):
-                leave_inference(model)
+                clone_inference_tensors_and_reset_metrics(model)
             model.train()  # as a fit expects it; the round sets the mode of each pass itself
             trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
     finally:

@@ -4,12 +4,12 @@ from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
 from lightning_softprune.calibration.readers import Reader, as_rows, find_readers, watch_calls, watch_inputs
 from lightning_softprune.calibration.statistics import InputStatistics, collect_statistics, in_double, reads_one_row
 from lightning_softprune.calibration.unfold import (
+    evenly_spaced,
     features_of,
+    kernel_positions,
     most_rows,
     outputs_at_rows,
-    spread,
-    taps_per_channel,
-    windows,
+    unfold_inputs,
 )
 
 __all__ = [
@@ -18,17 +18,17 @@ __all__ = [
     "Reader",
     "as_rows",
     "collect_statistics",
+    "evenly_spaced",
     "features_of",
     "find_readers",
     "in_double",
+    "kernel_positions",
     "most_rows",
     "norms",
     "outputs_at_rows",
     "rank",
     "reads_one_row",
-    "spread",
-    "taps_per_channel",
+    "unfold_inputs",
     "watch_calls",
     "watch_inputs",
-    "windows",
 ]

@@ -19,26 +19,26 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_softprune.calibration.readers import Reader, as_rows, watch_inputs
-from lightning_softprune.calibration.unfold import MAX_FEATURES, features_of, most_rows, windows
+from lightning_softprune.calibration.unfold import MAX_FEATURES, features_of, most_rows, unfold_inputs
 
 
 @dataclass(frozen=True)
-class Taps:
-    """How many taps of a convolution's kernel fall on the input, at one output position and another.
+class KernelCoverage:
+    """How many positions of a convolution's kernel fall on the input, at one output position and another.
 
     At the borders some fall on the padding; where a transposed convolution takes steps, most fall between the inputs.
 
     Attributes:
-        share: The mean number, as a fraction of the kernel's taps.
+        share: The mean number, as a fraction of the kernel's positions.
         unevenness: Variance of the number over its mean; 0 if it is the same at every output position.
     """
 
     share: float = 1.0
     unevenness: float = 0.0
 
-    def mixed(self, other: Taps, weight: float) -> Taps:
+    def mixed(self, other: KernelCoverage, weight: float) -> KernelCoverage:
         """The average, with this weight on the other."""
-        return Taps(
+        return KernelCoverage(
             self.share + weight * (other.share - self.share),
             self.unevenness + weight * (other.unevenness - self.unevenness),
         )
@@ -50,31 +50,31 @@ class InputStatistics:
     Attributes:
         count: Observations so far.
         mean: Mean of each input index, shape ``(channels * stride,)``.
-        taps: How many of a kernel's taps fall on the input and not beside it (:func:`taps_of`), averaged.
-        windows: The same of all that one output reads, for layers whose outputs read more than one row of channels
+        coverage: How many of a kernel's positions fall on the input and not beside it, averaged.
+        unfolded: The same of all that one output reads, for layers whose outputs read more than one row of channels
             and not too many numbers.
     """
 
     def __init__(self, stride: int = 1) -> None:
         self.stride = stride
         self.count = 0
-        self.taps = Taps()
-        self.windows: InputStatistics | None = None
+        self.coverage = KernelCoverage()
+        self.unfolded: InputStatistics | None = None
         self.mean = torch.zeros(0, dtype=torch.float64)
         self._products = torch.zeros(0, 0, dtype=torch.float64)
 
-    def add(self, rows: torch.Tensor, taps: Taps | None = None) -> None:
+    def add(self, rows: torch.Tensor, positions: KernelCoverage | None = None) -> None:
         """Add observations; what is not finite in single precision counts as zero.
 
         Args:
             rows: Shape ``(observations, channels * stride)``.
-            taps: For a convolution, what its kernel met; default: every tap fell on the input.
+            positions: For a convolution, what its kernel met; default: every tap fell on the input.
         """
         rows = in_double(rows)
         n = len(rows)
         if n == 0:
             return
-        self.taps = self.taps.mixed(taps or Taps(), n / (self.count + n))
+        self.coverage = self.coverage.mixed(positions or KernelCoverage(), n / (self.count + n))
         mean = rows.mean(0)
         products = self._pooled(rows - mean)
         if self.count == 0:
@@ -87,12 +87,12 @@ class InputStatistics:
 
     def all_reduce(self) -> None:
         """Merge the observations of all processes of the default process group, so that every one has the same."""
-        if self.windows is not None:
-            self.windows.all_reduce()
+        if self.unfolded is not None:
+            self.unfolded.all_reduce()
         if self.count == 0:
             return
         device = self.mean.device
-        known = torch.tensor([1.0, self.taps.share, self.taps.unevenness], dtype=torch.float64, device=device)
+        known = torch.tensor([1.0, self.coverage.share, self.coverage.unevenness], dtype=torch.float64, device=device)
         moments = self.count * torch.cat([known, self.mean])
         torch.distributed.all_reduce(moments)
         total, mean = int(moments[0].item()), moments[3:] / moments[0]
@@ -100,7 +100,7 @@ class InputStatistics:
         products = self._products + self._pooled((self.mean - mean)[None]) * self.count
         torch.distributed.all_reduce(products)
         self.count, self.mean, self._products = total, mean, products
-        self.taps = Taps(share, unevenness)
+        self.coverage = KernelCoverage(share, unevenness)
 
     def _pooled(self, rows: torch.Tensor) -> torch.Tensor:
         by_channel = rows.reshape(len(rows), -1, self.stride).transpose(1, 2).flatten(0, 1)
@@ -118,7 +118,7 @@ class InputStatistics:
 
 
 def collect_statistics(
-    model: nn.Module, readers: Sequence[Reader], steps: Sequence[Callable[[], Any]], *, with_windows: bool = True
+    model: nn.Module, readers: Sequence[Reader], steps: Sequence[Callable[[], Any]], *, with_unfolded: bool = True
 ) -> dict[str, InputStatistics]:
     """Run the model on the calibration batches and record what its readers see.
 
@@ -126,7 +126,7 @@ def collect_statistics(
         model: The model.
         readers: Layers to watch.
         steps: One function per batch that runs the model on it.
-        with_windows: Whether anybody will want the statistics of windows.
+        with_unfolded: Whether anybody will want the statistics of windows.
 
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
@@ -137,10 +137,10 @@ def collect_statistics(
     def add(name: str, source: torch.Tensor) -> None:
         module = model.get_submodule(name)
         known = found.setdefault(name, InputStatistics(strides[name]))
-        known.add(as_rows(module, source), taps_of(module, source))
-        if with_windows and has_windows(module, strides[name]):
-            known.windows = known.windows or InputStatistics()
-            known.windows.add(windows(module, source, most_rows(features_of(module))))
+        known.add(as_rows(module, source), kernel_coverage(module, source))
+        if with_unfolded and has_unfolded_rows(module, strides[name]):
+            known.unfolded = known.unfolded or InputStatistics()
+            known.unfolded.add(unfold_inputs(module, source, most_rows(features_of(module))))
 
     with watch_inputs(model, list(strides), add), torch.no_grad():
         for step in steps:
@@ -160,7 +160,7 @@ def reads_one_row(module: nn.Module, stride: int = 1) -> bool:
     return not padded and math.prod(module.kernel_size) == math.prod(module.stride) == 1
 
 
-def has_windows(module: nn.Module, stride: int = 1) -> bool:
+def has_unfolded_rows(module: nn.Module, stride: int = 1) -> bool:
     """Whether the layer's outputs read more than one row each, and not too much to take its covariance."""
     if not isinstance(module, (nn.Linear, _ConvNd)) or reads_one_row(module, stride):
         return False
@@ -169,10 +169,10 @@ def has_windows(module: nn.Module, stride: int = 1) -> bool:
     return features_of(module) <= MAX_FEATURES
 
 
-def taps_of(module: nn.Module, source: torch.Tensor) -> Taps:
-    """Count the taps of a convolution's kernel that fall on an input of this size; other layers have one."""
+def kernel_coverage(module: nn.Module, source: torch.Tensor) -> KernelCoverage:
+    """Count the positions of a convolution's kernel that fall on an input of this size; other layers have one."""
     if not isinstance(module, _ConvNd) or module.padding_mode != "zeros":
-        return Taps()
+        return KernelCoverage()
     dims = len(module.kernel_size)
     ones = torch.ones(1, 1, *source.shape[-dims:])
     kernel = torch.ones(1, 1, *module.kernel_size)
@@ -184,7 +184,7 @@ def taps_of(module: nn.Module, source: torch.Tensor) -> Taps:
     else:
         fallen = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](ones, kernel, None, stride, padding, dilation)
     mean = float(fallen.mean())
-    return Taps(mean / kernel.numel(), float(fallen.var(correction=0)) / mean) if mean else Taps()
+    return KernelCoverage(mean / kernel.numel(), float(fallen.var(correction=0)) / mean) if mean else KernelCoverage()
 
 
 def in_double(rows: torch.Tensor) -> torch.Tensor:

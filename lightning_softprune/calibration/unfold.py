@@ -25,7 +25,7 @@ MAX_FEATURES = 4608
 LEAST_ROWS, MOST_ROWS, ROW_NUMBERS = 512, 4096, 2**21
 
 
-def taps_per_channel(layer: nn.Module, stride: int = 1) -> int:
+def kernel_positions(layer: nn.Module, stride: int = 1) -> int:
     """Row entries per channel: positions of the kernel, or of a flattened map."""
     return math.prod(layer.kernel_size) if isinstance(layer, _ConvNd) else stride
 
@@ -42,7 +42,7 @@ def most_rows(features: int) -> int:
     return min(max(ROW_NUMBERS // max(features, 1), LEAST_ROWS), MOST_ROWS)
 
 
-def windows(layer: nn.Module, source: torch.Tensor, most: int) -> torch.Tensor:
+def unfold_inputs(layer: nn.Module, source: torch.Tensor, most: int) -> torch.Tensor:
     """What the layer's outputs read, a new tensor of shape ``(rows, features)``.
 
     Args:
@@ -52,7 +52,7 @@ def windows(layer: nn.Module, source: torch.Tensor, most: int) -> torch.Tensor:
     """
     if not isinstance(layer, _ConvNd):
         rows = source.reshape(-1, source.shape[-1])
-        return rows[spread(source.shape[:-1], most, rows.device)]
+        return rows[evenly_spaced(source.shape[:-1], most, rows.device)]
     dims = len(layer.kernel_size)
     if source.ndim == dims + 1:
         source = source[None]
@@ -60,20 +60,20 @@ def windows(layer: nn.Module, source: torch.Tensor, most: int) -> torch.Tensor:
     view = _unfolded_transposed(layer, source) if isinstance(layer, _ConvTransposeNd) else _unfolded(layer, source)
     view = view.movedim(1, 1 + dims)  # (batch, *positions, channels, *kernel)
     places = view.shape[: 1 + dims]
-    rows = view[torch.unravel_index(spread(places, most, source.device), places)]
+    rows = view[torch.unravel_index(evenly_spaced(places, most, source.device), places)]
     return (rows.flip(tuple(range(2, 2 + dims))) if transposed else rows).flatten(1)
 
 
 def outputs_at_rows(layer: nn.Module, output: torch.Tensor, most: int) -> torch.Tensor:
-    """The layer's outputs at the positions of :func:`windows`, a new tensor of shape ``(rows, outputs)``."""
+    """The layer's outputs at the positions of :func:`unfold_inputs`, a new tensor of shape ``(rows, outputs)``."""
     if isinstance(layer, _ConvNd):
         dims = len(layer.kernel_size)
         output = (output[None] if output.ndim == dims + 1 else output).movedim(1, -1)
     rows = output.reshape(-1, output.shape[-1])
-    return rows[spread(output.shape[:-1], most, rows.device)]
+    return rows[evenly_spaced(output.shape[:-1], most, rows.device)]
 
 
-def spread(places: Sequence[int], most: int, device: torch.device) -> torch.Tensor:
+def evenly_spaced(places: Sequence[int], most: int, device: torch.device) -> torch.Tensor:
     """Every k-th of the flattened places, at most so many; k has no factor in common with a sample's positions."""
     total, inside = math.prod(places), math.prod(places[1:])
     step = max(-(-total // most), 1)

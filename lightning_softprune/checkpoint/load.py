@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from lightning_softprune.checkpoint.record import InstanceHook
-from lightning_softprune.checkpoint.resize import _resize
-from lightning_softprune.checkpoint.shapes import RECORD, Form
+from lightning_softprune.checkpoint.resize import resize_to
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -48,7 +48,7 @@ class LoadHook(InstanceHook):
         _resize_around(self.module, checkpoint, lambda: self.call_before(checkpoint))
         for averaged in self.copies():
             with nullcontext() if self.record else suppress(ValueError):  # as for the module, which has passed
-                _resize(averaged, checkpoint, strict=False)
+                resize_to(averaged, checkpoint, strict=False)
 
 
 def _resize_around(module: pl.LightningModule, checkpoint: dict[str, Any], own: Callable[[], None]) -> None:
@@ -59,14 +59,14 @@ def _resize_around(module: pl.LightningModule, checkpoint: dict[str, Any], own: 
     """
     problem: ValueError | None = None
     try:
-        _resize(module, checkpoint, strict=False)
+        resize_to(module, checkpoint, strict=False)
     except ValueError as error:
         if RECORD in checkpoint:
             raise
         problem = error
     own()
     if problem is not None:
-        shapes = Form.of(module).shapes
+        shapes = ModelShapes.of(module).shapes
         for name, value in checkpoint.get("state_dict", {}).items():
             if isinstance(value, torch.Tensor) and shapes.get(name, tuple(value.shape)) != tuple(value.shape):
                 raise problem

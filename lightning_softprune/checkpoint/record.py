@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint.shapes import RECORD, Form
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 from lightning_softprune.results import PruningResult
 
 FORMAT = 1
@@ -51,14 +51,14 @@ class SaveHook(InstanceHook):
 
     name = "on_save_checkpoint"
 
-    def __init__(self, module: pl.LightningModule, dense: Form, results: list[dict[str, Any]]) -> None:
+    def __init__(self, module: pl.LightningModule, dense: ModelShapes, results: list[dict[str, Any]]) -> None:
         self.module, self.dense, self.results = module, dense, results
         self.before = module.__dict__.get(self.name)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Let the user's own hook write, then write the record."""
         self.call_before(checkpoint)
-        form = Form.of(self.module)
+        form = ModelShapes.of(self.module)
         checkpoint[RECORD] = {
             "format": FORMAT,
             **form.to_dict(),
@@ -70,7 +70,9 @@ class SaveHook(InstanceHook):
             checkpoint[RECORD]["optimizers"] = _parameter_names(self.module, self.module.trainer.optimizers)
 
 
-def keep_record(module: pl.LightningModule, dense: Form, results: Iterable[PruningResult | dict[str, Any]]) -> None:
+def keep_record(
+    module: pl.LightningModule, dense: ModelShapes, results: Iterable[PruningResult | dict[str, Any]]
+) -> None:
     """From now on, write the record into every checkpoint of this module.
 
     Args:

@@ -15,16 +15,16 @@ from torch.nn.parameter import UninitializedParameter
 from lightning_softprune.checkpoint.record import FORMAT, keep_record, save_hook
 from lightning_softprune.checkpoint.shapes import (
     RECORD,
-    Form,
+    ModelShapes,
     Shape,
     Sizes,
-    _is_depthwise,
-    _layout,
-    _Place,
-    _places,
-    _places_by_name,
-    _sizes,
-    _tensor,
+    TensorSite,
+    is_depthwise,
+    slot_sizes,
+    stored_layout,
+    tensor_at,
+    tensor_sites,
+    tensor_sites_by_name,
 )
 from lightning_softprune.graph import Layout, set_sizes
 
@@ -56,28 +56,29 @@ def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
       (2): Linear(in_features=5, out_features=2, bias=True)
     )
     """
-    _resize(model, checkpoint_or_record, strict=True)
+    resize_to(model, checkpoint_or_record, strict=True)
 
 
-def _resize(model: nn.Module, source: Any, strict: bool) -> None:
+def resize_to(model: nn.Module, source: Any, strict: bool) -> None:
+    """Resize; without `strict`, tensors that only one of the two has are passed over."""
     record, state = _read(source)
     hook = save_hook(model)
-    live = Form.of(model)
+    live = ModelShapes.of(model)
     exact = True  # the target is the form of this file, not a guess from shapes
     if record is not None:
-        target = Form.from_dict(record)
+        target = ModelShapes.from_dict(record)
     elif hook is not None and not live.has(state) and hook.dense.has(state):
         target = hook.dense
     else:
-        target, exact = Form({}, state), False
+        target, exact = ModelShapes({}, state), False
     if strict:
         _check_names(model, live, target, exact)
-    _Change(model, live, target, exact).apply()
+    _ResizePlan(model, live, target, exact).apply()
     if isinstance(model, pl.LightningModule):
         if record is not None:
             if hook is not None:
                 hook.remove()  # what it knows of rounds is not this file's history
-            keep_record(model, Form.from_dict(record.get("dense", record)), record.get("results", []))
+            keep_record(model, ModelShapes.from_dict(record.get("dense", record)), record.get("results", []))
         elif hook is not None and exact:
             hook.remove()
 
@@ -108,9 +109,9 @@ def _read(source: Any) -> tuple[dict[str, Any] | None, dict[str, Shape]]:
     return None, shapes
 
 
-def _check_names(model: nn.Module, live: Form, target: Form, exact: bool) -> None:
+def _check_names(model: nn.Module, live: ModelShapes, target: ModelShapes, exact: bool) -> None:
     """Refuse a file that has other tensors than the model."""
-    places = _places_by_name(model)
+    places = tensor_sites_by_name(model)
     own = {*live.shapes, *model.state_dict(), *places}
     for name in target.shapes:
         if name not in own and _missing_bias(model, name) is None:
@@ -139,7 +140,7 @@ def _missing_bias(model: nn.Module, name: str) -> nn.Module | None:
     return layer if empty and isinstance(layer, (nn.Linear, _ConvNd)) else None
 
 
-class _Change:
+class _ResizePlan:
     """What has to be done to a model so that it has a form: worked out first, and done when nothing can fail.
 
     Args:
@@ -149,9 +150,9 @@ class _Change:
         exact: Whether the target is known to be a form of this very architecture.
     """
 
-    def __init__(self, model: nn.Module, live: Form, target: Form, exact: bool) -> None:
+    def __init__(self, model: nn.Module, live: ModelShapes, target: ModelShapes, exact: bool) -> None:
         self.live, self.target, self.exact = live, target, exact
-        self.places = [place for place in _places(model) if not place.lazy]
+        self.places = [place for place in tensor_sites(model) if not place.lazy]
         self.shapes = self._with_aliases()
         self.resized: list[tuple[nn.Module, Sizes]] = []
         self.created: list[tuple[nn.Module, int]] = []
@@ -176,7 +177,7 @@ class _Change:
     def _plan_layers(self, model: nn.Module) -> None:
         unknown, changed = [], set()
         for name, module in model.named_modules(remove_duplicate=False):
-            layout = _layout(module)
+            layout = stored_layout(module)
             if isinstance(layout, str):
                 self.refused[name] = layout
             now = self.live.layers.get(name)
@@ -208,16 +209,16 @@ class _Change:
             if weight is None:
                 return None
             self._check_rank(weight, module.weight)
-            if _is_depthwise(now) and now["groups"] > 1:
+            if is_depthwise(now) and now["groups"] > 1:
                 return dict.fromkeys(now, weight[0])
             first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
             return {**now, first: weight[0], second: weight[1] * module.groups}
-        layout = _layout(module)
+        layout = stored_layout(module)
         if not isinstance(layout, Layout):
             return None
         sizes: Sizes = {}
         for axis in layout.axes:
-            shape, tensor = self.shapes.get(prefix + axis.tensor), _tensor(module, axis.tensor)
+            shape, tensor = self.shapes.get(prefix + axis.tensor), tensor_at(module, axis.tensor)
             if shape is not None and tensor is not None:
                 self._check_rank(shape, tensor)
                 sizes.setdefault(axis.slot, shape[axis.dim] * axis.parts // axis.repeat)
@@ -255,14 +256,14 @@ class _Change:
     def _shapes_of(module: nn.Module, now: Sizes, sizes: Sizes) -> dict[str, Shape]:
         if isinstance(module, _ConvNd):
             groups = sizes["groups"]
-            if groups != now["groups"] and not (_is_depthwise(now) or _is_depthwise(sizes)):
+            if groups != now["groups"] and not (is_depthwise(now) or is_depthwise(sizes)):
                 raise ValueError(f"it has {now['groups']} groups, in the checkpoint {groups}")
             if groups == 0 or sizes["in"] % groups or sizes["out"] % groups:
                 raise ValueError(f"{sizes['in']} -> {sizes['out']} channels do not make {groups} equal groups")
             first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
             shapes = {"weight": (sizes[first], sizes[second] // groups, *module.weight.shape[2:])}
             return shapes | ({} if module.bias is None else {"bias": (sizes["out"],)})
-        layout = _layout(module)
+        layout = stored_layout(module)
         if not isinstance(layout, Layout):
             raise ValueError(str(layout))
         for slot, parts in layout.parts.items():
@@ -270,7 +271,7 @@ class _Change:
                 raise ValueError(f"{sizes[slot]} channels do not make {parts} equal parts")
         result: dict[str, Shape] = {}
         for axis in layout.axes:
-            tensor = _tensor(module, axis.tensor)
+            tensor = tensor_at(module, axis.tensor)
             if tensor is not None:
                 shape = list(result.get(axis.tensor, tensor.shape))
                 shape[axis.dim] = sizes[axis.slot] * axis.repeat // axis.parts
@@ -279,7 +280,7 @@ class _Change:
 
     def _plan_bare(self) -> None:
         """Tensors that no slot describes: parameters of the user's own modules, mostly."""
-        layers = {id(place.module) for place in self.places if _sizes(place.module)}
+        layers = {id(place.module) for place in self.places if slot_sizes(place.module)}
         for place in self.places:
             now = tuple(place.tensor.shape)
             shape = self.shapes.get(place.name, now)
@@ -295,8 +296,8 @@ class _Change:
                 raise ValueError(f"{owner}: {_mismatch(shape, now)}")
             self.wanted[place.name] = shape
 
-    def _by_tensor(self) -> list[tuple[torch.Tensor, Shape, list[_Place]]]:
-        found: dict[int, tuple[torch.Tensor, Shape, list[_Place]]] = {}
+    def _by_tensor(self) -> list[tuple[torch.Tensor, Shape, list[TensorSite]]]:
+        found: dict[int, tuple[torch.Tensor, Shape, list[TensorSite]]] = {}
         for place in self.places:
             shape = self.wanted.get(place.name, tuple(place.tensor.shape))
             _, known, owners = found.setdefault(id(place.tensor), (place.tensor, shape, []))

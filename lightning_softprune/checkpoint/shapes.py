@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Form:
+class ModelShapes:
     """The sizes and shapes of a module: all that a plan changes but the values.
 
     Attributes:
@@ -34,16 +34,16 @@ class Form:
     shapes: Mapping[str, Shape]
 
     @classmethod
-    def of(cls, model: nn.Module) -> Form:
+    def of(cls, model: nn.Module) -> ModelShapes:
         """Read the form off a live module."""
         layers = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if sizes := _sizes(module):
+            if sizes := slot_sizes(module):
                 layers[name] = sizes
-        return cls(layers, {place.name: tuple(place.tensor.shape) for place in _places(model) if not place.lazy})
+        return cls(layers, {place.name: tuple(place.tensor.shape) for place in tensor_sites(model) if not place.lazy})
 
     @classmethod
-    def from_dict(cls, data: Any) -> Form:
+    def from_dict(cls, data: Any) -> ModelShapes:
         """The form that :meth:`to_dict` described.
 
         Raises:
@@ -71,7 +71,7 @@ class Form:
 
 
 @dataclass(frozen=True)
-class _Place:
+class TensorSite:
     """A tensor where a module holds it."""
 
     name: str
@@ -87,24 +87,26 @@ class _Place:
 
     @property
     def container(self) -> dict[str, Any]:
+        """The dictionary that holds it."""
         return self.module._parameters if self.is_parameter else self.module._buffers
 
 
-def _places(model: nn.Module) -> Iterator[_Place]:
+def tensor_sites(model: nn.Module) -> Iterator[TensorSite]:
     """All parameters and buffers, under each of their names."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for attribute, tensor in tensors.items():
                 if tensor is not None:
                     name = f"{prefix}.{attribute}" if prefix else attribute
-                    yield _Place(name, module, attribute, tensor, is_parameter)
+                    yield TensorSite(name, module, attribute, tensor, is_parameter)
 
 
-def _places_by_name(model: nn.Module) -> dict[str, _Place]:
-    return {place.name: place for place in _places(model)}
+def tensor_sites_by_name(model: nn.Module) -> dict[str, TensorSite]:
+    """The sites by name."""
+    return {place.name: place for place in tensor_sites(model)}
 
 
-def _layout(module: nn.Module) -> Layout | str | None:
+def stored_layout(module: nn.Module) -> Layout | str | None:
     """The layer table's word, but a PReLU has its slot also when one channel is left."""
     layout = layout_of(module)
     if isinstance(module, nn.PReLU) and isinstance(layout, Layout):
@@ -112,13 +114,13 @@ def _layout(module: nn.Module) -> Layout | str | None:
     return layout
 
 
-def _sizes(module: nn.Module) -> Sizes:
+def slot_sizes(module: nn.Module) -> Sizes:
     """Slot sizes; nothing for a module without slots, or whose weights are computed.
 
     A convolution's groups go with its channels if it is depthwise, and what was grouped before a prune may look
     depthwise after it: convolutions are described by all three numbers.
     """
-    layout = _layout(module)
+    layout = stored_layout(module)
     if isinstance(module, _ConvNd):
         if module._parameters.get("weight") is None:
             return {}
@@ -126,11 +128,13 @@ def _sizes(module: nn.Module) -> Sizes:
     return dict(layout.slots) if isinstance(layout, Layout) else {}
 
 
-def _is_depthwise(sizes: Sizes) -> bool:
+def is_depthwise(sizes: Sizes) -> bool:
+    """Whether sizes are those of a depthwise convolution."""
     return sizes["in"] == sizes["out"] == sizes["groups"]
 
 
-def _tensor(module: nn.Module, path: str) -> torch.Tensor | None:
+def tensor_at(module: nn.Module, path: str) -> torch.Tensor | None:
+    """The tensor at a dotted path; ``None`` where there is none."""
     outer, _, name = path.rpartition(".")
     found = getattr(module.get_submodule(outer), name, None)
     return found if isinstance(found, torch.Tensor) else None

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from lightning_softprune.compensation.activations import Response
+from lightning_softprune.compensation.activations import FollowingActivation
 from lightning_softprune.utilities.distributed import sum_over_processes
 
 STEPS, SOLVES, HALVINGS = 2, 6, 5
@@ -30,8 +30,8 @@ BLOCK = 2**23
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
 
 
-def fit_response(
-    response: Response,
+def fit_after_activation(
+    activation: FollowingActivation,
     wanted: torch.Tensor,
     inputs: torch.Tensor,
     weight: torch.Tensor,
@@ -43,7 +43,7 @@ def fit_response(
     """Move a layer's weights to where its outputs agree with the wanted ones after the function that follows.
 
     Args:
-        response: What becomes of the outputs.
+        activation: What becomes of the outputs.
         wanted: The layer's outputs in the dense model, before the function, shape ``(observations, outputs)``.
         inputs: What the layer is given now, centred, shape ``(observations, inputs)``.
         weight: Where to start, shape ``(outputs, inputs)``.
@@ -60,7 +60,7 @@ def fit_response(
     fitted = []
     for first in range(0, len(weight), width):
         part = slice(first, first + width)
-        problem = _Problem(response.of(part), wanted[:, part], inputs, prior[part], factor, ridge, total)
+        problem = _Problem(activation.of(part), wanted[:, part], inputs, prior[part], factor, ridge, total)
         fitted.append(problem.solved(weight[part], bias[part]))
     weights, biases = zip(*fitted, strict=True)
     return torch.cat(weights), torch.cat(biases)
@@ -71,7 +71,7 @@ class _Problem:
 
     def __init__(
         self,
-        response: Response,
+        activation: FollowingActivation,
         wanted: torch.Tensor,
         inputs: torch.Tensor,
         prior: torch.Tensor,
@@ -79,8 +79,8 @@ class _Problem:
         ridge: float,
         total: float,
     ) -> None:
-        self.response, self.inputs, self.factor, self.ridge, self.total = response, inputs, factor, ridge, total
-        self.target = response(wanted)
+        self.activation, self.inputs, self.factor, self.ridge, self.total = activation, inputs, factor, ridge, total
+        self.target = activation(wanted)
         self.prior = torch.cat([prior, torch.zeros_like(prior[:, :1])], 1)
 
     def solved(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,12 +124,12 @@ class _Problem:
     def error_and_slope(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             outputs = self.forth(w).requires_grad_()
-            after = self.response(outputs)
+            after = self.activation(outputs)
             (slope,) = torch.autograd.grad(after.sum(), outputs)
         return self.target - after.detach(), slope
 
     def objective(self, w: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-        error = sum_over_processes((self.target - self.response(self.forth(w))).square().sum(0))
+        error = sum_over_processes((self.target - self.activation(self.forth(w))).square().sum(0))
         return error + pull * (w - self.prior)[:, :-1].square().sum(1)
 
     def forth(self, w: torch.Tensor) -> torch.Tensor:

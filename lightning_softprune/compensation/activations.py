@@ -24,7 +24,7 @@ POINTWISE = frozenset([*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), 
 
 
 @dataclass(frozen=True)
-class Response:
+class FollowingActivation:
     """What becomes of a layer's outputs: ``function(scale * y + shift)``.
 
     Attributes:
@@ -43,16 +43,18 @@ class Response:
             outputs = outputs * self.scale.to(outputs) + self.shift.to(outputs)
         return self.function(outputs)
 
-    def of(self, outputs: slice | torch.Tensor) -> Response:
+    def of(self, outputs: slice | torch.Tensor) -> FollowingActivation:
         """The same for some of the outputs."""
         if self.scale is None or self.shift is None:
             return self
         if isinstance(outputs, torch.Tensor):
             outputs = outputs.to(self.scale.device)
-        return Response(self.function, self.scale[outputs], self.shift[outputs])
+        return FollowingActivation(self.function, self.scale[outputs], self.shift[outputs])
 
 
-def find_responses(model: nn.Module, names: Sequence[str], step: Callable[[], Any]) -> dict[str, Response]:
+def find_following_activations(
+    model: nn.Module, names: Sequence[str], step: Callable[[], Any]
+) -> dict[str, FollowingActivation]:
     """The pointwise function that follows each layer; layers whose output anything else reads are left out.
 
     Args:
@@ -79,19 +81,19 @@ class _Consumers(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: dict[str, list[Response | None]] = {}
-        self.watched: list[tuple[torch.Tensor, str, Response]] = []
+        self.found: dict[str, list[FollowingActivation | None]] = {}
+        self.watched: list[tuple[torch.Tensor, str, FollowingActivation]] = []
 
     def watch(self, name: str, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            self.watched.append((output, name, Response(_nothing)))
+            self.watched.append((output, name, FollowingActivation(_nothing)))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(result, (torch.Tensor, tuple, list)):  # not: a look at its shape
             read = {id(tensor) for tensor in _tensors((args, kwargs))}
-            normed: list[tuple[torch.Tensor, str, Response]] = []
+            normed: list[tuple[torch.Tensor, str, FollowingActivation]] = []
             for output, name, so_far in self.watched:
                 if id(output) not in read:
                     continue
@@ -99,7 +101,7 @@ class _Consumers(TorchFunctionMode):
                 if after is not None and isinstance(result, torch.Tensor):
                     normed.append((result, name, after))
                 else:
-                    self.found.setdefault(name, []).append(_response(func, output, args, kwargs, so_far))
+                    self.found.setdefault(name, []).append(_following(func, output, args, kwargs, so_far))
             self.watched = [one for one in self.watched if one[0] is not result] + normed  # changed in place: gone
         return result
 
@@ -116,14 +118,18 @@ def _nothing(outputs: torch.Tensor) -> torch.Tensor:
     return outputs
 
 
-def _response(func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: Response) -> Response | None:
+def _following(
+    func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: FollowingActivation
+) -> FollowingActivation | None:
     alone = len(_tensors((args, kwargs))) == 1 and bool(args) and args[0] is output
     if not alone or getattr(func, "__name__", "") not in POINTWISE:
         return None
-    return Response(lambda values: func(values.clone(), *args[1:], **kwargs), so_far.scale, so_far.shift)
+    return FollowingActivation(lambda values: func(values.clone(), *args[1:], **kwargs), so_far.scale, so_far.shift)
 
 
-def _normed(func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: Response) -> Response | None:
+def _normed(
+    func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: FollowingActivation
+) -> FollowingActivation | None:
     """What a BatchNorm in eval mode makes of the outputs; ``None`` for anything else."""
     if func is not F.batch_norm:
         return None
@@ -140,4 +146,4 @@ def _normed(func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: Res
         shift = shift + norm["bias"].detach()
     if so_far.scale is not None and so_far.shift is not None:
         scale, shift = scale * so_far.scale, scale * so_far.shift + shift
-    return Response(_nothing, scale, shift)
+    return FollowingActivation(_nothing, scale, shift)

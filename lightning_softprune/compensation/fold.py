@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_softprune.calibration import InputStatistics, Reader, find_readers, reads_one_row, taps_per_channel
-from lightning_softprune.compensation.regression import Joint, Shared
+from lightning_softprune.calibration import InputStatistics, Reader, find_readers, kernel_positions, reads_one_row
+from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression
 from lightning_softprune.compensation.weights import (
     input_dim,
     kept_channels,
@@ -50,7 +50,7 @@ class Compensation:
         statistics: Mapping[str, InputStatistics],
     ) -> None:
         self.mode = mode
-        self._regressions: dict[str, Joint | Shared] = {}
+        self._regressions: dict[str, FeatureRegression | ChannelRegression] = {}
         self._readers: dict[str, Reader] = {}
         self._without_bias: list[str] = []
         if mode == "none":
@@ -76,7 +76,7 @@ class Compensation:
         """Those among them that get a bias with the first channel that their input loses."""
         return list(self._without_bias)
 
-    def regression(self, name: str) -> Joint | Shared:
+    def regression(self, name: str) -> FeatureRegression | ChannelRegression:
         """The regression of one of them."""
         return self._regressions[name]
 
@@ -115,15 +115,15 @@ def _regression(
     known: InputStatistics,
     groups: Sequence[PruningGroup],
     rankings: Sequence[IntArray],
-) -> Joint | Shared:
+) -> FeatureRegression | ChannelRegression:
     exact = mode == "least_squares"
     nested = _keep_order(reader, groups, rankings, layer)
     order = None if nested is None else torch.from_numpy(nested).to(known.mean.device)
-    if known.windows is not None:
-        return Joint(known.windows, taps_per_channel(layer, reader.stride), order, exact)
+    if known.unfolded is not None:
+        return FeatureRegression(known.unfolded, kernel_positions(layer, reader.stride), order, exact)
     if reads_one_row(layer, reader.stride):
-        return Joint(known, 1, order, exact)
-    return Shared(known, order, exact)
+        return FeatureRegression(known, 1, order, exact)
+    return ChannelRegression(known, order, exact)
 
 
 def _keep_order(

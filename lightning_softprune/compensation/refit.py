@@ -7,7 +7,7 @@ dense network's outputs ``y``, what its outputs read now ``z``, and the compensa
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
 
 few samples change ``W0`` little. Where a pointwise function follows the reader, outputs are then compared after it
-(``response.py``). Layers whose windows are too wide keep one regression for all positions: the dense inputs ``x`` are
+(``activation.py``). Layers whose windows are too wide keep one regression for all positions: the dense inputs ``x`` are
 predicted from ``z``, around the one-shot prediction.
 """
 
@@ -24,19 +24,19 @@ from torch import nn
 
 from lightning_softprune.calibration import (
     as_rows,
+    evenly_spaced,
     features_of,
     in_double,
     most_rows,
     outputs_at_rows,
-    spread,
+    unfold_inputs,
     watch_calls,
     watch_inputs,
-    windows,
 )
-from lightning_softprune.compensation.activation_fit import fit_response
-from lightning_softprune.compensation.activations import Response, find_responses
+from lightning_softprune.compensation.activation_fit import fit_after_activation
+from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
 from lightning_softprune.compensation.fold import Compensation
-from lightning_softprune.compensation.regression import Joint, Shared, cholesky, ridge_of
+from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, cholesky, ridge_of
 from lightning_softprune.compensation.weights import (
     input_dim,
     kept_channels,
@@ -46,7 +46,7 @@ from lightning_softprune.compensation.weights import (
     weight_to_rows,
 )
 from lightning_softprune.surgery import Surgery
-from lightning_softprune.utilities.distributed import sum_over_processes
+from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
 Read = Callable[[torch.Tensor], torch.Tensor]
 
@@ -59,10 +59,10 @@ MAX_ROWS = 4096
 CHECKED_ROWS = 64
 """Observations on which a layer shows that it is linear in what it reads."""
 
-MAX_RESPONSE_ROWS = 2**14
+MAX_ACTIVATION_ROWS = 2**14
 """Observations per process and reader on which outputs are compared after the function that follows."""
 
-RESPONSE_PRIOR = 100.0
+ACTIVATION_PRIOR = 100.0
 """As many observations the one-shot prediction counts for there. Only those in the function's sloping part tell
 anything, so that few calibration batches tell less of it than of the linear fit."""
 
@@ -77,7 +77,7 @@ class DenseRun:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
-        joint = [name for name in compensation.readers if isinstance(compensation.regression(name), Joint)]
+        joint = [name for name in compensation.readers if isinstance(compensation.regression(name), FeatureRegression)]
         shared = [name for name in compensation.readers if name not in joint]
         self.most = {name: most_rows(features_of(model.get_submodule(name))) for name in joint}
 
@@ -85,7 +85,7 @@ class DenseRun:
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             layer = model.get_submodule(name)
-            if name not in self.rows and not _is_linear_in_its_windows(layer, source, output):
+            if name not in self.rows and not _is_linear_in_what_it_reads(layer, source, output):
                 own_ways[name] = 1.0
             see(name, outputs_at_rows(layer, output, self.most[name]))
 
@@ -105,12 +105,12 @@ class DenseRun:
         for name, flags in zip(joint, found, strict=True):  # all processes leave out the same ones
             if flags:
                 self.rows.pop(name, None)
-        self.responses = find_responses(model, joint, steps[0]) if steps else {}
+        self.activations = find_following_activations(model, joint, steps[0]) if steps else {}
 
 
-def _is_linear_in_its_windows(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
+def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
     """Whether outputs are the weights times what they read: not so for some classes with a `forward` of their own."""
-    rows = in_double(windows(layer, source, CHECKED_ROWS))
+    rows = in_double(unfold_inputs(layer, source, CHECKED_ROWS))
     wanted = in_double(outputs_at_rows(layer, output, CHECKED_ROWS))
     weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(rows).flatten(2)
     parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
@@ -137,27 +137,31 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         before = old.get(id(layer.get_parameter("weight")))
         regression = compensation.regression(name)
         groups = getattr(layer, "groups", 1)
-        if before is None or input_dim(layer) not in by_dim or (groups > 1 and isinstance(regression, Shared)):
+        if (
+            before is None
+            or input_dim(layer) not in by_dim
+            or (groups > 1 and isinstance(regression, ChannelRegression))
+        ):
             continue
         read: Read = partial(_channels, layer)
         if name in dense.most:
-            read = partial(windows, layer, most=dense.most[name])
+            read = partial(unfold_inputs, layer, most=dense.most[name])
         seen = _given(model, name, read, dense)
         device = regression.mean.device
         differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
         if sum_over_processes(torch.tensor(float(differs), device=device)) > 0:
             continue  # the pruned model calls the layer differently; the one-shot prediction stays
         wanted, given = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
-        if isinstance(regression, Joint):
+        if isinstance(regression, FeatureRegression):
             kept = kept_outputs(layer, before, by_dim)
             wanted = wanted if kept is None else wanted[:, kept.to(device)]
-            response = dense.responses.get(name)
-            response = response if response is None or kept is None else response.of(kept)
-            weight, bias = _joint(layer, wanted, given, response)
+            activation = dense.activations.get(name)
+            activation = activation if activation is None or kept is None else activation.of(kept)
+            weight, bias = _fit_features(layer, wanted, given, activation)
         else:
             rows = weight_to_rows(layer, outputs_kept(layer, before.detach(), by_dim), compensation.stride(name))
             stays = kept_channels(layer, before, by_dim, compensation.stride(name))
-            weight, shift = _shared(regression, rows.to(device, torch.float64), stays.to(device), wanted, given)
+            weight, shift = _fit_channels(regression, rows.to(device, torch.float64), stays.to(device), wanted, given)
             bias = _bias_before(layer, name, surgery).to(device, torch.float64) + shift
         with torch.no_grad():
             for which, value in (("weight", rows_to_weight(layer, weight)), ("bias", bias)):
@@ -165,7 +169,7 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
                 parameter.copy_(value.to(parameter.device, parameter.dtype))
 
 
-class _Enough(BaseException):
+class _StopForward(BaseException):
     """Ends a step: all that was wanted of it has been seen."""
 
 
@@ -177,25 +181,25 @@ def _given(model: nn.Module, name: str, read: Read, dense: DenseRun) -> list[tor
     def see(_: str, source: torch.Tensor) -> None:
         seen.append(read(source))
         if len(seen) == wanted:
-            raise _Enough
+            raise _StopForward
 
     with watch_inputs(model, [name], see), torch.no_grad():
         for step, calls in zip(dense.steps, dense.calls, strict=True):
             wanted += calls[name]
             if calls[name]:
-                with suppress(_Enough):
+                with suppress(_StopForward):
                     step()
     return seen
 
 
-def _joint(
-    layer: nn.Module, wanted: torch.Tensor, given: torch.Tensor, response: Response | None
+def _fit_features(
+    layer: nn.Module, wanted: torch.Tensor, given: torch.Tensor, activation: FollowingActivation | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (in rows) and bias of a layer whose outputs are to be ``wanted`` where they read ``given``."""
     weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(given.device, torch.float64)
     groups = len(weight)
-    total = _over_processes(len(given), given)
-    lacking = _over_processes(float(response is None), given)
+    total = sum_number_over_processes(len(given), given.device)
+    lacking = sum_number_over_processes(activation is None, given.device)
     weights, biases = [], []
     width = weight.shape[1]
     for first, (part, y, z) in enumerate(zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True)):
@@ -207,21 +211,21 @@ def _joint(
         ridge = ridge_of(s_zz, REFIT_RIDGE)
         solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
         bias = mean_y
-        if response is not None and not lacking:  # on every process
-            solution, bias = _through(
-                response.of(slice(first * width, (first + 1) * width)), y, z, solution, bias, prior, s_zz
+        if activation is not None and not lacking:  # on every process
+            solution, bias = _fit_after_activation(
+                activation.of(slice(first * width, (first + 1) * width)), y, z, solution, bias, prior, s_zz
             )
         weights.append(solution.reshape(part.shape))
         biases.append(bias - solution @ mean_z)
     return torch.stack(weights), torch.cat(biases)
 
 
-def _shared(
-    regression: Shared, rows: torch.Tensor, stays: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor
+def _fit_channels(
+    regression: ChannelRegression, rows: torch.Tensor, stays: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight (in rows), and what to add to the bias, of a layer whose inputs were ``wanted`` and are ``given``."""
     stride = regression.mean.shape[1]
-    total = _over_processes(len(given), given)
+    total = sum_number_over_processes(len(given), given.device)
     mean_x, mean_z = sum_over_processes(wanted.sum(0)) / total, sum_over_processes(given.sum(0)) / total
     x, z = _by_channel(wanted - mean_x, stride), _by_channel(given - mean_z, stride)
     s_zz = sum_over_processes(z.t() @ z) / (total * stride)
@@ -236,12 +240,12 @@ def _shared(
     ridge = ridge_of(s_zz, REFIT_RIDGE)
     solution = torch.cholesky_solve((s_xz + ridge * prior).t(), cholesky(s_zz, ridge)).t()  # (channels, kept)
     missing = mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride)
-    shift = (rows[0] * missing).sum((1, 2)) * regression.taps.share
+    shift = (rows[0] * missing).sum((1, 2)) * regression.coverage.share
     return torch.einsum("oct,ck->okt", rows[0], solution)[None], shift
 
 
-def _through(
-    response: Response,
+def _fit_after_activation(
+    activation: FollowingActivation,
     wanted: torch.Tensor,
     inputs: torch.Tensor,
     linear: torch.Tensor,
@@ -249,18 +253,16 @@ def _through(
     prior: torch.Tensor,
     covariance: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`fit_response` from the linear fit on: the weight, and the bias for centred inputs."""
-    every = max(-(-len(inputs) // MAX_RESPONSE_ROWS), 1)
+    """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
+    every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
     wanted, inputs = wanted[::every], inputs[::every]
-    ridge = ridge_of(covariance, max(REFIT_RIDGE, RESPONSE_PRIOR / _over_processes(len(inputs), inputs)))
+    ridge = ridge_of(
+        covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / sum_number_over_processes(len(inputs), inputs.device))
+    )
     numbers = (wanted, inputs, linear, bias, prior, cholesky(covariance, ridge))
     y, z, start, b, w0, factor = (number.float() for number in numbers)
-    weight, shift = fit_response(response, y, z, start, b, w0, factor, ridge)
+    weight, shift = fit_after_activation(activation, y, z, start, b, w0, factor, ridge)
     return weight.double(), shift.double()
-
-
-def _over_processes(number: float, like: torch.Tensor) -> float:
-    return float(sum_over_processes(torch.tensor(float(number), dtype=torch.float64, device=like.device)))
 
 
 def _bias_before(layer: nn.Module, name: str, surgery: Surgery) -> torch.Tensor:
@@ -279,7 +281,7 @@ def _channels(layer: nn.Module, source: torch.Tensor) -> torch.Tensor:
 
 def _thinned(rows: torch.Tensor) -> torch.Tensor:
     """Evenly spread observations, copied, the same ones for inputs of equal length."""
-    return rows.detach()[spread(rows.shape[:1], MAX_ROWS, rows.device)]
+    return rows.detach()[evenly_spaced(rows.shape[:1], MAX_ROWS, rows.device)]
 
 
 def _by_channel(rows: torch.Tensor, stride: int) -> torch.Tensor:

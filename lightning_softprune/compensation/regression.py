@@ -7,14 +7,15 @@ the kept ones by linear regression on calibration data (mean ``m``, covariance `
 
 and the prediction is folded into the reader: ``W_K + W_R B`` and ``b + W_R (m_R - B m_K)``.
 
-:class:`Joint` regresses all that an output reads (``windows.py``): for a convolution every channel under every tap,
-behind a flatten every channel at every position. No other linear map of what is kept has a smaller error on the
-calibration data, up to the ridge. A grouped convolution has one regression per group.
+:class:`FeatureRegression` regresses all that an output reads (``calibration/unfold.py``): for a convolution every
+channel at every position of the kernel, behind a flatten every channel at every position. No other linear map of what
+is kept has a smaller error on the calibration data, up to the ridge. A grouped convolution has one regression per
+group.
 
-:class:`Shared` serves layers whose windows are too wide for that: one regression over channels for all positions.
-Where taps of the kernel fall beside the input (on zero padding; between the inputs of a transposed convolution with
-steps), what the bias has to make up for differs from output to output. The bias gets the mean: its term times the
-share of the taps that fall on the input, ``E n / taps``. The rest is an error of variance
+:class:`ChannelRegression` serves layers whose unfolded inputs are too wide for that: one regression over channels for
+all positions. Where positions of the kernel fall beside the input (on zero padding; between the inputs of a transposed
+convolution with steps), what the bias has to make up for differs from output to output. The bias gets the mean: its
+term times the share of the positions that fall on the input, ``E n / positions``. The rest is an error of variance
 ``var n (m_R - B m_K)^2``, so the regression minimises it too: ``S`` becomes ``S + (var n / E n) m m^T``.
 
 Plans of one ranking are nested. So ``S + r I = L L^T`` is factorised once per reader and round, with the most important
@@ -49,7 +50,7 @@ def cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
         ridge = 10.0 * ridge or ridge_of(matrix, 1e-12)
 
 
-class _Nested:
+class OrderedCovariance:
     """A covariance matrix with its ridge, from which regressions of any part on any other part are solved.
 
     With an order, it is held as its one factor; without, as it is.
@@ -79,39 +80,41 @@ class _Nested:
         return torch.cholesky_solve((left @ (rows @ columns.t())).t(), cholesky(covariance, 0.0)).t()
 
 
-class Joint:
+class FeatureRegression:
     """One regression of everything an output reads.
 
     Args:
         known: Statistics of the reader's windows; of its inputs, where an output reads one row of them.
-        taps: Features per channel.
+        positions: Features per channel.
         order: Its channels, the last to go first, if its plans are nested.
         exact: Whether to predict; otherwise removed features are replaced by their means.
     """
 
-    def __init__(self, known: InputStatistics, taps: int, order: torch.Tensor | None, exact: bool) -> None:
+    def __init__(self, known: InputStatistics, positions: int, order: torch.Tensor | None, exact: bool) -> None:
         self.mean = known.mean
-        self.covariance: _Nested | None = None
+        self.covariance: OrderedCovariance | None = None
         if exact:
             if order is not None:
-                order = (order[:, None] * taps + torch.arange(taps, device=order.device)).flatten()
-            self.covariance = _Nested(known.covariance, order)
+                order = (order[:, None] * positions + torch.arange(positions, device=order.device)).flatten()
+            self.covariance = OrderedCovariance(known.covariance, order)
 
     def fold(self, weight: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Fold the removed inputs into the kept ones.
 
         Args:
-            weight: Shape ``(groups, outputs per group, channels per group, taps)``, with the outputs pruned.
+            weight: Shape ``(groups, outputs per group, channels per group, positions)``, with the outputs pruned.
             stays: Which channels are kept, a mask of shape ``(groups * channels per group,)``.
 
         Returns:
             The weight for the kept inputs, and what to add to the bias, shape ``(outputs,)``.
         """
-        groups, outputs, channels, taps = weight.shape
+        groups, outputs, channels, positions = weight.shape
         of_groups = stays.reshape(groups, channels)
         folded, shifts = [], []
-        for group, (rows, mask) in enumerate(zip(weight.flatten(2), of_groups.repeat_interleave(taps, 1), strict=True)):
-            inside = torch.arange(channels * taps, device=mask.device) + group * channels * taps
+        for group, (rows, mask) in enumerate(
+            zip(weight.flatten(2), of_groups.repeat_interleave(positions, 1), strict=True)
+        ):
+            inside = torch.arange(channels * positions, device=mask.device) + group * channels * positions
             kept, removed = inside[mask], inside[~mask]
             lost = rows[:, ~mask]
             shift = lost @ self.mean[removed]
@@ -119,12 +122,12 @@ class Joint:
             if self.covariance is not None and len(removed):
                 added = self.covariance.predicted(lost, kept, removed)
                 part, shift = part + added, shift - added @ self.mean[kept]
-            folded.append(part.reshape(outputs, -1, taps))
+            folded.append(part.reshape(outputs, -1, positions))
             shifts.append(shift)
         return torch.stack(folded), torch.cat(shifts)
 
 
-class Shared:
+class ChannelRegression:
     """One regression over channels, for all positions of a kernel or of a flattened map.
 
     Args:
@@ -134,17 +137,17 @@ class Shared:
     """
 
     def __init__(self, known: InputStatistics, order: torch.Tensor | None, exact: bool) -> None:
-        self.taps, self.mean = known.taps, known.mean.reshape(-1, known.stride)
-        self.covariance: _Nested | None = None
+        self.coverage, self.mean = known.coverage, known.mean.reshape(-1, known.stride)
+        self.covariance: OrderedCovariance | None = None
         if exact:
             covariance = self.with_borders(known.covariance, known.mean, known.mean)
-            self.covariance = _Nested(covariance, order)
+            self.covariance = OrderedCovariance(covariance, order)
 
     def with_borders(self, covariance: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """Add to a covariance what the means contribute where a kernel's taps fall on the input unevenly."""
-        if not self.taps.unevenness:
+        """Add to a covariance what the means contribute where a kernel's positions fall on the input unevenly."""
+        if not self.coverage.unevenness:
             return covariance
-        return covariance + self.taps.unevenness * torch.outer(left, right)
+        return covariance + self.coverage.unevenness * torch.outer(left, right)
 
     def coefficients(self, kept: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
         """``B``, shape ``(removed, kept)``; sorted indices of channels."""
@@ -154,7 +157,7 @@ class Shared:
         return self.covariance.predicted(one, kept, removed)
 
     def fold(self, weight: torch.Tensor, stays: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """As :meth:`Joint.fold`."""
+        """As :meth:`FeatureRegression.fold`."""
         groups, _, channels, _ = weight.shape
         folded, shifts = [], []
         for group, (part, mask) in enumerate(zip(weight, stays.reshape(groups, channels), strict=True)):
@@ -163,5 +166,5 @@ class Shared:
             solution = self.coefficients(kept, removed)
             folded.append(part[:, mask] + torch.einsum("ort,rk->okt", part[:, ~mask], solution))
             missing = self.mean[removed] - solution @ self.mean[kept]
-            shifts.append((part[:, ~mask] * missing).sum((1, 2)) * self.taps.share)
+            shifts.append((part[:, ~mask] * missing).sum((1, 2)) * self.coverage.share)
         return torch.stack(folded), torch.cat(shifts)

@@ -37,7 +37,7 @@ def kept_outputs(layer: nn.Module, before: torch.Tensor, by_dim: Mapping[int, to
 
 
 def weight_to_rows(layer: nn.Module, weight: torch.Tensor, stride: int = 1) -> torch.Tensor:
-    """Bring a weight into ``(groups, outputs per group, channels per group, taps)``."""
+    """Bring a weight into ``(groups, outputs per group, channels per group, positions)``."""
     if isinstance(layer, nn.Linear):
         return weight.reshape(1, len(weight), -1, stride)
     groups = getattr(layer, "groups", 1)

@@ -98,7 +98,7 @@ def assign_components(
 
     assigned = []
     for group in groups:
-        own = [member.module for member in group.members if not any(_inside(member.module, twin) for twin in twins)]
+        own = [member.module for member in group.members if not any(is_inside(member.module, twin) for twin in twins)]
         names = list(dict.fromkeys(map(component_of, own)))
         kind = "intra" if len(names) <= 1 else "inter"
         assigned.append(replace(group, component="+".join(names), kind=kind))
@@ -132,18 +132,19 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
             )
     mirrored = []
     for group in groups:
-        own = [member for member in group.members if not any(_inside(member.module, twin) for twin in twins)]
-        if not own or any(_inside(group.name.partition("#")[0], twin) for twin in twins):
+        own = [member for member in group.members if not any(is_inside(member.module, twin) for twin in twins)]
+        if not own or any(is_inside(group.name.partition("#")[0], twin) for twin in twins):
             continue
         added = [
             replace(member, module=twin + member.module[len(original) :])
             for member in own
             for twin, original in twins.items()
-            if _inside(member.module, original)
+            if is_inside(member.module, original)
         ]
         mirrored.append(replace(group, members=(*own, *added)))
     return mirrored
 
 
-def _inside(name: str, module: str) -> bool:
+def is_inside(name: str, module: str) -> bool:
+    """Whether a module lies inside another, or is it."""
     return name == module or name.startswith(f"{module}.")

@@ -17,9 +17,9 @@ from torch import nn
 
 from lightning_softprune.graph.components import match_modules
 from lightning_softprune.graph.groups import Member, PruningGroup
-from lightning_softprune.graph.left_out import _left_alone, _refuse_torn_parameters, _self_and_parents
-from lightning_softprune.graph.trace import Step, _Trace, _trace
-from lightning_softprune.graph.walk import _Walked, _Walker
+from lightning_softprune.graph.left_out import left_alone, refuse_torn_parameters, self_and_parents
+from lightning_softprune.graph.trace import Step, Trace, trace_model
+from lightning_softprune.graph.walk import Walked, Walker
 from lightning_softprune.utilities.arrays import IntArray
 
 
@@ -39,8 +39,8 @@ def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] 
         ValueError: A pattern of ``ignore`` matches nothing.
     """
     ignored = {n: p for p, names in match_modules(model, ignore, "ignore").items() for n in names}
-    trace = _trace(model, steps)
-    walker = _Walker(trace)
+    trace = trace_model(model, steps)
+    walker = Walker(trace)
     groups: list[PruningGroup] = []
     seen: set[tuple[str, str]] = set()
     for module in trace.order:
@@ -57,11 +57,11 @@ def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] 
         group = _build(name, walked, trace, ignored)
         seen |= group.slots()
         groups.append(group)
-    groups = _refuse_torn_parameters(model, groups, trace)
-    return _unique_names(groups) + list(_left_alone(model, groups, trace))
+    groups = refuse_torn_parameters(model, groups, trace)
+    return _unique_names(groups) + list(left_alone(model, groups, trace))
 
 
-def _build(name: str, walked: _Walked, trace: _Trace, ignored: Mapping[str, str]) -> PruningGroup:
+def _build(name: str, walked: Walked, trace: Trace, ignored: Mapping[str, str]) -> PruningGroup:
     roots = _Union(walked.num_roots)
     at: dict[tuple[str, str], dict[int, int]] = {}
     for key, pairs in walked.pairs.items():
@@ -93,7 +93,7 @@ def _build(name: str, walked: _Walked, trace: _Trace, ignored: Mapping[str, str]
     if not reason and num_channels < 2:
         reason = "it has a single channel"
     for member in members:
-        for hit in _self_and_parents(member.module):
+        for hit in self_and_parents(member.module):
             if hit in ignored:
                 reason = f"ignored: {member.module} matches {ignored[hit]!r}"
     return PruningGroup(name, "", "intra", num_channels, tuple(members), not reason, reason)

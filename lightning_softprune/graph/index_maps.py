@@ -14,10 +14,10 @@ import torch
 from torch_pruning import _helpers, ops
 from torch_pruning.dependency import index_mapping, shape_infer
 
-from lightning_softprune.graph.recorder import _Recorder
+from lightning_softprune.graph.recorder import Recorder
 
 
-def _map_indices(graph: Any, recorder: _Recorder) -> None:
+def map_indices(graph: Any, recorder: Recorder) -> None:
     """Map indices across reshapes, concatenations, splits and slices.
 
     torch-pruning guesses which input of a node is which from the order in which it met them. The edges of the
@@ -37,7 +37,7 @@ def _map_indices(graph: Any, recorder: _Recorder) -> None:
                 _set(other, node, 1, [index_mapping._ConcatIndexMapping(offset=x, reverse=False) for x in spans])
         elif node.type == ops.OPTYPE.SPLIT and hasattr(made, "_saved_dim"):
             shape = tuple(made._saved_self_sym_sizes)
-            dim = _signed(made._saved_dim) % len(shape)
+            dim = signed(made._saved_dim) % len(shape)
             widths = getattr(made, "_saved_split_sizes", None) or _even(shape[dim], made._saved_split_size)
             offsets = np.concatenate([[0], np.cumsum(widths)]).tolist()
             along = dim == 1 or (len(shape) == 3 and dim == 2)
@@ -48,7 +48,7 @@ def _map_indices(graph: Any, recorder: _Recorder) -> None:
                 _set(other, node, 0, [index_mapping._SplitIndexMapping(offset=x, reverse=True) for x in spans])
         elif node.type == ops.OPTYPE.SLICE and hasattr(made, "_saved_dim"):
             shape = tuple(made._saved_self_sym_sizes)
-            dim = _signed(made._saved_dim) % len(shape)
+            dim = signed(made._saved_dim) % len(shape)
             if (dim == 1 and len(shape) != 3) or (len(shape) == 3 and dim == 2):
                 index_mapping.update_slice_index_mapping(graph, node)
         elif node.type == ops.OPTYPE.RESHAPE and made in recorder.reshapes:
@@ -121,6 +121,6 @@ def _even(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-def _signed(value: int) -> int:
+def signed(value: int) -> int:
     """Autograd hands out negative dimensions as unsigned 64-bit numbers."""
     return value - 2**64 if value >= 2**63 else value

@@ -10,10 +10,10 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.groups import Member, PruningGroup
-from lightning_softprune.graph.trace import _Trace
+from lightning_softprune.graph.trace import Trace
 
 
-def _refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace: _Trace) -> list[PruningGroup]:
+def refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace: Trace) -> list[PruningGroup]:
     """Refuse groups that would slice a shared parameter (tied weights) on one side only, or in two ways."""
     modules = dict(model.named_modules())
     owners: dict[int, list[tuple[str, str, int]]] = defaultdict(list)  # parameter -> (layer, slot, dim)
@@ -42,7 +42,7 @@ def _refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace:
     return kept
 
 
-def _left_alone(model: nn.Module, groups: Sequence[PruningGroup], trace: _Trace) -> Iterator[PruningGroup]:
+def left_alone(model: nn.Module, groups: Sequence[PruningGroup], trace: Trace) -> Iterator[PruningGroup]:
     """Entries for layers and bare parameters that are in no group, so that nothing is left out in silence."""
     covered = {member.module for group in groups for member in group.members}
     covered |= {f"{name}.out_proj" for name in covered}
@@ -50,7 +50,7 @@ def _left_alone(model: nn.Module, groups: Sequence[PruningGroup], trace: _Trace)
         own = [n for n, _ in module.named_parameters(recurse=False)]
         if not own or name in covered or _parent_in(name, covered, model):
             continue
-        if any(parent in trace.reasons for parent in _self_and_parents(name)[:-1]):
+        if any(parent in trace.reasons for parent in self_and_parents(name)[:-1]):
             continue  # said of the layer it belongs to
         layout = trace.layouts.get(module)
         if layout is not None or name in trace.reasons:
@@ -77,7 +77,8 @@ def _parent_in(name: str, covered: set[str], model: nn.Module) -> bool:
     return bool(parent) and isinstance(model.get_submodule(parent), nn.MultiheadAttention) and parent in covered
 
 
-def _self_and_parents(name: str) -> list[str]:
+def self_and_parents(name: str) -> list[str]:
+    """The names of a module and of all modules around it, from the outside in."""
     parents = name.split(".")
     return [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_softprune.graph.layers import Layout
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Forward hooks that note what runs, cut the graph around layers that cannot be sliced and mark the outputs.
 
     As a function mode it also notes what autograd does not keep: the sizes that were concatenated (a raw action joined
@@ -54,6 +54,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
+        """While this lasts, what runs is noted."""
         handles = []
         for module in model.modules():
             name = self.names[module]

@@ -17,15 +17,17 @@ from torch import nn
 from torch_pruning import ops
 from torch_pruning.dependency import index_mapping
 
-from lightning_softprune.graph.index_maps import _map_indices
+from lightning_softprune.graph.index_maps import map_indices
 from lightning_softprune.graph.layers import Layout, layout_of
-from lightning_softprune.graph.recorder import _Recorder
+from lightning_softprune.graph.recorder import Recorder
 
 Step = Callable[[], Any]
 
 
 @dataclass
-class _Trace:
+class Trace:
+    """One run of a module, as a graph and as what was noted beside it."""
+
     graph: Any  # torch_pruning.DependencyGraph
     names: dict[Any, str]  # layer or bare parameter -> name
     layouts: dict[nn.Module, Layout]
@@ -36,7 +38,8 @@ class _Trace:
     owners: dict[nn.Parameter, nn.Module]  # parameters of the sliceable layers
 
 
-def _trace(model: nn.Module, steps: Sequence[Step]) -> _Trace:
+def trace_model(model: nn.Module, steps: Sequence[Step]) -> Trace:
+    """Run the model and build the graph of what ran."""
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     layouts: dict[nn.Module, Layout] = {}
     reasons: dict[str, str] = {}
@@ -53,7 +56,7 @@ def _trace(model: nn.Module, steps: Sequence[Step]) -> _Trace:
         elif found is not None:
             reasons[name] = found
 
-    recorder = _Recorder(names, layouts, reasons)
+    recorder = Recorder(names, layouts, reasons)
 
     def run(_: nn.Module, __: Any) -> list[torch.Tensor]:
         with recorder.hooks(model), recorder:
@@ -65,10 +68,10 @@ def _trace(model: nn.Module, steps: Sequence[Step]) -> _Trace:
     with _traceable(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch-pruning announces bare parameters and operators it does not know
         graph.build(model, run)
-        _map_indices(graph, recorder)
+        map_indices(graph, recorder)
     names.update({p: n for n, p in model.named_parameters()})
     owners = {parameter: layer for layer in layouts for parameter in layer.parameters(recurse=False)}
-    return _Trace(graph, names, layouts, recorder.order, recorder.ran, reasons, recorder.markers, owners)
+    return Trace(graph, names, layouts, recorder.order, recorder.ran, reasons, recorder.markers, owners)
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]

@@ -13,15 +13,15 @@ from typing import Any
 from torch import nn
 from torch_pruning import _helpers, ops
 
-from lightning_softprune.graph.index_maps import _signed
-from lightning_softprune.graph.trace import _Trace
+from lightning_softprune.graph.index_maps import signed
+from lightning_softprune.graph.trace import Trace
 
 _MOST_VISITS = 100_000
 """A walk that long goes in circles."""
 
 
 @dataclass
-class _Walked:
+class Walked:
     """One group as pairs of (slot index, root index), slot by slot."""
 
     pairs: dict[tuple[str, str], set[tuple[int, int]]]
@@ -31,19 +31,20 @@ class _Walked:
     num_roots: int
 
 
-class _Walker:
+class Walker:
     """Follows a layer's output channels through the dependency graph."""
 
-    def __init__(self, trace: _Trace) -> None:
+    def __init__(self, trace: Trace) -> None:
         self.trace = trace
 
-    def walk(self, root: nn.Module) -> _Walked:
+    def walk(self, root: nn.Module) -> Walked:
+        """Follow the output channels of a layer."""
         graph = self.trace.graph
         pruner = graph.get_pruner_of_module(root)
         start = graph.module2node[root]
         size = self.trace.layouts[root].slots[self.trace.layouts[root].slot("out")]
         indices = tuple(_helpers._HybridIndex(idx=i, root_idx=i) for i in range(size))
-        walked = _Walked({}, {}, {}, [], size)
+        walked = Walked({}, {}, {}, [], size)
         self._visit(walked, start, pruner.prune_out_channels, indices)
         stack = [(start, pruner.prune_out_channels, indices)]
         seen = {(start, pruner.prune_out_channels, hash(indices))}
@@ -66,7 +67,7 @@ class _Walker:
                 stack.append((dependency.target, dependency.handler, mapped))
         return walked
 
-    def _visit(self, walked: _Walked, node: Any, handler: Any, indices: Sequence[Any]) -> bool:
+    def _visit(self, walked: Walked, node: Any, handler: Any, indices: Sequence[Any]) -> bool:
         """Note the indices at a layer; whether they fit it."""
         trace, module = self.trace, node.module
         if isinstance(module, ops._OutputOp):
@@ -93,13 +94,13 @@ class _Walker:
         walked.sizes[key], walked.parts[key] = size, parts
         return True
 
-    def _pass_on(self, walked: _Walked, node: Any, indices: Sequence[Any]) -> None:
+    def _pass_on(self, walked: Walked, node: Any, indices: Sequence[Any]) -> None:
         """Note what an operator asks for that counts channels: with fewer of them it would pick others."""
         made = node.grad_fn
         if node.type not in (ops.OPTYPE.SPLIT, ops.OPTYPE.SLICE) or not hasattr(made, "_saved_dim"):
             return
         shape = tuple(made._saved_self_sym_sizes)
-        dim = _signed(made._saved_dim) % len(shape)
+        dim = signed(made._saved_dim) % len(shape)
         if node.type == ops.OPTYPE.SLICE:
             if made._saved_step > 1 and (dim == 1 or (len(shape) == 3 and dim == 2)):
                 walked.reasons.append(f"a slice takes its channels in steps of {made._saved_step}")

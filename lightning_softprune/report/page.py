@@ -16,7 +16,13 @@ from collections.abc import Iterable, Sequence
 
 from lightning_softprune.report.charts import history_chart, sensitivity_charts, sparsity_chart
 from lightning_softprune.report.markup import Markup, join, tag, trusted
-from lightning_softprune.report.series import _fraction, _number, budget_rows, chosen_trial, component_colours
+from lightning_softprune.report.series import (
+    budget_rows,
+    chosen_trial,
+    component_colours,
+    format_fraction,
+    format_number,
+)
 from lightning_softprune.results import GroupResult, PruningResult, format_change, pareto_front
 
 MAX_ROWS = 1000
@@ -139,13 +145,13 @@ def _cards(result: PruningResult) -> Markup:
     if math.isfinite(scores[0]) and math.isfinite(scores[1]) and scores[0] != scores[1]:
         verdict = "better" if (scores[1] > scores[0]) == (result.mode == "max") else "worse"
     note = join([change, tag("span", verdict, class_=verdict)], " ") if verdict else change
-    cards.append(_card(f"{result.monitor} ({result.mode})", _number(scores[0]), _number(scores[1]), note))
+    cards.append(_card(f"{result.monitor} ({result.mode})", format_number(scores[0]), format_number(scores[1]), note))
     if result.target_sparsity is None:
         target = "no target: as high as the constraints allow"
     else:
-        target = f"target {_fraction(result.target_sparsity)} ± {_fraction(result.tolerance)}"
+        target = f"target {format_fraction(result.target_sparsity)} ± {format_fraction(result.tolerance)}"
     what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
-    cards.append(_card(f"Sparsity in {what}", "", _fraction(result.sparsity), target))
+    cards.append(_card(f"Sparsity in {what}", "", format_fraction(result.sparsity), target))
     return tag("section", tag("h2", "Summary", class_="hidden"), tag("div", *cards, class_="cards"))
 
 
@@ -267,10 +273,15 @@ def _trials(result: PruningResult) -> Markup:
     for index in shown:
         trial = trials[index]
         notes = [note for note, holds in (("chosen", index == chosen), ("front", index in front)) if holds]
-        cells = [str(index), _number(trial.sparsity), _number(trial.score), "yes" if trial.feasible else "no"]
+        cells = [
+            str(index),
+            format_number(trial.sparsity),
+            format_number(trial.score),
+            "yes" if trial.feasible else "no",
+        ]
         cells += [", ".join(notes), f"{trial.seconds:.3g}"]
-        cells += [_number(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
-        cells += [_fraction(coefficient) for coefficient in trial.coefficients] if groups else []
+        cells += [format_number(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
+        cells += [format_fraction(coefficient) for coefficient in trial.coefficients] if groups else []
         row = tag("tr", *(tag("td", cell) for cell in cells), class_="chosen" if index == chosen else None)
         rows.append(row)
     heads = [
@@ -309,7 +320,7 @@ def _metrics(result: PruningResult) -> Markup:
     rows = []
     for name in names:
         before, after = (metrics.get(name) for metrics in (result.metrics_before, result.metrics_after))
-        values = ["" if value is None else _number(value) for value in (before, after)]
+        values = ["" if value is None else format_number(value) for value in (before, after)]
         rows.append([name, *values, "" if before is None or after is None else _change(before, after)])
     return _section("Metrics", _table(["metric", "before", "after", "change"], rows, "Metrics", "numbers"))
 

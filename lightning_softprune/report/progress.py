@@ -30,7 +30,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from lightning_softprune.report.tables import _print_line
+from lightning_softprune.report.tables import print_line
 
 Style = Literal["auto", "rich", "tqdm", "plain"]
 
@@ -188,7 +188,7 @@ class _PlainLines:
 
     def _print(self, line: str) -> None:
         with Tqdm.external_write_mode(file=self._console.file):
-            _print_line(self._console, line)
+            print_line(self._console, line)
 
 
 class _RichRow:

@@ -132,8 +132,8 @@ def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
     rows = []
     for name, limit in result.limits.items():
         share = result.shares.get(name)
-        met = "" if share is None else f"{_fraction(share)} of dense: {'met' if share <= limit else 'not met'}"
-        rows.append((f"{name} <= {_fraction(limit)} of dense", met))
+        met = "" if share is None else f"{format_fraction(share)} of dense: {'met' if share <= limit else 'not met'}"
+        rows.append((f"{name} <= {format_fraction(limit)} of dense", met))
     return rows + [(text, _constraint(text, result.metrics_after)) for text in result.constraints]
 
 
@@ -145,13 +145,14 @@ def _constraint(text: str, metrics: dict[str, float]) -> str:
         met = _OPERATORS[match[2]](metrics[match[1]], float(match[3]))
     except ValueError:
         return ""
-    return f"{_number(metrics[match[1]])}: {'met' if met else 'not met'}"
+    return f"{format_number(metrics[match[1]])}: {'met' if met else 'not met'}"
 
 
-def _number(value: float) -> str:
+def format_number(value: float) -> str:
     """A metric or a score in six digits."""
     return f"{value:.6g}"
 
 
-def _fraction(value: float) -> str:
+def format_fraction(value: float) -> str:
+    """A fraction in four digits."""
     return f"{value:.4g}"

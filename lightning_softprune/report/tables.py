@@ -41,9 +41,9 @@ def print_round(result: PruningResult, console: Console | None = None, *, folder
             console.print(_Printable(table), crop=False)
             if len(tables) > 1:
                 console.print()
-        _print_line(console, result.summary)
+        print_line(console, result.summary)
         if folder is not None:
-            _print_line(console, f"Report: {folder / 'report.html'}")
+            print_line(console, f"Report: {folder / 'report.html'}")
 
 
 def print_rounds(results: Sequence[PruningResult], console: Console | None = None) -> None:
@@ -181,7 +181,8 @@ def _format_count(number: int) -> str:
     return f"{float(f'{digits}e{exponent}') / 1000**power:.{decimals}f} {' KMGT'[power]}"
 
 
-def _print_line(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
+    """Print one line, in characters that the output has."""
     line = _encodable(console, line)
     console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 

@@ -2,15 +2,22 @@
 
 from lightning_softprune.round.prepare import prepare_groups
 from lightning_softprune.round.run import run_round
-from lightning_softprune.round.settings import RoundSettings, _bounds, _epochs, _limits, _patterns, _targets
+from lightning_softprune.round.settings import (
+    RoundSettings,
+    checked_bounds,
+    checked_epochs,
+    checked_limits,
+    checked_patterns,
+    checked_targets,
+)
 
 __all__ = [
     "RoundSettings",
-    "_bounds",
-    "_epochs",
-    "_limits",
-    "_patterns",
-    "_targets",
+    "checked_bounds",
+    "checked_epochs",
+    "checked_limits",
+    "checked_patterns",
+    "checked_targets",
     "prepare_groups",
     "run_round",
 ]

@@ -9,25 +9,25 @@ import torch
 from torch import nn
 
 from lightning_softprune.compensation import DenseRun, refit_readers
-from lightning_softprune.round.prepare import Network
+from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.round.trials import Scored, Trials
+from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import Plan
 from lightning_softprune.surgery import repair_optimizers
 from lightning_softprune.trainer import ValidationScorer, forget_compiled, rehearse, wrap_again
 
 
-def _commit(
+def commit_plan(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     copies: Sequence[nn.Module],
     scorer: ValidationScorer,
     settings: RoundSettings,
-    network: Network,
+    problem: PruningProblem,
     trials: Trials,
-    best: Scored,
+    best: ScoredPlan,
     seed: int,
-) -> Scored:
+) -> ScoredPlan:
     """Prune for good, and refine the compensation where that helps; the model's own score decides.
 
     Returns:
@@ -35,16 +35,16 @@ def _commit(
     """
     dense = None
     if settings.compensation == "least_squares":
-        dense = DenseRun(module, network.compensation, network.calibration)
-    plan = Plan.from_counts(best.counts, network.rankings)
+        dense = DenseRun(module, problem.compensation, problem.calibration)
+    plan = Plan.from_counts(best.counts, problem.rankings)
     for averaged in copies:
-        network.prune(averaged, plan)
-    surgery = network.prune(module, plan)
+        problem.prune(averaged, plan)
+    surgery = problem.prune(module, plan)
     repair_optimizers(trainer.optimizers, surgery)
     if dense is not None:
         values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
         values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
-        refit_readers(module, surgery, network.compensation, dense)
+        refit_readers(module, surgery, problem.compensation, dense)
         refined = trials.score_as_it_is(best)
         if refined.is_better_than(best):
             best = refined

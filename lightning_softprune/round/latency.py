@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 
-from lightning_softprune.round.prepare import Network
-from lightning_softprune.round.trials import Scored
+from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.trials import ScoredPlan
 from lightning_softprune.search import Plan
-from lightning_softprune.trainer import ValidationScorer, over_processes, time_validation_step
+from lightning_softprune.trainer import ValidationScorer, mean_over_processes, time_validation_step
 
 _FINALISTS = 6  # plans whose latency is measured, at most
 
@@ -28,49 +28,55 @@ class Stopwatch:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         scorer: ValidationScorer,
-        network: Network,
-        slower: float,
+        problem: PruningProblem,
+        dense_latency_ratio: float,
     ) -> None:
-        self.trainer, self.module, self.scorer, self.network, self.slower = trainer, module, scorer, network, slower
+        self.trainer, self.module, self.scorer, self.problem, self.dense_latency_ratio = (
+            trainer,
+            module,
+            scorer,
+            problem,
+            dense_latency_ratio,
+        )
         self.known: dict[tuple[int, ...], tuple[float, float]] = {}
 
-    def compare(self, plan: Scored, runs: int = 9, seconds: float = 0.1) -> tuple[float, float]:
+    def compare(self, plan: ScoredPlan, runs: int = 9, seconds: float = 0.1) -> tuple[float, float]:
         """Seconds of the module as it is and as this plan would make it."""
         if plan.counts not in self.known:
             self.known[plan.counts] = self._compare(plan, runs, seconds)
         return self.known[plan.counts]
 
-    def _compare(self, plan: Scored, runs: int, seconds: float) -> tuple[float, float]:
+    def _compare(self, plan: ScoredPlan, runs: int, seconds: float) -> tuple[float, float]:
         def measure() -> float:
             measured = time_validation_step(self.trainer, self.module, self.scorer, runs=runs, seconds=seconds)
-            return over_processes(self.trainer, {"seconds": measured})["seconds"]
+            return mean_over_processes(self.trainer, {"seconds": measured})["seconds"]
 
         before = after = math.inf
         for _ in range(2):  # in turns: what else the machine does meanwhile disturbs both
             before = min(before, measure())
-            surgery = self.network.prune(self.module, Plan.from_counts(plan.counts, self.network.rankings))
+            surgery = self.problem.prune(self.module, Plan.from_counts(plan.counts, self.problem.rankings))
             try:
                 after = min(after, measure())
             finally:
                 surgery.undo()
         return before, after
 
-    def first_within(self, limit: float, ranked: Sequence[Scored]) -> tuple[Scored | None, str]:
+    def first_within(self, limit: float, ranked: Sequence[ScoredPlan]) -> tuple[ScoredPlan | None, str]:
         """The best of the plans that is fast enough, or none and why.
 
         After the best one come those that are better than all others with fewer MACs.
         """
         fastest, fewest, timed = math.inf, math.inf, 0
         for plan in ranked:
-            macs = self.network.costs_of(plan.counts).macs
+            macs = self.problem.costs_of(plan.counts).macs
             if macs >= fewest:
                 continue
             if timed == _FINALISTS:
                 break
             fewest, timed = macs, timed + 1
             before, after = self.compare(plan, runs=50, seconds=0.5)
-            fastest = min(fastest, after / before / self.slower)
-            if after <= limit * before * self.slower:
+            fastest = min(fastest, after / before / self.dense_latency_ratio)
+            if after <= limit * before * self.dense_latency_ratio:
                 return plan, ""
         return None, (
             f"limits['latency']={limit:g}: the fastest of the {timed} plans that were timed takes {fastest:.3f} of the "

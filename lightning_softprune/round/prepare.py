@@ -30,11 +30,11 @@ from lightning_softprune.surgery import Surgery, apply_plan, probe_groups
 from lightning_softprune.trainer import (
     Steps,
     ValidationScorer,
-    _calibration,
-    _run,
-    _validation,
-    run_the_same,
+    calibration_steps,
+    run_steps,
+    same_layer_calls,
     tracing_steps,
+    validation_step,
 )
 
 PROBE_SAMPLES = 32
@@ -42,7 +42,7 @@ PROBE_SAMPLES = 32
 
 
 @dataclass(frozen=True)
-class Network:
+class PruningProblem:
     """What a round knows of the module once it has been traced and ranked."""
 
     groups: list[PruningGroup]
@@ -58,14 +58,14 @@ class Network:
     identity: str
 
     @classmethod
-    def examine(
+    def prepare(
         cls,
         trainer: pl.Trainer,
         module: pl.LightningModule,
         scorer: ValidationScorer,
         settings: RoundSettings,
         rng: np.random.Generator,
-    ) -> Network:
+    ) -> PruningProblem:
         """Trace, rank, and prepare costs and compensation.
 
         Raises:
@@ -73,7 +73,7 @@ class Network:
         """
         steps = tracing_steps(trainer, module, scorer)
         few = tracing_steps(trainer, module, scorer, PROBE_SAMPLES)
-        same = trainer.strategy.reduce_boolean_decision(run_the_same(module, few, steps), all=True)
+        same = trainer.strategy.reduce_boolean_decision(same_layer_calls(module, few, steps), all=True)
         found = prepare_groups(
             module, steps, settings.components, settings.ignore, settings.twins, probing=few if same else steps
         )
@@ -85,9 +85,9 @@ class Network:
             rounding = build_rounding(groups, settings.bounds, settings.round_to)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        calibration, batches = _calibration(trainer, module, scorer, settings.calibration_batches)
+        calibration, batches = calibration_steps(trainer, module, scorer, settings.calibration_batches)
         statistics = collect_statistics(
-            module, find_readers(module, groups), calibration, with_windows=settings.compensation != "none"
+            module, find_readers(module, groups), calibration, with_unfolded=settings.compensation != "none"
         )
         rankings = rank(settings.importance, module, groups, calibration, statistics, rng)
         rankings = trainer.strategy.broadcast(rankings)
@@ -97,7 +97,7 @@ class Network:
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
         positions: dict[str, Positions]
         with record_macs(module) as positions:
-            _validation(trainer, module, scorer)()
+            validation_step(trainer, module, scorer)()
         positions, samples = trainer.strategy.broadcast((positions, scorer.batch_size or 1))
         return cls(
             groups=groups,
@@ -154,7 +154,7 @@ class Network:
             limits=limits,
         )
 
-    def described(self, counts: Sequence[int], coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
+    def group_results(self, counts: Sequence[int], coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
         """The groups, with what a plan of these removed channels and soft coefficients does to them."""
         none = np.zeros((1, len(self.groups)), dtype=np.int64)
         low, high = self.rounding.low, self.rounding.high
@@ -191,7 +191,7 @@ def prepare_groups(
     """Trace, name components and probe: the groups as the user sees them."""
 
     def run(seed: int = 0) -> None:
-        _run(probing or steps, seed)
+        run_steps(probing or steps, seed)
 
     traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
     return probe_groups(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))

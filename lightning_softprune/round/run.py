@@ -21,16 +21,23 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_softprune.graph import COSTS
 from lightning_softprune.report import SearchProgress
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
-from lightning_softprune.round.commit import _commit
+from lightning_softprune.round.commit import commit_plan
 from lightning_softprune.round.feasibility import check_reachable, monitored
 from lightning_softprune.round.journal import BASELINE, open_journal
 from lightning_softprune.round.latency import Stopwatch
-from lightning_softprune.round.prepare import Network
+from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.round.trials import Scored, Trials
-from lightning_softprune.search import Objective, SearchOutcome, SearchSpace, SearchStrategy, run_search, search_highest
+from lightning_softprune.round.trials import ScoredPlan, Trials
+from lightning_softprune.search import (
+    Objective,
+    SearchOutcome,
+    SearchSpace,
+    SearchStrategy,
+    run_search,
+    search_max_sparsity,
+)
 from lightning_softprune.surgery import OptimizerTransaction, Transaction
-from lightning_softprune.trainer import ValidationScorer, averaged_copies, isolated_rng, over_processes
+from lightning_softprune.trainer import ValidationScorer, averaged_copies, isolated_rng, mean_over_processes
 
 
 def run_round(
@@ -41,7 +48,7 @@ def run_round(
     epoch: int,
     target: float | None,
     dense: Costs | None = None,
-    slower: float = 1.0,
+    dense_latency_ratio: float = 1.0,
     commit: bool = True,
 ) -> PruningResult:
     """Search, and prune the module in place.
@@ -53,7 +60,8 @@ def run_round(
         epoch: The epoch before which the round runs; with the seed, all that the round's random numbers depend on.
         target: Sparsity to reach, against the first dense model; ``None``: the highest that meets the constraints.
         dense: Costs of the first dense model; ``None``: the module as it is.
-        slower: How many times as long as the module now is the first dense model takes; of use for a latency limit.
+        dense_latency_ratio: How many times as long as the module now is the first dense model takes; of use for a
+            latency limit.
         commit: Whether to prune; ``False`` searches only and leaves the module as it is.
 
     Returns:
@@ -76,16 +84,16 @@ def run_round(
         ValidationScorer(trainer, module, max_batches=settings.search_batches, seed=seed) as scorer,
         open_journal(trainer, module, settings, scorer.batches, epoch=epoch, target=target) as journal,
     ):
-        before = journal.scored(BASELINE, lambda: over_processes(trainer, scorer.metrics())).metrics
+        before = journal.scored(BASELINE, lambda: mean_over_processes(trainer, scorer.metrics())).metrics
         objective = Objective(settings.monitor, settings.mode, settings.constraints)
         objective = replace(objective, scale=monitored(before, objective))
-        network = Network.examine(trainer, module, scorer, settings, np.random.default_rng(seed))
-        costs_before = network.costs_of((0,) * len(network.groups))
+        problem = PruningProblem.prepare(trainer, module, scorer, settings, np.random.default_rng(seed))
+        costs_before = problem.costs_of((0,) * len(problem.groups))
         dense = dense or costs_before
-        space = network.space(settings, dense, target)
-        trials = Trials(trainer, module, scorer, settings, objective, network, space, target, journal)
+        space = problem.space(settings, dense, target)
+        trials = Trials(trainer, module, scorer, settings, objective, problem, space, target, journal)
         strategy, outcome = _search(trainer, settings, space, trials, target, seed, before)
-        stopwatch = Stopwatch(trainer, module, scorer, network, slower)
+        stopwatch = Stopwatch(trainer, module, scorer, problem, dense_latency_ratio)
         best, why = _choose(trainer, settings, trials, stopwatch)
         reason = "" if best else why
         if not commit:
@@ -99,16 +107,16 @@ def run_round(
         if best is not None and commit:
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
             try:
-                best = _commit(trainer, module, copies, scorer, settings, network, trials, best, seed)
+                best = commit_plan(trainer, module, copies, scorer, settings, problem, trials, best, seed)
             except BaseException:
                 optimizers_before.rollback()
                 raise
             transaction.commit()
             chosen = trials.done.index(best)
         applied = commit and best is not None
-        slow = latency_after / latency_before / slower if latency_before and latency_after else None
+        slow = latency_after / latency_before / dense_latency_ratio if latency_before and latency_after else None
         best = best or trials.unpruned(before)
-        costs_after = network.costs_of(best.counts)
+        costs_after = problem.costs_of(best.counts)
         return PruningResult(
             epoch=epoch,
             sparsity=1.0 - getattr(costs_after, settings.cost) / getattr(dense, settings.cost),
@@ -119,8 +127,8 @@ def run_round(
             metrics_after=best.trial.metrics,
             costs_before=costs_before,
             costs_after=costs_after,
-            groups=network.described(best.counts, best.trial.coefficients),
-            evaluations=1 + len(trials.done) - trials.recalled,
+            groups=problem.group_results(best.counts, best.trial.coefficients),
+            evaluations=1 + len(trials.done) - trials.reused,
             seconds=time.monotonic() - started,
             strategy=type(strategy).__name__,
             stop_reason=outcome.stop_reason,
@@ -141,18 +149,18 @@ def run_round(
                 **{name: getattr(costs_after, name) / (getattr(dense, name) or 1) for name in COSTS},
                 **({} if slow is None else {"latency": slow}),
             },
-            left_out=network.left_out,
+            left_out=problem.left_out,
         )
 
 
 def _choose(
     trainer: pl.Trainer, settings: RoundSettings, trials: Trials, stopwatch: Stopwatch
-) -> tuple[Scored | None, str]:
+) -> tuple[ScoredPlan | None, str]:
     """The plan to commit, and what is wrong with it; or none, and why."""
     limit = (settings.limits or {}).get("latency")
     ranked = trials.ranked()
     best = ranked[0] if ranked else None
-    why = "" if best else trials.why_none()
+    why = "" if best else trials.explain_infeasible()
     if best is not None and limit is not None:
         best, why = stopwatch.first_within(limit, ranked)
     if best is None and settings.on_violation == "prune":
@@ -160,7 +168,7 @@ def _choose(
     return _agreed(trainer, best), why
 
 
-def _agreed(trainer: pl.Trainer, best: Scored | None) -> Scored | None:
+def _agreed(trainer: pl.Trainer, best: ScoredPlan | None) -> ScoredPlan | None:
     """Make sure that every process is about to commit the same plan: rank zero's."""
     counts = None if best is None else best.counts
     same = trainer.strategy.broadcast(counts) == counts
@@ -198,12 +206,12 @@ def _search(
     ) as bar:
         evaluate = trials.evaluate_with(bar)
         if target is None:
-            outcome = search_highest(
+            outcome = search_max_sparsity(
                 strategy,
                 space,
                 evaluate,
-                reached=trials.reached(before),
-                lacking=trials.lacking,
+                highest_feasible_sparsity=trials.highest_feasible_sparsity(before),
+                least_violation_at=trials.least_violation_at,
                 seed=seed,
                 cache=cache,
                 on_target=check,
@@ -216,6 +224,6 @@ def _search(
                 evaluate,
                 seed=seed,
                 cache=cache,
-                on_asked=lambda x, *_: trials.recall_unpruned(x, before),
+                on_asked=lambda x, *_: trials.reuse_unpruned(x, before),
             )
         return strategy, outcome

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lightning_softprune.graph import COSTS
 from lightning_softprune.search import Constraint, SearchStrategy
-from lightning_softprune.utilities.checks import _mapping, _number, _strings, _whole
+from lightning_softprune.utilities import checks
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,13 @@ def cubic_schedule(target: float, rounds: int) -> list[float]:
     return [target * (1.0 - (1.0 - k / rounds) ** 3) for k in range(1, rounds + 1)]
 
 
-def _epochs(value: Any) -> list[int]:
+def checked_epochs(value: Any) -> list[int]:
+    """The epochs of the rounds, ascending."""
     if not isinstance(value, (int, list, tuple)):
         raise TypeError(f"epochs: {value!r} is not a whole number or a list of them")
-    epochs = [_whole("epochs", epoch, 0) for epoch in (value if isinstance(value, (list, tuple)) else [value])]
+    epochs = [
+        checks.whole_number("epochs", epoch, 0) for epoch in (value if isinstance(value, (list, tuple)) else [value])
+    ]
     if not epochs:
         raise ValueError("epochs: an empty list; give at least one epoch")
     if sorted(set(epochs)) != epochs:
@@ -63,14 +66,15 @@ def _epochs(value: Any) -> list[int]:
     return epochs
 
 
-def _targets(value: Any, rounds: int) -> Sequence[float | None]:
+def checked_targets(value: Any, rounds: int) -> Sequence[float | None]:
+    """The sparsity that each round aims at; ``None`` for the highest."""
     if value is None:
         return [None] * rounds
     if not isinstance(value, (int, float, list, tuple)):
         raise TypeError(f"target_sparsity: {value!r} is not a number, a list of numbers or None")
     if not isinstance(value, (list, tuple)):
-        return cubic_schedule(_number("target_sparsity", value, 0.0, 1.0), rounds)
-    targets = [_number("target_sparsity", target, 0.0, 1.0) for target in value]
+        return cubic_schedule(checks.number_between("target_sparsity", value, 0.0, 1.0), rounds)
+    targets = [checks.number_between("target_sparsity", target, 0.0, 1.0) for target in value]
     if len(targets) != rounds:
         raise ValueError(
             f"target_sparsity: {len(targets)} values for {rounds} epochs; give one value, or one per epoch"
@@ -80,36 +84,19 @@ def _targets(value: Any, rounds: int) -> Sequence[float | None]:
     return targets
 
 
-def _limits(value: Any) -> dict[str, float] | None:
-    def read(name: str, share: Any) -> float:
-        if isinstance(share, bool) or not isinstance(share, (int, float)):
-            raise TypeError(f"{name}: {share!r} is not a number")
-        if not 0.0 < share <= 1.0:
-            raise ValueError(f"{name}: {share} is not a fraction of the dense model in (0, 1]")
-        return float(share)
-
-    found: dict[str, float] | None = _mapping("limits", value, read)
+def checked_limits(value: Any) -> dict[str, float] | None:
+    """What may remain of each cost."""
+    found = checks.mapping("limits", value, partial(checks.fraction, of="the dense model"))
     for name in found or {}:
-        if name not in LIMITS:
-            raise ValueError(f"limits: {name!r} is not one of {', '.join(map(repr, LIMITS))}")
+        checks.one_of("limits", name, LIMITS)
     return found
 
 
-def _patterns(name: str, value: Any) -> dict[str, list[str]] | None:
-    found: dict[str, list[str]] | None = _mapping(name, value, _strings)
-    return found
+def checked_patterns(name: str, value: Any) -> dict[str, list[str]] | None:
+    """Lists of patterns by name."""
+    return checks.mapping(name, value, checks.strings)
 
 
-def _bounds(value: Any) -> dict[str, list[float]] | None:
-    def read(name: str, pair: Any) -> list[float]:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise ValueError(f"{name}: {pair!r} is not a pair [low, high]")
-        if any(isinstance(end, bool) or not isinstance(end, (int, float)) or math.isnan(end) for end in pair):
-            raise TypeError(f"{name}: {pair!r} is not a pair of numbers")
-        low, high = (float(end) for end in pair)
-        if not 0.0 <= low <= high <= 1.0:
-            raise ValueError(f"{name}: {pair!r} is not 0 <= low <= high <= 1")
-        return [low, high]
-
-    found: dict[str, list[float]] | None = _mapping("bounds", value, read)
-    return found
+def checked_bounds(value: Any) -> dict[str, list[float]] | None:
+    """Lowest and highest coefficient by pattern."""
+    return checks.mapping("bounds", value, checks.ordered_pair)

@@ -6,7 +6,7 @@
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve
 from lightning_softprune.search.coefficients import Coefficients, build_rounding, build_space
 from lightning_softprune.search.loop import SearchOutcome, run_search
-from lightning_softprune.search.max_sparsity import search_highest
+from lightning_softprune.search.max_sparsity import search_max_sparsity
 from lightning_softprune.search.objective import Constraint, Objective, parse_constraint
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
@@ -43,5 +43,5 @@ __all__ = [
     "build_space",
     "parse_constraint",
     "run_search",
-    "search_highest",
+    "search_max_sparsity",
 ]

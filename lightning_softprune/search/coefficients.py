@@ -103,7 +103,7 @@ class Coefficients:
         names = tuple(group or component for component, group in distinct)
         return cls(names, np.array([distinct.index(key) for key in keys], dtype=np.int64))
 
-    def spread(self, coefficients: FloatArray) -> FloatArray:
+    def per_group(self, coefficients: FloatArray) -> FloatArray:
         """Each group's coefficient, shape (..., m), from the coefficients' own, shape (..., k)."""
         return np.asarray(coefficients, dtype=np.float64)[..., self.owners]
 
@@ -146,7 +146,7 @@ def build_space(
         low=np.array([rounding.low[groups].min() for groups in members]),
         high=np.array([rounding.high[groups].max() for groups in members]),
         channels=np.array([rounding.channels[groups].max() for groups in members]),
-        realise=lambda x: rounding.counts(coefficients.spread(x)),
+        realise=lambda x: rounding.counts(coefficients.per_group(x)),
         sparsity=sparsity,
         target=target,
         tolerance=tolerance,

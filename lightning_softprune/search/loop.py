@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
-from lightning_softprune.utilities.checks import budget
+from lightning_softprune.utilities.checks import optional_whole_number
 
 MAX_REPEATS = 1000
 """A strategy that asks this many times in a row for plans it has asked before in this search is ended."""
@@ -73,7 +73,11 @@ def run_search(
         >>> run_search(UniformBaseline(), space, lambda x: float(x.sum()), seed=0)
         SearchOutcome(evaluations=1, asked=1, stop_reason='exhausted')
     """
-    limits = [limit for limit in (strategy.max_evaluations, budget(max_evaluations)) if limit is not None]
+    limits = [
+        limit
+        for limit in (strategy.max_evaluations, optional_whole_number("max_evaluations", max_evaluations))
+        if limit is not None
+    ]
     allowed = min(limits, default=None)
     losses = {} if cache is None else cache
     strategy.start(space, seed)

@@ -32,13 +32,13 @@ _SLACK = 1e-9
 _CLOSED = 1 / 3  # of the gap to the constraints, that a round of evaluations has to close
 
 
-def search_highest(
+def search_max_sparsity(
     strategy: SearchStrategy,
     space: SearchSpace,
     evaluate: Callable[[FloatArray], float],
     *,
-    reached: Callable[[], float],
-    lacking: Callable[[float], float],
+    highest_feasible_sparsity: Callable[[], float],
+    least_violation_at: Callable[[float], float],
     seed: int,
     cache: dict[tuple[int, ...], float],
     on_target: Callable[[SearchSpace], None] = lambda space: None,
@@ -49,9 +49,10 @@ def search_highest(
         strategy: Searches each target in turn.
         space: What is searched; its target is not looked at, its limits hold throughout.
         evaluate: The loss of a vector (k,), see `run_search`.
-        reached: The highest sparsity of the plans evaluated so far that meet the constraints; -inf while there is none.
-        lacking: How far the plans evaluated so far that have at least this sparsity are from meeting the constraints:
-            the least violation, inf where there is no plan.
+        highest_feasible_sparsity: That of the plans evaluated so far that meet the constraints; -inf while there is
+            none.
+        least_violation_at: How far the plans evaluated so far that have at least this sparsity are from meeting the
+            constraints: the least violation, inf where there is no plan.
         seed: Of the strategy's random numbers.
         cache: Plan to loss; read and added to.
         on_target: Called with the space of each target before it is searched.
@@ -77,7 +78,7 @@ def search_highest(
         patience = 2 * space.size + 2 if thorough else strategy.first_tries
 
         def enough() -> bool:
-            if reached() >= at.floor - _SLACK:
+            if highest_feasible_sparsity() >= at.floor - _SLACK:
                 return True
             if len(gaps) < patience or len(gaps) % patience:
                 return False
@@ -86,7 +87,7 @@ def search_highest(
         def evaluate_here(x: FloatArray) -> float:
             loss = evaluate(x)
             if at.on_target(x):
-                gaps.append(lacking(at.floor - _SLACK))
+                gaps.append(least_violation_at(at.floor - _SLACK))
             return loss
 
         left = None if budget is None else budget - evaluations
@@ -96,10 +97,10 @@ def search_highest(
             )
             evaluations, asked = evaluations + outcome.evaluations, asked + outcome.asked
             empty = not outcome.asked and outcome.stop_reason not in ("enough", "max_evaluations")
-        return reached() >= at.floor - _SLACK
+        return highest_feasible_sparsity() >= at.floor - _SLACK
 
     def known() -> float:
-        return float(np.clip(reached(), lowest, top))
+        return float(np.clip(highest_feasible_sparsity(), lowest, top))
 
     low, high = known(), top
     while high - low > resolution:

@@ -71,14 +71,14 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
         ValueError: Groups do not fit the model, or the plan the groups.
     """
     removed = _removed_by_slot(groups, plan)
-    return _select(
+    return select_channels(
         model,
         {name: {slot: _kept(m) for slot, m in slots.items()} for name, slots in removed.items()},
         {(name, slot): len(mask) for name, slots in removed.items() for slot, mask in slots.items()},
     )
 
 
-def _select(
+def select_channels(
     model: nn.Module, selected: Mapping[str, Mapping[str, torch.Tensor]], expected: Mapping[tuple[str, str], int]
 ) -> Surgery:
     """Make every slot hold the given indices of what it holds now; ``expected`` is how many it should hold now."""

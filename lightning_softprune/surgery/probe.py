@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lightning_softprune.graph import Layout, PruningGroup, layout_of
 from lightning_softprune.search import Plan
-from lightning_softprune.surgery.apply import Surgery, _select, apply_plan
+from lightning_softprune.surgery.apply import Surgery, apply_plan, select_channels
 
 
 def probe_groups(
@@ -93,7 +93,7 @@ def _swap_channels(model: nn.Module, group: PruningGroup, removed: Surgery) -> S
         moved = torch.from_numpy(order)
         slots[member.slot] = moved if before is None else before[moved]
     sizes = {(member.module, member.slot): len(member.owner) for member in group.members}
-    return _select(model, selected, sizes)
+    return select_channels(model, selected, sizes)
 
 
 def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:

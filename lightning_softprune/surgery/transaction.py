@@ -11,7 +11,7 @@ from types import TracebackType
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_softprune.utilities.snapshot import Memory
+from lightning_softprune.utilities.snapshot import Snapshot
 
 
 class Transaction:
@@ -27,7 +27,7 @@ class Transaction:
 
     def __init__(self, *models: nn.Module) -> None:
         self._done = False
-        self._memory = Memory(values=True)
+        self._memory = Snapshot(values=True)
         self._memory.contents(*models)
 
     def __enter__(self) -> Transaction:

@@ -5,50 +5,54 @@ fails by name when a release of Lightning moves any of it.
 """
 
 from lightning_softprune.trainer.fit_loop import (
-    _one_epoch_more,
     finish_epoch_without_training,
     logging_step,
+    one_epoch_more,
     take_epoch_back,
     take_epoch_back_in,
 )
-from lightning_softprune.trainer.isolation import has_inference_tensors, isolated_rng, leave_inference
+from lightning_softprune.trainer.isolation import (
+    clone_inference_tensors_and_reset_metrics,
+    has_inference_tensors,
+    isolated_rng,
+)
 from lightning_softprune.trainer.module_steps import (
     Steps,
-    _calibration,
-    _run,
-    _validation,
+    calibration_steps,
     rehearse,
-    run_the_same,
+    run_steps,
+    same_layer_calls,
     tracing_steps,
+    validation_step,
 )
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
-from lightning_softprune.trainer.processes import over_processes, wrap_again
+from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
 from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
 
 __all__ = [
     "Steps",
     "ValidationScorer",
-    "_calibration",
-    "_one_epoch_more",
-    "_run",
-    "_validation",
     "averaged_copies",
+    "calibration_steps",
+    "clone_inference_tensors_and_reset_metrics",
     "finish_epoch_without_training",
     "forget_compiled",
     "has_inference_tensors",
     "isolated_rng",
-    "leave_inference",
     "logging_step",
-    "over_processes",
+    "mean_over_processes",
+    "one_epoch_more",
     "refuse_sharded_optimizers",
     "refuse_sharding",
     "rehearse",
     "reset_monitors",
-    "run_the_same",
+    "run_steps",
+    "same_layer_calls",
     "take_epoch_back",
     "take_epoch_back_in",
     "time_validation_step",
     "tracing_steps",
+    "validation_step",
     "wrap_again",
 ]

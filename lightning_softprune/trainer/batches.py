@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from lightning_softprune.trainer.isolation import _OPAQUE, isolated_rng
-from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Memory
+from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
 
 
-def _fresh(batch: Any, memo: dict[int, Any] | None = None) -> Any:
+def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
     """A copy of a batch: what a step does in place (`x.sub_(mean)`, `batch.pop("y")`) does not reach the original.
 
     `copy.deepcopy` would copy the whole storage behind a view, so only objects of unknown type are left to it.
@@ -42,18 +42,18 @@ def _fresh(batch: Any, memo: dict[int, Any] | None = None) -> Any:
     elif isinstance(batch, np.ndarray):
         result = batch.copy()
     elif type(batch) in (list, tuple):
-        result = type(batch)([_fresh(item, memo) for item in batch])
+        result = type(batch)([copy_batch(item, memo) for item in batch])
     elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        result = type(batch)(*(_fresh(item, memo) for item in batch))
+        result = type(batch)(*(copy_batch(item, memo) for item in batch))
     elif isinstance(batch, dict):
         result = copy(batch)  # keeps the type and its extras (a default factory)
         for key, value in batch.items():
-            result[key] = _fresh(value, memo)
+            result[key] = copy_batch(value, memo)
     elif is_dataclass(batch) and not isinstance(batch, type):
         result = copy(batch)
         for field in fields(batch):
             if hasattr(batch, field.name):  # past a frozen dataclass's guard
-                object.__setattr__(result, field.name, _fresh(getattr(batch, field.name), memo))
+                object.__setattr__(result, field.name, copy_batch(getattr(batch, field.name), memo))
     else:
         try:
             result = deepcopy(batch)
@@ -63,7 +63,7 @@ def _fresh(batch: Any, memo: dict[int, Any] | None = None) -> Any:
     return result
 
 
-class _MemoryLoader:
+class MemoryLoader:
     """Serves batches from memory, a fresh copy each time; otherwise looks like the user's loader."""
 
     # Lightning announces each epoch to `sampler`; the user's sampler must not hear of it.
@@ -78,7 +78,7 @@ class _MemoryLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return (_fresh(batch) for batch in self._batches)
+        return (copy_batch(batch) for batch in self._batches)
 
     def __getattr__(self, name: str) -> Any:
         # `_iterator` belongs to the user's own workers
@@ -87,7 +87,7 @@ class _MemoryLoader:
         return getattr(self._loader, name)
 
 
-def _private(loader: Any, argument: str, depth: int = 2) -> Any:
+def readable_copy(loader: Any, argument: str, depth: int = 2) -> Any:
     """A shallow copy of a loader that can be read while the loader itself, its iterator and its workers go on.
 
     The copy starts workers of its own where the loader has some: `worker_init_fn` is honoured, and the dataset is
@@ -113,17 +113,17 @@ def _private(loader: Any, argument: str, depth: int = 2) -> Any:
         return loader
     for name, value in mapping.items():
         if depth and isinstance(value, DataLoader):
-            vars(result)[name] = _private(value, argument, depth - 1)
+            vars(result)[name] = readable_copy(value, argument, depth - 1)
     return result
 
 
 @contextmanager
-def _undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
+def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
     """Puts back the samplers, the datasets' attributes and every random generator that reading these loaders moves.
 
     The generators are seeded from torch's global one, so that what is read depends on the caller's seed alone.
     """
-    memory = Memory(_OPAQUE)
+    memory = Snapshot(_OPAQUE)
     generators: list[Any] = []
     seen: set[int] = set()
     level = [loader for loader in loaders if not isinstance(loader, Tensor)]
@@ -185,15 +185,15 @@ def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:
         loaders = list(combined.flattened)
         beside = copy(combined)
         beside._iterator = None
-        beside.flattened = [_private(loader, "train_dataloaders") for loader in loaders]
-        with _undisturbed(loaders):
+        beside.flattened = [readable_copy(loader, "train_dataloaders") for loader in loaders]
+        with loaders_undisturbed(loaders):
             if trainer.state.fn == TrainerFn.FITTING:
                 for loader in beside.flattened:
                     _set_sampler_epoch(loader, trainer.current_epoch)
             iterator = iter(beside)
             try:
                 limit = min(n, _length(beside))
-                return [_fresh(batch) for batch, _, _ in itertools.islice(iterator, limit)]
+                return [copy_batch(batch) for batch, _, _ in itertools.islice(iterator, limit)]
             finally:
                 beside._iterator = None  # lets go of the workers it started
 

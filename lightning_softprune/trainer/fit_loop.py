@@ -57,7 +57,7 @@ def take_epoch_back_in(checkpoint: dict[str, Any], epoch: int) -> None:
 
 
 @contextmanager
-def _one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
+def one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
     """Let a trainer that may have trained already begin another epoch, and forget it afterwards."""
     loop = trainer.fit_loop
     callbacks, steps = trainer.callbacks, loop.epoch_loop.max_steps  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
-from lightning_softprune.utilities.snapshot import Memory
+from lightning_softprune.utilities.snapshot import Snapshot
 
 # Objects with a life of their own: kept by reference, their insides are left alone.
 _OPAQUE = (Dataset, DataLoader, Sampler, Optimizer, pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
@@ -75,7 +75,7 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
     Yields:
         Nothing.
     """
-    memory = Memory(_OPAQUE)
+    memory = Snapshot(_OPAQUE)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             memory.ignore(group["params"])
@@ -97,7 +97,7 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
 
 
 @contextmanager
-def _swapped(owner: object, **values: object) -> Iterator[None]:
+def attributes_replaced(owner: object, **values: object) -> Iterator[None]:
     """Gives an object other attributes for a while."""
     missing = object()
     mapping = vars(owner)
@@ -114,7 +114,7 @@ def _swapped(owner: object, **values: object) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def leave_inference(module: nn.Module) -> None:
+def clone_inference_tensors_and_reset_metrics(module: nn.Module) -> None:
     """Replace the module's tensors that were made in inference mode by ordinary ones.
 
     `Trainer.validate` runs in that mode. Outside of it torch neither changes such tensors in place nor lets gradients

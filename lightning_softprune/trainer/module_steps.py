@@ -16,18 +16,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_softprune.trainer.batches import training_batches
-from lightning_softprune.trainer.isolation import isolated_rng, leave_inference, untouched
+from lightning_softprune.trainer.isolation import clone_inference_tensors_and_reset_metrics, isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.trainer.steps import run_step, transfer
 
 Steps = list[Callable[[], Any]]
 
 
-def first_samples(batch: Any, count: int | None) -> Any:
+def head_of_batch(batch: Any, count: int | None) -> Any:
     """The first samples of a batch that is made of tensors of one length; any other batch as it is.
 
-    >>> x, y = first_samples((torch.ones(64, 3), torch.ones(64)), 32)
-    >>> len(x), len(y), first_samples({"x": torch.ones(64), "scale": 1.0}, 32)["x"].shape
+    >>> x, y = head_of_batch((torch.ones(64, 3), torch.ones(64)), 32)
+    >>> len(x), len(y), head_of_batch({"x": torch.ones(64), "scale": 1.0}, 32)["x"].shape
     (32, 32, torch.Size([64]))
     """
     lengths: set[int | None] = set()
@@ -50,17 +50,17 @@ def first_samples(batch: Any, count: int | None) -> Any:
     return shorter if len(lengths) == 1 and None not in lengths else batch
 
 
-def _validation(
+def validation_step(
     trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, samples: int | None = None
 ) -> Callable[[], Any]:
     """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind."""
 
     def step() -> Any:
         with untouched(trainer, module):
-            leave_inference(module)
+            clone_inference_tensors_and_reset_metrics(module)
             module.eval()
             batch, batch_idx, dataloader_idx = scorer.first_batch()
-            batch = first_samples(batch, samples)
+            batch = head_of_batch(batch, samples)
             return run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
 
     return step
@@ -73,9 +73,9 @@ def _training(
 
     def step() -> Any:
         with untouched(trainer, module):
-            leave_inference(module)
+            clone_inference_tensors_and_reset_metrics(module)
             module.eval()
-            batch = first_samples(transfer(trainer, module, raw, step="training_step"), samples)
+            batch = head_of_batch(transfer(trainer, module, raw, step="training_step"), samples)
             return run_step(trainer, module, "training_step", batch, number)
 
     return step
@@ -85,19 +85,19 @@ def tracing_steps(
     trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, samples: int | None = None
 ) -> Steps:
     """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic."""
-    steps: Steps = [_validation(trainer, module, scorer, samples)]
+    steps: Steps = [validation_step(trainer, module, scorer, samples)]
     if module.automatic_optimization and is_overridden("training_step", module):
         steps += [_training(trainer, module, batch, 0, samples) for batch in training_batches(trainer, 1)]
     return steps
 
 
-def _calibration(
+def calibration_steps(
     trainer: pl.Trainer, module: pl.LightningModule, scorer: ValidationScorer, count: int
 ) -> tuple[Steps, list[Any]]:
     """Training batches, and one step for each: `training_step`; where there is none, one validation batch's step."""
     automatic = module.automatic_optimization and is_overridden("training_step", module)
     batches = training_batches(trainer, count) if automatic else []
-    steps: Steps = [_validation(trainer, module, scorer)]
+    steps: Steps = [validation_step(trainer, module, scorer)]
     if batches:
         steps = [_training(trainer, module, batch, number) for number, batch in enumerate(batches)]
     return [_repeatable(step, number) for number, step in enumerate(steps)], batches
@@ -117,22 +117,23 @@ def rehearse(trainer: pl.Trainer, module: pl.LightningModule, scorer: Validation
     """Run the pruned module once as validation and as training will; the user's own exception goes on."""
     with isolated_rng(seed):
         with torch.no_grad():
-            _validation(trainer, module, scorer)()
+            validation_step(trainer, module, scorer)()
         if module.automatic_optimization and is_overridden("training_step", module):
             for raw in training_batches(trainer, 1):
                 with untouched(trainer, module), torch.enable_grad():
-                    leave_inference(module)
+                    clone_inference_tensors_and_reset_metrics(module)
                     batch = transfer(trainer, module, raw, step="training_step")
                     run_step(trainer, module, "training_step", batch, 0, autocast=True)
 
 
-def _run(steps: Steps, seed: int = 0) -> None:
+def run_steps(steps: Steps, seed: int = 0) -> None:
+    """Run steps one after another, without gradients, always with the same random numbers."""
     with isolated_rng(seed), torch.no_grad():
         for step in steps:
             step()
 
 
-def run_the_same(model: nn.Module, few: Steps, whole: Steps) -> bool:
+def same_layer_calls(model: nn.Module, few: Steps, whole: Steps) -> bool:
     """Whether steps on fewer samples run, and call every layer of the model as often as those on whole batches."""
 
     def calls(steps: Steps) -> Counter[str]:
@@ -142,7 +143,7 @@ def run_the_same(model: nn.Module, few: Steps, whole: Steps) -> bool:
             for name, layer in model.named_modules()
         ]
         try:
-            _run(steps)
+            run_steps(steps)
         finally:
             for handle in handles:
                 handle.remove()

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 
 
-def over_processes(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str, float]:
+def mean_over_processes(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str, float]:
     """The mean of each metric over the processes, each of which scored its own share of the validation data.
 
     Metrics that were logged with `sync_dist`, or come from torchmetrics objects, are equal already.

@@ -28,9 +28,14 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_softprune.trainer.batches import _fresh, _MemoryLoader, _private, _undisturbed
-from lightning_softprune.trainer.isolation import _swapped, isolated_rng, leave_inference, untouched
-from lightning_softprune.trainer.steps import _eager, _quiet, _validation_loop, run_step, transfer
+from lightning_softprune.trainer.batches import MemoryLoader, copy_batch, loaders_undisturbed, readable_copy
+from lightning_softprune.trainer.isolation import (
+    attributes_replaced,
+    clone_inference_tensors_and_reset_metrics,
+    isolated_rng,
+    untouched,
+)
+from lightning_softprune.trainer.steps import compiler_off, loggers_silenced, run_step, transfer, validation_loop
 
 
 class _PassLoop(_EvaluationLoop):
@@ -66,7 +71,7 @@ def _without_callbacks(trainer: pl.Trainer) -> Iterator[None]:
 
     functions = {name: value for name, value in vars(call).items() if not name.startswith("__")}
     functions["_call_callback_hooks"] = call_callback_hooks
-    with _swapped(evaluation_loop, call=SimpleNamespace(**functions)):
+    with attributes_replaced(evaluation_loop, call=SimpleNamespace(**functions)):
         yield
 
 
@@ -116,7 +121,7 @@ class ValidationScorer:
         self._loader = copy(combined)
         self._loader._iterator = None
         self._loader.flattened = [
-            _MemoryLoader(batches, loader) for batches, loader in zip(self.batches, combined.flattened, strict=True)
+            MemoryLoader(batches, loader) for batches, loader in zip(self.batches, combined.flattened, strict=True)
         ]
         return self
 
@@ -137,7 +142,7 @@ class ValidationScorer:
             )
         if trainer.limit_val_batches == 0:
             raise MisconfigurationException("`limit_val_batches=0` leaves no validation batch to score a trial on.")
-        loop = _validation_loop(trainer)
+        loop = validation_loop(trainer)
         if loop._combined_loader is not None:
             return loop
         # At epoch 0 without sanity check Lightning has not asked for the data yet. It will, as if we had not.
@@ -148,19 +153,19 @@ class ValidationScorer:
             )
         own = _EvaluationLoop(trainer, loop._trainer_fn, RunningStage.VALIDATING, verbose=False, inference_mode=False)
         own._data_source = source
-        with isolated_rng(), _swapped(trainer.state, stage=RunningStage.VALIDATING):
+        with isolated_rng(), attributes_replaced(trainer.state, stage=RunningStage.VALIDATING):
             own.setup_data()
         return own
 
     def _read(self, loaders: list[Any], limits: list[int | float]) -> list[list[Any]]:
         batches = []
-        with _undisturbed(loaders):
+        with loaders_undisturbed(loaders):
             for loader, limit in zip(loaders, limits, strict=True):
                 if self._trainer.state.fn == TrainerFn.FITTING:
                     _set_sampler_epoch(loader, self._trainer.current_epoch)
                 limit = min(limit, sys.maxsize if self._max_batches is None else self._max_batches)
-                iterator = itertools.islice(_private(loader, "val_dataloaders"), int(min(limit, sys.maxsize)))
-                batches.append([_fresh(batch) for batch in iterator])
+                iterator = itertools.islice(readable_copy(loader, "val_dataloaders"), int(min(limit, sys.maxsize)))
+                batches.append([copy_batch(batch) for batch in iterator])
         return batches
 
     def _opened(self) -> CombinedLoader:
@@ -208,17 +213,17 @@ class ValidationScorer:
         connector._callback_metrics = seen = _LoggedMetrics(trainer._logger_connector._callback_metrics)
         with (
             untouched(trainer, module),
-            _swapped(parent, **{name: loop}),
-            _swapped(trainer, _logger_connector=connector),
-            _swapped(trainer.state, stage=RunningStage.VALIDATING),
+            attributes_replaced(parent, **{name: loop}),
+            attributes_replaced(trainer, _logger_connector=connector),
+            attributes_replaced(trainer.state, stage=RunningStage.VALIDATING),
             # the module itself, not its DistributedDataParallel wrapper, which knows the dense shapes
-            _swapped(trainer.strategy, _model=module),
-            _quiet(trainer),
+            attributes_replaced(trainer.strategy, _model=module),
+            loggers_silenced(trainer),
             _without_callbacks(trainer),
-            _eager(),
+            compiler_off(),
             isolated_rng(self._seed),
         ):
-            leave_inference(module)
+            clone_inference_tensors_and_reset_metrics(module)
             loop.run()
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
 
@@ -254,7 +259,7 @@ def time_validation_step(
         return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
-        leave_inference(pl_module)
+        clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
         run(begin=True)
         runs = max(1, min(runs, int(seconds / run())))

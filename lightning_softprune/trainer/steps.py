@@ -17,8 +17,8 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_softprune.trainer.batches import _fresh
-from lightning_softprune.trainer.isolation import _swapped
+from lightning_softprune.trainer.batches import copy_batch
+from lightning_softprune.trainer.isolation import attributes_replaced
 
 _STAGES = {"validation_step": RunningStage.VALIDATING, "training_step": RunningStage.TRAINING}
 
@@ -53,11 +53,11 @@ def transfer(
     with (
         torch.inference_mode(False),
         torch.no_grad(),
-        _swapped(trainer.state, stage=stage),
-        _swapped(trainer, profiler=PassThroughProfiler()),
-        _swapped(pl_module, _current_fx_name=pl_module._current_fx_name),
+        attributes_replaced(trainer.state, stage=stage),
+        attributes_replaced(trainer, profiler=PassThroughProfiler()),
+        attributes_replaced(pl_module, _current_fx_name=pl_module._current_fx_name),
     ):
-        batch = trainer.precision_plugin.convert_input(_fresh(batch))
+        batch = trainer.precision_plugin.convert_input(copy_batch(batch))
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
@@ -92,7 +92,7 @@ class _QuietLogger(DummyLogger):
         return getattr(self._logger, "root_dir", None)
 
 
-def _eager() -> AbstractContextManager[Any]:
+def compiler_off() -> AbstractContextManager[Any]:
     """Compiled modules run eagerly: every trial has other shapes, and torch gives up compiling after a few.
 
     Where the compiler was never loaded, nothing is compiled, and it is not loaded for this.
@@ -103,10 +103,10 @@ def _eager() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _quiet(trainer: pl.Trainer) -> Iterator[None]:
+def loggers_silenced(trainer: pl.Trainer) -> Iterator[None]:
     """No row in the user's loggers and profiler."""
     quiet = [_QuietLogger(logger) for logger in trainer.loggers]
-    with _swapped(trainer, _loggers=quiet, profiler=PassThroughProfiler()):
+    with attributes_replaced(trainer, _loggers=quiet, profiler=PassThroughProfiler()):
         yield
 
 
@@ -159,10 +159,12 @@ def run_step(
 
     plugin = trainer.precision_plugin
     with ExitStack() as stack:
-        stack.enter_context(_swapped(trainer.state, stage=stage))
-        stack.enter_context(_quiet(trainer))
-        stack.enter_context(_swapped(pl_module, log=log_nothing, log_dict=log_nothing, _current_fx_name=step))
-        stack.enter_context(_eager())
+        stack.enter_context(attributes_replaced(trainer.state, stage=stage))
+        stack.enter_context(loggers_silenced(trainer))
+        stack.enter_context(
+            attributes_replaced(pl_module, log=log_nothing, log_dict=log_nothing, _current_fx_name=step)
+        )
+        stack.enter_context(compiler_off())
         if autocast or not isinstance(plugin, MixedPrecision):
             stack.enter_context(plugin.train_step_context() if step == "training_step" else plugin.val_step_context())
         if begin and step == "validation_step":
@@ -174,11 +176,12 @@ def run_step(
 
 
 def _passes_dataloader_idx(trainer: pl.Trainer, function: Callable[..., Any]) -> bool:
-    combined = _validation_loop(trainer)._combined_loader
+    combined = validation_loop(trainer)._combined_loader
     if combined is None:  # not set up yet; a step that has the argument may have it without a default
         return is_param_in_hook_signature(function, "dataloader_idx")
     return combined._mode == "sequential" and len(combined.flattened) > 1
 
 
-def _validation_loop(trainer: pl.Trainer) -> _EvaluationLoop:
+def validation_loop(trainer: pl.Trainer) -> _EvaluationLoop:
+    """The loop that validates now: that of a fit, or that of `Trainer.validate`."""
     return trainer.validate_loop if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop.val_loop

@@ -1,44 +1,136 @@
-"""Checks of users' arguments, all in one wording: the argument, the value given, what is allowed."""
+"""Checks of users' arguments, all in one wording: the argument, the value given, what is allowed.
+
+Each function returns the value that it was given, checked. A wrong type is a TypeError, a value out of range a
+ValueError; the message begins with the argument's name.
+
+>>> whole_number("epochs", -1, least=0)
+Traceback (most recent call last):
+    ...
+ValueError: epochs: -1 is less than 0
+>>> one_of("cost", "flops", ("params", "macs"))
+Traceback (most recent call last):
+    ...
+ValueError: cost: 'flops' is not one of 'params', 'macs'
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+_NUMBERS = (int, float, np.integer, np.floating)
 
-def _typed(name: str, value: Any, kind: type) -> Any:
+
+def instance_of(name: str, value: Any, kind: type) -> Any:
+    """`value` if it is of a type.
+
+    Raises:
+        TypeError: It is not.
+    """
     if not isinstance(value, kind):
         raise TypeError(f"{name}: {value!r} is not a {kind.__name__}")
     return value
 
 
-def _one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    """`value` if it is one of those allowed.
+
+    Raises:
+        ValueError: It is not.
+    """
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
     return value
 
 
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+def whole_number(name: str, value: Any, least: int = 1) -> int:
+    """`value` as an int, if it is a whole number of at least `least`.
+
+    Raises:
+        TypeError: It is not a whole number.
+        ValueError: It is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name}: {value!r} is not a whole number")
     if value < least:
         raise ValueError(f"{name}: {value} is less than {least}")
-    return value
+    return int(value)
 
 
-def _number(name: str, value: Any, low: float, high: float, low_included: bool = False) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def optional_whole_number(name: str, value: Any, least: int = 1) -> int | None:
+    """The same, or ``None``."""
+    return None if value is None else whole_number(name, value, least)
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+        TypeError: It is not a number.
+    """
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise TypeError(f"{name}: {value!r} is not a number")
-    if not (low < value < high or (low_included and value == low)):
-        raise ValueError(
-            f"{name}: {value} is not between {low:g} and {high:g} ({'upper end' if low_included else 'both'} excluded)"
-        )
     return float(value)
 
 
-def _strings(name: str, value: Any) -> list[str]:
+def number_between(name: str, value: Any, low: float, high: float, *, low_included: bool = False) -> float:
+    """`value` as a float, if it lies between two others.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range.
+    """
+    found = number(name, value)
+    if not (low < found < high or (low_included and found == low)):
+        excluded = "upper end" if low_included else "both"
+        raise ValueError(f"{name}: {value} is not between {low:g} and {high:g} ({excluded} excluded)")
+    return found
+
+
+def fraction(name: str, value: Any, of: str = "") -> float:
+    """`value` as a float, if it lies in (0, 1].
+
+    Args:
+        name: The argument.
+        value: What was given.
+        of: What it is a fraction of, for the message.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range.
+    """
+    found = number(name, value)
+    if not 0.0 < found <= 1.0:
+        raise ValueError(f"{name}: {value} is not a fraction{f' of {of}' if of else ''} in (0, 1]")
+    return found
+
+
+def ordered_pair(name: str, value: Any) -> list[float]:
+    """`value` as two floats, if they are a pair ``0 <= low <= high <= 1``.
+
+    Raises:
+        TypeError: The two are not numbers.
+        ValueError: There are not two, or they are out of order or range.
+    """
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"{name}: {value!r} is not a pair [low, high]")
+    if any(isinstance(end, bool) or not isinstance(end, _NUMBERS) or math.isnan(end) for end in value):
+        raise TypeError(f"{name}: {value!r} is not a pair of numbers")
+    low, high = (float(end) for end in value)
+    if not 0.0 <= low <= high <= 1.0:
+        raise ValueError(f"{name}: {value!r} is not 0 <= low <= high <= 1")
+    return [low, high]
+
+
+def strings(name: str, value: Any) -> list[str]:
+    """`value` as a list of strings; ``None`` is an empty one.
+
+    Raises:
+        TypeError: It is neither.
+    """
     if value is None:
         return []
     if not isinstance(value, (list, tuple)) or not all(isinstance(item, str) for item in value):
@@ -46,53 +138,14 @@ def _strings(name: str, value: Any) -> list[str]:
     return list(value)
 
 
-def _mapping(name: str, value: Any, read: Callable[[str, Any], Any]) -> Any:
+def mapping(name: str, value: Any, check: Callable[[str, Any], Any]) -> dict[str, Any] | None:
+    """`value` as a dictionary whose values have passed a check of their own; ``None`` stays ``None``.
+
+    Raises:
+        TypeError: It is neither.
+    """
     if value is None:
         return None
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"{name}: {value!r} is not a dictionary with string keys")
-    return {key: read(f"{name}[{key!r}]", item) for key, item in value.items()}
-
-
-def whole_number(name: str, value: int, least: int = 1) -> int:
-    """`value` if it is a whole number of at least `least`.
-
-    Raises:
-        TypeError: If it is not a whole number.
-        ValueError: If it is too small.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}.")
-    return int(value)
-
-
-def budget(value: int | None) -> int | None:
-    """`value` if it can be a `max_evaluations`: None or a positive whole number."""
-    return None if value is None else whole_number("max_evaluations", value)
-
-
-def fraction(name: str, value: float) -> float:
-    """`value` if it lies in (0, 1].
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is out of range.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
-        raise TypeError(f"{name} must be a number, got {value!r}.")
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must lie in (0, 1], got {value}.")
-    return float(value)
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> str:
-    """`value` if it is one of `allowed`.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
-    return value
+    return {key: check(f"{name}[{key!r}]", item) for key, item in value.items()}

@@ -28,7 +28,7 @@ RNGS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Rand
 _DATA = (Tensor, np.ndarray, list, dict, set, deque, tuple, frozenset, *RNGS)
 
 
-class Memory:
+class Snapshot:
     """Remembers mutable objects by identity and puts their contents back, so that every reference to them stays valid.
 
     Args:

@@ -17,7 +17,7 @@ from lightning_softprune.calibration import (
     watch_inputs,
 )
 from lightning_softprune.calibration.readers import reading_weight
-from lightning_softprune.calibration.statistics import Taps, taps_of
+from lightning_softprune.calibration.statistics import KernelCoverage, kernel_coverage
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Member, PruningGroup
 from support import zoo
@@ -131,8 +131,10 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
 
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     found = [streamed(share, [2], stride) for share in shares]
-    for statistics, taps in zip(found, (Taps(0.5, 3.0), Taps(), Taps(0.25, 1.0)), strict=True):
-        statistics.taps = taps
+    for statistics, taps in zip(
+        found, (KernelCoverage(0.5, 3.0), KernelCoverage(), KernelCoverage(0.25, 1.0)), strict=True
+    ):
+        statistics.coverage = taps
     threads = [threading.Thread(target=statistics.all_reduce) for statistics in found]
     for thread in threads:
         thread.start()
@@ -141,7 +143,7 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
     for statistics in found:
         assert statistics.count == len(rows)
         taps = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
-        np.testing.assert_allclose([statistics.taps.share, statistics.taps.unevenness], taps)
+        np.testing.assert_allclose([statistics.coverage.share, statistics.coverage.unevenness], taps)
         np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=1e-12)
         np.testing.assert_allclose(statistics.covariance, pooled_covariance(rows, stride), rtol=1e-8, atol=1e-8)
 
@@ -273,7 +275,7 @@ def test_the_reading_weights_of_a_channel_are_those_whose_loss_it_feels(layer):
 def test_taps_that_fall_on_the_input_are_what_a_layer_of_ones_adds_up(layer, shape):
     for batch in ((2,), ()):
         x = torch.ones(*batch, 4, *shape)
-        found = taps_of(layer, x)
+        found = kernel_coverage(layer, x)
         ones = copy.deepcopy(layer)
         nn.init.ones_(ones.weight)
         nn.init.zeros_(ones.bias)
@@ -286,15 +288,15 @@ def test_the_taps_of_inputs_of_several_sizes_are_averaged_by_their_observations(
     model = nn.Sequential(nn.Conv1d(2, 3, 3, padding=1))
     short, long = torch.ones(4, 2, 2), torch.ones(1, 2, 6)
     steps = [lambda: model(short), lambda: model(long)]
-    found = collect_statistics(model, [Reader("0", "in", 1)], steps)["0"].taps
-    first, second = taps_of(model[0], short), taps_of(model[0], long)
+    found = collect_statistics(model, [Reader("0", "in", 1)], steps)["0"].coverage
+    first, second = kernel_coverage(model[0], short), kernel_coverage(model[0], long)
     assert first.share == pytest.approx(2 / 3)
     assert found.share == pytest.approx((8 * first.share + 6 * second.share) / 14)
     assert found.unevenness == pytest.approx((8 * first.unevenness + 6 * second.unevenness) / 14)
 
 
 def test_other_layers_meet_their_input_everywhere():
-    assert taps_of(nn.Linear(3, 2), torch.ones(4, 3)) == Taps(1.0, 0.0)
+    assert kernel_coverage(nn.Linear(3, 2), torch.ones(4, 3)) == KernelCoverage(1.0, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- leaving no trace

@@ -8,14 +8,14 @@ from torch import nn
 
 import lightning_softprune.calibration.statistics as calibration
 from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, reads_one_row
-from lightning_softprune.calibration.statistics import has_windows
+from lightning_softprune.calibration.statistics import has_unfolded_rows
 from lightning_softprune.calibration.unfold import (
+    evenly_spaced,
     features_of,
+    kernel_positions,
     most_rows,
     outputs_at_rows,
-    spread,
-    taps_per_channel,
-    windows,
+    unfold_inputs,
 )
 
 LAYERS = [
@@ -50,7 +50,7 @@ def test_the_rows_times_the_weights_are_the_outputs_at_the_same_places(layer, sh
     x = torch.randn(*batch, *shape)
     with torch.no_grad():
         outputs = layer(x)
-    rows, wanted = windows(layer, x, most), outputs_at_rows(layer, outputs, most)
+    rows, wanted = unfold_inputs(layer, x, most), outputs_at_rows(layer, outputs, most)
     assert rows.shape == (len(wanted), features_of(layer))
     assert len(rows) == min(len(rows), most)
     assert (
@@ -63,7 +63,7 @@ def test_rows_are_copies_that_later_changes_in_place_do_not_reach():
     for layer, shape in LAYERS:
         x = torch.ones(2, *shape)
         output = torch.ones(2, *shape)
-        rows, held = windows(layer, x, 10**6), outputs_at_rows(nn.Linear(1, 1), output, 10**6)
+        rows, held = unfold_inputs(layer, x, 10**6), outputs_at_rows(nn.Linear(1, 1), output, 10**6)
         before = rows.clone()
         x.zero_()
         output.zero_()
@@ -74,7 +74,7 @@ def test_rows_are_copies_that_later_changes_in_place_do_not_reach():
 @pytest.mark.parametrize("places", [(128, 14, 14), (64, 56, 56), (5,), (3, 7), (1, 1024), (2, 30, 30, 30)])
 @pytest.mark.parametrize("most", [1, 3, 100, 4096])
 def test_chosen_places_are_few_evenly_spread_and_not_in_step_with_rows_and_columns(places, most):
-    chosen = spread(places, most, torch.device("cpu"))
+    chosen = evenly_spaced(places, most, torch.device("cpu"))
     total, inside = math.prod(places), math.prod(places[1:])
     assert 1 <= len(chosen) <= most
     assert torch.equal(chosen, torch.arange(0, total, step := total if len(chosen) == 1 else int(chosen[1])))
@@ -111,9 +111,9 @@ def test_wide_rows_are_fewer():
 )
 def test_windows_are_taken_where_an_output_reads_several_rows_and_not_too_much(layer, stride, one, several):
     assert reads_one_row(layer, stride) == one
-    assert has_windows(layer, stride) == several
+    assert has_unfolded_rows(layer, stride) == several
     taps = math.prod(getattr(layer, "kernel_size", (stride,)))
-    assert taps_per_channel(layer, stride) == taps
+    assert kernel_positions(layer, stride) == taps
 
 
 def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_processes(monkeypatch):
@@ -121,9 +121,9 @@ def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_process
     model, reader = nn.Sequential(layer), Reader("0", "in", 1)
     batches = [torch.randn(4, 3, 5, 5), torch.randn(7, 3, 4, 6)]
     found = collect_statistics(model, [reader], [lambda x=x: model(x) for x in batches])["0"]
-    rows = torch.cat([windows(layer, x, 10**6) for x in batches]).double()
-    torch.testing.assert_close(found.windows.mean, rows.mean(0))
-    torch.testing.assert_close(found.windows.covariance, torch.cov(rows.t(), correction=0))
+    rows = torch.cat([unfold_inputs(layer, x, 10**6) for x in batches]).double()
+    torch.testing.assert_close(found.unfolded.mean, rows.mean(0))
+    torch.testing.assert_close(found.unfolded.covariance, torch.cov(rows.t(), correction=0))
     merged = []
     monkeypatch.setattr(InputStatistics, "all_reduce", lambda self: merged.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -132,12 +132,12 @@ def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_process
     monkeypatch.undo()
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))  # another process saw the same
     found.all_reduce()
-    assert found.windows.count == 2 * 4 * 25
-    torch.testing.assert_close(found.windows.mean, rows[:100].mean(0))
+    assert found.unfolded.count == 2 * 4 * 25
+    torch.testing.assert_close(found.unfolded.mean, rows[:100].mean(0))
 
 
 def test_nobody_pays_for_windows_that_nobody_wants(monkeypatch):
-    monkeypatch.setattr(calibration, "windows", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(calibration, "unfold_inputs", lambda *_: pytest.fail("built"))
     model = nn.Sequential(nn.Conv2d(3, 2, 3))
     steps = [lambda: model(torch.ones(2, 3, 4, 4))]
-    assert collect_statistics(model, [Reader("0", "in", 1)], steps, with_windows=False)["0"].windows is None
+    assert collect_statistics(model, [Reader("0", "in", 1)], steps, with_unfolded=False)["0"].unfolded is None

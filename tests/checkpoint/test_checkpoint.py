@@ -21,7 +21,7 @@ from lightning_softprune import (
     load_from_checkpoint,
     resize,
 )
-from lightning_softprune.checkpoint import Form, keep_record
+from lightning_softprune.checkpoint import ModelShapes, keep_record
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 from support import zoo
@@ -60,7 +60,7 @@ def prune(net, x, remove=lambda n: range(0, n, 2)):
 def record_of(net, dense):
     """The record that a checkpoint of this network would have."""
     module = Wrapped(net)
-    keep_record(module, Form.of(Wrapped(dense)), [])
+    keep_record(module, ModelShapes.of(Wrapped(dense)), [])
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
     return in_file(checkpoint["softprune"])
@@ -431,7 +431,7 @@ def pruned_elsewhere(module):
     """Bring a module into a shape that no checkpoint of the run has."""
     batch = next(iter(loaders(None)["train_dataloaders"]))
     groups = [group for group in find_groups(module, batch) if group.prunable]
-    before = Form.of(module)
+    before = ModelShapes.of(module)
     apply_plan(module, groups, Plan(tuple((0,) for _ in groups)))
     keep_record(module, before, [])
     return module
@@ -531,8 +531,8 @@ def test_a_checkpoint_is_plain_and_has_a_record_from_the_first_round_on(uninterr
             results = [PruningResult.from_dict(result) for result in record["results"]]
             assert results == [result for result in callback.results if result.epoch <= epoch]
             json.dumps(record)
-        assert Form.from_dict(found[4]) == Form.of(module)
-        assert Form.from_dict(found[4]["dense"]) == Form.of(Scheduled())
+        assert ModelShapes.from_dict(found[4]) == ModelShapes.of(module)
+        assert ModelShapes.from_dict(found[4]["dense"]) == ModelShapes.of(Scheduled())
         assert set(found[4]["created_biases"]) >= {"decoder.0.bias"}
 
 
@@ -610,7 +610,7 @@ def test_history_after_another_round_is_that_of_the_new_run_and_dense_stays_dens
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     record = torch.load(tmp_path / "again.ckpt", weights_only=True)["softprune"]
     assert [result["epoch"] for result in record["results"]] == [1]
-    assert Form.from_dict(record["dense"]) == Form.of(Scheduled())
+    assert ModelShapes.from_dict(record["dense"]) == ModelShapes.of(Scheduled())
     again = load_from_checkpoint(Scheduled, tmp_path / "again.ckpt").eval()
     (x,) = next(iter(loaders(None)["val_dataloaders"]))
     assert torch.equal(again(x), loaded.eval()(x))
@@ -774,7 +774,7 @@ def test_loading_needs_no_trainer_and_no_callback(uninterrupted, load, epoch, ki
     assert module.state_dict().keys() == saved["state_dict"].keys()
     assert all(torch.equal(value, saved["state_dict"][name]) for name, value in module.state_dict().items())
     if "softprune" in saved:
-        assert Form.of(module) == Form.from_dict(saved["softprune"])
+        assert ModelShapes.of(module) == ModelShapes.from_dict(saved["softprune"])
     assert module.loaded == [tuple(saved["state_dict"]["encoder.0.weight"].shape)]
     for cls in (Mixed, Scheduled, AutoEncoder):
         assert ("on_load_checkpoint" in vars(cls)) == (cls is Scheduled)

@@ -11,8 +11,8 @@ import lightning_softprune.compensation.activation_fit as response
 import lightning_softprune.compensation.refit as refits
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
-from lightning_softprune.compensation.activation_fit import fit_response
-from lightning_softprune.compensation.activations import Response, find_responses
+from lightning_softprune.compensation.activation_fit import fit_after_activation
+from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
 from lightning_softprune.compensation.refit import DenseRun, refit_readers
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.search.plan import Plan
@@ -61,7 +61,7 @@ class Ways(nn.Module):
 def test_the_function_that_follows_a_layer_is_found_where_nothing_else_reads_the_layer():
     model = Ways().eval()
     names = [name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    found = find_responses(model, names, lambda: model(torch.randn(7, 5)))
+    found = find_following_activations(model, names, lambda: model(torch.randn(7, 5)))
     y = torch.randn(20, 5) * 3
     kept = y.clone()
     expected = {
@@ -109,7 +109,7 @@ def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, se
     monkeypatch.setattr(response, "SOLVES", 40)
     f, slope = FUNCTIONS[name]
     given = problem(seed)
-    weight, bias = fit_response(Response(f), *given)
+    weight, bias = fit_after_activation(FollowingActivation(f), *given)
     wanted, z, *start, _, ridge = (value.numpy() if isinstance(value, torch.Tensor) else value for value in given)
     z = np.concatenate([z, np.ones((len(z), 1))], 1)
     for output in range(len(weight)):
@@ -131,7 +131,7 @@ def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, se
 def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
     f, _ = FUNCTIONS[name]
     wanted, z, weight, bias, prior, factor, _ = problem(seed)
-    fitted, shift = fit_response(Response(f), wanted, z, weight, bias, prior, factor, 0.0)
+    fitted, shift = fit_after_activation(FollowingActivation(f), wanted, z, weight, bias, prior, factor, 0.0)
     before, after = ((f(wanted) - f(z @ w.t() + b)).square().sum(0) for w, b in ((weight, bias), (fitted, shift)))
     assert (after <= before).all()
     assert after.sum() < 0.9 * before.sum()
@@ -140,16 +140,16 @@ def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
 def test_an_output_without_a_slope_anywhere_stays_as_it_is():
     wanted, z, weight, bias, *rest = problem(0)
     bias[1] = -1e4
-    fitted, shift = fit_response(Response(torch.relu), wanted, z, weight, bias, *rest)
+    fitted, shift = fit_after_activation(FollowingActivation(torch.relu), wanted, z, weight, bias, *rest)
     assert torch.equal(fitted[1], weight[1])
     assert shift[1] == bias[1]
     assert fitted.isfinite().all()
 
 
 def test_outputs_fitted_in_blocks_are_those_fitted_at_once(monkeypatch):
-    whole = fit_response(Response(torch.relu), *problem(0))
+    whole = fit_after_activation(FollowingActivation(torch.relu), *problem(0))
     monkeypatch.setattr(response, "BLOCK", 250)
-    for a, b in zip(whole, fit_response(Response(torch.relu), *problem(0)), strict=True):
+    for a, b in zip(whole, fit_after_activation(FollowingActivation(torch.relu), *problem(0)), strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -165,7 +165,7 @@ def pruned_error(layers, x, seen, monkeypatch, follow):
     found = Compensation("least_squares", model, groups, rankings, statistics)
     with monkeypatch.context() as patch:
         if not follow:
-            patch.setattr(refits, "find_responses", lambda *_: {})
+            patch.setattr(refits, "find_following_activations", lambda *_: {})
         targets = DenseRun(model, found, steps)
     surgery = apply_plan(model, groups, Plan.from_counts([group.num_channels // 2 for group in groups], rankings))
     found.apply(model, surgery)

@@ -329,7 +329,7 @@ def test_the_solution_cut_from_one_factorisation_is_that_of_a_fresh_one_for_ever
     for reader in found.readers:
         solver = found.regression(reader).covariance
         known = net.statistics[reader]
-        covariance = (known.windows or known).covariance
+        covariance = (known.unfolded or known).covariance
         if solver.order is None:
             assert (name, reader) == ("Joined", "inner")  # the reader of two groups
         width = len(covariance)
@@ -793,7 +793,7 @@ def test_the_refit_brings_the_output_nearer_to_the_dense_networks_where_inputs_h
 def test_the_refit_is_the_ridge_regression_of_dense_inputs_on_shifted_ones_around_the_one_shot_solution(
     bias, monkeypatch
 ):
-    monkeypatch.setattr(refits, "find_responses", lambda *_: {})  # the linear fit alone
+    monkeypatch.setattr(refits, "find_following_activations", lambda *_: {})  # the linear fit alone
     for seed in range(3):
         model, x = deep(seed)
         if not bias:
@@ -842,7 +842,7 @@ def test_the_refit_without_shifted_inputs_changes_little_and_spoils_nothing(name
 
 @pytest.mark.parametrize("name", names())
 def test_the_refit_fits_what_outputs_read_now_to_the_dense_outputs_around_the_one_shot_solution(name, monkeypatch):
-    monkeypatch.setattr(refits, "find_responses", lambda *_: {})  # the linear fit alone
+    monkeypatch.setattr(refits, "find_following_activations", lambda *_: {})  # the linear fit alone
     net = prepared(name, 60)
     model, dense = net.model, copy.deepcopy(net.model)
     found = net.compensation()

@@ -128,7 +128,7 @@ def test_the_prune_is_in_force_when_its_epoch_starts_and_not_earlier(tmp_path):
 
 def test_the_score_is_that_of_the_pruned_model_whether_or_not_the_refit_is_kept(tmp_path, monkeypatch):
     for better in (True, False):
-        monkeypatch.setattr(trials_module.Scored, "is_better_than", lambda *_, keep=better: keep)
+        monkeypatch.setattr(trials_module.ScoredPlan, "is_better_than", lambda *_, keep=better: keep)
         module = made()
         data = loaders(module)
         oracle = AtEpochStart(lambda _, m, data=data: plain_validate(tmp_path, m, data))

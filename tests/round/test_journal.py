@@ -101,11 +101,7 @@ def killed_fit(folder, stop_at, **arguments):
     tests = Path(__file__).parents[1]
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     process = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import importlib, pathlib, torch; torch.set_num_threads(1); module = {module}; {call}",
-        ],
+        [sys.executable, "-c", f"{prelude}; module = {module}; {call}"],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         timeout=120,

@@ -15,7 +15,7 @@ from lightning_softprune.search import (
     RandomSearch,
     SensitivitySearch,
     UniformBaseline,
-    search_highest,
+    search_max_sparsity,
 )
 from support.networks import LOSSES, mlp_space
 
@@ -40,15 +40,22 @@ class Record:
         self.seen.append((float(self.space.sparsity(removed)[0]), loss, bool(within)))
         return loss
 
-    def reached(self):
+    def highest_feasible_sparsity(self):
         return max((s for s, loss, within in self.seen if within and loss <= self.bound), default=-math.inf)
 
-    def lacking(self, sparsity):
+    def least_violation_at(self, sparsity):
         return min((max(loss - self.bound, 0) for s, loss, within in self.seen if within and s >= sparsity), default=9)
 
     def run(self, strategy, **more):
-        return search_highest(
-            strategy, self.space, self, reached=self.reached, lacking=self.lacking, seed=0, cache={}, **more
+        return search_max_sparsity(
+            strategy,
+            self.space,
+            self,
+            highest_feasible_sparsity=self.reached,
+            least_violation_at=self.lacking,
+            seed=0,
+            cache={},
+            **more,
         )
 
 
@@ -69,7 +76,7 @@ def test_it_comes_within_the_tolerance_of_the_highest_sparsity(name, kind, bound
     outcome = record.run(strategy)
     assert outcome.evaluations == len(record.seen)
     assert outcome.stop_reason == "highest"
-    assert brute_force(space, loss, bound) - record.reached() <= short
+    assert brute_force(space, loss, bound) - record.highest_feasible_sparsity() <= short
 
 
 @pytest.mark.parametrize("levels", [2, 3, 5])
@@ -77,14 +84,14 @@ def test_gaps_of_a_coarse_grid_are_crossed(levels):
     space = mlp_space([16, 24, 10])
     record = Record(space, lambda removed: 0.0, 1.0)
     record.run(GridSearch(levels=levels))
-    assert record.reached() == space.sparsity_of(space.high)
+    assert record.highest_feasible_sparsity() == space.sparsity_of(space.high)
 
 
 def test_within_a_limit():
     space, loss = limited(0.4), LOSSES["steep"]([1.0, 0.5, 2.0])
     record = Record(space, loss, 1.5)
     record.run(SensitivitySearch())
-    assert brute_force(space, loss, 1.5) - record.reached() <= 0.03
+    assert brute_force(space, loss, 1.5) - record.highest_feasible_sparsity() <= 0.03
 
 
 def test_evaluations_are_few():
@@ -96,7 +103,7 @@ def test_evaluations_are_few():
 def test_nothing_meets_the_constraint():
     record = Record(mlp_space(WIDTHS), LOSSES["steep"]([1.0, 0.5, 2.0]), -1.0)
     outcome = record.run(SensitivitySearch())
-    assert record.reached() == -math.inf
+    assert record.highest_feasible_sparsity() == -math.inf
     assert outcome.evaluations <= 60
 
 
@@ -104,7 +111,7 @@ def test_everything_meets_the_constraint():
     space = mlp_space(WIDTHS)
     record = Record(space, lambda r: float(r.sum()), 99.0)
     record.run(SensitivitySearch())
-    assert record.reached() == pytest.approx(space.sparsity_of(space.high), abs=0.02)
+    assert record.highest_feasible_sparsity() == pytest.approx(space.sparsity_of(space.high), abs=0.02)
 
 
 @pytest.mark.parametrize("limit", [1, 10, 35, 40])
@@ -121,4 +128,4 @@ def test_plans_that_lie_far_apart():
     for bound in np.linspace(0.1, 0.9, 9):
         record = Record(space, loss, bound)
         record.run(SensitivitySearch())
-        assert record.reached() == pytest.approx(brute_force(space, loss, bound))
+        assert record.highest_feasible_sparsity() == pytest.approx(brute_force(space, loss, bound))

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_softprune.round.prepare as network
 from lightning_softprune import UniformBaseline, prune
 from lightning_softprune.round.prepare import PROBE_SAMPLES
-from lightning_softprune.trainer.module_steps import first_samples
+from lightning_softprune.trainer.module_steps import head_of_batch
 from support.modules import AutoEncoder, loaders, made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,12 +29,12 @@ Pair = namedtuple("Pair", "x y")
     ids=lambda batch: type(batch).__name__,
 )
 def test_batches_of_tensors_of_one_length_are_cut_and_keep_their_type(batch):
-    shorter = first_samples(batch, 5)
+    shorter = head_of_batch(batch, 5)
     assert type(shorter) is type(batch)
     whole, cut = (torch.utils._pytree.tree_flatten(value) for value in (batch, shorter))
     assert whole[1] == cut[1]
     assert all(torch.equal(a[:5], b) for a, b in zip(whole[0], cut[0], strict=True))
-    assert torch.utils._pytree.tree_flatten(first_samples(batch, 50))[0][0].shape == whole[0][0].shape
+    assert torch.utils._pytree.tree_flatten(head_of_batch(batch, 50))[0][0].shape == whole[0][0].shape
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,12 @@ def test_batches_of_tensors_of_one_length_are_cut_and_keep_their_type(batch):
     ids=str,
 )
 def test_any_other_batch_stays_whole(batch):
-    assert first_samples(batch, 5) is batch
+    assert head_of_batch(batch, 5) is batch
 
 
 def test_no_number_cuts_nothing():
     batch = torch.ones(8)
-    assert first_samples(batch, None) is batch
+    assert head_of_batch(batch, None) is batch
 
 
 GIVEN: list[int] = []

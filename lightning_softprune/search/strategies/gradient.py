@@ -28,7 +28,7 @@ from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.strategies.sensitivity import sweep
 from lightning_softprune.utilities.arrays import FloatArray
-from lightning_softprune.utilities.checks import budget, choice, fraction, whole_number
+from lightning_softprune.utilities.checks import fraction, one_of, optional_whole_number, whole_number
 
 _SWEEP_LEVELS = 10
 
@@ -119,10 +119,10 @@ class GradientSearch(SearchStrategy):
         self.steps = whole_number("steps", steps)
         self.step_size = fraction("step_size", step_size)
         self.probe = fraction("probe", probe)
-        self.difference = choice("difference", difference, ("auto", "central", "forward", "spsa"))
-        self._start = choice("start", start, ("sensitivity", "uniform"))
+        self.difference = one_of("difference", difference, ("auto", "central", "forward", "spsa"))
+        self._start = one_of("start", start, ("sensitivity", "uniform"))
         self.patience = whole_number("patience", patience)
-        self.max_evaluations = budget(max_evaluations)
+        self.max_evaluations = optional_whole_number("max_evaluations", max_evaluations)
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields starting points, then probes and steps, all on target but for the curves of the start."""

@@ -10,7 +10,7 @@ import numpy as np
 from lightning_softprune.search.base import SearchStrategy
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
-from lightning_softprune.utilities.checks import budget, whole_number
+from lightning_softprune.utilities.checks import optional_whole_number, whole_number
 
 MAX_COMBINATIONS = 2_000_000
 """Combinations whose sparsity is looked at."""
@@ -36,7 +36,7 @@ class GridSearch(SearchStrategy):
 
     def __init__(self, levels: int = 11, max_evaluations: int | None = None) -> None:
         self.levels = whole_number("levels", levels, least=2)
-        self.max_evaluations = budget(max_evaluations)
+        self.max_evaluations = optional_whole_number("max_evaluations", max_evaluations)
 
     def check(self, space: SearchSpace) -> None:
         """Raises ValueError when the grid is too large."""

@@ -331,8 +331,8 @@ def test_samplers_are_found_in_any_spelling(space, loss):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"num_trials": 0}, ValueError, "num_trials must be at least 1, got 0"),
-        ({"num_trials": 2.5}, TypeError, "num_trials must be a whole number, got 2.5"),
+        ({"num_trials": 0}, ValueError, "num_trials: 0 is less than 1"),
+        ({"num_trials": 2.5}, TypeError, "num_trials: 2.5 is not a whole number"),
         ({"sampler": "tpu"}, ValueError, r"sampler must be one of .*'nsgaii'.*'tpe', got 'tpu'. Did you mean 'tpe'"),
         ({"sampler": "grid"}, ValueError, "sampler must be one of"),
         ({"sampler": "base"}, ValueError, "sampler must be one of"),
