@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_softprune.graph import Member, PruningGroup
+from lightning_softprune.graph import Member, PruningGroup, WeightGeometry, geometry_of
 from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.hooks import registered
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,13 @@ def find_readers(model: nn.Module, groups: Sequence[PruningGroup]) -> list[Reade
                 ids = owners.setdefault((member.module, member.slot), np.full(len(member.owner), -1, dtype=np.int64))
                 ids[member.owner >= 0] = member.owner[member.owner >= 0] + first
         first += group.num_channels
-    return [
-        Reader(name, slot, _stride(ids) if isinstance(modules[name], nn.Linear) else 1)
-        for (name, slot), ids in owners.items()
-    ]
+    return [Reader(name, slot, _stride(ids, weight_geometry(modules[name]))) for (name, slot), ids in owners.items()]
 
 
-def _stride(ids: IntArray) -> int:
+def _stride(ids: IntArray, geometry: WeightGeometry) -> int:
     """Length of the equal blocks of one channel that a slot consists of."""
+    if geometry.kernel is not None or not geometry.is_whole:
+        return 1
     changes = np.flatnonzero(np.diff(ids)) + 1
     return int(np.gcd.reduce(np.append(changes, len(ids))))
 
@@ -57,9 +56,26 @@ def _stride(ids: IntArray) -> int:
 def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:
     """Whether the member is the input of a layer that mixes channels."""
     module = modules.get(member.module)
-    return isinstance(module, nn.MultiheadAttention) or (
-        isinstance(module, (nn.Linear, _ConvNd)) and member.slot == "in"
-    )
+    geometry = None if module is None else geometry_of(module)
+    return geometry is not None and member.slot == geometry.slot
+
+
+def weight_geometry(layer: nn.Module) -> WeightGeometry:
+    """How a reader's weight reads its inputs.
+
+    Raises:
+        TypeError: The layer is no reader.
+    """
+    geometry = geometry_of(layer)
+    if geometry is None:
+        raise TypeError(f"{type(layer).__name__} does not mix channels by a weight")
+    return geometry
+
+
+def reading_weight(layer: nn.Module) -> torch.Tensor:
+    """The weights that read each input channel, shape ``(channels, ...)``."""
+    geometry = weight_geometry(layer)
+    return geometry.by_input(layer.get_parameter(geometry.weight).detach())
 
 
 @contextmanager
@@ -72,12 +88,11 @@ def watch_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, tor
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True) for name in names]
-    try:
+    layers = {name: model.get_submodule(name) for name in names}
+    with registered(
+        layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -92,30 +107,6 @@ def watch_calls(
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name), with_kwargs=True) for name in names]
-    try:
+    layers = {name: model.get_submodule(name) for name in names}
+    with registered(layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def as_rows(module: nn.Module, source: torch.Tensor) -> torch.Tensor:
-    """Lay a layer's input out as ``(observations, channels)``: positions of a convolution are observations."""
-    if isinstance(module, _ConvNd):
-        channel = source.ndim - len(module.kernel_size) - 1
-        return source.movedim(channel, -1).reshape(-1, module.in_channels)
-    return source.reshape(-1, source.shape[-1])
-
-
-def reading_weight(module: nn.Module) -> torch.Tensor:
-    """The weights that read each input channel, shape ``(channels, ...)``."""
-    if isinstance(module, nn.MultiheadAttention):
-        return module.in_proj_weight.detach().t()
-    weight = module.get_parameter("weight").detach()
-    if isinstance(module, _ConvTransposeNd):
-        return weight
-    if isinstance(module, _ConvNd) and module.groups > 1:
-        grouped = weight.reshape(module.groups, -1, *weight.shape[1:])  # (groups, out / groups, in / groups, ...)
-        return grouped.transpose(1, 2).flatten(0, 1)
-    return weight.transpose(0, 1)

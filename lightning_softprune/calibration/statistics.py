@@ -2,13 +2,12 @@
 
 There is one mean per input index and one covariance per channel pair, whatever the number of samples. Positions of a
 convolution are observations. A linear layer behind a flatten has ``stride`` input indices per channel; they keep their
-own means and share one covariance. Where an output reads several positions of a channel, those of its windows are
+own means and share one covariance. Where an output reads several positions of a channel, those of unfolded inputs are
 taken as well (`unfold`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lightning_softprune.calibration.readers import Reader, as_rows, watch_inputs
-from lightning_softprune.calibration.unfold import MAX_FEATURES, features_of, most_rows, unfold_inputs
+from lightning_softprune.calibration.readers import Reader, watch_inputs, weight_geometry
+from lightning_softprune.calibration.unfold import MAX_FEATURES, most_rows, unfold_inputs
+from lightning_softprune.graph import Kernel
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def collect_statistics(
         model: The model.
         readers: Layers to watch.
         steps: One function per batch that runs the model on it.
-        with_unfolded: Whether anybody will want the statistics of windows.
+        with_unfolded: Whether anybody will want the statistics of unfolded inputs.
 
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
@@ -135,12 +134,13 @@ def collect_statistics(
     strides = {reader.name: reader.stride for reader in readers}
 
     def add(name: str, source: torch.Tensor) -> None:
-        module = model.get_submodule(name)
+        layer = model.get_submodule(name)
+        geometry = weight_geometry(layer)
         known = found.setdefault(name, InputStatistics(strides[name]))
-        known.add(as_rows(module, source), kernel_coverage(module, source))
-        if with_unfolded and has_unfolded_rows(module, strides[name]):
+        known.add(geometry.as_rows(source), kernel_coverage(geometry.kernel, source))
+        if with_unfolded and has_unfolded_rows(layer, strides[name]):
             known.unfolded = known.unfolded or InputStatistics()
-            known.unfolded.add(unfold_inputs(module, source, most_rows(features_of(module))))
+            known.unfolded.add(unfold_inputs(geometry, source, most_rows(geometry.features)))
 
     with watch_inputs(model, list(strides), add), torch.no_grad():
         for step in steps:
@@ -151,40 +151,31 @@ def collect_statistics(
     return found
 
 
-def reads_one_row(module: nn.Module, stride: int = 1) -> bool:
-    """Whether each output of the layer reads one row of its input, as :func:`as_rows` gives them, and all are read."""
-    if not isinstance(module, _ConvNd):
-        return stride == 1
-    around: Any = module.padding  # a word pads a kernel of one tap by nothing
-    padded = isinstance(around, tuple) and any(around)
-    return not padded and math.prod(module.kernel_size) == math.prod(module.stride) == 1
-
-
-def has_unfolded_rows(module: nn.Module, stride: int = 1) -> bool:
+def has_unfolded_rows(layer: nn.Module, stride: int = 1) -> bool:
     """Whether the layer's outputs read more than one row each, and not too much to take its covariance."""
-    if not isinstance(module, (nn.Linear, _ConvNd)) or reads_one_row(module, stride):
+    geometry = weight_geometry(layer)
+    if not geometry.is_whole or geometry.reads_one_row(stride):
         return False
-    if isinstance(module, _ConvNd) and module.groups == module.in_channels > 1:
+    if geometry.groups == geometry.inputs > 1:
         return False  # an output reads one channel: there is nothing to predict it from
-    return features_of(module) <= MAX_FEATURES
+    return geometry.features <= MAX_FEATURES
 
 
-def kernel_coverage(module: nn.Module, source: torch.Tensor) -> KernelCoverage:
-    """Count the positions of a convolution's kernel that fall on an input of this size; other layers have one."""
-    if not isinstance(module, _ConvNd) or module.padding_mode != "zeros":
+def kernel_coverage(kernel: Kernel | None, source: torch.Tensor) -> KernelCoverage:
+    """Count the positions of a kernel that fall on an input of this size; without one it is always one position."""
+    if kernel is None or kernel.padding_mode != "zeros":
         return KernelCoverage()
-    dims = len(module.kernel_size)
-    ones = torch.ones(1, 1, *source.shape[-dims:])
-    kernel = torch.ones(1, 1, *module.kernel_size)
-    stride, dilation = module.stride, module.dilation
-    padding: Any = module.padding  # also "same"
-    if isinstance(module, _ConvTransposeNd):
+    dims = len(kernel.size)
+    ones, weight = torch.ones(1, 1, *source.shape[-dims:]), torch.ones(1, 1, *kernel.size)
+    stride, dilation = kernel.stride, kernel.dilation
+    padding: Any = kernel.padding  # also "same"
+    if kernel.transposed:
         transposed = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        fallen = transposed(ones, kernel, None, stride, padding, module.output_padding, 1, dilation)
+        fallen = transposed(ones, weight, None, stride, padding, kernel.output_padding, 1, dilation)
     else:
-        fallen = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](ones, kernel, None, stride, padding, dilation)
+        fallen = (F.conv1d, F.conv2d, F.conv3d)[dims - 1](ones, weight, None, stride, padding, dilation)
     mean = float(fallen.mean())
-    return KernelCoverage(mean / kernel.numel(), float(fallen.var(correction=0)) / mean) if mean else KernelCoverage()
+    return KernelCoverage(mean / weight.numel(), float(fallen.var(correction=0)) / mean) if mean else KernelCoverage()
 
 
 def in_double(rows: torch.Tensor) -> torch.Tensor:

@@ -9,24 +9,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_softprune.checkpoint.record import FORMAT, keep_record, save_hook
 from lightning_softprune.checkpoint.shapes import (
     RECORD,
     ModelShapes,
-    Shape,
-    Sizes,
     TensorSite,
-    is_depthwise,
-    slot_sizes,
-    stored_layout,
-    tensor_at,
+    recorded_sizes,
     tensor_sites,
     tensor_sites_by_name,
 )
-from lightning_softprune.graph import Layout, set_sizes
+from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, shape_mismatch
 
 
 def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
@@ -137,7 +131,8 @@ def _missing_bias(model: nn.Module, name: str) -> nn.Module | None:
     except AttributeError:
         return None
     empty = attribute == "bias" and layer._parameters.get("bias", layer) is None
-    return layer if empty and isinstance(layer, (nn.Linear, _ConvNd)) else None
+    entry = layer_type(layer)
+    return layer if empty and entry is not None and entry.takes_bias else None
 
 
 class _ResizePlan:
@@ -154,7 +149,7 @@ class _ResizePlan:
         self.live, self.target, self.exact = live, target, exact
         self.places = [place for place in tensor_sites(model) if not place.lazy]
         self.shapes = self._with_aliases()
-        self.resized: list[tuple[nn.Module, Sizes]] = []
+        self.resized: list[tuple[LayerType, nn.Module, Sizes]] = []
         self.created: list[tuple[nn.Module, int]] = []
         self.removed: list[nn.Module] = []
         self.wanted: dict[str, Shape] = {}
@@ -177,23 +172,27 @@ class _ResizePlan:
     def _plan_layers(self, model: nn.Module) -> None:
         unknown, changed = [], set()
         for name, module in model.named_modules(remove_duplicate=False):
-            layout = stored_layout(module)
+            layout = layout_of(module)
             if isinstance(layout, str):
                 self.refused[name] = layout
-            now = self.live.layers.get(name)
-            if now is None or any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):
+            entry, now = layer_type(module), self.live.layers.get(name)
+            if (
+                entry is None
+                or now is None
+                or any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
+            ):
                 continue
             try:
-                sizes = self.target.layers.get(name) or self._derive(name, module, now)
+                sizes = self.target.layers.get(name) or entry.sizes_from(module, self._shapes_in(name, module))
                 if sizes is None:
                     unknown.append((name, module, now))
                     continue
-                self._plan_layer(name, module, now, sizes)
+                self._plan_layer(entry, name, module, sizes)
             except ValueError as error:
                 raise ValueError(f"{name or 'the model'}: {error}") from None
             if sizes != now:
                 changed |= {now[slot] for slot in now if now[slot] != sizes[slot]}
-                self.resized.append((module, sizes))
+                self.resized.append((entry, module, sizes))
         for name, module, now in unknown:
             if changed & set(now.values()):
                 raise ValueError(
@@ -201,86 +200,38 @@ class _ResizePlan:
                     "enough; pass the whole checkpoint, or its 'softprune' record"
                 )
 
-    def _derive(self, name: str, module: nn.Module, now: Sizes) -> Sizes | None:
-        """Read a layer's sizes off the shapes in the file; `None`: they do not tell."""
+    def _shapes_in(self, name: str, module: nn.Module) -> dict[str, Shape]:
+        """The file's shapes of a layer's tensors, by their names in the layer."""
         prefix = f"{name}." if name else ""
-        if isinstance(module, _ConvNd):
-            weight = self.shapes.get(f"{prefix}weight")
-            if weight is None:
-                return None
-            self._check_rank(weight, module.weight)
-            if is_depthwise(now) and now["groups"] > 1:
-                return dict.fromkeys(now, weight[0])
-            first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
-            return {**now, first: weight[0], second: weight[1] * module.groups}
-        layout = stored_layout(module)
-        if not isinstance(layout, Layout):
-            return None
-        sizes: Sizes = {}
-        for axis in layout.axes:
-            shape, tensor = self.shapes.get(prefix + axis.tensor), tensor_at(module, axis.tensor)
-            if shape is not None and tensor is not None:
-                self._check_rank(shape, tensor)
-                sizes.setdefault(axis.slot, shape[axis.dim] * axis.parts // axis.repeat)
-        return sizes if sizes.keys() == layout.slots.keys() else None
+        own = [tensor for tensor, _ in (*module.named_parameters(), *module.named_buffers())]
+        return {tensor: self.shapes[prefix + tensor] for tensor in own if prefix + tensor in self.shapes}
 
-    @staticmethod
-    def _check_rank(shape: Shape, tensor: torch.Tensor) -> None:
-        if len(shape) != tensor.ndim:
-            raise ValueError(_mismatch(shape, tuple(tensor.shape)))
-
-    def _plan_layer(self, name: str, module: nn.Module, now: Sizes, sizes: Sizes) -> None:
+    def _plan_layer(self, entry: LayerType, name: str, module: nn.Module, sizes: Sizes) -> None:
         """Check that the layer can have these sizes, and note the shapes its tensors then have."""
-        if sizes.keys() != now.keys():
+        if sizes.keys() != self.live.layers[name].keys():
             raise ValueError(f"the checkpoint has another kind of layer here, this is a {type(module).__name__}")
         if min(sizes.values()) < 0:
             raise ValueError(f"the checkpoint gives it the sizes {sizes}")
         prefix = f"{name}." if name else ""
-        for tensor, shape in self._shapes_of(module, now, sizes).items():
+        for tensor, shape in entry.shapes_at(module, sizes).items():
             known = self.shapes.get(prefix + tensor, shape)
             if known != shape:
-                raise ValueError(_mismatch(known, shape))
+                raise ValueError(shape_mismatch(known, shape))
             self.wanted[prefix + tensor] = shape
-        if not isinstance(module, (nn.Linear, _ConvNd)) or "bias" not in module._parameters:
+        if not entry.takes_bias or "bias" not in module._parameters:
             return
         given = self.shapes.get(f"{prefix}bias")
         if module.bias is None and given is not None:
             if given != (sizes["out"],):
-                raise ValueError(_mismatch(given, (sizes["out"],)))
+                raise ValueError(shape_mismatch(given, (sizes["out"],)))
             if not any(layer is module for layer, _ in self.created):
                 self.created.append((module, sizes["out"]))
         elif module.bias is not None and given is None and self.exact and name in self.target.layers:
             self.removed.append(module)
 
-    @staticmethod
-    def _shapes_of(module: nn.Module, now: Sizes, sizes: Sizes) -> dict[str, Shape]:
-        if isinstance(module, _ConvNd):
-            groups = sizes["groups"]
-            if groups != now["groups"] and not (is_depthwise(now) or is_depthwise(sizes)):
-                raise ValueError(f"it has {now['groups']} groups, in the checkpoint {groups}")
-            if groups == 0 or sizes["in"] % groups or sizes["out"] % groups:
-                raise ValueError(f"{sizes['in']} -> {sizes['out']} channels do not make {groups} equal groups")
-            first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
-            shapes = {"weight": (sizes[first], sizes[second] // groups, *module.weight.shape[2:])}
-            return shapes | ({} if module.bias is None else {"bias": (sizes["out"],)})
-        layout = stored_layout(module)
-        if not isinstance(layout, Layout):
-            raise ValueError(str(layout))
-        for slot, parts in layout.parts.items():
-            if sizes[slot] % parts:
-                raise ValueError(f"{sizes[slot]} channels do not make {parts} equal parts")
-        result: dict[str, Shape] = {}
-        for axis in layout.axes:
-            tensor = tensor_at(module, axis.tensor)
-            if tensor is not None:
-                shape = list(result.get(axis.tensor, tensor.shape))
-                shape[axis.dim] = sizes[axis.slot] * axis.repeat // axis.parts
-                result[axis.tensor] = tuple(shape)
-        return result
-
     def _plan_bare(self) -> None:
         """Tensors that no slot describes: parameters of the user's own modules, mostly."""
-        layers = {id(place.module) for place in self.places if slot_sizes(place.module)}
+        layers = {id(place.module) for place in self.places if recorded_sizes(place.module)}
         for place in self.places:
             now = tuple(place.tensor.shape)
             shape = self.shapes.get(place.name, now)
@@ -289,11 +240,11 @@ class _ResizePlan:
             owner = _owner(place.name)
             for name, reason in self.refused.items():
                 if owner == name or owner.startswith(f"{name}."):
-                    raise ValueError(f"{name}: {_mismatch(shape, now)}; {reason}")
+                    raise ValueError(f"{name}: {shape_mismatch(shape, now)}; {reason}")
             if not self.exact and not place.is_parameter:
                 continue  # a buffer of the user's own; no round changes its shape
             if len(shape) != len(now) or (id(place.module) in layers and not self.exact):
-                raise ValueError(f"{owner}: {_mismatch(shape, now)}")
+                raise ValueError(f"{owner}: {shape_mismatch(shape, now)}")
             self.wanted[place.name] = shape
 
     def _by_tensor(self) -> list[tuple[torch.Tensor, Shape, list[TensorSite]]]:
@@ -315,11 +266,8 @@ class _ResizePlan:
             for layer, size in self.created:
                 weight = layer.get_parameter("weight")
                 biases.append((layer, nn.Parameter(weight.new_zeros(size), requires_grad=weight.requires_grad)))
-        for module, sizes in self.resized:
-            if isinstance(module, _ConvNd):
-                module.in_channels, module.out_channels, module.groups = sizes["in"], sizes["out"], sizes["groups"]
-            else:
-                set_sizes(module, sizes)
+        for entry, module, sizes in self.resized:
+            entry.restore(module, sizes)
         for new, owners in made:
             for place in owners:
                 place.container[place.attribute] = new
@@ -327,10 +275,6 @@ class _ResizePlan:
             layer._parameters["bias"] = bias
         for layer in self.removed:
             layer._parameters["bias"] = None
-
-
-def _mismatch(there: Shape, here: Shape) -> str:
-    return f"a tensor has the shape {there} in the checkpoint, this model would have {here}"
 
 
 def _of_shape(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:

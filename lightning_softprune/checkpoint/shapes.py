@@ -8,17 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from lightning_softprune.graph import Layout, TensorAxis, layout_of
+from lightning_softprune.graph import Shape, Sizes, layer_type
 
 RECORD = "softprune"
 """Key of the record in a checkpoint."""
-
-Sizes = dict[str, int]
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class ModelShapes:
         """Read the form off a live module."""
         layers = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if sizes := slot_sizes(module):
+            if sizes := recorded_sizes(module):
                 layers[name] = sizes
         return cls(layers, {place.name: tuple(place.tensor.shape) for place in tensor_sites(model) if not place.lazy})
 
@@ -106,35 +101,7 @@ def tensor_sites_by_name(model: nn.Module) -> dict[str, TensorSite]:
     return {place.name: place for place in tensor_sites(model)}
 
 
-def stored_layout(module: nn.Module) -> Layout | str | None:
-    """The layer table's word, but a PReLU has its slot also when one channel is left."""
-    layout = layout_of(module)
-    if isinstance(module, nn.PReLU) and isinstance(layout, Layout):
-        return Layout({"both": module.num_parameters}, (TensorAxis("weight", 0, "both"),))
-    return layout
-
-
-def slot_sizes(module: nn.Module) -> Sizes:
-    """Slot sizes; nothing for a module without slots, or whose weights are computed.
-
-    A convolution's groups go with its channels if it is depthwise, and what was grouped before a prune may look
-    depthwise after it: convolutions are described by all three numbers.
-    """
-    layout = stored_layout(module)
-    if isinstance(module, _ConvNd):
-        if module._parameters.get("weight") is None:
-            return {}
-        return {"in": module.in_channels, "out": module.out_channels, "groups": module.groups}
-    return dict(layout.slots) if isinstance(layout, Layout) else {}
-
-
-def is_depthwise(sizes: Sizes) -> bool:
-    """Whether sizes are those of a depthwise convolution."""
-    return sizes["in"] == sizes["out"] == sizes["groups"]
-
-
-def tensor_at(module: nn.Module, path: str) -> torch.Tensor | None:
-    """The tensor at a dotted path; ``None`` where there is none."""
-    outer, _, name = path.rpartition(".")
-    found = getattr(module.get_submodule(outer), name, None)
-    return found if isinstance(found, torch.Tensor) else None
+def recorded_sizes(module: nn.Module) -> Sizes:
+    """The sizes that a checkpoint records of a layer; nothing for other modules, and where weights are computed."""
+    entry = layer_type(module)
+    return {} if entry is None else entry.recorded_sizes(module)

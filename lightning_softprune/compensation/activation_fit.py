@@ -18,10 +18,12 @@ A BatchNorm in between, which in eval mode is a scale and a shift of each output
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
 from lightning_softprune.compensation.activations import FollowingActivation
-from lightning_softprune.utilities.distributed import sum_over_processes
+from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
 STEPS, SOLVES, HALVINGS = 2, 6, 5
 """Gauss-Newton steps, conjugate gradients in each, and halvings of a step that goes too far."""
@@ -30,15 +32,31 @@ BLOCK = 2**23
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a fit begins: the linear fit.
+
+    Attributes:
+        weight: Shape ``(outputs, inputs)``.
+        bias: Shape ``(outputs,)``.
+        prior: What the ridge pulls the weights to, shape ``(outputs, inputs)``.
+        factor: Cholesky factor of the inputs' covariance, with the ridge.
+        ridge: The ridge of the linear fit.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    prior: torch.Tensor
+    factor: torch.Tensor
+    ridge: float
+
+    def of(self, outputs: slice) -> Start:
+        """The same for some of the outputs."""
+        return replace(self, weight=self.weight[outputs], bias=self.bias[outputs], prior=self.prior[outputs])
+
+
 def fit_after_activation(
-    activation: FollowingActivation,
-    wanted: torch.Tensor,
-    inputs: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    prior: torch.Tensor,
-    factor: torch.Tensor,
-    ridge: float,
+    activation: FollowingActivation, wanted: torch.Tensor, inputs: torch.Tensor, start: Start
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Move a layer's weights to where its outputs agree with the wanted ones after the function that follows.
 
@@ -46,22 +64,18 @@ def fit_after_activation(
         activation: What becomes of the outputs.
         wanted: The layer's outputs in the dense model, before the function, shape ``(observations, outputs)``.
         inputs: What the layer is given now, centred, shape ``(observations, inputs)``.
-        weight: Where to start, shape ``(outputs, inputs)``.
-        bias: The same, shape ``(outputs,)``.
-        prior: What the ridge pulls the weights to.
-        factor: Cholesky factor of the inputs' covariance, with the ridge.
-        ridge: The ridge of the linear fit.
+        start: Where to start.
 
     Returns:
         Weight and bias.
     """
-    total = float(sum_over_processes(torch.tensor(float(len(inputs)), device=inputs.device)))
+    total = sum_number_over_processes(len(inputs), inputs.device)
     width = max(int(BLOCK / max(total, 1.0)), 1)
     fitted = []
-    for first in range(0, len(weight), width):
+    for first in range(0, len(start.weight), width):
         part = slice(first, first + width)
-        problem = _Problem(activation.of(part), wanted[:, part], inputs, prior[part], factor, ridge, total)
-        fitted.append(problem.solved(weight[part], bias[part]))
+        problem = _Problem(activation.of(part), wanted[:, part], inputs, start.of(part), total)
+        fitted.append(problem.solved())
     weights, biases = zip(*fitted, strict=True)
     return torch.cat(weights), torch.cat(biases)
 
@@ -74,17 +88,16 @@ class _Problem:
         activation: FollowingActivation,
         wanted: torch.Tensor,
         inputs: torch.Tensor,
-        prior: torch.Tensor,
-        factor: torch.Tensor,
-        ridge: float,
+        start: Start,
         total: float,
     ) -> None:
-        self.activation, self.inputs, self.factor, self.ridge, self.total = activation, inputs, factor, ridge, total
+        self.activation, self.inputs, self.start, self.total = activation, inputs, start, total
+        self.factor, self.ridge = start.factor, start.ridge
         self.target = activation(wanted)
-        self.prior = torch.cat([prior, torch.zeros_like(prior[:, :1])], 1)
+        self.prior = torch.cat([start.prior, torch.zeros_like(start.prior[:, :1])], 1)
 
-    def solved(self, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        w = torch.cat([weight, bias[:, None]], 1)
+    def solved(self) -> tuple[torch.Tensor, torch.Tensor]:
+        w = torch.cat([self.start.weight, self.start.bias[:, None]], 1)
         for _ in range(STEPS):
             w = self.stepped(w)
         return w[:, :-1], w[:, -1]

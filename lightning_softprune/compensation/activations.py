@@ -15,6 +15,9 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_softprune.utilities.hooks import registered
+from lightning_softprune.utilities.nested import tensors_in
+
 _IN_PLACE_TOO = ("relu", "leaky_relu", "elu", "celu", "selu", "hardtanh", "sigmoid", "tanh")
 
 _OTHERS = ("relu6", "gelu", "silu", "mish", "softplus", "hardswish", "hardsigmoid", "logsigmoid", "softsign")
@@ -63,16 +66,13 @@ def find_following_activations(
         step: Runs the model once.
     """
     consumers = _Consumers()
-    handles = [
-        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: consumers.watch(name, out))
-        for name in names
-    ]
-    try:
-        with consumers, torch.no_grad():
-            step()
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: model.get_submodule(name) for name in names}
+    hooks = (
+        layer.register_forward_hook(lambda _, __, out, name=name: consumers.watch(name, out))
+        for name, layer in layers.items()
+    )
+    with registered(hooks), consumers, torch.no_grad():
+        step()
     return {name: found for name, (found, *more) in consumers.found.items() if found is not None and not more}
 
 
@@ -92,7 +92,7 @@ class _Consumers(TorchFunctionMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if isinstance(result, (torch.Tensor, tuple, list)):  # not: a look at its shape
-            read = {id(tensor) for tensor in _tensors((args, kwargs))}
+            read = {id(tensor) for tensor in tensors_in((args, kwargs))}
             normed: list[tuple[torch.Tensor, str, FollowingActivation]] = []
             for output, name, so_far in self.watched:
                 if id(output) not in read:
@@ -106,14 +106,6 @@ class _Consumers(TorchFunctionMode):
         return result
 
 
-def _tensors(nested: Any) -> list[torch.Tensor]:
-    if isinstance(nested, torch.Tensor):
-        return [nested]
-    if isinstance(nested, dict):
-        nested = list(nested.values())
-    return [tensor for item in nested for tensor in _tensors(item)] if isinstance(nested, (list, tuple)) else []
-
-
 def _nothing(outputs: torch.Tensor) -> torch.Tensor:
     return outputs
 
@@ -121,7 +113,7 @@ def _nothing(outputs: torch.Tensor) -> torch.Tensor:
 def _following(
     func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: FollowingActivation
 ) -> FollowingActivation | None:
-    alone = len(_tensors((args, kwargs))) == 1 and bool(args) and args[0] is output
+    alone = len(tensors_in((args, kwargs))) == 1 and bool(args) and args[0] is output
     if not alone or getattr(func, "__name__", "") not in POINTWISE:
         return None
     return FollowingActivation(lambda values: func(values.clone(), *args[1:], **kwargs), so_far.scale, so_far.shift)

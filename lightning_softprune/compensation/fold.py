@@ -12,18 +12,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
-from lightning_softprune.calibration import InputStatistics, Reader, find_readers, kernel_positions, reads_one_row
+from lightning_softprune.calibration import InputStatistics, Reader, find_readers
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression
-from lightning_softprune.compensation.weights import (
-    input_dim,
-    kept_channels,
-    outputs_kept,
-    rows_to_weight,
-    weight_to_rows,
-)
-from lightning_softprune.graph import PruningGroup
+from lightning_softprune.compensation.weights import PrunedWeight
+from lightning_softprune.graph import PruningGroup, WeightGeometry, geometry_of
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -58,11 +51,12 @@ class Compensation:
         shared = _shared_parameters(model)
         for reader in find_readers(model, groups):
             layer = model.get_submodule(reader.name)
-            known = statistics.get(reader.name)
-            if known is None or not isinstance(layer, (nn.Linear, _ConvNd)) or _ids(layer) & shared:
+            geometry, known = geometry_of(layer), statistics.get(reader.name)
+            if known is None or geometry is None or not geometry.is_whole or _ids(layer) & shared:
                 continue
+            order = _keep_order(reader, groups, rankings) if geometry.groups == 1 else None
             self._readers[reader.name] = reader
-            self._regressions[reader.name] = _regression(mode, reader, layer, known, groups, rankings)
+            self._regressions[reader.name] = _regression(mode, geometry, reader.stride, known, order)
             if layer.bias is None:
                 self._without_bias.append(reader.name)
 
@@ -91,44 +85,32 @@ class Compensation:
             model: The model after ``surgery``.
             surgery: What was removed. Biases that had to be created are added to its record.
         """
-        old = {id(new): before for before, new, _ in surgery.parameters}
         for name, regression in self._regressions.items():
             layer = model.get_submodule(name)
-            weight = layer.get_parameter("weight")
-            by_dim = surgery.kept.get(f"{name}.weight", {})
-            before = old.get(id(weight))
-            if before is None or input_dim(layer) not in by_dim:
+            pruned = PrunedWeight.of(layer, name, self.stride(name), surgery)
+            if pruned is None:
                 continue
-            stays = kept_channels(layer, before, by_dim, self.stride(name))
             with torch.no_grad():
-                rows = weight_to_rows(layer, outputs_kept(layer, before.detach(), by_dim), self.stride(name))
-                rows = rows.to(regression.mean.device, torch.float64)
-                folded, shift = regression.fold(rows, stays.to(rows.device))
-                weight.copy_(rows_to_weight(layer, folded).to(weight.device, weight.dtype))
+                rows = pruned.rows().to(regression.mean.device, torch.float64)
+                folded, shift = regression.fold(rows, pruned.kept_inputs().to(rows.device))
+                weight = layer.get_parameter("weight")
+                weight.copy_(pruned.geometry.from_rows(folded).to(weight.device, weight.dtype))
                 _add_to_bias(layer, name, shift.to(weight.device), surgery)
 
 
 def _regression(
-    mode: str,
-    reader: Reader,
-    layer: nn.Module,
-    known: InputStatistics,
-    groups: Sequence[PruningGroup],
-    rankings: Sequence[IntArray],
+    mode: str, geometry: WeightGeometry, stride: int, known: InputStatistics, order: IntArray | None
 ) -> FeatureRegression | ChannelRegression:
     exact = mode == "least_squares"
-    nested = _keep_order(reader, groups, rankings, layer)
-    order = None if nested is None else torch.from_numpy(nested).to(known.mean.device)
+    kept_order = None if order is None else torch.from_numpy(order).to(known.mean.device)
     if known.unfolded is not None:
-        return FeatureRegression(known.unfolded, kernel_positions(layer, reader.stride), order, exact)
-    if reads_one_row(layer, reader.stride):
-        return FeatureRegression(known, 1, order, exact)
-    return ChannelRegression(known, order, exact)
+        return FeatureRegression(known.unfolded, geometry.positions(stride), kept_order, exact)
+    if geometry.reads_one_row(stride):
+        return FeatureRegression(known, 1, kept_order, exact)
+    return ChannelRegression(known, kept_order, exact)
 
 
-def _keep_order(
-    reader: Reader, groups: Sequence[PruningGroup], rankings: Sequence[IntArray], layer: nn.Module
-) -> IntArray | None:
+def _keep_order(reader: Reader, groups: Sequence[PruningGroup], rankings: Sequence[IntArray]) -> IntArray | None:
     """The reader's channels, the last to go first, if its plans are nested; ``None`` for readers of several groups."""
     feeding = [
         (member, ranking)
@@ -136,7 +118,7 @@ def _keep_order(
         for member in group.members
         if (member.module, member.slot) == (reader.name, reader.slot)
     ]
-    if len(feeding) != 1 or getattr(layer, "groups", 1) > 1:
+    if len(feeding) != 1:
         return None
     member, ranking = feeding[0]
     owner = member.owner[:: reader.stride]
@@ -154,7 +136,7 @@ def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surg
         layer._parameters["bias"] = created
         surgery.created.append((f"{name}.bias", weight, created))
     else:
-        if not any(bias is new for _, new, _ in surgery.parameters):
+        if surgery.before(bias) is None:
             old, bias = bias, nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
             bias.__dict__.update(old.__dict__)
             bias.grad = None if old.grad is None else old.grad.detach().clone()

@@ -7,8 +7,8 @@ dense network's outputs ``y``, what its outputs read now ``z``, and the compensa
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
 
 few samples change ``W0`` little. Where a pointwise function follows the reader, outputs are then compared after it
-(``activation.py``). Layers whose windows are too wide keep one regression for all positions: the dense inputs ``x`` are
-predicted from ``z``, around the one-shot prediction.
+(``activation_fit.py``). Layers whose unfolded inputs are too wide keep one regression for all positions: the dense
+inputs ``x`` are predicted from ``z``, around the one-shot prediction.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,28 +24,21 @@ import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
-    as_rows,
     evenly_spaced,
-    features_of,
     in_double,
     most_rows,
     outputs_at_rows,
     unfold_inputs,
     watch_calls,
     watch_inputs,
+    weight_geometry,
 )
-from lightning_softprune.compensation.activation_fit import fit_after_activation
+from lightning_softprune.compensation.activation_fit import Start, fit_after_activation
 from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
 from lightning_softprune.compensation.fold import Compensation
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, cholesky, ridge_of
-from lightning_softprune.compensation.weights import (
-    input_dim,
-    kept_channels,
-    kept_outputs,
-    outputs_kept,
-    rows_to_weight,
-    weight_to_rows,
-)
+from lightning_softprune.compensation.weights import PrunedWeight
+from lightning_softprune.graph import WeightGeometry
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
@@ -68,7 +62,7 @@ anything, so that few calibration batches tell less of it than of the linear fit
 
 
 class DenseRun:
-    """What the readers did in the dense network: outputs, and inputs of those whose windows are too wide.
+    """What the readers did in the dense network: outputs, and inputs of those whose unfolded inputs are too wide.
 
     Evenly spread observations of each calibration batch, in single precision.
     """
@@ -77,42 +71,43 @@ class DenseRun:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
-        joint = [name for name in compensation.readers if isinstance(compensation.regression(name), FeatureRegression)]
-        shared = [name for name in compensation.readers if name not in joint]
-        self.most = {name: most_rows(features_of(model.get_submodule(name))) for name in joint}
-
-        own_ways = dict.fromkeys(joint, 0.0)
+        readers = compensation.readers
+        by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
+        by_channel = [name for name in readers if name not in by_feature]
+        geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
+        self.most = {name: most_rows(geometries[name].features) for name in by_feature}
+        own_ways = dict.fromkeys(by_feature, 0.0)
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
-            layer = model.get_submodule(name)
-            if name not in self.rows and not _is_linear_in_what_it_reads(layer, source, output):
+            if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
-            see(name, outputs_at_rows(layer, output, self.most[name]))
+            see(name, outputs_at_rows(geometries[name], output, self.most[name]))
 
         def see_input(name: str, source: torch.Tensor) -> None:
-            see(name, _channels(model.get_submodule(name), source))
+            see(name, _channels(geometries[name], source))
 
         def see(name: str, rows: torch.Tensor) -> None:
             self.rows.setdefault(name, []).append(rows.float())
             self.calls[-1][name] += 1
 
-        with watch_calls(model, joint, see_call), watch_inputs(model, shared, see_input), torch.no_grad():
+        with watch_calls(model, by_feature, see_call), watch_inputs(model, by_channel, see_input), torch.no_grad():
             for step in steps:
                 self.calls.append(Counter())
                 step()
         device = next(model.parameters()).device
         found = sum_over_processes(torch.tensor(list(own_ways.values()), device=device)).tolist()
-        for name, flags in zip(joint, found, strict=True):  # all processes leave out the same ones
+        for name, flags in zip(by_feature, found, strict=True):  # all processes leave out the same ones
             if flags:
                 self.rows.pop(name, None)
-        self.activations = find_following_activations(model, joint, steps[0]) if steps else {}
+        self.activations = find_following_activations(model, by_feature, steps[0]) if steps else {}
 
 
 def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
     """Whether outputs are the weights times what they read: not so for some classes with a `forward` of their own."""
-    rows = in_double(unfold_inputs(layer, source, CHECKED_ROWS))
-    wanted = in_double(outputs_at_rows(layer, output, CHECKED_ROWS))
-    weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(rows).flatten(2)
+    geometry = weight_geometry(layer)
+    rows = in_double(unfold_inputs(geometry, source, CHECKED_ROWS))
+    wanted = in_double(outputs_at_rows(geometry, output, CHECKED_ROWS))
+    weight = geometry.to_rows(layer.get_parameter("weight").detach()).to(rows).flatten(2)
     parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
     outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
     bias = layer._parameters.get("bias")
@@ -130,41 +125,34 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         compensation: How it was compensated.
         dense: What the readers did before.
     """
-    old = {id(new): before for before, new, _ in surgery.parameters}
     for name, targets in dense.rows.items():
         layer = model.get_submodule(name)
-        by_dim = surgery.kept.get(f"{name}.weight", {})
-        before = old.get(id(layer.get_parameter("weight")))
         regression = compensation.regression(name)
-        groups = getattr(layer, "groups", 1)
-        if (
-            before is None
-            or input_dim(layer) not in by_dim
-            or (groups > 1 and isinstance(regression, ChannelRegression))
-        ):
+        pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
+        if pruned is None or (pruned.geometry.groups > 1 and isinstance(regression, ChannelRegression)):
             continue
-        read: Read = partial(_channels, layer)
+        read: Read = partial(_channels, pruned.geometry)
         if name in dense.most:
-            read = partial(unfold_inputs, layer, most=dense.most[name])
+            read = partial(unfold_inputs, pruned.geometry, most=dense.most[name])
         seen = _given(model, name, read, dense)
         device = regression.mean.device
         differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
-        if sum_over_processes(torch.tensor(float(differs), device=device)) > 0:
+        if sum_number_over_processes(differs, device) > 0:
             continue  # the pruned model calls the layer differently; the one-shot prediction stays
         wanted, given = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
         if isinstance(regression, FeatureRegression):
-            kept = kept_outputs(layer, before, by_dim)
+            kept = pruned.kept_outputs()
             wanted = wanted if kept is None else wanted[:, kept.to(device)]
             activation = dense.activations.get(name)
             activation = activation if activation is None or kept is None else activation.of(kept)
-            weight, bias = _fit_features(layer, wanted, given, activation)
+            now = pruned.geometry.to_rows(layer.get_parameter("weight").detach()).to(device, torch.float64)
+            weight, bias = _fit_features(now, wanted, given, activation)
         else:
-            rows = weight_to_rows(layer, outputs_kept(layer, before.detach(), by_dim), compensation.stride(name))
-            stays = kept_channels(layer, before, by_dim, compensation.stride(name))
-            weight, shift = _fit_channels(regression, rows.to(device, torch.float64), stays.to(device), wanted, given)
+            rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
+            weight, shift = _fit_channels(regression, rows, stays, wanted, given)
             bias = _bias_before(layer, name, surgery).to(device, torch.float64) + shift
         with torch.no_grad():
-            for which, value in (("weight", rows_to_weight(layer, weight)), ("bias", bias)):
+            for which, value in (("weight", pruned.geometry.from_rows(weight)), ("bias", bias)):
                 parameter = layer.get_parameter(which)
                 parameter.copy_(value.to(parameter.device, parameter.dtype))
 
@@ -193,10 +181,9 @@ def _given(model: nn.Module, name: str, read: Read, dense: DenseRun) -> list[tor
 
 
 def _fit_features(
-    layer: nn.Module, wanted: torch.Tensor, given: torch.Tensor, activation: FollowingActivation | None
+    weight: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor, activation: FollowingActivation | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (in rows) and bias of a layer whose outputs are to be ``wanted`` where they read ``given``."""
-    weight = weight_to_rows(layer, layer.get_parameter("weight").detach()).to(given.device, torch.float64)
+    """Weight and bias of a layer whose outputs are to be ``wanted`` where they read ``given``; weights in rows."""
     groups = len(weight)
     total = sum_number_over_processes(len(given), given.device)
     lacking = sum_number_over_processes(activation is None, given.device)
@@ -212,9 +199,9 @@ def _fit_features(
         solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
         bias = mean_y
         if activation is not None and not lacking:  # on every process
-            solution, bias = _fit_after_activation(
-                activation.of(slice(first * width, (first + 1) * width)), y, z, solution, bias, prior, s_zz
-            )
+            part_of = activation.of(slice(first * width, (first + 1) * width))
+            linear = _LinearFit(solution, bias, prior, s_zz)
+            solution, bias = _fit_through(part_of, y, z, linear)
         weights.append(solution.reshape(part.shape))
         biases.append(bias - solution @ mean_z)
     return torch.stack(weights), torch.cat(biases)
@@ -244,39 +231,42 @@ def _fit_channels(
     return torch.einsum("oct,ck->okt", rows[0], solution)[None], shift
 
 
-def _fit_after_activation(
-    activation: FollowingActivation,
-    wanted: torch.Tensor,
-    inputs: torch.Tensor,
-    linear: torch.Tensor,
-    bias: torch.Tensor,
-    prior: torch.Tensor,
-    covariance: torch.Tensor,
+@dataclass(frozen=True)
+class _LinearFit:
+    """The least squares fit of a layer's outputs: weight, bias for centred inputs, prior, covariance of the inputs."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+    prior: torch.Tensor
+    covariance: torch.Tensor
+
+
+def _fit_through(
+    activation: FollowingActivation, wanted: torch.Tensor, inputs: torch.Tensor, linear: _LinearFit
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
     every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
     wanted, inputs = wanted[::every], inputs[::every]
-    ridge = ridge_of(
-        covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / sum_number_over_processes(len(inputs), inputs.device))
-    )
-    numbers = (wanted, inputs, linear, bias, prior, cholesky(covariance, ridge))
-    y, z, start, b, w0, factor = (number.float() for number in numbers)
-    weight, shift = fit_after_activation(activation, y, z, start, b, w0, factor, ridge)
+    observations = sum_number_over_processes(len(inputs), inputs.device)
+    ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
+    factor = cholesky(linear.covariance, ridge)
+    start = Start(linear.weight.float(), linear.bias.float(), linear.prior.float(), factor.float(), ridge)
+    weight, shift = fit_after_activation(activation, wanted.float(), inputs.float(), start)
     return weight.double(), shift.double()
 
 
 def _bias_before(layer: nn.Module, name: str, surgery: Surgery) -> torch.Tensor:
     """The bias from before the plan, for the outputs that stay."""
     bias = layer.get_parameter("bias").detach()
-    before = next((old.detach() for old, new, _ in surgery.parameters if new is layer.bias), None)
+    before = surgery.before(layer.get_parameter("bias"))
     if before is None:
         return torch.zeros_like(bias)
     rows = surgery.kept.get(f"{name}.bias", {}).get(0)
-    return before if rows is None else before[rows.to(before.device)]
+    return before.detach() if rows is None else before.detach()[rows.to(before.device)]
 
 
-def _channels(layer: nn.Module, source: torch.Tensor) -> torch.Tensor:
-    return _thinned(as_rows(layer, source))
+def _channels(geometry: WeightGeometry, source: torch.Tensor) -> torch.Tensor:
+    return _thinned(geometry.as_rows(source))
 
 
 def _thinned(rows: torch.Tensor) -> torch.Tensor:

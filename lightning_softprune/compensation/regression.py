@@ -84,7 +84,7 @@ class FeatureRegression:
     """One regression of everything an output reads.
 
     Args:
-        known: Statistics of the reader's windows; of its inputs, where an output reads one row of them.
+        known: Statistics of the reader's unfolded inputs; of its inputs, where an output reads one row of them.
         positions: Features per channel.
         order: Its channels, the last to go first, if its plans are nested.
         exact: Whether to predict; otherwise removed features are replaced by their means.

@@ -5,25 +5,51 @@ traced by running its own steps (`trace`), each layer's output channels are foll
 (`walk`), and what was found is sorted into groups (`grouping`). `layers` is the one table of layer types.
 """
 
+from lightning_softprune.graph import layer_types  # noqa: F401 - fills the table
 from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins
-from lightning_softprune.graph.costs import COSTS, CostModel, Positions, record_macs
+from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
+from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Member, PruningGroup
-from lightning_softprune.graph.layers import Layout, TensorAxis, layout_of, set_sizes
+from lightning_softprune.graph.layers import (
+    Applications,
+    LayerType,
+    Layout,
+    Shape,
+    Sizes,
+    TensorAxis,
+    add_layer_type,
+    geometry_of,
+    layer_type,
+    layout_of,
+    set_sizes,
+    shape_mismatch,
+    tensor_at,
+)
 
 __all__ = [
     "COSTS",
+    "Applications",
     "CostModel",
+    "Kernel",
+    "LayerType",
     "Layout",
     "Member",
-    "Positions",
     "PruningGroup",
+    "Shape",
+    "Sizes",
     "TensorAxis",
+    "WeightGeometry",
+    "add_layer_type",
     "assign_components",
+    "geometry_of",
+    "layer_type",
     "layout_of",
     "match_modules",
     "mirror_twins",
     "record_macs",
     "set_sizes",
+    "shape_mismatch",
+    "tensor_at",
     "trace_groups",
 ]

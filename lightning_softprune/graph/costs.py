@@ -3,7 +3,7 @@
 Every count is a sum of products of slot sizes: a linear layer's weight has ``out * in`` elements and costs
 ``positions * out * in`` multiply-accumulates. How many indices of a slot a group removes depends, for a fixed ranking,
 on the number of removed channels alone. So one table per (slot, group) is enough, and thousands of plans are counted
-in one NumPy expression. Counts are taken from :mod:`~lightning_softprune.layers`, and equal what the physically
+in one NumPy expression. Counts are taken from the table in `layers.py`, and equal what the physically
 pruned model has.
 
 MACs are those of linear, convolution and attention layers, per sample of the batch that was traced; normalisation,
@@ -12,6 +12,7 @@ activations and biases are not counted, as is the field's habit.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_softprune.graph.groups import PruningGroup
-from lightning_softprune.graph.layers import Layout, layout_of
+from lightning_softprune.graph.layers import Applications, LayerType, Layout, MacTerm, layer_type, layout_of
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
+from lightning_softprune.utilities.hooks import registered
+from lightning_softprune.utilities.nested import attribute_at
 
 COSTS = ("params", "macs")
 """What is counted."""
@@ -95,7 +97,7 @@ class CostModel:
         model: nn.Module,
         groups: Sequence[PruningGroup],
         rankings: Sequence[IntArray],
-        positions: Mapping[str, Positions],
+        applications: Mapping[str, Applications],
         new_biases: Sequence[str] = (),
     ) -> CostModel:
         """Describe a model's counts.
@@ -104,7 +106,7 @@ class CostModel:
             model: The dense model.
             groups: The prunable groups.
             rankings: The order in which each group's channels go.
-            positions: What :func:`record_macs` saw while the model ran.
+            applications: What :func:`record_macs` saw while the model ran.
             new_biases: Linear and convolution layers without a bias that get one when their input is pruned.
         """
         sizes: dict[Slot, int] = {}
@@ -119,7 +121,7 @@ class CostModel:
                 gone = np.bincount(place[owned] + 1, minlength=group.num_channels + 1).cumsum()
                 tables.setdefault(slot, []).append((number, gone))
         merged = _merge(list(_parameter_terms(model, sizes)))
-        macs = _merge(list(_mac_terms(model, sizes, positions)))
+        macs = _merge(list(_mac_terms(model, sizes, applications)))
         biases = []
         for name in new_biases:
             layout = layout_of(model.get_submodule(name))
@@ -145,8 +147,8 @@ def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int]) -> Iterator[Te
     for name, module in model.named_modules():
         layout = layout_of(module)
         for axis in layout.axes if isinstance(layout, Layout) else ():
-            tensor = _parameter(module, axis.tensor)
-            if tensor is not None and (name, axis.slot) in sizes:
+            tensor = attribute_at(module, axis.tensor)
+            if isinstance(tensor, nn.Parameter) and (name, axis.slot) in sizes:
                 follows.setdefault(id(tensor), {})[axis.dim] = ((name, axis.slot), axis.repeat / axis.parts)
     for name, parameter in model.named_parameters():
         dims = dict(follows.get(id(parameter), {}))
@@ -159,110 +161,54 @@ def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int]) -> Iterator[Te
         yield Term(constant, tuple(slot for slot, _ in dims.values()))
 
 
-def _parameter(module: nn.Module, path: str) -> nn.Parameter | None:
-    for part in path.split("."):
-        module = getattr(module, part, None)  # type: ignore[assignment]
-    return module if isinstance(module, nn.Parameter) else None
-
-
 def count_parameters(model: nn.Module) -> int:
     """Elements of ``model.parameters()``: tied weights once, frozen ones included."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@dataclass
-class Positions:
-    """How often a layer's kernel was applied while the model ran.
-
-    Attributes:
-        applied: Rows of a linear layer, output positions times kernel size of a convolution (input positions of a
-            transposed one), query positions of attention.
-        keys: For attention, key positions.
-        pairs: For attention, query-key pairs.
-    """
-
-    applied: float = 0.0
-    keys: float = 0.0
-    pairs: float = 0.0
-
-
 @contextmanager
-def record_macs(model: nn.Module) -> Iterator[dict[str, Positions]]:
-    """Record, while the block runs the model, how often each layer's kernel is applied."""
-    seen: dict[str, Positions] = {}
+def record_macs(model: nn.Module) -> Iterator[dict[str, Applications]]:
+    """Record, while the block runs the model, how often each layer's weights are applied."""
+    seen: dict[str, Applications] = {}
 
-    def hook_for(name: str) -> Callable[..., None]:
+    def hook_for(name: str, entry: LayerType) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            place = seen.setdefault(name, Positions())
-            if isinstance(module, nn.MultiheadAttention):
-                query = args[0] if args else kwargs["query"]
-                key = args[1] if len(args) > 1 else kwargs["key"]
-                rows, length = query.numel() / query.shape[-1], key.numel() / key.shape[-1]
-                batch = 1 if query.ndim == 2 else query.shape[0 if module.batch_first else 1]
-                place.applied += rows
-                place.keys += length
-                place.pairs += rows * length / batch
-            elif isinstance(module, _ConvTransposeNd):
-                source = args[0] if args else kwargs["input"]
-                place.applied += source.numel() / module.in_channels * float(np.prod(module.kernel_size))
-            elif isinstance(module, _ConvNd):
-                place.applied += output.numel() / module.out_channels * float(np.prod(module.kernel_size))
-            elif isinstance(module, nn.Linear):
-                place.applied += output.numel() / module.out_features
+            entry.observe(module, {**dict(enumerate(args)), **kwargs}, output, seen.setdefault(name, Applications()))
 
         return hook
 
-    handles = [
-        module.register_forward_hook(hook_for(name), with_kwargs=True)
+    with registered(
+        module.register_forward_hook(hook_for(name, entry), with_kwargs=True)
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, _ConvNd, nn.MultiheadAttention))
-    ]
-    try:
+        if (entry := layer_type(module)) is not None and entry.macs(module, Applications())
+    ):
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def count_macs(model: nn.Module, positions: Mapping[str, Positions], samples: float = 1.0) -> int:
+def count_macs(model: nn.Module, applications: Mapping[str, Applications], samples: float = 1.0) -> int:
     """MACs of a model whose run was recorded, per sample, from its layers' own attributes."""
     modules = dict(model.named_modules())
-    return int(np.rint(sum(_layer_macs(modules[name], seen) for name, seen in positions.items()) / samples))
+    total = 0.0
+    for name, seen in applications.items():
+        for term, sizes in _terms_of(modules[name], seen):
+            total += term.constant * math.prod(sizes[slot] for slot in term.slots)
+    return int(np.rint(total / samples))
 
 
-def _layer_macs(module: nn.Module, seen: Positions) -> float:
-    if isinstance(module, nn.MultiheadAttention):
-        width: int = module.embed_dim
-        return 2 * (seen.applied + seen.keys) * width**2 + 2 * seen.pairs * width
-    if isinstance(module, _ConvNd):
-        return seen.applied * module.in_channels * module.out_channels / module.groups
-    if isinstance(module, nn.Linear):
-        return seen.applied * module.in_features * module.out_features
-    return 0.0
+def _terms_of(module: nn.Module, seen: Applications) -> Iterator[tuple[MacTerm, Mapping[str, int]]]:
+    """The terms of a layer's MACs, and the sizes of the slots they speak of."""
+    entry = layer_type(module)
+    if entry is not None:
+        sizes = entry.mac_sizes(module)
+        yield from ((term, sizes) for term in entry.macs(module, seen))
 
 
-def _mac_terms(model: nn.Module, sizes: Mapping[Slot, int], positions: Mapping[str, Positions]) -> Iterator[Term]:
+def _mac_terms(model: nn.Module, sizes: Mapping[Slot, int], applications: Mapping[str, Applications]) -> Iterator[Term]:
     for name, module in model.named_modules():
-        seen = positions.get(name)
-        if seen is None:
+        if name not in applications:
             continue
-        layout = layout_of(module)
-        if not isinstance(layout, Layout):
-            yield Term(_layer_macs(module, seen), ())
-            continue
-
-        def term(constant: float, *slots: str, name: str = name, layout: Layout = layout) -> Term:
-            live = tuple((name, slot) for slot in slots if (name, slot) in sizes)
-            fixed = [layout.slots[slot] for slot in slots if (name, slot) not in sizes]
-            return Term(constant * float(np.prod(fixed, dtype=np.float64)), live)
-
-        if isinstance(module, nn.MultiheadAttention):
-            yield term(2 * seen.applied + 2 * seen.keys, "both", "both")  # queries and output; keys and values
-            yield term(2 * seen.pairs, "both")  # scores, and the weighted sum of the values
-        elif "both" in layout.slots:
-            if isinstance(module, _ConvNd):
-                yield term(seen.applied, "both")
-        elif isinstance(module, _ConvNd):
-            yield term(seen.applied / module.groups, "in", "out")
-        else:
-            yield term(seen.applied, "in", "out")
+        sliceable = isinstance(layout_of(module), Layout)
+        for term, own in _terms_of(module, applications[name]):
+            live = tuple((name, slot) for slot in term.slots if sliceable and (name, slot) in sizes)
+            fixed = [own[slot] for slot in term.slots if not (sliceable and (name, slot) in sizes)]
+            yield Term(term.constant * float(np.prod(fixed, dtype=np.float64)), live)

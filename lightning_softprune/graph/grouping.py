@@ -17,6 +17,7 @@ from torch import nn
 
 from lightning_softprune.graph.components import match_modules
 from lightning_softprune.graph.groups import Member, PruningGroup
+from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.left_out import left_alone, refuse_torn_parameters, self_and_parents
 from lightning_softprune.graph.trace import Step, Trace, trace_model
 from lightning_softprune.graph.walk import Walked, Walker
@@ -51,7 +52,8 @@ def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] 
             continue
         if module not in trace.graph.module2node:
             continue  # it ran without gradients, and nothing is known of what it is coupled to
-        if slot == "both" and not isinstance(module, nn.Embedding):
+        entry = layer_type(module)
+        if entry is None or not (entry.produces or slot != "both"):
             continue  # it only passes on what another layer produces
         walked = walker.walk(module)
         group = _build(name, walked, trace, ignored)

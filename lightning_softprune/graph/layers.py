@@ -1,25 +1,30 @@
-"""What a layer looks like to a pruner: its slots, and the tensors that follow them.
+"""What a layer looks like to a pruner: the one table of layer types.
 
 A *slot* is a run of channels at one side of a layer: ``"in"`` and ``"out"`` of a linear or convolution layer, or
 ``"both"`` where input and output are the same channels (normalisation, depthwise convolution, attention, embedding).
 A tensor's dimension may follow a slot: once, several times over (``in_proj_weight`` of attention holds queries, keys
 and values), or by one of its equal parts (the input dimension of a grouped convolution's weight).
 
-This table is the single place that knows layer types. Slicing, counting and checkpoints are all derived from it, so a
-layer type that is added here works everywhere.
+This table is the single place that knows layer types. Slicing, the geometry of weights, counting of
+multiply-accumulates and the sizes in checkpoints are all derived from it, so a layer type that is added here
+(`layer_types.py` has the entries) works everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils import parametrize
+
+from lightning_softprune.graph.geometry import WeightGeometry
+from lightning_softprune.utilities.nested import attribute_at
+
+Sizes = dict[str, int]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -66,89 +71,165 @@ class Layout:
         return "both" if "both" in self.slots else side
 
 
-def _linear(module: nn.Linear) -> Layout:
-    axes = [TensorAxis("weight", 0, "out"), TensorAxis("weight", 1, "in"), TensorAxis("bias", 0, "out")]
-    return Layout({"in": module.in_features, "out": module.out_features}, tuple(axes))
+@dataclass
+class Applications:
+    """How often a layer's weights were applied while the model ran.
+
+    Attributes:
+        applied: Rows of a linear layer, output positions times kernel size of a convolution (input positions of a
+            transposed one), query positions of attention.
+        keys: For attention, key positions.
+        pairs: For attention, query-key pairs.
+    """
+
+    applied: float = 0.0
+    keys: float = 0.0
+    pairs: float = 0.0
 
 
-def _convolution(module: _ConvNd) -> Layout | str:
-    groups = module.groups
-    if groups > 1 and groups == module.in_channels:
-        if module.out_channels != groups:
-            return "a depthwise convolution with a channel multiplier"
-        return Layout({"both": groups}, (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both")))
-    first, second = ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
-    axes = (
-        TensorAxis("weight", 0, first),
-        TensorAxis("weight", 1, second, parts=groups),
-        TensorAxis("bias", 0, "out"),
-    )
-    parts = {"in": groups, "out": groups} if groups > 1 else {}
-    return Layout({"in": module.in_channels, "out": module.out_channels}, axes, parts)
+@dataclass(frozen=True)
+class MacTerm:
+    """``constant`` times the sizes of ``slots`` (a slot may appear twice) multiply-accumulates."""
+
+    constant: float
+    slots: tuple[str, ...]
 
 
-def _normalisation(module: _BatchNorm | _InstanceNorm) -> Layout:
-    names = ("weight", "bias", "running_mean", "running_var")
-    return Layout({"both": module.num_features}, tuple(TensorAxis(name, 0, "both") for name in names))
+class LayerType:
+    """One entry of the table: all that the package knows of a layer type. Entries hold no state.
+
+    A new type overrides :meth:`describe` and :meth:`resize`; what mixes channels also :meth:`geometry`, and what costs
+    multiply-accumulates also :meth:`observe` and :meth:`macs`.
+
+    Attributes:
+        types: The classes that the entry is for, with their subclasses.
+        produces: Whether its outputs are channels of its own; otherwise it passes on those of another layer.
+        owns_children: Whether modules inside it are parts of it, which are not looked at by themselves.
+        takes_bias: Whether it computes with an attribute ``bias`` that may be ``None``, and can be given one.
+        weight: Name of the tensor without which it cannot be sliced.
+    """
+
+    types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    produces: ClassVar[bool] = True
+    owns_children: ClassVar[bool] = False
+    takes_bias: ClassVar[bool] = False
+    weight: ClassVar[str] = "weight"
+
+    def describe(self, module: Any) -> Layout | str:
+        """The layer's layout; or, as a string, why this one cannot be sliced."""
+        raise NotImplementedError
+
+    def resize(self, module: Any, sizes: Mapping[str, int]) -> None:
+        """Write new slot sizes into the layer's integer attributes; its tensors are not touched."""
+        raise NotImplementedError
+
+    def geometry(self, module: Any) -> WeightGeometry | None:
+        """How its weight reads its inputs; ``None`` for a layer that does not mix channels."""
+        return None
+
+    def observe(self, module: Any, inputs: Mapping[str | int, Any], output: Any, seen: Applications) -> None:
+        """Add one call of the layer to what was seen.
+
+        Args:
+            module: The layer.
+            inputs: Its arguments, by position and by name.
+            output: What it returned.
+            seen: All calls so far.
+        """
+
+    def macs(self, module: Any, seen: Applications) -> tuple[MacTerm, ...]:
+        """Its multiply-accumulates, as products of :meth:`mac_sizes`."""
+        return ()
+
+    def mac_sizes(self, module: Any) -> Sizes:
+        """Sizes of the slots that :meth:`macs` speaks of, also where the layer cannot be sliced."""
+        layout = self.layout(module)
+        return dict(layout.slots) if isinstance(layout, Layout) else {}
+
+    def layout(self, module: Any) -> Layout | str:
+        """:meth:`describe`, but for layers whose weights are computed."""
+        computed = isinstance(getattr(module, self.weight, None), torch.Tensor)
+        if parametrize.is_parametrized(module) or (computed and module._parameters.get(self.weight) is None):
+            name = type(module).__name__.removeprefix("Parametrized")
+            return f"the weights of this {name} are computed (weight norm or another parametrization)"
+        return self.describe(module)
+
+    # ------------------------------------------------------------------------------------------------ in checkpoints
+
+    def recorded_layout(self, module: Any) -> Layout | str:
+        """The layout whose sizes a checkpoint records."""
+        return self.layout(module)
+
+    def recorded_sizes(self, module: Any) -> Sizes:
+        """The sizes that a checkpoint records; none for a layer that cannot be sliced."""
+        layout = self.recorded_layout(module)
+        return dict(layout.slots) if isinstance(layout, Layout) else {}
+
+    def sizes_from(self, module: Any, shapes: Mapping[str, Shape]) -> Sizes | None:
+        """Read the recorded sizes off the shapes of tensors.
+
+        Args:
+            module: A layer of the same kind, of any size.
+            shapes: Shapes by the tensors' names in the layer.
+
+        Returns:
+            The sizes; ``None`` if the shapes do not tell.
+
+        Raises:
+            ValueError: A tensor has another number of dimensions than the layer's.
+        """
+        layout = self.recorded_layout(module)
+        if not isinstance(layout, Layout):
+            return None
+        sizes: Sizes = {}
+        for axis in layout.axes:
+            shape, tensor = shapes.get(axis.tensor), tensor_at(module, axis.tensor)
+            if shape is not None and tensor is not None:
+                check_rank(shape, tensor)
+                sizes.setdefault(axis.slot, shape[axis.dim] * axis.parts // axis.repeat)
+        return sizes if sizes.keys() == layout.slots.keys() else None
+
+    def shapes_at(self, module: Any, sizes: Mapping[str, int]) -> dict[str, Shape]:
+        """The shapes that the layer's tensors have at other recorded sizes.
+
+        Raises:
+            ValueError: The layer cannot have these sizes.
+        """
+        layout = self.recorded_layout(module)
+        if not isinstance(layout, Layout):
+            raise ValueError(layout)
+        for slot, parts in layout.parts.items():
+            if sizes[slot] % parts:
+                raise ValueError(f"{sizes[slot]} channels do not make {parts} equal parts")
+        result: dict[str, Shape] = {}
+        for axis in layout.axes:
+            tensor = tensor_at(module, axis.tensor)
+            if tensor is not None:
+                shape = list(result.get(axis.tensor, tensor.shape))
+                shape[axis.dim] = sizes[axis.slot] * axis.repeat // axis.parts
+                result[axis.tensor] = tuple(shape)
+        return result
+
+    def restore(self, module: Any, sizes: Mapping[str, int]) -> None:
+        """Write recorded sizes into the layer's integer attributes."""
+        self.resize(module, sizes)
 
 
-def _group_norm(module: nn.GroupNorm) -> Layout:
-    axes = (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both"))
-    return Layout({"both": module.num_channels}, axes, {"both": module.num_groups})
+# ------------------------------------------------------------------------------------------------------------ the table
 
-
-def _layer_norm(module: nn.LayerNorm) -> Layout | str:
-    if len(module.normalized_shape) != 1:
-        return "a LayerNorm over more than one dimension"
-    axes = (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both"))
-    return Layout({"both": module.normalized_shape[0]}, axes)
-
-
-def _rms_norm(module: nn.RMSNorm) -> Layout | str:
-    if len(module.normalized_shape) != 1:
-        return "an RMSNorm over more than one dimension"
-    return Layout({"both": module.normalized_shape[0]}, (TensorAxis("weight", 0, "both"),))
-
-
-def _prelu(module: nn.PReLU) -> Layout:
-    axes = (TensorAxis("weight", 0, "both"),) if module.num_parameters > 1 else ()
-    return Layout({"both": module.num_parameters} if module.num_parameters > 1 else {}, axes)
-
-
-def _embedding(module: nn.Embedding) -> Layout:
-    return Layout({"both": module.embedding_dim}, (TensorAxis("weight", 1, "both"),))
-
-
-def _attention(module: nn.MultiheadAttention) -> Layout | str:
-    if module.in_proj_weight is None:
-        return "attention whose keys or values have a width of their own"
-    axes = (
-        TensorAxis("in_proj_weight", 0, "both", repeat=3),
-        TensorAxis("in_proj_weight", 1, "both"),
-        TensorAxis("in_proj_bias", 0, "both", repeat=3),
-        TensorAxis("bias_k", 2, "both"),
-        TensorAxis("bias_v", 2, "both"),
-        TensorAxis("out_proj.weight", 0, "both"),
-        TensorAxis("out_proj.weight", 1, "both"),
-        TensorAxis("out_proj.bias", 0, "both"),
-    )
-    return Layout({"both": module.embed_dim}, axes, {"both": module.num_heads})
-
-
-_LAYOUTS: tuple[tuple[tuple[type[nn.Module], ...], Callable[..., Layout | str]], ...] = (
-    ((nn.Linear,), _linear),
-    ((_ConvNd,), _convolution),
-    ((_BatchNorm, _InstanceNorm), _normalisation),
-    ((nn.GroupNorm,), _group_norm),
-    ((nn.LayerNorm,), _layer_norm),
-    ((nn.RMSNorm,), _rms_norm),
-    ((nn.PReLU,), _prelu),
-    ((nn.Embedding,), _embedding),
-    ((nn.MultiheadAttention,), _attention),
-)
-
+_TABLE: list[LayerType] = []
 _NEVER = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag)
 """Layers whose parameters no slot describes. Other modules with parameters of their own are traced through."""
+
+
+def add_layer_type(entry: LayerType) -> None:
+    """Add an entry to the table; among entries for the same class the one that was added last counts."""
+    _TABLE.insert(0, entry)
+
+
+def layer_type(module: nn.Module) -> LayerType | None:
+    """The entry for a layer; ``None`` where the table has none."""
+    return next((entry for entry in _TABLE if isinstance(module, entry.types)), None)
 
 
 def layout_of(module: nn.Module) -> Layout | str | None:
@@ -160,18 +241,14 @@ def layout_of(module: nn.Module) -> Layout | str | None:
     """
     if isinstance(module, _NEVER):
         return f"{type(module).__name__} layers cannot be sliced"
-    for types, describe in _LAYOUTS:
-        if not isinstance(module, types):
-            continue
-        if parametrize.is_parametrized(module) or _computed_weight(module):
-            return f"the weights of this {_type_name(module)} are computed (weight norm or another parametrization)"
-        return describe(module)
-    return None
+    entry = layer_type(module)
+    return None if entry is None else entry.layout(module)
 
 
-def is_leaf_layer(module: nn.Module) -> bool:
-    """Whether the table has a word on this module: layers, sliceable or not."""
-    return layout_of(module) is not None
+def geometry_of(module: nn.Module) -> WeightGeometry | None:
+    """How a layer's weight reads its inputs; ``None`` for a module that does not mix channels by a weight."""
+    entry = layer_type(module)
+    return None if entry is None else entry.geometry(module)
 
 
 def set_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
@@ -181,39 +258,36 @@ def set_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
         module: A layer that :func:`layout_of` describes.
         sizes: New size of each slot that changed.
     """
-    both = sizes.get("both")
-    if isinstance(module, nn.Linear):
-        module.in_features = sizes.get("in", module.in_features)
-        module.out_features = sizes.get("out", module.out_features)
-    elif isinstance(module, _ConvNd):
-        if both is not None:
-            module.in_channels = module.out_channels = module.groups = both
-        module.in_channels = sizes.get("in", module.in_channels)
-        module.out_channels = sizes.get("out", module.out_channels)
-    elif both is None:
-        return
-    elif isinstance(module, (_BatchNorm, _InstanceNorm)):
-        module.num_features = both
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = both
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = (both,)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = both
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = both
-    elif isinstance(module, nn.MultiheadAttention):
-        module.embed_dim = module.kdim = module.vdim = both
-        module.head_dim = both // module.num_heads
-        module.out_proj.in_features = module.out_proj.out_features = both
-    else:
+    entry = layer_type(module)
+    if entry is None:
         raise TypeError(f"{type(module).__name__} is not a layer that can be sliced")
+    entry.resize(module, sizes)
 
 
-def _computed_weight(module: nn.Module) -> bool:
-    name = "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
-    return isinstance(getattr(module, name, None), torch.Tensor) and module._parameters.get(name) is None
+def parts_of_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that are parts of a layer, and no layers of their own (the output projection of attention)."""
+    for module in model.modules():
+        entry = layer_type(module)
+        if entry is not None and entry.owns_children:
+            yield from (child for child in module.modules() if child is not module)
 
 
-def _type_name(module: nn.Module) -> str:
-    return type(module).__name__.removeprefix("Parametrized")
+def tensor_at(module: nn.Module, path: str) -> torch.Tensor | None:
+    """The tensor at a dotted path; ``None`` where there is none."""
+    found = attribute_at(module, path)
+    return found if isinstance(found, torch.Tensor) else None
+
+
+def check_rank(shape: Shape, tensor: torch.Tensor) -> None:
+    """Refuse a shape with another number of dimensions than the tensor has.
+
+    Raises:
+        ValueError: It has.
+    """
+    if len(shape) != tensor.ndim:
+        raise ValueError(shape_mismatch(shape, tuple(tensor.shape)))
+
+
+def shape_mismatch(there: Shape, here: Shape) -> str:
+    """Word the difference between a checkpoint's shape and a model's."""
+    return f"a tensor has the shape {there} in the checkpoint, this model would have {here}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.groups import Member, PruningGroup
+from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.trace import Trace
+from lightning_softprune.utilities.nested import attribute_at
 
 
 def refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace: Trace) -> list[PruningGroup]:
@@ -19,7 +20,7 @@ def refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace: 
     owners: dict[int, list[tuple[str, str, int]]] = defaultdict(list)  # parameter -> (layer, slot, dim)
     for module, layout in trace.layouts.items():
         for axis in layout.axes:
-            tensor = _get(module, axis.tensor)
+            tensor = attribute_at(module, axis.tensor)
             if isinstance(tensor, nn.Parameter):
                 owners[id(tensor)].append((trace.names[module], axis.slot, axis.dim))
     kept = []
@@ -29,7 +30,7 @@ def refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace: 
         for name, slot in places:
             found = trace.layouts.get(modules[name]) if name in modules else None
             for axis in found.axes if found and group.prunable else ():
-                tensor = _get(modules[name], axis.tensor)
+                tensor = attribute_at(modules[name], axis.tensor)
                 if axis.slot != slot or not isinstance(tensor, nn.Parameter):
                     continue
                 for other, other_slot, dim in owners[id(tensor)]:
@@ -45,10 +46,9 @@ def refuse_torn_parameters(model: nn.Module, groups: list[PruningGroup], trace: 
 def left_alone(model: nn.Module, groups: Sequence[PruningGroup], trace: Trace) -> Iterator[PruningGroup]:
     """Entries for layers and bare parameters that are in no group, so that nothing is left out in silence."""
     covered = {member.module for group in groups for member in group.members}
-    covered |= {f"{name}.out_proj" for name in covered}
     for name, module in model.named_modules():
         own = [n for n, _ in module.named_parameters(recurse=False)]
-        if not own or name in covered or _parent_in(name, covered, model):
+        if not own or name in covered or _is_part(name, covered, model):
             continue
         if any(parent in trace.reasons for parent in self_and_parents(name)[:-1]):
             continue  # said of the layer it belongs to
@@ -71,19 +71,14 @@ def left_alone(model: nn.Module, groups: Sequence[PruningGroup], trace: Trace) -
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)
 
 
-def _parent_in(name: str, covered: set[str], model: nn.Module) -> bool:
-    """Whether the module lies inside an attention layer that is covered (its output projection)."""
+def _is_part(name: str, covered: set[str], model: nn.Module) -> bool:
+    """Whether the module is a part of a layer that is covered (the output projection of attention)."""
     parent = name.rpartition(".")[0]
-    return bool(parent) and isinstance(model.get_submodule(parent), nn.MultiheadAttention) and parent in covered
+    entry = layer_type(model.get_submodule(parent)) if parent in covered else None
+    return entry is not None and entry.owns_children
 
 
 def self_and_parents(name: str) -> list[str]:
     """The names of a module and of all modules around it, from the outside in."""
     parents = name.split(".")
     return [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]
-
-
-def _get(module: nn.Module, path: str) -> Any:
-    for part in path.split("."):
-        module = getattr(module, part, None)  # type: ignore[assignment]
-    return module

@@ -7,15 +7,18 @@ its own, with the reason why a group that reaches it is not prunable.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.graph.layers import Layout
+from lightning_softprune.utilities.hooks import registered
+from lightning_softprune.utilities.nested import map_tensors, tensors_in
 
 
 class Recorder(TorchFunctionMode):
@@ -55,19 +58,17 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def hooks(self, model: nn.Module) -> Iterator[None]:
         """While this lasts, what runs is noted."""
-        handles = []
+        with registered(self._hooks_of(model)):
+            yield
+
+    def _hooks_of(self, model: nn.Module) -> Iterator[RemovableHandle]:
         for module in model.modules():
             name = self.names[module]
             if name in self.reasons:
-                handles.append(module.register_forward_pre_hook(self._cut_inputs, with_kwargs=True))
-                handles.append(module.register_forward_hook(self._cut_outputs))
+                yield module.register_forward_pre_hook(self._cut_inputs, with_kwargs=True)
+                yield module.register_forward_hook(self._cut_outputs)
             elif any(True for _ in module.parameters(recurse=False)) or module in self.layouts:
-                handles.append(module.register_forward_hook(self._note))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+                yield module.register_forward_hook(self._note)
 
     def finish(self) -> list[torch.Tensor]:
         """Mark the outputs that no later layer depends on; return every end of the graph."""
@@ -97,7 +98,7 @@ class Recorder(TorchFunctionMode):
         self.ran.add(self.names[module])
         if module in self.layouts and module not in self.order:
             self.order.append(module)
-        tensors = _tensors(output)
+        tensors = tensors_in(output)
         if module in self.layouts:
             tensors = tensors[:1]  # attention weights hold no channels
         for tensor in tensors:
@@ -108,12 +109,12 @@ class Recorder(TorchFunctionMode):
     def _cut_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         name = self.names[module]
         self.ran.add(name)
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             self._mark(tensor, f"feeds {name}: {self.reasons[name]}")
-        return _map_tensors((args, kwargs), torch.Tensor.detach)
+        return map_tensors((args, kwargs), torch.Tensor.detach)
 
     def _cut_outputs(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        return _map_tensors(output, lambda t: t.detach().requires_grad_(t.is_floating_point()))
+        return map_tensors(output, lambda t: t.detach().requires_grad_(t.is_floating_point()))
 
 
 _JOINS = (torch.cat, torch.concat, torch.concatenate)
@@ -122,26 +123,6 @@ _RESHAPES = (
     *(torch.flatten, torch.reshape, torch.unflatten),
     *(torch.Tensor.flatten, torch.Tensor.reshape, torch.Tensor.unflatten, torch.Tensor.view),
 )
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _map_tensors(tree, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
-
-
-def _map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(tree, torch.Tensor):
-        return function(tree)
-    if isinstance(tree, Mapping):
-        return {key: _map_tensors(value, function) for key, value in tree.items()}
-    if isinstance(tree, nn.utils.rnn.PackedSequence):
-        return tree._replace(data=function(tree.data))
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map_tensors(value, function) for value in tree))
-    if isinstance(tree, (tuple, list)):
-        return type(tree)(_map_tensors(value, function) for value in tree)
-    return tree
 
 
 def _reached_from(starts: Sequence[Any], wanted: set[Any]) -> set[Any]:

@@ -18,7 +18,7 @@ from torch_pruning import ops
 from torch_pruning.dependency import index_mapping
 
 from lightning_softprune.graph.index_maps import map_indices
-from lightning_softprune.graph.layers import Layout, layout_of
+from lightning_softprune.graph.layers import Layout, layout_of, parts_of_layers
 from lightning_softprune.graph.recorder import Recorder
 
 Step = Callable[[], Any]
@@ -43,12 +43,9 @@ def trace_model(model: nn.Module, steps: Sequence[Step]) -> Trace:
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     layouts: dict[nn.Module, Layout] = {}
     reasons: dict[str, str] = {}
-    inside_attention: set[nn.Module] = set()
-    for module in model.modules():
-        if isinstance(module, nn.MultiheadAttention):
-            inside_attention |= {child for child in module.modules() if child is not module}
+    inside = set(parts_of_layers(model))
     for name, module in model.named_modules():
-        if module in inside_attention:
+        if module in inside:
             continue
         found = layout_of(module)
         if isinstance(found, Layout):

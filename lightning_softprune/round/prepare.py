@@ -14,8 +14,8 @@ from torch import nn
 from lightning_softprune.calibration import collect_statistics, find_readers, norms, rank
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph import (
+    Applications,
     CostModel,
-    Positions,
     PruningGroup,
     assign_components,
     mirror_twins,
@@ -95,10 +95,10 @@ class PruningProblem:
             inside = {name: known for name, known in statistics.items() if name.startswith(f"{original}.")}
             statistics = {twin + name[len(original) :]: known for name, known in inside.items()} | statistics
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
-        positions: dict[str, Positions]
-        with record_macs(module) as positions:
+        applications: dict[str, Applications]
+        with record_macs(module) as applications:
             validation_step(trainer, module, scorer)()
-        positions, samples = trainer.strategy.broadcast((positions, scorer.batch_size or 1))
+        applications, samples = trainer.strategy.broadcast((applications, scorer.batch_size or 1))
         return cls(
             groups=groups,
             left_out=tuple(
@@ -110,7 +110,7 @@ class PruningProblem:
             norms=norms(module, groups),
             coefficients=Coefficients.of(groups, settings.granularity),
             rounding=rounding,
-            costs=CostModel.build(module, groups, rankings, positions, compensation.new_biases),
+            costs=CostModel.build(module, groups, rankings, applications, compensation.new_biases),
             compensation=compensation,
             calibration=calibration,
             samples=samples,

@@ -32,11 +32,21 @@ class Surgery:
     parameters: list[tuple[nn.Parameter, nn.Parameter, KeptByDim]] = field(default_factory=list)
     kept: dict[str, KeptByDim] = field(default_factory=dict)
     created: list[tuple[str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
-    _before: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    _replaced: dict[int, nn.Parameter] = field(default_factory=dict)
+
+    def add(self, old: nn.Parameter, new: nn.Parameter, by_dim: KeptByDim) -> None:
+        """Note that a parameter has taken another's place."""
+        self.parameters.append((old, new, by_dim))
+        self._replaced[id(new)] = old
+
+    def before(self, parameter: nn.Parameter) -> nn.Parameter | None:
+        """The parameter whose place this one has taken; ``None`` if it is none of the new ones."""
+        return self._replaced.get(id(parameter))
 
     def undo(self) -> None:
         """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
-        for mapping, items in self._before:
+        for mapping, items in self._contents:
             mapping.clear()
             mapping.update(items)
 
@@ -44,12 +54,12 @@ class Surgery:
         """Put a parameter of the same shape in the place of one that was not sliced: the old one has to survive."""
         old = module.get_parameter(attribute)
         module._parameters[attribute] = new
-        self.parameters.append((old, new, {}))
+        self.add(old, new, {})
         self.kept[name] = {}
 
     def _remember(self, module: nn.Module) -> None:
         for mapping in (module._parameters, module._buffers, module.__dict__):
-            self._before.append((mapping, dict(mapping)))
+            self._contents.append((mapping, dict(mapping)))
 
 
 def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> Surgery:
@@ -143,7 +153,7 @@ def select_channels(
                 owner._buffers[name] = new
             record.kept[full] = by_dim
         if isinstance(new, nn.Parameter):
-            record.parameters.append((tensor, new, by_dim))  # type: ignore[arg-type]
+            record.add(tensor, new, by_dim)  # type: ignore[arg-type]
     return record
 
 

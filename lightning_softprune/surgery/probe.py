@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_softprune.graph import Layout, PruningGroup, layout_of
 from lightning_softprune.search import Plan
 from lightning_softprune.surgery.apply import Surgery, apply_plan, select_channels
+from lightning_softprune.utilities.hooks import registered
 
 
 def probe_groups(
@@ -111,16 +112,12 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[f
 
         return hook
 
-    handles = [
+    with registered(
         module.register_forward_hook(hook_for(name))
         for name, module in model.named_modules()
         if isinstance(layout := layout_of(module), Layout) and "out" in layout.slots
-    ]
-    try:
+    ):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

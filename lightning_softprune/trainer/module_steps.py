@@ -19,6 +19,7 @@ from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import clone_inference_tensors_and_reset_metrics, isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.trainer.steps import run_step, transfer
+from lightning_softprune.utilities.hooks import registered
 
 Steps = list[Callable[[], Any]]
 
@@ -138,15 +139,11 @@ def same_layer_calls(model: nn.Module, few: Steps, whole: Steps) -> bool:
 
     def calls(steps: Steps) -> Counter[str]:
         seen: Counter[str] = Counter()
-        handles = [
+        with registered(
             layer.register_forward_hook(lambda *_, name=name: seen.update([name]))
             for name, layer in model.named_modules()
-        ]
-        try:
+        ):
             run_steps(steps)
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen
 
     wanted = calls(whole)

@@ -11,13 +11,13 @@ from torch import nn
 from lightning_softprune.calibration import (
     InputStatistics,
     Reader,
-    as_rows,
     collect_statistics,
     find_readers,
     watch_inputs,
 )
 from lightning_softprune.calibration.readers import reading_weight
 from lightning_softprune.calibration.statistics import KernelCoverage, kernel_coverage
+from lightning_softprune.graph import geometry_of
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Member, PruningGroup
 from support import zoo
@@ -228,9 +228,9 @@ def test_collected_moments_are_those_of_what_the_reader_is_given(case):
 def test_positions_of_batched_and_unbatched_convolutions_are_observations():
     x = torch.randn(2, 3, 4, 5)
     layer = nn.Conv2d(3, 2, 1)
-    assert torch.equal(as_rows(layer, x), x.permute(0, 2, 3, 1).reshape(-1, 3))
-    assert torch.equal(as_rows(layer, x[0]), x[0].permute(1, 2, 0).reshape(-1, 3))
-    assert torch.equal(as_rows(nn.ConvTranspose1d(3, 2, 1), x[0, :, 0]), x[0, :, 0].t())
+    assert torch.equal(geometry_of(layer).as_rows(x), x.permute(0, 2, 3, 1).reshape(-1, 3))
+    assert torch.equal(geometry_of(layer).as_rows(x[0]), x[0].permute(1, 2, 0).reshape(-1, 3))
+    assert torch.equal(geometry_of(nn.ConvTranspose1d(3, 2, 1)).as_rows(x[0, :, 0]), x[0, :, 0].t())
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_the_reading_weights_of_a_channel_are_those_whose_loss_it_feels(layer):
 def test_taps_that_fall_on_the_input_are_what_a_layer_of_ones_adds_up(layer, shape):
     for batch in ((2,), ()):
         x = torch.ones(*batch, 4, *shape)
-        found = kernel_coverage(layer, x)
+        found = kernel_coverage(geometry_of(layer).kernel, x)
         ones = copy.deepcopy(layer)
         nn.init.ones_(ones.weight)
         nn.init.zeros_(ones.bias)
@@ -289,14 +289,14 @@ def test_the_taps_of_inputs_of_several_sizes_are_averaged_by_their_observations(
     short, long = torch.ones(4, 2, 2), torch.ones(1, 2, 6)
     steps = [lambda: model(short), lambda: model(long)]
     found = collect_statistics(model, [Reader("0", "in", 1)], steps)["0"].coverage
-    first, second = kernel_coverage(model[0], short), kernel_coverage(model[0], long)
+    first, second = (kernel_coverage(geometry_of(model[0]).kernel, x) for x in (short, long))
     assert first.share == pytest.approx(2 / 3)
     assert found.share == pytest.approx((8 * first.share + 6 * second.share) / 14)
     assert found.unevenness == pytest.approx((8 * first.unevenness + 6 * second.unevenness) / 14)
 
 
 def test_other_layers_meet_their_input_everywhere():
-    assert kernel_coverage(nn.Linear(3, 2), torch.ones(4, 3)) == KernelCoverage(1.0, 0.0)
+    assert kernel_coverage(geometry_of(nn.Linear(3, 2)).kernel, torch.ones(4, 3)) == KernelCoverage(1.0, 0.0)
 
 
 # -------------------------------------------------------------------------------------------------- leaving no trace

@@ -7,16 +7,15 @@ import torch
 from torch import nn
 
 import lightning_softprune.calibration.statistics as calibration
-from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, reads_one_row
+from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics
 from lightning_softprune.calibration.statistics import has_unfolded_rows
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
-    features_of,
-    kernel_positions,
     most_rows,
     outputs_at_rows,
     unfold_inputs,
 )
+from lightning_softprune.graph import geometry_of
 
 LAYERS = [
     (nn.Linear(6, 4), (6,)),
@@ -50,8 +49,9 @@ def test_the_rows_times_the_weights_are_the_outputs_at_the_same_places(layer, sh
     x = torch.randn(*batch, *shape)
     with torch.no_grad():
         outputs = layer(x)
-    rows, wanted = unfold_inputs(layer, x, most), outputs_at_rows(layer, outputs, most)
-    assert rows.shape == (len(wanted), features_of(layer))
+    geometry = geometry_of(layer)
+    rows, wanted = unfold_inputs(geometry, x, most), outputs_at_rows(geometry, outputs, most)
+    assert rows.shape == (len(wanted), geometry.features)
     assert len(rows) == min(len(rows), most)
     assert (
         len(rows) == outputs.numel() // outputs.shape[-1 if isinstance(layer, nn.Linear) else len(batch)] or most == 7
@@ -63,7 +63,10 @@ def test_rows_are_copies_that_later_changes_in_place_do_not_reach():
     for layer, shape in LAYERS:
         x = torch.ones(2, *shape)
         output = torch.ones(2, *shape)
-        rows, held = unfold_inputs(layer, x, 10**6), outputs_at_rows(nn.Linear(1, 1), output, 10**6)
+        rows, held = (
+            unfold_inputs(geometry_of(layer), x, 10**6),
+            outputs_at_rows(geometry_of(nn.Linear(1, 1)), output, 10**6),
+        )
         before = rows.clone()
         x.zero_()
         output.zero_()
@@ -110,10 +113,10 @@ def test_wide_rows_are_fewer():
     ids=str,
 )
 def test_windows_are_taken_where_an_output_reads_several_rows_and_not_too_much(layer, stride, one, several):
-    assert reads_one_row(layer, stride) == one
+    assert geometry_of(layer).reads_one_row(stride) == one
     assert has_unfolded_rows(layer, stride) == several
-    taps = math.prod(getattr(layer, "kernel_size", (stride,)))
-    assert kernel_positions(layer, stride) == taps
+    positions = math.prod(getattr(layer, "kernel_size", (stride,)))
+    assert geometry_of(layer).positions(stride) == positions
 
 
 def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_processes(monkeypatch):
@@ -121,7 +124,7 @@ def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_process
     model, reader = nn.Sequential(layer), Reader("0", "in", 1)
     batches = [torch.randn(4, 3, 5, 5), torch.randn(7, 3, 4, 6)]
     found = collect_statistics(model, [reader], [lambda x=x: model(x) for x in batches])["0"]
-    rows = torch.cat([unfold_inputs(layer, x, 10**6) for x in batches]).double()
+    rows = torch.cat([unfold_inputs(geometry_of(layer), x, 10**6) for x in batches]).double()
     torch.testing.assert_close(found.unfolded.mean, rows.mean(0))
     torch.testing.assert_close(found.unfolded.covariance, torch.cov(rows.t(), correction=0))
     merged = []

@@ -11,7 +11,7 @@ import lightning_softprune.compensation.activation_fit as response
 import lightning_softprune.compensation.refit as refits
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
-from lightning_softprune.compensation.activation_fit import fit_after_activation
+from lightning_softprune.compensation.activation_fit import Start, fit_after_activation
 from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
 from lightning_softprune.compensation.refit import DenseRun, refit_readers
 from lightning_softprune.graph.grouping import trace_groups
@@ -96,6 +96,11 @@ def problem(seed, rows=120, width=6, outputs=4):
     return wanted, z, weight, bias, prior, factor, ridge
 
 
+def fitted(f, given):
+    wanted, z, *start = given
+    return fit_after_activation(FollowingActivation(f), wanted, z, Start(*start))
+
+
 def lost(f, wanted, z, w, prior, pull):
     """`J` of one output."""
     after = [f(torch.from_numpy(values)).numpy() for values in (wanted, z @ w)]
@@ -109,7 +114,7 @@ def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, se
     monkeypatch.setattr(response, "SOLVES", 40)
     f, slope = FUNCTIONS[name]
     given = problem(seed)
-    weight, bias = fit_after_activation(FollowingActivation(f), *given)
+    weight, bias = fitted(f, given)
     wanted, z, *start, _, ridge = (value.numpy() if isinstance(value, torch.Tensor) else value for value in given)
     z = np.concatenate([z, np.ones((len(z), 1))], 1)
     for output in range(len(weight)):
@@ -131,8 +136,8 @@ def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, se
 def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
     f, _ = FUNCTIONS[name]
     wanted, z, weight, bias, prior, factor, _ = problem(seed)
-    fitted, shift = fit_after_activation(FollowingActivation(f), wanted, z, weight, bias, prior, factor, 0.0)
-    before, after = ((f(wanted) - f(z @ w.t() + b)).square().sum(0) for w, b in ((weight, bias), (fitted, shift)))
+    moved, shift = fitted(f, (wanted, z, weight, bias, prior, factor, 0.0))
+    before, after = ((f(wanted) - f(z @ w.t() + b)).square().sum(0) for w, b in ((weight, bias), (moved, shift)))
     assert (after <= before).all()
     assert after.sum() < 0.9 * before.sum()
 
@@ -140,16 +145,16 @@ def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
 def test_an_output_without_a_slope_anywhere_stays_as_it_is():
     wanted, z, weight, bias, *rest = problem(0)
     bias[1] = -1e4
-    fitted, shift = fit_after_activation(FollowingActivation(torch.relu), wanted, z, weight, bias, *rest)
-    assert torch.equal(fitted[1], weight[1])
+    moved, shift = fitted(torch.relu, (wanted, z, weight, bias, *rest))
+    assert torch.equal(moved[1], weight[1])
     assert shift[1] == bias[1]
-    assert fitted.isfinite().all()
+    assert moved.isfinite().all()
 
 
 def test_outputs_fitted_in_blocks_are_those_fitted_at_once(monkeypatch):
-    whole = fit_after_activation(FollowingActivation(torch.relu), *problem(0))
+    whole = fitted(torch.relu, problem(0))
     monkeypatch.setattr(response, "BLOCK", 250)
-    for a, b in zip(whole, fit_after_activation(FollowingActivation(torch.relu), *problem(0)), strict=True):
+    for a, b in zip(whole, fitted(torch.relu, problem(0)), strict=True):
         torch.testing.assert_close(a, b)
 
 

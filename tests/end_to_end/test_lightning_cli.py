@@ -327,7 +327,7 @@ def test_a_class_path_with_a_typo_is_answered_with_what_was_meant(example, capsy
         (["target_sparsity=null"], "target_sparsity: None asks for the highest sparsity"),
         (['limits={"mac": 0.5}'], "limits: 'mac' is not one of 'params', 'macs', 'latency'"),
         (['constraints=["val_psnr => 19"]'], "expected one of <=, >=, <, >"),
-        (["search=SensitivitySearch", "search.levels=0"], "levels must be at least 1, got 0"),
+        (["search=SensitivitySearch", "search.levels=0"], "levels: 0 is less than 1"),
     ],
 )
 def test_a_value_out_of_range_reaches_the_user_as_the_callback_says_it(example, options, told):

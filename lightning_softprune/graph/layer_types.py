@@ -1,0 +1,357 @@
+"""The entries of the table of layer types, one class each; `layers.py` explains the words.
+
+Multiply-accumulates are those of linear, convolution and attention layers; normalisation, activations and biases are
+not counted, as is the field's habit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from lightning_softprune.graph.geometry import Kernel, WeightGeometry
+from lightning_softprune.graph.layers import (
+    Applications,
+    LayerType,
+    Layout,
+    MacTerm,
+    Shape,
+    Sizes,
+    TensorAxis,
+    add_layer_type,
+    check_rank,
+)
+
+
+def _argument(inputs: Mapping[str | int, Any], place: int, name: str) -> torch.Tensor:
+    found: torch.Tensor = inputs[place] if place in inputs else inputs[name]
+    return found
+
+
+class LinearType(LayerType):
+    """``nn.Linear``."""
+
+    types = (nn.Linear,)
+    takes_bias = True
+
+    def describe(self, module: nn.Linear) -> Layout:
+        """See `LayerType`."""
+        axes = (TensorAxis("weight", 0, "out"), TensorAxis("weight", 1, "in"), TensorAxis("bias", 0, "out"))
+        return Layout({"in": module.in_features, "out": module.out_features}, axes)
+
+    def resize(self, module: nn.Linear, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        module.in_features = sizes.get("in", module.in_features)
+        module.out_features = sizes.get("out", module.out_features)
+
+    def geometry(self, module: nn.Linear) -> WeightGeometry:
+        """See `LayerType`."""
+        return WeightGeometry(module.in_features, module.out_features)
+
+    def observe(self, module: nn.Linear, inputs: Mapping[str | int, Any], output: Any, seen: Applications) -> None:
+        """Count rows."""
+        seen.applied += output.numel() / module.out_features
+
+    def macs(self, module: nn.Linear, seen: Applications) -> tuple[MacTerm, ...]:
+        """See `LayerType`."""
+        return (MacTerm(seen.applied, ("in", "out")),)
+
+    def mac_sizes(self, module: nn.Linear) -> Sizes:
+        """See `LayerType`."""
+        return {"in": module.in_features, "out": module.out_features}
+
+
+class ConvolutionType(LayerType):
+    """Convolutions of one to three dimensions, also grouped, depthwise and transposed.
+
+    A depthwise convolution has the same channels at both sides. Its number of groups goes with its channels, and what
+    was grouped before a prune may look depthwise after it: checkpoints record all three numbers.
+    """
+
+    types = (_ConvNd,)
+    takes_bias = True
+
+    def describe(self, module: _ConvNd) -> Layout | str:
+        """See `LayerType`."""
+        groups = module.groups
+        if groups > 1 and groups == module.in_channels:
+            if module.out_channels != groups:
+                return "a depthwise convolution with a channel multiplier"
+            return Layout({"both": groups}, (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both")))
+        first, second = self._sides(module)
+        axes = (
+            TensorAxis("weight", 0, first),
+            TensorAxis("weight", 1, second, parts=groups),
+            TensorAxis("bias", 0, "out"),
+        )
+        parts = {"in": groups, "out": groups} if groups > 1 else {}
+        return Layout({"in": module.in_channels, "out": module.out_channels}, axes, parts)
+
+    def resize(self, module: _ConvNd, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        if "both" in sizes:
+            module.in_channels = module.out_channels = module.groups = sizes["both"]
+        module.in_channels = sizes.get("in", module.in_channels)
+        module.out_channels = sizes.get("out", module.out_channels)
+
+    def geometry(self, module: _ConvNd) -> WeightGeometry:
+        """See `LayerType`."""
+        transposed = isinstance(module, _ConvTransposeNd)
+        padding: Any = module.padding
+        around: Any = module._reversed_padding_repeated_twice
+        kernel = Kernel(
+            tuple(module.kernel_size),
+            tuple(module.stride),
+            padding if isinstance(padding, str) else tuple(padding),
+            tuple(module.dilation),
+            tuple(around),
+            module.padding_mode,
+            tuple(module.output_padding),
+            transposed,
+        )
+        input_dim = 0 if transposed else 1
+        return WeightGeometry(module.in_channels, module.out_channels, module.groups, input_dim, kernel)
+
+    def observe(self, module: _ConvNd, inputs: Mapping[str | int, Any], output: Any, seen: Applications) -> None:
+        """Count positions of the map times those of the kernel."""
+        positions = float(math.prod(module.kernel_size))
+        if isinstance(module, _ConvTransposeNd):
+            seen.applied += _argument(inputs, 0, "input").numel() / module.in_channels * positions
+        else:
+            seen.applied += output.numel() / module.out_channels * positions
+
+    def macs(self, module: _ConvNd, seen: Applications) -> tuple[MacTerm, ...]:
+        """See `LayerType`."""
+        if "both" in self.mac_sizes(module):
+            return (MacTerm(seen.applied, ("both",)),)
+        return (MacTerm(seen.applied / module.groups, ("in", "out")),)
+
+    def mac_sizes(self, module: _ConvNd) -> Sizes:
+        """See `LayerType`."""
+        layout = self.layout(module)
+        if isinstance(layout, Layout):
+            return dict(layout.slots)
+        return {"in": module.in_channels, "out": module.out_channels}
+
+    def recorded_sizes(self, module: _ConvNd) -> Sizes:
+        """See `LayerType`."""
+        if module._parameters.get("weight") is None:
+            return {}
+        return {"in": module.in_channels, "out": module.out_channels, "groups": module.groups}
+
+    def sizes_from(self, module: _ConvNd, shapes: Mapping[str, Shape]) -> Sizes | None:
+        """See `LayerType`."""
+        weight = shapes.get("weight")
+        if weight is None:
+            return None
+        check_rank(weight, module.weight)
+        now = self.recorded_sizes(module)
+        if self._is_depthwise(now) and now["groups"] > 1:
+            return dict.fromkeys(now, weight[0])
+        first, second = self._sides(module)
+        return {**now, first: weight[0], second: weight[1] * module.groups}
+
+    def shapes_at(self, module: _ConvNd, sizes: Mapping[str, int]) -> dict[str, Shape]:
+        """See `LayerType`."""
+        now, groups = self.recorded_sizes(module), sizes["groups"]
+        if groups != now["groups"] and not (self._is_depthwise(now) or self._is_depthwise(sizes)):
+            raise ValueError(f"it has {now['groups']} groups, in the checkpoint {groups}")
+        if groups == 0 or sizes["in"] % groups or sizes["out"] % groups:
+            raise ValueError(f"{sizes['in']} -> {sizes['out']} channels do not make {groups} equal groups")
+        first, second = self._sides(module)
+        shapes: dict[str, Shape] = {"weight": (sizes[first], sizes[second] // groups, *module.weight.shape[2:])}
+        return shapes | ({} if module.bias is None else {"bias": (sizes["out"],)})
+
+    def restore(self, module: _ConvNd, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        module.in_channels, module.out_channels, module.groups = sizes["in"], sizes["out"], sizes["groups"]
+
+    @staticmethod
+    def _sides(module: _ConvNd) -> tuple[str, str]:
+        """The slots that the first two dimensions of the weight follow."""
+        return ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
+
+    @staticmethod
+    def _is_depthwise(sizes: Mapping[str, int]) -> bool:
+        return sizes["in"] == sizes["out"] == sizes["groups"]
+
+
+class PassingOn(LayerType):
+    """Layers whose outputs are the channels of their input: one slot, one attribute that counts it.
+
+    Attributes:
+        tensors: Names of the tensors whose first dimension follows the slot.
+        attribute: Name of the attribute that holds the number of channels.
+    """
+
+    produces = False
+    tensors: tuple[str, ...] = ("weight", "bias")
+    attribute: str
+
+    def describe(self, module: Any) -> Layout | str:
+        """See `LayerType`."""
+        return Layout(
+            {"both": getattr(module, self.attribute)}, tuple(TensorAxis(name, 0, "both") for name in self.tensors)
+        )
+
+    def resize(self, module: Any, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        if "both" in sizes:
+            setattr(module, self.attribute, sizes["both"])
+
+
+class NormalisationType(PassingOn):
+    """BatchNorm and InstanceNorm of any dimension."""
+
+    types = (_BatchNorm, _InstanceNorm)
+    tensors = ("weight", "bias", "running_mean", "running_var")
+    attribute = "num_features"
+
+
+class GroupNormType(PassingOn):
+    """``nn.GroupNorm``: every group loses the same channels."""
+
+    types = (nn.GroupNorm,)
+    attribute = "num_channels"
+
+    def describe(self, module: nn.GroupNorm) -> Layout:
+        """See `LayerType`."""
+        axes = (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both"))
+        return Layout({"both": module.num_channels}, axes, {"both": module.num_groups})
+
+
+class LayerNormType(PassingOn):
+    """``nn.LayerNorm`` over the last dimension."""
+
+    types: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
+    named = "a LayerNorm"
+
+    def describe(self, module: nn.LayerNorm | nn.RMSNorm) -> Layout | str:
+        """See `LayerType`."""
+        if len(module.normalized_shape) != 1:
+            return f"{self.named} over more than one dimension"
+        return Layout({"both": module.normalized_shape[0]}, tuple(TensorAxis(name, 0, "both") for name in self.tensors))
+
+    def resize(self, module: Any, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        if "both" in sizes:
+            module.normalized_shape = (sizes["both"],)
+
+
+class RMSNormType(LayerNormType):
+    """``nn.RMSNorm`` over the last dimension."""
+
+    types = (nn.RMSNorm,)
+    tensors = ("weight",)
+    named = "an RMSNorm"
+
+
+class PReLUType(PassingOn):
+    """``nn.PReLU``; with one slope for all channels it has no slot."""
+
+    types = (nn.PReLU,)
+    tensors = ("weight",)
+    attribute = "num_parameters"
+
+    def describe(self, module: nn.PReLU) -> Layout | str:
+        """See `LayerType`."""
+        return super().describe(module) if module.num_parameters > 1 else Layout({}, ())
+
+    def recorded_layout(self, module: nn.PReLU) -> Layout | str:
+        """It has its slot also when one channel is left."""
+        layout = self.layout(module)
+        return super().describe(module) if isinstance(layout, Layout) else layout
+
+
+class EmbeddingType(PassingOn):
+    """``nn.Embedding``: the width can go, tokens cannot."""
+
+    types = (nn.Embedding,)
+    produces = True
+    attribute = "embedding_dim"
+
+    def describe(self, module: nn.Embedding) -> Layout:
+        """See `LayerType`."""
+        return Layout({"both": module.embedding_dim}, (TensorAxis("weight", 1, "both"),))
+
+
+class AttentionType(LayerType):
+    """``nn.MultiheadAttention``: one dimension of every head, at all sides alike."""
+
+    types = (nn.MultiheadAttention,)
+    produces = False
+    owns_children = True
+    weight = "in_proj_weight"
+
+    def describe(self, module: nn.MultiheadAttention) -> Layout | str:
+        """See `LayerType`."""
+        if module.in_proj_weight is None:
+            return "attention whose keys or values have a width of their own"
+        axes = (
+            TensorAxis("in_proj_weight", 0, "both", repeat=3),
+            TensorAxis("in_proj_weight", 1, "both"),
+            TensorAxis("in_proj_bias", 0, "both", repeat=3),
+            TensorAxis("bias_k", 2, "both"),
+            TensorAxis("bias_v", 2, "both"),
+            TensorAxis("out_proj.weight", 0, "both"),
+            TensorAxis("out_proj.weight", 1, "both"),
+            TensorAxis("out_proj.bias", 0, "both"),
+        )
+        return Layout({"both": module.embed_dim}, axes, {"both": module.num_heads})
+
+    def resize(self, module: nn.MultiheadAttention, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        if "both" not in sizes:
+            return
+        width = sizes["both"]
+        module.embed_dim = module.kdim = module.vdim = width
+        module.head_dim = width // module.num_heads
+        module.out_proj.in_features = module.out_proj.out_features = width
+
+    def geometry(self, module: nn.MultiheadAttention) -> WeightGeometry:
+        """See `LayerType`."""
+        width = module.embed_dim
+        return WeightGeometry(width, 3 * width, weight="in_proj_weight", slot="both", is_whole=False)
+
+    def observe(
+        self, module: nn.MultiheadAttention, inputs: Mapping[str | int, Any], output: Any, seen: Applications
+    ) -> None:
+        """Count queries, keys, and pairs of them."""
+        query, key = _argument(inputs, 0, "query"), _argument(inputs, 1, "key")
+        rows, length = query.numel() / query.shape[-1], key.numel() / key.shape[-1]
+        batch = 1 if query.ndim == 2 else query.shape[0 if module.batch_first else 1]
+        seen.applied += rows
+        seen.keys += length
+        seen.pairs += rows * length / batch
+
+    def macs(self, module: nn.MultiheadAttention, seen: Applications) -> tuple[MacTerm, ...]:
+        """Queries and output, keys and values; then scores, and the weighted sum of the values."""
+        return (
+            MacTerm(2 * seen.applied + 2 * seen.keys, ("both", "both")),
+            MacTerm(2 * seen.pairs, ("both",)),
+        )
+
+    def mac_sizes(self, module: nn.MultiheadAttention) -> Sizes:
+        """See `LayerType`."""
+        return {"both": module.embed_dim}
+
+
+for _entry in (
+    LinearType(),
+    ConvolutionType(),
+    NormalisationType(),
+    GroupNormType(),
+    LayerNormType(),
+    RMSNormType(),
+    PReLUType(),
+    EmbeddingType(),
+    AttentionType(),
+):
+    add_layer_type(_entry)

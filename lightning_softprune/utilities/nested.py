@@ -1,0 +1,72 @@
+"""Nested data: dotted attributes, and the containers that batches are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from copy import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["attribute_at", "is_container", "map_tensors", "rebuild", "tensors_in"]
+
+
+def attribute_at(owner: Any, path: str) -> Any:
+    """The attribute at a dotted path; ``None`` where there is none.
+
+    >>> attribute_at(torch.nn.Linear(2, 3), "weight.data.ndim")
+    2
+    """
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    return owner
+
+
+def is_container(value: Any) -> bool:
+    """Whether :func:`rebuild` looks into a value."""
+    return isinstance(value, (Mapping, tuple, list))
+
+
+def rebuild(value: Any, function: Callable[[Any], Any]) -> Any:
+    """A container like this one, of what a function makes of its items; one level deep.
+
+    Dictionaries keep their type and its extras (a default factory), other mappings become dictionaries, named tuples
+    and the subclasses of list and tuple stay what they are.
+
+    >>> rebuild({"a": 1, "b": 2}, lambda n: 10 * n), rebuild((1, 2), str)
+    ({'a': 10, 'b': 20}, ('1', '2'))
+    """
+    if isinstance(value, dict):
+        result = copy(value)
+        for key, item in value.items():
+            result[key] = function(item)
+        return result
+    if isinstance(value, Mapping):
+        return {key: function(item) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(function, value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(function, value))
+    raise TypeError(f"{type(value).__name__} is no container")
+
+
+def map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same nested data, of what a function makes of each tensor."""
+    if isinstance(tree, torch.Tensor):
+        return function(tree)
+    if isinstance(tree, nn.utils.rnn.PackedSequence):  # its other tensors are lengths and orders
+        return tree._replace(data=function(tree.data))
+    return rebuild(tree, lambda item: map_tensors(item, function)) if is_container(tree) else tree
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """All tensors of nested data, in order."""
+    found: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(tree, note)
+    return found
