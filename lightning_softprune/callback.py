@@ -30,6 +30,7 @@ from lightning_softprune.graph import COSTS, match_modules
 from lightning_softprune.report import log_figures, log_values, print_round, round_folder, write_files
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import (
+    Goal,
     RoundSettings,
     checked_bounds,
     checked_epochs,
@@ -41,6 +42,7 @@ from lightning_softprune.round import (
 from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
 from lightning_softprune.trainer import (
     averaged_copies,
+    end_epoch_at_this_batch,
     finish_epoch_without_training,
     logging_step,
     refuse_sharded_optimizers,
@@ -311,7 +313,7 @@ class SoftPruning(pl.Callback):
         rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
         if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
-            raise StopIteration  # how Lightning's epoch loop ends its batches: this one is not trained on
+            end_epoch_at_this_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for."""
@@ -385,16 +387,8 @@ class SoftPruning(pl.Callback):
     ) -> PruningResult:
         applied = [result for result in self.results if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
-        result = run_round(
-            trainer,
-            pl_module,
-            self._settings(trainer),
-            epoch=epoch,
-            target=target,
-            dense=self._dense,
-            dense_latency_ratio=1.0 / math.prod(faster),
-            commit=commit,
-        )
+        goal = Goal(epoch, target, self._dense, 1.0 / math.prod(faster), commit)
+        result = run_round(trainer, pl_module, self._settings(trainer), goal)
         return dataclasses.replace(result, configuration=self._configuration, versions=_versions())
 
     @rank_zero_only

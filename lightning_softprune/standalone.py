@@ -7,13 +7,14 @@ prune.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from lightning_softprune.callback import SoftPruning
@@ -22,6 +23,7 @@ from lightning_softprune.results import PruningResult
 from lightning_softprune.round import prepare_groups
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
+    Step,
     Steps,
     clone_inference_tensors_and_reset_metrics,
     has_inference_tensors,
@@ -61,45 +63,56 @@ def find_groups(
     0 8 prunable
     2 2 2 produces an output of the network
     """
-
-    def quietly(step: Callable[[], Any]) -> Callable[[], Any]:
-        def run() -> Any:
-            with Transaction(model):
-                clone_inference_tensors_and_reset_metrics(model)
-                model.eval()
-                return step()
-
-        return run
-
-    steps: Steps = []
     if isinstance(model, pl.LightningModule) and batch is not None:
-        names = ["validation_step"] if is_overridden("validation_step", model) else []
-        if model.automatic_optimization and is_overridden("training_step", model):
-            names.append("training_step")
-        for name in names:
-            begin = False
-            try:  # hooks may want a trainer, which is not here: they are called only where a step misses what they make
-                with torch.inference_mode(False):
-                    run_steps([quietly(_plain_step(model, name, batch))])
-            except AttributeError:
-                begin = True
-            steps.append(_plain_step(model, name, batch, begin))
-    elif batch is None:
-        batch = getattr(model, "example_input_array", None)
+        steps = _module_steps(model, batch)
+    else:
+        batch = getattr(model, "example_input_array", None) if batch is None else batch
         if batch is None:
             raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
+        steps = []
     if not steps:
         steps = [lambda: model(*batch) if isinstance(batch, tuple) else model(batch)]
     with isolated_rng(0), torch.inference_mode(False):
-        return prepare_groups(model, [quietly(step) for step in steps], components, ignore or ())
+        return prepare_groups(model, [_put_back(model, step) for step in steps], components, ignore or ())
 
 
-BEGINNINGS = {"validation_step": "on_validation_epoch_start", "training_step": "on_train_epoch_start"}
+_BEGINNINGS = {"validation_step": "on_validation_epoch_start", "training_step": "on_train_epoch_start"}
 
 
-def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = False) -> Callable[[], Any]:
-    from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+def _module_steps(model: pl.LightningModule, batch: Any) -> Steps:
+    """The module's own steps on a batch, without a trainer.
 
+    Hooks may want a trainer, which is not here: they are called only where a step misses what they make.
+    """
+    names = ["validation_step"] if is_overridden("validation_step", model) else []
+    if model.automatic_optimization and is_overridden("training_step", model):
+        names.append("training_step")
+    steps: Steps = []
+    for name in names:
+        begin = False
+        try:
+            with torch.inference_mode(False):
+                run_steps([_put_back(model, _plain_step(model, name, batch))])
+        except AttributeError:
+            begin = True
+        steps.append(_plain_step(model, name, batch, begin))
+    return steps
+
+
+def _put_back(model: nn.Module, step: Step) -> Step:
+    """The step in eval mode, leaving nothing behind."""
+
+    def run() -> Any:
+        with Transaction(model):
+            clone_inference_tensors_and_reset_metrics(model)
+            model.eval()
+            return step()
+
+    return run
+
+
+def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = False) -> Step:
+    """One step that logs nothing."""
     function = getattr(model, name)
     takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
 
@@ -107,7 +120,7 @@ def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = 
         model.__dict__.update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
         try:
             if begin:
-                getattr(model, BEGINNINGS[name])()
+                getattr(model, _BEGINNINGS[name])()
             return function(batch, 0) if takes_index else function(batch)
         finally:
             del model.__dict__["log"], model.__dict__["log_dict"]

@@ -3,6 +3,7 @@
 from lightning_softprune.round.prepare import prepare_groups
 from lightning_softprune.round.run import run_round
 from lightning_softprune.round.settings import (
+    Goal,
     RoundSettings,
     checked_bounds,
     checked_epochs,
@@ -12,6 +13,7 @@ from lightning_softprune.round.settings import (
 )
 
 __all__ = [
+    "Goal",
     "RoundSettings",
     "checked_bounds",
     "checked_epochs",

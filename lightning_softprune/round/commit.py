@@ -4,55 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from lightning_softprune.compensation import DenseRun, refit_readers
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.round.trials import ScoredPlan, Trials
-from lightning_softprune.search import Plan
-from lightning_softprune.surgery import repair_optimizers
-from lightning_softprune.trainer import ValidationScorer, forget_compiled, rehearse, wrap_again
+from lightning_softprune.round.trials import ScoredPlan
+from lightning_softprune.surgery import Surgery, repair_optimizers
+from lightning_softprune.trainer import forget_compiled, wrap_again
 
 
 def commit_plan(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    copies: Sequence[nn.Module],
-    scorer: ValidationScorer,
-    settings: RoundSettings,
-    problem: PruningProblem,
-    trials: Trials,
-    best: ScoredPlan,
-    seed: int,
+    evaluator: Evaluator, settings: RoundSettings, copies: Sequence[nn.Module], best: ScoredPlan
 ) -> ScoredPlan:
     """Prune for good, and refine the compensation where that helps; the model's own score decides.
+
+    Args:
+        evaluator: Scores the refined model.
+        settings: What the user asked for.
+        copies: Averaged copies of the module, which are pruned alike.
+        best: The plan.
 
     Returns:
         The trial that the model now is.
     """
+    runner, problem = evaluator.runner, evaluator.problem
+    trainer, module = runner.trainer, runner.module
     dense = None
     if settings.compensation == "least_squares":
         dense = DenseRun(module, problem.compensation, problem.calibration)
-    plan = Plan.from_counts(best.counts, problem.rankings)
     for averaged in copies:
-        problem.prune(averaged, plan)
-    surgery = problem.prune(module, plan)
+        problem.prune(averaged, best.plan)
+    surgery = problem.prune(module, best.plan)
     repair_optimizers(trainer.optimizers, surgery)
     if dense is not None:
-        values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
-        values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
-        refit_readers(module, surgery, problem.compensation, dense)
-        refined = trials.score_as_it_is(best)
-        if refined.is_better_than(best):
-            best = refined
-        else:
-            with torch.no_grad():
-                for parameter, value in values:
-                    parameter.copy_(value)
-    rehearse(trainer, module, scorer, seed)
+        best = _refined(evaluator, surgery, dense, best)
+    runner.rehearse()
     forget_compiled()
     wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
+    return best
+
+
+def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: ScoredPlan) -> ScoredPlan:
+    """Refit the readers, and take it back where the score is not better for it."""
+    values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
+    values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
+    refit_readers(evaluator.runner.module, surgery, evaluator.problem.compensation, dense)
+    refined = evaluator.score_as_it_is(best)
+    if refined.is_better_than(best):
+        return refined
+    with torch.no_grad():
+        for parameter, value in values:
+            parameter.copy_(value)
     return best

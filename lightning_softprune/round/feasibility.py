@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -10,7 +11,7 @@ from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import Objective, SearchSpace
 
 
-def monitored(metrics: dict[str, float], objective: Objective) -> float:
+def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
     """The score among the metrics.
 
     Raises:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_softprune.calibration import collect_statistics, find_readers, norms, rank
+from lightning_softprune.calibration import InputStatistics, collect_statistics, find_readers, norms, rank
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph import (
-    Applications,
     CostModel,
     PruningGroup,
     assign_components,
@@ -25,17 +22,18 @@ from lightning_softprune.graph import (
 from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.round.fingerprint import digest
 from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.search import Coefficients, Plan, Rounding, SearchSpace, build_rounding, build_space
-from lightning_softprune.surgery import Surgery, apply_plan, probe_groups
-from lightning_softprune.trainer import (
-    Steps,
-    ValidationScorer,
-    calibration_steps,
-    run_steps,
-    same_layer_calls,
-    tracing_steps,
-    validation_step,
+from lightning_softprune.search import (
+    Budgets,
+    Coefficients,
+    Plan,
+    Realisation,
+    SearchSpace,
+    build_rounding,
+    build_space,
 )
+from lightning_softprune.surgery import Surgery, apply_plan, probe_groups
+from lightning_softprune.trainer import ModuleRunner, Steps, run_steps
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 PROBE_SAMPLES = 32
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
@@ -43,14 +41,24 @@ PROBE_SAMPLES = 32
 
 @dataclass(frozen=True)
 class PruningProblem:
-    """What a round knows of the module once it has been traced and ranked."""
+    """What a round knows of the module once it has been traced and ranked.
+
+    Attributes:
+        groups: The prunable groups.
+        left_out: Everything else, with the reason.
+        realisation: From vectors of coefficients to plans.
+        norms: Mean weight norm of each group.
+        costs: Counts what plans cost.
+        compensation: What readers do to make up for a plan.
+        calibration: One step per calibration batch.
+        samples: Samples of the batch that costs were counted on.
+        identity: Digest of groups, rankings and calibration data.
+    """
 
     groups: list[PruningGroup]
     left_out: tuple[LeftOut, ...]
-    rankings: list[Any]
-    norms: Any
-    coefficients: Coefficients
-    rounding: Rounding
+    realisation: Realisation
+    norms: FloatArray
     costs: CostModel
     compensation: Compensation
     calibration: Steps
@@ -58,26 +66,22 @@ class PruningProblem:
     identity: str
 
     @classmethod
-    def prepare(
-        cls,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        scorer: ValidationScorer,
-        settings: RoundSettings,
-        rng: np.random.Generator,
-    ) -> PruningProblem:
+    def prepare(cls, runner: ModuleRunner, settings: RoundSettings, rng: np.random.Generator) -> PruningProblem:
         """Trace, rank, and prepare costs and compensation.
 
         Raises:
             MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
         """
-        steps = tracing_steps(trainer, module, scorer)
-        few = tracing_steps(trainer, module, scorer, PROBE_SAMPLES)
-        same = trainer.strategy.reduce_boolean_decision(same_layer_calls(module, few, steps), all=True)
+        module = runner.module
         found = prepare_groups(
-            module, steps, settings.components, settings.ignore, settings.twins, probing=few if same else steps
+            module,
+            runner.tracing(),
+            settings.components,
+            settings.ignore,
+            settings.twins,
+            probing=runner.probing(PROBE_SAMPLES),
         )
-        found = trainer.strategy.broadcast(found)  # a probe may fail on one process's batch only
+        found = runner.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
         if not groups:
             raise MisconfigurationException(nothing_prunable(found))
@@ -85,20 +89,18 @@ class PruningProblem:
             rounding = build_rounding(groups, settings.bounds, settings.round_to)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
-        calibration, batches = calibration_steps(trainer, module, scorer, settings.calibration_batches)
+        calibration, batches = runner.calibration(settings.calibration_batches)
         statistics = collect_statistics(
             module, find_readers(module, groups), calibration, with_unfolded=settings.compensation != "none"
         )
-        rankings = rank(settings.importance, module, groups, calibration, statistics, rng)
-        rankings = trainer.strategy.broadcast(rankings)
-        for twin, original in (settings.twins or {}).items():  # a twin that did not run sees what its original sees
-            inside = {name: known for name, known in statistics.items() if name.startswith(f"{original}.")}
-            statistics = {twin + name[len(original) :]: known for name, known in inside.items()} | statistics
+        rankings: list[IntArray] = runner.broadcast(
+            rank(settings.importance, module, groups, calibration, statistics, rng)
+        )
+        statistics = _seen_by_twins(statistics, settings.twins or {})
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
-        applications: dict[str, Applications]
         with record_macs(module) as applications:
-            validation_step(trainer, module, scorer)()
-        applications, samples = trainer.strategy.broadcast((applications, scorer.batch_size or 1))
+            runner.validation_step()()
+        applications, samples = runner.broadcast((applications, runner.batch_size))
         return cls(
             groups=groups,
             left_out=tuple(
@@ -106,18 +108,24 @@ class PruningProblem:
                 for group in found
                 if not group.prunable
             ),
-            rankings=rankings,
+            realisation=Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings)),
             norms=norms(module, groups),
-            coefficients=Coefficients.of(groups, settings.granularity),
-            rounding=rounding,
             costs=CostModel.build(module, groups, rankings, applications, compensation.new_biases),
             compensation=compensation,
             calibration=calibration,
             samples=samples,
-            identity=trainer.strategy.broadcast(
+            identity=runner.broadcast(
                 digest([(group.name, group.num_channels) for group in groups], rankings, batches)
             ),
         )
+
+    def plan_of(self, x: FloatArray) -> Plan:
+        """The plan that a vector of coefficients stands for."""
+        return self.realisation.plan_of(x)
+
+    def unpruned_plan(self) -> Plan:
+        """The plan that removes nothing."""
+        return Plan(((),) * len(self.groups))
 
     def prune(self, module: nn.Module, plan: Plan) -> Surgery:
         """Apply a plan with its compensation."""
@@ -129,9 +137,10 @@ class PruningProblem:
             raise
         return surgery
 
-    def costs_of(self, counts: Sequence[int]) -> Costs:
-        """Costs of the plan that removes so many channels from each group."""
-        params, macs = (int(self.costs.count(what, np.array([counts]))[0]) for what in ("params", "macs"))
+    def costs_of(self, plan: Plan) -> Costs:
+        """Costs of the model with a plan's channels gone."""
+        counts = np.array([plan.counts])
+        params, macs = (int(self.costs.count(what, counts)[0]) for what in ("params", "macs"))
         return Costs(params, round(macs / self.samples))
 
     def space(self, settings: RoundSettings, dense: Costs, target: float | None) -> SearchSpace:
@@ -142,25 +151,18 @@ class PruningProblem:
             raise MisconfigurationException(
                 f"cost={settings.cost!r}, limits={settings.limits}: this model runs no layer whose MACs are counted"
             )
-        return build_space(
-            self.coefficients,
-            self.rounding,
-            self.costs,
-            dense=costs,
-            target=1.0 if target is None else target,
-            tolerance=settings.tolerance,
-            norms=self.norms,
-            cost=settings.cost,
-            limits=limits,
-        )
+        target = 1.0 if target is None else target
+        budgets = Budgets(costs, target, settings.tolerance, settings.cost, limits)
+        return build_space(self.realisation, self.costs, budgets, self.norms)
 
-    def group_results(self, counts: Sequence[int], coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
-        """The groups, with what a plan of these removed channels and soft coefficients does to them."""
+    def group_results(self, plan: Plan, coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
+        """The groups, with what a plan of these soft coefficients does to them."""
         none = np.zeros((1, len(self.groups)), dtype=np.int64)
-        low, high = self.rounding.low, self.rounding.high
+        rounding, counts = self.realisation.rounding, plan.counts
+        low, high = rounding.low, rounding.high
         alone = np.eye(len(self.groups)) * high
         params, macs = (
-            self.costs.count(what, none)[0] - self.costs.count(what, self.rounding.counts(alone) * (alone > 0))
+            self.costs.count(what, none)[0] - self.costs.count(what, rounding.counts(alone) * (alone > 0))
             for what in ("params", "macs")
         )
         return tuple(
@@ -195,6 +197,15 @@ def prepare_groups(
 
     traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
     return probe_groups(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
+
+
+def _seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:
+    """The statistics, with those of twins: one that did not run sees what its original sees."""
+    found = dict(statistics)
+    for twin, original in twins.items():
+        inside = {name: known for name, known in found.items() if name.startswith(f"{original}.")}
+        found = {twin + name[len(original) :]: known for name, known in inside.items()} | found
+    return found
 
 
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:

@@ -8,9 +8,8 @@ or in it, the module and its optimizers are rolled back and the user's own excep
 
 from __future__ import annotations
 
-import copy
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,50 +18,30 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_softprune.graph import COSTS
-from lightning_softprune.report import SearchProgress
 from lightning_softprune.results import DRY_RUN, Costs, PruningResult
 from lightning_softprune.round.commit import commit_plan
-from lightning_softprune.round.feasibility import check_reachable, monitored
+from lightning_softprune.round.decision import Decision, decide
+from lightning_softprune.round.evaluation import Evaluator
+from lightning_softprune.round.feasibility import monitored
 from lightning_softprune.round.journal import BASELINE, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
-from lightning_softprune.round.settings import RoundSettings
+from lightning_softprune.round.searching import search
+from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
-from lightning_softprune.search import (
-    Objective,
-    SearchOutcome,
-    SearchSpace,
-    SearchStrategy,
-    run_search,
-    search_max_sparsity,
-)
-from lightning_softprune.surgery import OptimizerTransaction, Transaction
-from lightning_softprune.trainer import ValidationScorer, averaged_copies, isolated_rng, mean_over_processes
+from lightning_softprune.search import Objective, SearchOutcome, SearchStrategy
+from lightning_softprune.surgery import Transaction
+from lightning_softprune.trainer import ModuleRunner, averaged_copies, isolated_rng
 
 
-def run_round(
-    trainer: pl.Trainer,
-    module: pl.LightningModule,
-    settings: RoundSettings,
-    *,
-    epoch: int,
-    target: float | None,
-    dense: Costs | None = None,
-    dense_latency_ratio: float = 1.0,
-    commit: bool = True,
-) -> PruningResult:
+def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, goal: Goal) -> PruningResult:
     """Search, and prune the module in place.
 
     Args:
         trainer: The trainer in charge; its validation data score the trials.
         module: Its module.
         settings: What the user asked for.
-        epoch: The epoch before which the round runs; with the seed, all that the round's random numbers depend on.
-        target: Sparsity to reach, against the first dense model; ``None``: the highest that meets the constraints.
-        dense: Costs of the first dense model; ``None``: the module as it is.
-        dense_latency_ratio: How many times as long as the module now is the first dense model takes; of use for a
-            latency limit.
-        commit: Whether to prune; ``False`` searches only and leaves the module as it is.
+        goal: What this round aims at.
 
     Returns:
         What was found; ``applied`` says whether the module was pruned.
@@ -73,157 +52,103 @@ def run_round(
         Exception: The user's own, with everything rolled back.
     """
     started = time.monotonic()
-    seed = int(np.random.SeedSequence([settings.seed, epoch]).generate_state(1)[0])
-    optimizers = list(trainer.optimizers)
-    optimizers_before = OptimizerTransaction(optimizers)
+    seed = int(np.random.SeedSequence([settings.seed, goal.epoch]).generate_state(1)[0])
     copies = averaged_copies(trainer)
     with (
         isolated_rng(seed),
         torch.inference_mode(False),
-        Transaction(module, *copies) as transaction,
-        ValidationScorer(trainer, module, max_batches=settings.search_batches, seed=seed) as scorer,
-        open_journal(trainer, module, settings, scorer.batches, epoch=epoch, target=target) as journal,
+        Transaction(module, *copies, optimizers=trainer.optimizers) as transaction,
+        ModuleRunner(trainer, module, max_batches=settings.search_batches, seed=seed) as runner,
+        open_journal(
+            trainer, module, settings, runner.validation_batches, epoch=goal.epoch, target=goal.target
+        ) as journal,
     ):
-        before = journal.scored(BASELINE, lambda: mean_over_processes(trainer, scorer.metrics())).metrics
+        before = journal.scored(BASELINE, runner.metrics).metrics
         objective = Objective(settings.monitor, settings.mode, settings.constraints)
         objective = replace(objective, scale=monitored(before, objective))
-        problem = PruningProblem.prepare(trainer, module, scorer, settings, np.random.default_rng(seed))
-        costs_before = problem.costs_of((0,) * len(problem.groups))
-        dense = dense or costs_before
-        space = problem.space(settings, dense, target)
-        trials = Trials(trainer, module, scorer, settings, objective, problem, space, target, journal)
-        strategy, outcome = _search(trainer, settings, space, trials, target, seed, before)
-        stopwatch = Stopwatch(trainer, module, scorer, problem, dense_latency_ratio)
-        best, why = _choose(trainer, settings, trials, stopwatch)
-        reason = "" if best else why
-        if not commit:
-            reason = f"{DRY_RUN}; {why}" if why else DRY_RUN
-        elif best is None and settings.on_violation == "error":
-            raise MisconfigurationException(f"on_violation='error': {why}")
-        elif why:
-            rank_zero_warn(f"SoftPruning: the model is {'pruned all the same' if best else 'left as it is'}: {why}")
-        chosen = None if best is None else trials.done.index(best)
-        latency_before, latency_after = stopwatch.compare(best) if best else (None, None)
-        if best is not None and commit:
+        problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed))
+        dense = goal.dense or problem.costs_of(problem.unpruned_plan())
+        trials = Trials(objective, problem.space(settings, dense, goal.target), goal.target)
+        evaluator = Evaluator(runner, problem, journal, trials)
+        strategy, outcome = search(evaluator, settings, seed, before)
+        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
+        decision = decide(runner, settings, problem, trials, stopwatch)
+        _tell(decision, settings, goal)
+        best = decision.plan
+        if best is not None:
+            stopwatch.compare(best.plan)
+        if best is not None and goal.commit:
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            try:
-                best = commit_plan(trainer, module, copies, scorer, settings, problem, trials, best, seed)
-            except BaseException:
-                optimizers_before.rollback()
-                raise
+            best = commit_plan(evaluator, settings, copies, best)
             transaction.commit()
-            chosen = trials.done.index(best)
-        applied = commit and best is not None
-        slow = latency_after / latency_before / dense_latency_ratio if latency_before and latency_after else None
-        best = best or trials.unpruned(before)
-        costs_after = problem.costs_of(best.counts)
-        return PruningResult(
-            epoch=epoch,
-            sparsity=1.0 - getattr(costs_after, settings.cost) / getattr(dense, settings.cost),
-            target_sparsity=target,
-            score_before=before[settings.monitor],
-            score_after=best.trial.score,
-            metrics_before=before,
-            metrics_after=best.trial.metrics,
-            costs_before=costs_before,
-            costs_after=costs_after,
-            groups=problem.group_results(best.counts, best.trial.coefficients),
-            evaluations=1 + len(trials.done) - trials.reused,
-            seconds=time.monotonic() - started,
-            strategy=type(strategy).__name__,
-            stop_reason=outcome.stop_reason,
-            applied=applied,
-            trials=tuple(scored.trial for scored in trials.done),
-            monitor=settings.monitor,
-            mode=settings.mode,
-            sensitivity=trials.sensitivity(strategy),
-            reason=reason,
-            chosen=chosen,
-            tolerance=settings.tolerance,
-            cost=settings.cost,
-            limits=dict(settings.limits or {}),
-            constraints=tuple(constraint.text for constraint in settings.constraints),
-            latency_before=latency_before,
-            latency_after=latency_after,
-            shares={
-                **{name: getattr(costs_after, name) / (getattr(dense, name) or 1) for name in COSTS},
-                **({} if slow is None else {"latency": slow}),
-            },
-            left_out=problem.left_out,
-        )
+        found = _Found(before, dense, strategy, outcome, decision, best)
+        result = _result(settings, goal, evaluator, stopwatch, found)
+    return replace(result, seconds=time.monotonic() - started)
 
 
-def _choose(
-    trainer: pl.Trainer, settings: RoundSettings, trials: Trials, stopwatch: Stopwatch
-) -> tuple[ScoredPlan | None, str]:
-    """The plan to commit, and what is wrong with it; or none, and why."""
-    limit = (settings.limits or {}).get("latency")
-    ranked = trials.ranked()
-    best = ranked[0] if ranked else None
-    why = "" if best else trials.explain_infeasible()
-    if best is not None and limit is not None:
-        best, why = stopwatch.first_within(limit, ranked)
-    if best is None and settings.on_violation == "prune":
-        best = ranked[0] if ranked else trials.least_violating()
-    return _agreed(trainer, best), why
+def _tell(decision: Decision, settings: RoundSettings, goal: Goal) -> None:
+    """Warn, or raise, where no plan is feasible."""
+    if not goal.commit or not decision.sentence:
+        return
+    if decision.plan is None and settings.on_violation == "error":
+        raise MisconfigurationException(f"on_violation='error': {decision.sentence}")
+    what = "left as it is" if decision.plan is None else "pruned all the same"
+    rank_zero_warn(f"SoftPruning: the model is {what}: {decision.sentence}")
 
 
-def _agreed(trainer: pl.Trainer, best: ScoredPlan | None) -> ScoredPlan | None:
-    """Make sure that every process is about to commit the same plan: rank zero's."""
-    counts = None if best is None else best.counts
-    same = trainer.strategy.broadcast(counts) == counts
-    if not trainer.strategy.reduce_boolean_decision(same, all=True):
-        raise RuntimeError(
-            "the processes found different plans, so nothing was pruned; a metric or a hook that depends on the rank "
-            "in an unsynchronised way may be the cause"
-        )
-    return best
+@dataclass(frozen=True)
+class _Found:
+    """What a round has found: metrics before, costs of the dense model, the search, the decision, the final trial."""
+
+    before: dict[str, float]
+    dense: Costs
+    strategy: SearchStrategy
+    outcome: SearchOutcome
+    decision: Decision
+    best: ScoredPlan | None
 
 
-def _search(
-    trainer: pl.Trainer,
-    settings: RoundSettings,
-    space: SearchSpace,
-    trials: Trials,
-    target: float | None,
-    seed: int,
-    before: dict[str, float],
-) -> tuple[SearchStrategy, SearchOutcome]:
-    check_reachable(space, settings, target)
-    strategy = copy.deepcopy(settings.search)
-    strategy.is_global_zero = trainer.is_global_zero
-
-    def check(at: SearchSpace) -> None:
-        try:
-            strategy.check(at)
-        except ValueError as error:
-            raise MisconfigurationException(f"search: {error}") from error
-
-    dense = space.key(np.zeros(space.size))
-    cache = {} if any(dense) else {dense: trials.objective.loss(before)}  # bounds may forbid the dense model
-    with SearchProgress(
-        strategy.max_evaluations, settings.monitor, settings.mode, settings.verbose, trainer=trainer
-    ) as bar:
-        evaluate = trials.evaluate_with(bar)
-        if target is None:
-            outcome = search_max_sparsity(
-                strategy,
-                space,
-                evaluate,
-                highest_feasible_sparsity=trials.highest_feasible_sparsity(before),
-                least_violation_at=trials.least_violation_at,
-                seed=seed,
-                cache=cache,
-                on_target=check,
-            )
-        else:
-            check(space)
-            outcome = run_search(
-                strategy,
-                space,
-                evaluate,
-                seed=seed,
-                cache=cache,
-                on_asked=lambda x, *_: trials.reuse_unpruned(x, before),
-            )
-        return strategy, outcome
+def _result(
+    settings: RoundSettings, goal: Goal, evaluator: Evaluator, stopwatch: Stopwatch, found: _Found
+) -> PruningResult:
+    trials, problem = evaluator.trials, evaluator.problem
+    final = found.best or trials.unpruned(problem.unpruned_plan(), found.before)
+    costs_after = problem.costs_of(final.plan)
+    shares = {name: getattr(costs_after, name) / (getattr(found.dense, name) or 1) for name in COSTS}
+    latencies = None if found.best is None else stopwatch.compare(found.best.plan)
+    if latencies is not None:
+        shares["latency"] = stopwatch.share_of_dense(final.plan)
+    reason = "" if found.best else found.decision.sentence
+    if not goal.commit:
+        reason = f"{DRY_RUN}; {found.decision.sentence}" if found.decision.sentence else DRY_RUN
+    return PruningResult(
+        epoch=goal.epoch,
+        sparsity=1.0 - getattr(costs_after, settings.cost) / getattr(found.dense, settings.cost),
+        target_sparsity=goal.target,
+        score_before=found.before[settings.monitor],
+        score_after=final.trial.score,
+        metrics_before=found.before,
+        metrics_after=final.trial.metrics,
+        costs_before=problem.costs_of(problem.unpruned_plan()),
+        costs_after=costs_after,
+        groups=problem.group_results(final.plan, final.trial.coefficients),
+        evaluations=1 + len(trials.done) - trials.reused,
+        seconds=0.0,
+        strategy=type(found.strategy).__name__,
+        stop_reason=found.outcome.stop_reason,
+        applied=goal.commit and found.best is not None,
+        trials=tuple(scored.trial for scored in trials.done),
+        monitor=settings.monitor,
+        mode=settings.mode,
+        sensitivity=evaluator.sensitivity(found.strategy.sensitivity),
+        reason=reason,
+        chosen=None if found.best is None else trials.done.index(found.best),
+        tolerance=settings.tolerance,
+        cost=settings.cost,
+        limits=dict(settings.limits or {}),
+        constraints=tuple(constraint.text for constraint in settings.constraints),
+        latency_before=None if latencies is None else latencies[0],
+        latency_after=None if latencies is None else latencies[1],
+        shares=shares,
+        left_out=problem.left_out,
+    )

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning_softprune.graph import COSTS
+from lightning_softprune.results import Costs
 from lightning_softprune.search import Constraint, SearchStrategy
 from lightning_softprune.utilities import checks
 
@@ -37,6 +38,26 @@ class RoundSettings:
     constraints: tuple[Constraint, ...] = ()
     on_violation: str = "skip"
     granularity: str = "group"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one round aims at.
+
+    Attributes:
+        epoch: The epoch before which the round runs; with the seed, all that the round's random numbers depend on.
+        target: Sparsity to reach, against the first dense model; ``None``: the highest that meets the constraints.
+        dense: Costs of the first dense model; ``None``: the module as it is.
+        dense_latency_ratio: How many times as long as the module now is the first dense model takes; of use for a
+            latency limit.
+        commit: Whether to prune; ``False`` searches only and leaves the module as it is.
+    """
+
+    epoch: int
+    target: float | None
+    dense: Costs | None = None
+    dense_latency_ratio: float = 1.0
+    commit: bool = True
 
 
 LIMITS = (*COSTS, "latency")

@@ -4,7 +4,7 @@
 """
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve
-from lightning_softprune.search.coefficients import Coefficients, build_rounding, build_space
+from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_rounding, build_space
 from lightning_softprune.search.loop import SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import search_max_sparsity
 from lightning_softprune.search.objective import Constraint, Objective, parse_constraint
@@ -20,6 +20,7 @@ from lightning_softprune.search.strategies.sensitivity import SensitivitySearch
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 __all__ = [
+    "Budgets",
     "Coefficients",
     "Constraint",
     "FloatArray",
@@ -31,6 +32,7 @@ __all__ = [
     "OptunaSearch",
     "Plan",
     "RandomSearch",
+    "Realisation",
     "Rounding",
     "SearchOutcome",
     "SearchSpace",

@@ -7,13 +7,13 @@ name, and the costs of plans are bound to a target and to limits, so that everyt
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
-from lightning_softprune.search.plan import Rounding
+from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.patterns import no_match
@@ -108,50 +108,85 @@ class Coefficients:
         return np.asarray(coefficients, dtype=np.float64)[..., self.owners]
 
 
-def build_space(
-    coefficients: Coefficients,
-    rounding: Rounding,
-    costs: Counting,
-    *,
-    dense: Mapping[str, float],
-    target: float,
-    tolerance: float,
-    norms: FloatArray,
-    cost: str = "params",
-    limits: Mapping[str, float] | None = None,
-) -> SearchSpace:
-    """Bind rounding and costs to a target.
+@dataclass(frozen=True)
+class Realisation:
+    """The one way from a vector of soft coefficients to the plan that it stands for.
 
-    Args:
+    Attributes:
         coefficients: Which groups follow which coefficient.
         rounding: From the groups' coefficients to removed channels.
-        costs: From removed channels to costs.
+        rankings: The order in which each group's channels go.
+    """
+
+    coefficients: Coefficients
+    rounding: Rounding
+    rankings: tuple[IntArray, ...]
+
+    def counts_of(self, x: FloatArray) -> IntArray:
+        """Channels removed from each group, shape (..., m), by vectors of shape (..., k)."""
+        return self.rounding.counts(self.coefficients.per_group(x))
+
+    def plan_of(self, x: FloatArray) -> Plan:
+        """The plan that one vector, shape (k,), stands for."""
+        return self.plan_that_removes(self.counts_of(x))
+
+    def plan_that_removes(self, counts: Iterable[int]) -> Plan:
+        """The plan that removes so many channels from each group: those that go first."""
+        return Plan.from_counts([int(count) for count in counts], self.rankings)
+
+    def reported(self, x: FloatArray) -> tuple[float, ...]:
+        """The groups' soft coefficients as they may be reported: at most one channel away from what is removed."""
+        soft = self.rounding.soft(self.coefficients.per_group(x), self.counts_of(x))
+        return tuple(float(coefficient) for coefficient in soft)
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What a plan may cost.
+
+    Attributes:
         dense: Costs of the first dense model, before any round, by name.
         target: Sparsity to reach.
         tolerance: How far from it a plan may be.
-        norms: Mean weight norm of each group, shape ``(m,)``.
         cost: What sparsity is measured in.
         limits: Cost -> the fraction of the dense model's that may remain.
     """
-    limits = limits or {}
+
+    dense: Mapping[str, float]
+    target: float
+    tolerance: float
+    cost: str = "params"
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+
+def build_space(realisation: Realisation, costs: Counting, budgets: Budgets, norms: FloatArray) -> SearchSpace:
+    """Bind the costs of plans to budgets.
+
+    Args:
+        realisation: From vectors to plans.
+        costs: From removed channels to costs.
+        budgets: What a plan may cost.
+        norms: Mean weight norm of each group, shape ``(m,)``.
+    """
+    rounding, coefficients = realisation.rounding, realisation.coefficients
     members = [np.flatnonzero(coefficients.owners == i) for i in range(len(coefficients.names))]
 
     def sparsity(counts: IntArray) -> FloatArray:
-        return 1.0 - costs.count(cost, counts) / dense[cost]
+        return 1.0 - costs.count(budgets.cost, counts) / budgets.dense[budgets.cost]
 
     def shares(counts: IntArray) -> FloatArray:
-        return np.stack([costs.count(name, counts) / dense[name] for name in limits], axis=1)
+        return np.stack([costs.count(name, counts) / budgets.dense[name] for name in budgets.limits], axis=1)
 
     return SearchSpace(
         low=np.array([rounding.low[groups].min() for groups in members]),
         high=np.array([rounding.high[groups].max() for groups in members]),
         channels=np.array([rounding.channels[groups].max() for groups in members]),
-        realise=lambda x: rounding.counts(coefficients.per_group(x)),
+        realise=realisation.counts_of,
         sparsity=sparsity,
-        target=target,
-        tolerance=tolerance,
+        target=budgets.target,
+        tolerance=budgets.tolerance,
         norms=np.array([norms[groups].mean() for groups in members]),
         unit=np.full(len(members), rounding.round_to, dtype=np.int64),
-        limits=tuple(limits.values()),
-        shares=shares if limits else None,
+        limits=tuple(budgets.limits.values()),
+        shares=shares if budgets.limits else None,
     )

@@ -3,10 +3,9 @@
 from lightning_softprune.surgery.apply import Surgery, apply_plan
 from lightning_softprune.surgery.optimizers import repair_optimizers
 from lightning_softprune.surgery.probe import probe_groups
-from lightning_softprune.surgery.transaction import OptimizerTransaction, Transaction
+from lightning_softprune.surgery.transaction import Transaction
 
 __all__ = [
-    "OptimizerTransaction",
     "Surgery",
     "Transaction",
     "apply_plan",

@@ -1,12 +1,14 @@
-"""Transactions: the module before, down to the containers and tensors its modules hold, to be put back.
+"""Transactions: a model and its optimizers as they were, to be put back.
 
-The same objects with the same values. A committed plan is one that nobody rolled back.
+The same objects with the same values, down to the containers and tensors that modules hold. A committed plan is one
+that nobody rolled back.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
@@ -23,12 +25,15 @@ class Transaction:
 
     Args:
         models: The module trees.
+        optimizers: Their parameter lists, settings and state are put back too. State tensors are not copied: a round
+            replaces them and never writes them.
     """
 
-    def __init__(self, *models: nn.Module) -> None:
+    def __init__(self, *models: nn.Module, optimizers: Iterable[Optimizer] = ()) -> None:
         self._done = False
-        self._memory = Snapshot(values=True)
-        self._memory.contents(*models)
+        self._models = Snapshot(values=True)
+        self._models.contents(*models)
+        self._optimizers = [_OptimizerContents(optimizer) for optimizer in optimizers]
 
     def __enter__(self) -> Transaction:
         return self
@@ -45,34 +50,32 @@ class Transaction:
 
     def rollback(self) -> None:
         """Put everything back."""
-        self._memory.restore()
+        self._models.restore()
+        for optimizer in self._optimizers:
+            optimizer.restore()
 
 
-class OptimizerTransaction:
-    """Parameter lists, settings and state of optimizers, to be put back when a round fails.
+class _OptimizerContents:
+    """What an optimizer holds, by identity."""
 
-    State tensors are not copied: a round replaces them and never writes them.
-    """
-
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self._saved = [
-            (
-                optimizer,
-                [(group, dict(group), list(group["params"])) for group in optimizer.param_groups],
-                {key: dict(value) if isinstance(value, dict) else value for key, value in optimizer.state.items()},
-                getattr(optimizer, "_numel_cache", None),
-            )
-            for optimizer in optimizers
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.groups = [(group, dict(group), list(group["params"])) for group in optimizer.param_groups]
+        self.state: list[tuple[Any, Any, Any]] = [
+            (key, value, dict(value) if isinstance(value, dict) else None) for key, value in optimizer.state.items()
         ]
+        self.numel = getattr(optimizer, "_numel_cache", None)
 
-    def rollback(self) -> None:
-        """Put everything back into the same objects."""
-        for optimizer, groups, state, numel in self._saved:
-            for group, settings, parameters in groups:
-                group.clear()
-                group.update(settings)
-                group["params"][:] = parameters
-            optimizer.state.clear()
-            optimizer.state.update(state)
-            if isinstance(optimizer, LBFGS):
-                optimizer._numel_cache = numel
+    def restore(self) -> None:
+        for group, settings, parameters in self.groups:
+            group.clear()
+            group.update(settings)
+            group["params"][:] = parameters
+        self.optimizer.state.clear()
+        for key, value, items in self.state:
+            if items is not None:
+                value.clear()
+                value.update(items)
+            self.optimizer.state[key] = value
+        if isinstance(self.optimizer, LBFGS):
+            self.optimizer._numel_cache = self.numel

@@ -5,6 +5,7 @@ fails by name when a release of Lightning moves any of it.
 """
 
 from lightning_softprune.trainer.fit_loop import (
+    end_epoch_at_this_batch,
     finish_epoch_without_training,
     logging_step,
     one_epoch_more,
@@ -16,43 +17,30 @@ from lightning_softprune.trainer.isolation import (
     has_inference_tensors,
     isolated_rng,
 )
-from lightning_softprune.trainer.module_steps import (
-    Steps,
-    calibration_steps,
-    rehearse,
-    run_steps,
-    same_layer_calls,
-    tracing_steps,
-    validation_step,
-)
+from lightning_softprune.trainer.module_steps import Step, Steps, run_steps
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
-from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
-from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
+from lightning_softprune.trainer.processes import wrap_again
+from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
 
 __all__ = [
+    "ModuleRunner",
+    "Step",
     "Steps",
-    "ValidationScorer",
     "averaged_copies",
-    "calibration_steps",
     "clone_inference_tensors_and_reset_metrics",
+    "end_epoch_at_this_batch",
     "finish_epoch_without_training",
     "forget_compiled",
     "has_inference_tensors",
     "isolated_rng",
     "logging_step",
-    "mean_over_processes",
     "one_epoch_more",
     "refuse_sharded_optimizers",
     "refuse_sharding",
-    "rehearse",
     "reset_monitors",
     "run_steps",
-    "same_layer_calls",
     "take_epoch_back",
     "take_epoch_back_in",
-    "time_validation_step",
-    "tracing_steps",
-    "validation_step",
     "wrap_again",
 ]

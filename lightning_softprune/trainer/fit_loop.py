@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -70,3 +70,12 @@ def one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         loop.max_epochs, loop.min_epochs, loop.epoch_progress = before
         loop.epoch_loop.max_steps = steps
+
+
+def end_epoch_at_this_batch() -> NoReturn:
+    """From `on_train_batch_start`: neither this batch nor any after it is trained on in this epoch.
+
+    Raises:
+        StopIteration: How Lightning's epoch loop ends its batches.
+    """
+    raise StopIteration

@@ -35,7 +35,14 @@ from lightning_softprune.trainer.isolation import (
     isolated_rng,
     untouched,
 )
-from lightning_softprune.trainer.steps import compiler_off, loggers_silenced, run_step, transfer, validation_loop
+from lightning_softprune.trainer.steps import (
+    LoadedBatch,
+    compiler_off,
+    loggers_silenced,
+    run_step,
+    transfer,
+    validation_loop,
+)
 
 
 class _PassLoop(_EvaluationLoop):
@@ -185,9 +192,9 @@ class ValidationScorer:
         batch, _, _ = next(iter(copy(self._opened())))
         return batch
 
-    def first_batch(self) -> tuple[Any, int, int]:
-        """A fresh copy of the first validation batch on the module's device, its index and its loader's index."""
-        return transfer(self._trainer, self._module, self._first()), 0, 0
+    def first_batch(self) -> LoadedBatch:
+        """A fresh copy of the first validation batch on the module's device."""
+        return LoadedBatch(transfer(self._trainer, self._module, self._first()))
 
     def metrics(self) -> dict[str, float]:
         """Runs one pass over the live module as it is now.
@@ -254,7 +261,7 @@ def time_validation_step(
         batch = scorer.first_batch()
         wait()
         started = time.perf_counter()
-        run_step(trainer, pl_module, "validation_step", *batch, autocast=True, begin=begin)
+        run_step(trainer, pl_module, "validation_step", batch, autocast=True, begin=begin)
         wait()
         return time.perf_counter() - started
 

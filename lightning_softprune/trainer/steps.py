@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -23,9 +23,23 @@ from lightning_softprune.trainer.isolation import attributes_replaced
 _STAGES = {"validation_step": RunningStage.VALIDATING, "training_step": RunningStage.TRAINING}
 
 
+class LoadedBatch(NamedTuple):
+    """A batch with its place.
+
+    Attributes:
+        data: The batch itself.
+        batch_idx: Its index.
+        dataloader_idx: Its loader's index.
+    """
+
+    data: Any
+    batch_idx: int = 0
+    dataloader_idx: int = 0
+
+
 def _stage(step: str) -> RunningStage:
     if step not in _STAGES:
-        raise ValueError(f"`step` must be one of {sorted(_STAGES)}, got {step!r}.")
+        raise ValueError(f"step: {step!r} is not one of {', '.join(map(repr, _STAGES))}")
     return _STAGES[step]
 
 
@@ -114,9 +128,7 @@ def run_step(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
     step: str,
-    batch: Any,
-    batch_idx: int = 0,
-    dataloader_idx: int = 0,
+    batch: LoadedBatch,
     *,
     autocast: bool = False,
     begin: bool = True,
@@ -131,9 +143,8 @@ def run_step(
         trainer: The trainer in charge.
         pl_module: Its module.
         step: `"validation_step"` or `"training_step"`.
-        batch: A batch that is on the device already, see `transfer`.
-        batch_idx: Its index; left out where the step takes none.
-        dataloader_idx: Its loader; left out where Lightning would.
+        batch: A batch that is on the device already, see `transfer`. Its index is left out where the step takes none,
+            its loader's where Lightning would leave it out.
         autocast: Whether mixed precision applies. Precisions that change the module itself (`"bf16-true"`) always do.
         begin: Whether to call those hooks.
 
@@ -145,14 +156,7 @@ def run_step(
     """
     stage = _stage(step)
     function = getattr(pl_module, step)
-    arguments: tuple[Any, ...] = (batch,)
-    if is_param_in_hook_signature(function, "dataloader_iter", explicit=True):
-        arguments = (iter([(batch, batch_idx, dataloader_idx)]),)
-    else:
-        if is_param_in_hook_signature(function, "batch_idx", min_args=2):
-            arguments = (*arguments, batch_idx)
-        if step == "validation_step" and _passes_dataloader_idx(trainer, function):
-            arguments = (*arguments, dataloader_idx)
+    arguments = _arguments(trainer, function, step, batch)
 
     def log_nothing(*args: Any, **kwargs: Any) -> None:
         """Takes whatever `self.log` and `self.log_dict` take."""
@@ -173,6 +177,18 @@ def run_step(
         elif begin and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             pl_module.on_train_epoch_start()
         return function(*arguments)
+
+
+def _arguments(trainer: pl.Trainer, function: Callable[..., Any], step: str, batch: LoadedBatch) -> tuple[Any, ...]:
+    """What Lightning would call the step with."""
+    if is_param_in_hook_signature(function, "dataloader_iter", explicit=True):
+        return (iter([tuple(batch)]),)
+    arguments: tuple[Any, ...] = (batch.data,)
+    if is_param_in_hook_signature(function, "batch_idx", min_args=2):
+        arguments = (*arguments, batch.batch_idx)
+    if step == "validation_step" and _passes_dataloader_idx(trainer, function):
+        arguments = (*arguments, batch.dataloader_idx)
+    return arguments
 
 
 def _passes_dataloader_idx(trainer: pl.Trainer, function: Callable[..., Any]) -> bool:

@@ -1,0 +1,115 @@
+"""The decision: which plan is to be committed, and what is wrong with it; or none, and why.
+
+The reason is data (:class:`Verdict`), with a sentence for people beside it.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning_softprune.round.latency import Stopwatch
+from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.settings import RoundSettings
+from lightning_softprune.round.trials import ScoredPlan, Trials
+from lightning_softprune.trainer import ModuleRunner
+
+_FINALISTS = 6  # plans whose latency is measured, at most
+
+
+class Verdict(enum.Enum):
+    """What the trials of a round come to."""
+
+    FEASIBLE = enum.auto()
+    NOTHING_SCORED = enum.auto()
+    NOT_A_NUMBER = enum.auto()
+    UNMET_CONSTRAINTS = enum.auto()
+    TOO_SLOW = enum.auto()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to become of the model.
+
+    Attributes:
+        plan: The plan to commit; ``None`` to leave the model as it is.
+        verdict: Whether a plan is feasible, and why none is.
+        sentence: The verdict in words; empty where a plan is feasible.
+    """
+
+    plan: ScoredPlan | None
+    verdict: Verdict
+    sentence: str = ""
+
+
+def decide(
+    runner: ModuleRunner, settings: RoundSettings, problem: PruningProblem, trials: Trials, stopwatch: Stopwatch
+) -> Decision:
+    """Choose the best feasible plan; where there is none, what `on_violation` says.
+
+    Raises:
+        RuntimeError: The processes have found different plans.
+    """
+    limit = (settings.limits or {}).get("latency")
+    ranked = trials.ranked()
+    decision = Decision(ranked[0], Verdict.FEASIBLE) if ranked else _none_feasible(trials)
+    if decision.plan is not None and limit is not None:
+        decision = _first_within(limit, ranked, problem, stopwatch)
+    if decision.plan is None and settings.on_violation == "prune":
+        plan = ranked[0] if ranked else trials.least_violating()
+        decision = Decision(plan, decision.verdict, decision.sentence)
+    plan_here = None if decision.plan is None else decision.plan.plan
+    if not runner.all_agree(runner.broadcast(plan_here) == plan_here):
+        raise RuntimeError(
+            "the processes found different plans, so nothing was pruned; a metric or a hook that depends on the rank "
+            "in an unsynchronised way may be the cause"
+        )
+    return decision
+
+
+def _first_within(
+    limit: float, ranked: Sequence[ScoredPlan], problem: PruningProblem, stopwatch: Stopwatch
+) -> Decision:
+    """The best of the plans that is fast enough.
+
+    After the best one come those that are better than all others with fewer MACs.
+    """
+    fastest, fewest, timed = math.inf, math.inf, 0
+    for scored in ranked:
+        macs = problem.costs_of(scored.plan).macs
+        if macs >= fewest:
+            continue
+        if timed == _FINALISTS:
+            break
+        fewest, timed = macs, timed + 1
+        share = stopwatch.share_of_dense(scored.plan, runs=50, seconds=0.5)
+        fastest = min(fastest, share)
+        if share <= limit:
+            return Decision(scored, Verdict.FEASIBLE)
+    sentence = (
+        f"limits['latency']={limit:g}: the fastest of the {timed} plans that were timed takes {fastest:.3f} of the "
+        "dense model's time"
+    )
+    return Decision(None, Verdict.TOO_SLOW, sentence)
+
+
+def _none_feasible(trials: Trials) -> Decision:
+    """Say why no trial is feasible."""
+    if not trials.done:
+        sentence = "there was no plan to score: within bounds and limits, nothing was found that removes channels"
+        return Decision(None, Verdict.NOTHING_SCORED, sentence)
+    monitor, number = trials.objective.monitor, f"the {len(trials.done)} scored plans"
+    at = "" if trials.target is None else f" at {trials.target:.1%}"
+    if all(math.isnan(scored.trial.score) for scored in trials.done):
+        return Decision(None, Verdict.NOT_A_NUMBER, f"{monitor} is nan for each of {number}")
+    nearest = trials.least_violating()
+    if nearest is not None and nearest.violation:
+        missed = ", ".join(trials.objective.shortfalls(nearest.trial.metrics))
+        sentence = (
+            f"none of {number} meets the constraints{at}; the nearest, of sparsity {nearest.trial.sparsity:.4f}, "
+            f"misses {missed}"
+        )
+        return Decision(None, Verdict.UNMET_CONSTRAINTS, sentence)
+    return Decision(None, Verdict.NOT_A_NUMBER, f"none of {number} has a finite {monitor}{at}")
