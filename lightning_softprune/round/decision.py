@@ -14,6 +14,7 @@ from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
+from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 
 _FINALISTS = 6  # plans whose latency is measured, at most
@@ -60,13 +61,21 @@ def decide(
     if decision.plan is None and settings.on_violation == "prune":
         plan = ranked[0] if ranked else trials.least_violating()
         decision = Decision(plan, decision.verdict, decision.sentence)
-    plan_here = None if decision.plan is None else decision.plan.plan
-    if not runner.all_agree(runner.broadcast(plan_here) == plan_here):
+    check_agreement(runner, None if decision.plan is None else decision.plan.plan)
+    return decision
+
+
+def check_agreement(runner: ModuleRunner, plan: Plan | None) -> None:
+    """Make sure that every process is about to commit the same plan.
+
+    Raises:
+        RuntimeError: Some process has another one than rank zero.
+    """
+    if not runner.all_agree(runner.broadcast(plan) == plan):
         raise RuntimeError(
             "the processes found different plans, so nothing was pruned; a metric or a hook that depends on the rank "
             "in an unsynchronised way may be the cause"
         )
-    return decision
 
 
 def _first_within(

@@ -16,6 +16,7 @@ from torch import nn
 import lightning_softprune.round.commit as round_module
 import lightning_softprune.round.prepare as network_module
 from lightning_softprune import GradientSearch, GridSearch, RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune.trainer import ModuleRunner
 from support.modules import (
     FEATURES,
     AutoEncoder,
@@ -445,13 +446,14 @@ def test_an_exception_in_the_rehearsal_rolls_the_committed_prune_back(tmp_path):
 
 @pytest.mark.parametrize("where", ["repair_optimizers", "rehearse"])
 def test_a_failure_inside_the_commit_rolls_back_weights_and_optimizers(tmp_path, where, monkeypatch):
-    original = getattr(round_module, where)
+    owner = ModuleRunner if where == "rehearse" else round_module
+    original = getattr(owner, where)
 
     def failing(*arguments):
         original(*arguments)
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(round_module, where, failing)
+    monkeypatch.setattr(owner, where, failing)
     fails(tmp_path, made(), softpruning(), MemoryError)
     fails(tmp_path, made(ConvClassifier), softpruning(), MemoryError)
 

@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_softprune.round.latency as trials_module
+import lightning_softprune.trainer.runner as runner_module
 from lightning_softprune import (
     GradientSearch,
     GridSearch,
@@ -334,7 +334,7 @@ def test_budgets_that_do_not_meet_name_the_nearest_point_of_each(tmp_path):
 
 def fake_clock(monkeypatch, seconds):
     """Validation steps that take as long as a function of the network says."""
-    monkeypatch.setattr(trials_module, "time_validation_step", lambda trainer, module, scorer, **_: seconds(module))
+    monkeypatch.setattr(runner_module, "time_validation_step", lambda trainer, module, scorer, **_: seconds(module))
 
 
 def test_a_latency_limit_is_measured_on_finalists_only(tmp_path, monkeypatch):

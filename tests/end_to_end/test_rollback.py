@@ -9,12 +9,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.commit as commit
-import lightning_softprune.round.latency as latency
 import lightning_softprune.round.prepare as prepare
-import lightning_softprune.round.run as run
+import lightning_softprune.round.searching as searching
+import lightning_softprune.trainer.runner as runner
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph.costs import CostModel
+from lightning_softprune.trainer import ModuleRunner
 
 STEPS = [
     (prepare, "trace_groups"),
@@ -25,13 +26,13 @@ STEPS = [
     (prepare, "norms"),
     (prepare, "build_rounding"),
     (prepare, "build_space"),
-    (run, "run_search"),
-    (latency, "time_validation_step"),
+    (searching, "run_search"),
+    (runner, "time_validation_step"),
     (commit, "DenseRun"),
     (prepare, "apply_plan"),
     (commit, "repair_optimizers"),
     (commit, "refit_readers"),
-    (commit, "rehearse"),
+    (ModuleRunner, "rehearse"),
     (commit, "forget_compiled"),
     (commit, "wrap_again"),
     (Compensation, "apply"),
@@ -109,8 +110,8 @@ def loaders():
 
 FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
-    (run, "run_search", KeyboardInterrupt),
-    (commit, "rehearse", KeyboardInterrupt),
+    (searching, "run_search", KeyboardInterrupt),
+    (ModuleRunner, "rehearse", KeyboardInterrupt),
     *((owner, name, torch.OutOfMemoryError) for owner, name in ((prepare, "probe_groups"), (commit, "refit_readers"))),
 ]
 

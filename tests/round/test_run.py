@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round.run as round_module
+import lightning_softprune.round.searching as searching
 from lightning_softprune import (
     GradientSearch,
     GridSearch,
@@ -24,6 +24,10 @@ from lightning_softprune import (
     UniformBaseline,
 )
 from lightning_softprune.calibration.importance import IMPORTANCES
+from lightning_softprune.round import Goal, run_round
+from lightning_softprune.round.decision import check_agreement
+from lightning_softprune.search import Plan
+from lightning_softprune.trainer import ModuleRunner
 from support.modules import (
     AtEpochStart,
     AutoEncoder,
@@ -232,8 +236,8 @@ def test_a_plan_depends_on_seed_and_epoch_alone(tmp_path):
 
 
 def test_rounds_of_several_epochs_draw_different_numbers(tmp_path, monkeypatch):
-    original, seeds = round_module.run_search, []
-    monkeypatch.setattr(round_module, "run_search", lambda *a, **k: seeds.append(k["seed"]) or original(*a, **k))
+    original, seeds = searching.run_search, []
+    monkeypatch.setattr(searching, "run_search", lambda *a, **k: seeds.append(k["seed"]) or original(*a, **k))
     fit(tmp_path, made(), softpruning(epochs=[0, 1]), max_epochs=2)
     assert len(set(seeds)) == 2
 
@@ -461,7 +465,7 @@ def test_a_search_without_commit_leaves_the_run_bit_identical(tmp_path):
     def search(trainer, module):
         settings = softpruning(search=RandomSearch(num_candidates=3))._settings(trainer)
         before = training_state(trainer, module)
-        result = round_module.run_round(trainer, module, settings, epoch=1, target=0.5, commit=False)
+        result = run_round(trainer, module, settings, Goal(1, 0.5, commit=False))
         assert_same(training_state(trainer, module), before)
         return result
 
@@ -514,13 +518,13 @@ def test_validation_data_are_read_once_per_round(tmp_path, trials):
 
 
 def test_processes_that_found_different_plans_prune_nothing():
-    def trainer_with(plan):
+    def runner_with(plan):
         strategy = SimpleNamespace(broadcast=lambda mine: plan, reduce_boolean_decision=lambda same, all: same)
-        return SimpleNamespace(strategy=strategy)
+        return ModuleRunner(SimpleNamespace(strategy=strategy), made())
 
-    mine = SimpleNamespace(counts=(1, 2))
-    assert round_module._agreed(trainer_with((1, 2)), mine) is mine
-    assert round_module._agreed(trainer_with(None), None) is None
-    for other in ((2, 1), None):
+    mine, its = Plan(((1,), (0, 2))), Plan(((0,), (0, 2)))
+    check_agreement(runner_with(Plan(((1,), (0, 2)))), mine)
+    check_agreement(runner_with(None), None)
+    for other in (its, None):
         with pytest.raises(RuntimeError, match="the processes found different plans, so nothing was pruned"):
-            round_module._agreed(trainer_with(other), mine)
+            check_agreement(runner_with(other), mine)
