@@ -17,6 +17,7 @@ from lightning_softprune.graph import Layout, PruningGroup, layout_of, set_sizes
 from lightning_softprune.search import Plan
 
 KeptByDim = dict[int, torch.Tensor]
+_Site = tuple[nn.Module, str, str]  # who holds a tensor, as which attribute, under which full name
 
 
 @dataclass
@@ -57,7 +58,8 @@ class Surgery:
         self.add(old, new, {})
         self.kept[name] = {}
 
-    def _remember(self, module: nn.Module) -> None:
+    def remember(self, module: nn.Module) -> None:
+        """Note what a module holds, so that :meth:`undo` can put it back."""
         for mapping in (module._parameters, module._buffers, module.__dict__):
             self._contents.append((mapping, dict(mapping)))
 
@@ -91,70 +93,102 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
 def select_channels(
     model: nn.Module, selected: Mapping[str, Mapping[str, torch.Tensor]], expected: Mapping[tuple[str, str], int]
 ) -> Surgery:
-    """Make every slot hold the given indices of what it holds now; ``expected`` is how many it should hold now."""
-    modules = dict(model.named_modules())
-    record = Surgery()
-    slices: dict[int, tuple[torch.Tensor, KeptByDim, list[tuple[nn.Module, str, str]]]] = {}
-    resized: list[tuple[nn.Module, dict[str, int]]] = []
+    """Make every slot hold the given indices of what it holds now.
 
-    def add(owner: nn.Module, full: str, dim: int, kept: torch.Tensor) -> None:
-        name = full.rpartition(".")[2]
-        tensor = getattr(owner, name)
-        _, by_dim, owners = slices.setdefault(id(tensor), (tensor, {}, []))
+    Args:
+        model: The model.
+        selected: Indices to keep, in their new order, by module and slot.
+        expected: How many each slot should hold now.
+
+    Returns:
+        The record of what was sliced.
+
+    Raises:
+        ValueError: A slot holds another number, or two layers would keep different channels of one tensor.
+    """
+    modules = dict(model.named_modules())
+    cut = _Cut(model)
+    for name, slots in selected.items():
+        module = modules.get(name)
+        if module is None:
+            cut.add_bare(modules[name.rpartition(".")[0]], name, slots)
+        else:
+            cut.add_layer(module, name, slots, expected)
+    return cut.made()
+
+
+class _Cut:
+    """What is to be sliced: collected first, and written when nothing can fail any more."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.slices: dict[int, tuple[torch.Tensor, KeptByDim, list[_Site]]] = {}
+        self.resized: list[tuple[nn.Module, dict[str, int]]] = []
+
+    def add_bare(self, parent: nn.Module, name: str, slots: Mapping[str, torch.Tensor]) -> None:
+        """Slice a parameter that belongs to no layer."""
+        for slot, kept in slots.items():
+            self._add(parent, name, int(slot.removeprefix("dim")), kept)
+
+    def add_layer(
+        self,
+        module: nn.Module,
+        name: str,
+        slots: Mapping[str, torch.Tensor],
+        expected: Mapping[tuple[str, str], int],
+    ) -> None:
+        """Slice the tensors of a layer that follow some of its slots."""
+        layout = layout_of(module)
+        if not isinstance(layout, Layout):
+            raise ValueError(f"{name}: {layout or 'this module is not a layer'}")
+        for slot, kept in slots.items():
+            size = layout.slots[slot]
+            if size != expected[name, slot]:
+                raise ValueError(f"{name}: the group expects {expected[name, slot]} channels, there are {size}")
+            for axis in layout.axes:
+                path, _, attribute = axis.tensor.rpartition(".")
+                owner = module.get_submodule(path)
+                if axis.slot == slot and getattr(owner, attribute, None) is not None:
+                    self._add(owner, f"{name}.{axis.tensor}", axis.dim, axis.expand(kept, size))
+        self.resized.append((module, {slot: len(kept) for slot, kept in slots.items()}))
+
+    def _add(self, owner: nn.Module, full: str, dim: int, kept: torch.Tensor) -> None:
+        attribute = full.rpartition(".")[2]
+        tensor = getattr(owner, attribute)
+        _, by_dim, sites = self.slices.setdefault(id(tensor), (tensor, {}, []))
         if dim in by_dim and not torch.equal(by_dim[dim], kept):
             raise ValueError(f"{full}: two layers share this tensor and would keep different channels of it")
         by_dim[dim] = kept
-        if (owner, name, full) not in owners:
-            owners.append((owner, name, full))
+        if (owner, attribute, full) not in sites:
+            sites.append((owner, attribute, full))
 
-    for module_name, slots in selected.items():
-        sizes = {}
-        module = modules.get(module_name)
-        if module is None:  # a bare parameter
-            parent, _, _ = module_name.rpartition(".")
-            for slot, kept in slots.items():
-                add(modules[parent], module_name, int(slot.removeprefix("dim")), kept)
-            continue
-        layout = layout_of(module)
-        if not isinstance(layout, Layout):
-            raise ValueError(f"{module_name}: {layout or 'this module is not a layer'}")
-        for slot, kept in slots.items():
-            if layout.slots[slot] != expected[module_name, slot]:
-                raise ValueError(
-                    f"{module_name}: the group expects {expected[module_name, slot]} channels, "
-                    f"there are {layout.slots[slot]}"
-                )
-            sizes[slot] = len(kept)
-            for axis in layout.axes:
-                path, _, name = axis.tensor.rpartition(".")
-                owner = module.get_submodule(path)
-                if axis.slot == slot and getattr(owner, name, None) is not None:
-                    add(owner, f"{module_name}.{axis.tensor}", axis.dim, axis.expand(kept, layout.slots[slot]))
-        resized.append((module, sizes))
-
-    _complete_tied(model, slices)
-    sliced = {
-        key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else slice_tensor(tensor, by_dim)
-        for key, (tensor, by_dim, _) in slices.items()
-    }
-    # Nothing has been written so far; from here on nothing can fail.
-    touched = {id(m): m for m, _ in resized} | {id(o): o for *_, owners in slices.values() for o, *_ in owners}
-    for outer in touched.values():
-        for inner in outer.modules():
-            record._remember(inner)
-    for module, sizes in resized:
-        set_sizes(module, sizes)
-    for key, (tensor, by_dim, owners) in slices.items():
-        new = sliced[key]
-        for owner, name, full in owners:
+    def made(self) -> Surgery:
+        """Slice everything, and put it in its place."""
+        _complete_tied(self.model, self.slices)
+        sliced = {
+            key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else slice_tensor(tensor, by_dim)
+            for key, (tensor, by_dim, _) in self.slices.items()
+        }
+        # Nothing has been written so far; from here on nothing can fail.
+        record = Surgery()
+        touched = {id(module): module for module, _ in self.resized}
+        touched |= {id(owner): owner for *_, sites in self.slices.values() for owner, *_ in sites}
+        for outer in touched.values():
+            for inner in outer.modules():
+                record.remember(inner)
+        for module, sizes in self.resized:
+            set_sizes(module, sizes)
+        for key, (tensor, by_dim, sites) in self.slices.items():
+            new = sliced[key]
+            for owner, attribute, full in sites:
+                if isinstance(new, nn.Parameter):
+                    owner._parameters[attribute] = new
+                else:
+                    owner._buffers[attribute] = new
+                record.kept[full] = by_dim
             if isinstance(new, nn.Parameter):
-                owner._parameters[name] = new
-            else:
-                owner._buffers[name] = new
-            record.kept[full] = by_dim
-        if isinstance(new, nn.Parameter):
-            record.add(tensor, new, by_dim)  # type: ignore[arg-type]
-    return record
+                record.add(tensor, new, by_dim)  # type: ignore[arg-type]
+        return record
 
 
 def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> torch.Tensor:
