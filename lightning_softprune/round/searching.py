@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +14,7 @@ from lightning_softprune.report import SearchProgress
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable
 from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.search import SearchOutcome, SearchSpace, SearchStrategy, run_search, search_max_sparsity
+from lightning_softprune.search import MaxSparsitySearch, SearchLoop, SearchOutcome, SearchSpace, SearchStrategy
 from lightning_softprune.utilities.arrays import FloatArray
 
 
@@ -59,24 +60,22 @@ def search(
 
         if trials.target is None:
             unpruned = trials.unpruned(evaluator.problem.unpruned_plan(), before)
-            outcome = search_max_sparsity(
-                strategy,
-                space,
-                evaluate,
-                highest_feasible_sparsity=trials.highest_feasible_sparsity(unpruned),
-                least_violation_at=trials.least_violation_at,
-                seed=seed,
-                cache=cache,
-                on_target=check,
-            )
+            progress = _Progress(trials.highest_feasible_sparsity(unpruned), trials.least_violation_at, check)
+            outcome = MaxSparsitySearch(strategy, space, evaluate, progress, seed, cache).run()
         else:
             check(space)
-            outcome = run_search(
-                strategy,
-                space,
-                evaluate,
-                seed=seed,
-                cache=cache,
-                on_asked=lambda x, *_: evaluator.reuse_unpruned(x, before),
-            )
+
+            def reuse(x: FloatArray, *_: object) -> None:
+                evaluator.reuse_unpruned(x, before)
+
+            outcome = SearchLoop(evaluate, seed, cache, on_asked=reuse).run(strategy, space)
     return strategy, outcome
+
+
+@dataclass(frozen=True)
+class _Progress:
+    """How far the trials have come towards the constraints."""
+
+    highest_feasible_sparsity: Callable[[], float]
+    least_violation_at: Callable[[float], float]
+    begin: Callable[[SearchSpace], None]

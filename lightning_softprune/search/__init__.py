@@ -3,10 +3,10 @@
 `SearchSpace` is what they may know of a network, `SearchStrategy` the class to subclass, `run_search` the one loop.
 """
 
-from lightning_softprune.search.base import SearchStrategy, SensitivityCurve
+from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
 from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_rounding, build_space
-from lightning_softprune.search.loop import SearchOutcome, run_search
-from lightning_softprune.search.max_sparsity import search_max_sparsity
+from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
+from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
 from lightning_softprune.search.objective import Constraint, Objective, parse_constraint
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
@@ -23,10 +23,12 @@ __all__ = [
     "Budgets",
     "Coefficients",
     "Constraint",
+    "ConstraintProgress",
     "FloatArray",
     "GradientSearch",
     "GridSearch",
     "IntArray",
+    "MaxSparsitySearch",
     "NormBaseline",
     "Objective",
     "OptunaSearch",
@@ -34,16 +36,17 @@ __all__ = [
     "RandomSearch",
     "Realisation",
     "Rounding",
+    "SearchLoop",
     "SearchOutcome",
     "SearchSpace",
     "SearchStrategy",
     "SensitivityCurve",
     "SensitivitySearch",
+    "StopReason",
     "UniformBaseline",
     "best_combinations",
     "build_rounding",
     "build_space",
     "parse_constraint",
     "run_search",
-    "search_max_sparsity",
 ]

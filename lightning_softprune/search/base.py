@@ -24,9 +24,7 @@ losses only. A subclass that has to be driven from outside (an optimiser with an
 Vectors that are off the sparsity target may be asked too: they are measurements (a sensitivity curve, for one). Whoever
 evaluates reports the loss of that plan as of any other, and alone decides which plans may be used in the end.
 
-Stop reasons of the strategies in this package: ``"exhausted"`` (every candidate was asked), ``"steps"``,
-``"patience"``, ``"converged"``, ``"no usable loss"`` (nan wherever the strategy looked), ``"off target"`` (it found
-no plan within the tolerance); and, mostly of the loop: ``"max_evaluations"``, ``"repeating"``.
+Stop reasons are data: `StopReason` has those of this package. A strategy of somebody else's may give its own, a string.
 """
 
 from __future__ import annotations
@@ -34,6 +32,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,35 @@ from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
 _RUNNING = frozenset({"is_global_zero", "stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"})
+
+
+class StopReason(str, Enum):
+    """Why a search ended; each is also the string that files and logs show."""
+
+    EXHAUSTED = "exhausted"
+    """Every candidate was asked."""
+    STEPS = "steps"
+    """All steps were made."""
+    PATIENCE = "patience"
+    """Too many steps in a row without improvement."""
+    CONVERGED = "converged"
+    """There was nothing better near by."""
+    NO_USABLE_LOSS = "no usable loss"
+    """The loss was nan wherever the strategy looked."""
+    OFF_TARGET = "off target"
+    """No plan within the tolerance was found."""
+    REPEATING = "repeating"
+    """Only plans that were known were asked for."""
+    MAX_EVALUATIONS = "max_evaluations"
+    """The budget is spent."""
+    ENOUGH = "enough"
+    """Whoever runs the search has what it needs."""
+    HIGHEST = "highest"
+    """The highest sparsity that meets the constraints is known to within the tolerance."""
+
+    def __str__(self) -> str:
+        """The string."""
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -133,7 +161,7 @@ class SearchStrategy:
             try:
                 x = self._generator.send(self._told[-1]) if self._told else next(self._generator)
             except StopIteration as end:
-                self.stop_reason = end.value or "exhausted"
+                self.stop_reason = end.value or StopReason.EXHAUSTED
                 return None
             x = np.array(x, dtype=np.float64)
             space = self._space

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from lightning_softprune.search.base import SearchStrategy
+from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 from lightning_softprune.utilities.checks import optional_whole_number
@@ -29,6 +30,74 @@ class SearchOutcome:
     stop_reason: str
 
 
+@dataclass
+class SearchLoop:
+    """The loop, with what its caller brings.
+
+    A vector whose plan is in the cache is told at once and costs nothing. A search that was interrupted is therefore
+    resumed by running it again with the same seed and the same cache: what was measured is not measured again.
+
+    Attributes:
+        evaluate: The loss of a vector (k,): lower is better, nan for no usable value. Called once per plan.
+        seed: Of the strategy's random numbers.
+        cache: Plan to loss; read and added to.
+        max_evaluations: Calls of `evaluate` allowed. The smaller of this and the strategy's own counts.
+        enough: Asked before each call of `evaluate`; where it says yes, the search ends.
+        on_asked: Called after every vector with (vector, loss, whether it was evaluated now rather than cached).
+    """
+
+    evaluate: Callable[[FloatArray], float]
+    seed: int
+    cache: dict[tuple[int, ...], float] = field(default_factory=dict)
+    max_evaluations: int | None = None
+    enough: Callable[[], bool] | None = None
+    on_asked: Callable[[FloatArray, float, bool], None] | None = None
+
+    def run(self, strategy: SearchStrategy, space: SearchSpace) -> SearchOutcome:
+        """Run one search to its end.
+
+        Args:
+            strategy: Started here, so any earlier search of it is forgotten.
+            space: What is searched.
+
+        Returns:
+            The numbers of evaluations and of vectors asked, and why the search ended.
+
+        Raises:
+            ValueError: If the strategy cannot serve this space. Exceptions of `evaluate` reach the caller untouched.
+        """
+        allowed = self._allowed(strategy)
+        strategy.start(space, self.seed)
+        evaluations = asked = repeats = 0
+        seen: set[tuple[int, ...]] = set()
+        while (x := strategy.ask()) is not None:
+            key = space.key(x)
+            evaluated = key not in self.cache
+            if evaluated:
+                if allowed is not None and evaluations >= allowed:
+                    strategy.stop_reason = StopReason.MAX_EVALUATIONS
+                    break
+                if self.enough is not None and self.enough():
+                    strategy.stop_reason = StopReason.ENOUGH
+                    break
+                self.cache[key] = float(self.evaluate(x.copy()))
+                evaluations += 1
+            asked += 1
+            repeats = repeats + 1 if key in seen else 0
+            seen.add(key)
+            strategy.tell(self.cache[key])
+            if self.on_asked is not None:
+                self.on_asked(x, self.cache[key], evaluated)
+            if repeats >= MAX_REPEATS:
+                strategy.stop_reason = StopReason.REPEATING
+                break
+        return SearchOutcome(evaluations, asked, str(strategy.stop_reason))
+
+    def _allowed(self, strategy: SearchStrategy) -> int | None:
+        own = optional_whole_number("max_evaluations", self.max_evaluations)
+        return min((limit for limit in (strategy.max_evaluations, own) if limit is not None), default=None)
+
+
 def run_search(
     strategy: SearchStrategy,
     space: SearchSpace,
@@ -36,14 +105,9 @@ def run_search(
     *,
     seed: int,
     cache: dict[tuple[int, ...], float] | None = None,
-    max_evaluations: int | None = None,
-    enough: Callable[[], bool] | None = None,
-    on_asked: Callable[[FloatArray, float, bool], None] | None = None,
+    **options: Any,
 ) -> SearchOutcome:
-    """Runs one search to its end.
-
-    A vector whose plan is in the cache is told at once and costs nothing. A search that was interrupted is therefore
-    resumed by running it again with the same seed and the same cache: what was measured is not measured again.
+    """Run one search to its end; see `SearchLoop`.
 
     Args:
         strategy: Started here, so any earlier search of it is forgotten.
@@ -51,9 +115,7 @@ def run_search(
         evaluate: The loss of a vector (k,): lower is better, nan for no usable value. Called once per plan.
         seed: Of the strategy's random numbers.
         cache: Plan to loss; read and added to. Default: an empty one.
-        max_evaluations: Calls of `evaluate` allowed. The smaller of this and the strategy's own counts.
-        enough: Asked before each call of `evaluate`; where it says yes, the search ends.
-        on_asked: Called after every vector with (vector, loss, whether it was evaluated now rather than cached).
+        options: `max_evaluations`, `enough` and `on_asked` of `SearchLoop`.
 
     Returns:
         The numbers of evaluations and of vectors asked, and why the search ended.
@@ -73,35 +135,4 @@ def run_search(
         >>> run_search(UniformBaseline(), space, lambda x: float(x.sum()), seed=0)
         SearchOutcome(evaluations=1, asked=1, stop_reason='exhausted')
     """
-    limits = [
-        limit
-        for limit in (strategy.max_evaluations, optional_whole_number("max_evaluations", max_evaluations))
-        if limit is not None
-    ]
-    allowed = min(limits, default=None)
-    losses = {} if cache is None else cache
-    strategy.start(space, seed)
-    evaluations = asked = repeats = 0
-    seen: set[tuple[int, ...]] = set()
-    while (x := strategy.ask()) is not None:
-        key = space.key(x)
-        evaluated = key not in losses
-        if evaluated:
-            if allowed is not None and evaluations >= allowed:
-                strategy.stop_reason = "max_evaluations"
-                break
-            if enough is not None and enough():
-                strategy.stop_reason = "enough"
-                break
-            losses[key] = float(evaluate(x.copy()))
-            evaluations += 1
-        asked += 1
-        repeats = repeats + 1 if key in seen else 0
-        seen.add(key)
-        strategy.tell(losses[key])
-        if on_asked is not None:
-            on_asked(x, losses[key], evaluated)
-        if repeats >= MAX_REPEATS:
-            strategy.stop_reason = "repeating"
-            break
-    return SearchOutcome(evaluations, asked, strategy.stop_reason)
+    return SearchLoop(evaluate, seed, {} if cache is None else cache, **options).run(strategy, space)

@@ -18,12 +18,13 @@ with ``GradientSearch`` and 9 with ``UniformBaseline``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy
-from lightning_softprune.search.loop import SearchOutcome, run_search
+from lightning_softprune.search.base import SearchStrategy, StopReason
+from lightning_softprune.search.loop import SearchLoop, SearchOutcome
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
@@ -32,100 +33,118 @@ _SLACK = 1e-9
 _CLOSED = 1 / 3  # of the gap to the constraints, that a round of evaluations has to close
 
 
-def search_max_sparsity(
-    strategy: SearchStrategy,
-    space: SearchSpace,
-    evaluate: Callable[[FloatArray], float],
-    *,
-    highest_feasible_sparsity: Callable[[], float],
-    least_violation_at: Callable[[float], float],
-    seed: int,
-    cache: dict[tuple[int, ...], float],
-    on_target: Callable[[SearchSpace], None] = lambda space: None,
-) -> SearchOutcome:
-    """Find the highest sparsity at which the constraints hold, to within the space's tolerance.
+class ConstraintProgress(Protocol):
+    """What a search over targets has to be told of the plans evaluated so far."""
 
-    Args:
+    def begin(self, space: SearchSpace) -> None:
+        """Called with the space of each target before it is searched."""
+
+    def highest_feasible_sparsity(self) -> float:
+        """That of the plans that meet the constraints; -inf while there is none."""
+
+    def least_violation_at(self, sparsity: float) -> float:
+        """How far plans that have at least this sparsity are from meeting the constraints; inf where there is none."""
+
+
+@dataclass
+class MaxSparsitySearch:
+    """Finds the highest sparsity at which the constraints hold, to within the space's tolerance.
+
+    Attributes:
         strategy: Searches each target in turn.
         space: What is searched; its target is not looked at, its limits hold throughout.
         evaluate: The loss of a vector (k,), see `run_search`.
-        highest_feasible_sparsity: That of the plans evaluated so far that meet the constraints; -inf while there is
-            none.
-        least_violation_at: How far the plans evaluated so far that have at least this sparsity are from meeting the
-            constraints: the least violation, inf where there is no plan.
+        progress: Tells which plans meet the constraints.
         seed: Of the strategy's random numbers.
         cache: Plan to loss; read and added to.
-        on_target: Called with the space of each target before it is searched.
-
-    Returns:
-        Evaluations and vectors asked in all. The stop reason is ``"highest"``, or ``"max_evaluations"``.
+        evaluations: Calls of `evaluate` so far.
+        asked: Vectors the strategy has asked for so far.
     """
-    resolution = max(space.tolerance, 1e-3)
-    lowest = replace(space, target=0.0).nearest()
-    top = space.sparsity_of(space.high)
-    budget = strategy.max_evaluations
-    evaluations = asked = 0
-    empty = False  # whether the strategy had nothing to offer at the last target, as a coarse grid may
 
-    def attempt(target: float, width: float, *, thorough: bool) -> bool:
+    strategy: SearchStrategy
+    space: SearchSpace
+    evaluate: Callable[[FloatArray], float]
+    progress: ConstraintProgress
+    seed: int
+    cache: dict[tuple[int, ...], float]
+    evaluations: int = 0
+    asked: int = 0
+    _empty: bool = False  # whether the strategy had nothing to offer at the last target, as a coarse grid may
+
+    def run(self) -> SearchOutcome:
+        """Search, and say how it went; the stop reason is ``"highest"``, or ``"max_evaluations"``."""
+        self._lowest = replace(self.space, target=0.0).nearest()
+        self._top = self.space.sparsity_of(self.space.high)
+        resolution = max(self.space.tolerance, 1e-3)
+        self._bisect(resolution)
+        self._ascend(resolution)
+        budget = self.strategy.max_evaluations
+        exhausted = budget is not None and self.evaluations >= budget
+        reason = StopReason.MAX_EVALUATIONS if exhausted else StopReason.HIGHEST
+        return SearchOutcome(self.evaluations, self.asked, str(reason))
+
+    def _known(self) -> float:
+        return float(np.clip(self.progress.highest_feasible_sparsity(), self._lowest, self._top))
+
+    def _bisect(self, resolution: float) -> None:
+        low, high = self._known(), self._top
+        while high - low > resolution:
+            middle = (low + high) / 2
+            if self._attempt(middle, min(resolution / 2, (high - low) / 4), thorough=False):
+                low = max(middle, self._known())
+            else:
+                high = middle
+
+    def _ascend(self, resolution: float) -> None:
+        low = self._known()
+        step = least = resolution  # `least`: the smallest step up that leads to another plan
+        while low < self._top - _SLACK:
+            target = min(low + step, self._top)
+            last = target >= self._top
+            if replace(self.space, target=target).nearest() <= low + _SLACK and not last:
+                step = least = 2 * step
+            elif self._attempt(target, self._width(target - low, resolution), thorough=True) and self._known() > low:
+                low = self._known()
+                step, least = 2 * step, resolution
+            elif self._empty and not last:
+                step = least = 2 * step
+            elif step > least:
+                step = least
+            else:
+                break
+
+    def _width(self, gap: float, resolution: float) -> float:
+        return (gap if self._empty else min(resolution, gap)) / 2
+
+    def _attempt(self, target: float, width: float, *, thorough: bool) -> bool:
         """Search one target; whether a plan at it or beyond it meets the constraints."""
-        nonlocal evaluations, asked, empty
-        empty = False
-        nearest = replace(space, target=target, tolerance=width).nearest()  # plans may lie further apart than `width`
-        at = replace(space, target=target, tolerance=max(width, abs(nearest - target) + _SLACK))
-        on_target(at)
+        self._empty = False
+        nearest = replace(self.space, target=target, tolerance=width).nearest()  # plans may be further apart than that
+        at = replace(self.space, target=target, tolerance=max(width, abs(nearest - target) + _SLACK))
+        self.progress.begin(at)
         gaps: list[float] = []  # after each evaluation on the target
-        patience = 2 * space.size + 2 if thorough else strategy.first_tries
+        patience = 2 * self.space.size + 2 if thorough else self.strategy.first_tries
 
         def enough() -> bool:
-            if highest_feasible_sparsity() >= at.floor - _SLACK:
+            if self.progress.highest_feasible_sparsity() >= at.floor - _SLACK:
                 return True
             if len(gaps) < patience or len(gaps) % patience:
                 return False
             return not thorough or (len(gaps) > patience and gaps[-1] > (1 - _CLOSED) * gaps[-1 - patience])
 
         def evaluate_here(x: FloatArray) -> float:
-            loss = evaluate(x)
+            loss = self.evaluate(x)
             if at.on_target(x):
-                gaps.append(least_violation_at(at.floor - _SLACK))
+                gaps.append(self.progress.least_violation_at(at.floor - _SLACK))
             return loss
 
-        left = None if budget is None else budget - evaluations
+        budget = self.strategy.max_evaluations
+        left = None if budget is None else budget - self.evaluations
         if not enough() and left != 0:
-            outcome = run_search(
-                strategy, at, evaluate_here, seed=seed, cache=cache, max_evaluations=left, enough=enough
+            outcome = SearchLoop(evaluate_here, self.seed, self.cache, left, enough).run(self.strategy, at)
+            self.evaluations, self.asked = self.evaluations + outcome.evaluations, self.asked + outcome.asked
+            self._empty = not outcome.asked and outcome.stop_reason not in (
+                StopReason.ENOUGH,
+                StopReason.MAX_EVALUATIONS,
             )
-            evaluations, asked = evaluations + outcome.evaluations, asked + outcome.asked
-            empty = not outcome.asked and outcome.stop_reason not in ("enough", "max_evaluations")
-        return highest_feasible_sparsity() >= at.floor - _SLACK
-
-    def known() -> float:
-        return float(np.clip(highest_feasible_sparsity(), lowest, top))
-
-    low, high = known(), top
-    while high - low > resolution:
-        middle = (low + high) / 2
-        if attempt(middle, min(resolution / 2, (high - low) / 4), thorough=False):
-            low = max(middle, known())
-        else:
-            high = middle
-    low = known()
-    step = least = resolution  # `least`: the smallest step up that leads to another plan
-    while low < top - _SLACK:
-        target = min(low + step, top)
-        if replace(space, target=target).nearest() <= low + _SLACK and target < top:
-            step = least = 2 * step
-        elif (
-            attempt(target, (target - low if empty else min(resolution, target - low)) / 2, thorough=True)
-            and known() > low
-        ):
-            low = known()
-            step, least = 2 * step, resolution
-        elif empty and target < top:
-            step = least = 2 * step
-        elif step > least:
-            step = least
-        else:
-            break
-    exhausted = budget is not None and evaluations >= budget
-    return SearchOutcome(evaluations, asked, "max_evaluations" if exhausted else "highest")
+        return self.progress.highest_feasible_sparsity() >= at.floor - _SLACK

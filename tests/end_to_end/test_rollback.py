@@ -10,11 +10,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.commit as commit
 import lightning_softprune.round.prepare as prepare
-import lightning_softprune.round.searching as searching
 import lightning_softprune.trainer.runner as runner
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph.costs import CostModel
+from lightning_softprune.search import SearchLoop
 from lightning_softprune.trainer import ModuleRunner
 
 STEPS = [
@@ -26,7 +26,7 @@ STEPS = [
     (prepare, "norms"),
     (prepare, "build_rounding"),
     (prepare, "build_space"),
-    (searching, "run_search"),
+    (SearchLoop, "run"),
     (runner, "time_validation_step"),
     (commit, "DenseRun"),
     (prepare, "apply_plan"),
@@ -110,7 +110,7 @@ def loaders():
 
 FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
-    (searching, "run_search", KeyboardInterrupt),
+    (SearchLoop, "run", KeyboardInterrupt),
     (ModuleRunner, "rehearse", KeyboardInterrupt),
     *((owner, name, torch.OutOfMemoryError) for owner, name in ((prepare, "probe_groups"), (commit, "refit_readers"))),
 ]

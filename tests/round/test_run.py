@@ -236,8 +236,10 @@ def test_a_plan_depends_on_seed_and_epoch_alone(tmp_path):
 
 
 def test_rounds_of_several_epochs_draw_different_numbers(tmp_path, monkeypatch):
-    original, seeds = searching.run_search, []
-    monkeypatch.setattr(searching, "run_search", lambda *a, **k: seeds.append(k["seed"]) or original(*a, **k))
+    original, seeds = searching.SearchLoop, []
+    monkeypatch.setattr(
+        searching, "SearchLoop", lambda f, seed, *a, **k: seeds.append(seed) or original(f, seed, *a, **k)
+    )
     fit(tmp_path, made(), softpruning(epochs=[0, 1]), max_epochs=2)
     assert len(set(seeds)) == 2
 

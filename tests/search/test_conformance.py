@@ -119,7 +119,7 @@ def test_it_finds_the_known_optimum_of_a_smooth_constrained_function(name, strat
     run_search(strategy, space, loss, seed=0, cache=cache)
     on_target = [value for plan, value in cache.items() if space.within(space.sparsity(np.array([plan])))[0]]
     assert len(on_target) > 0
-    points, sparsities, _ = space._table
+    points, sparsities, _ = space.table
     best = min(loss(x) for x in points[space.within(sparsities)])
     assert min(on_target) <= best * (1 + STRATEGIES[name][1])
 

@@ -13,15 +13,13 @@ from lightning_softprune.search import (
     GridSearch,
     NormBaseline,
     RandomSearch,
-    SearchSpace,
     SensitivitySearch,
     UniformBaseline,
     run_search,
 )
-from support.networks import LOSSES, mlp_space, plan_loss
+from support.networks import LOSSES, limited, mlp_space, plan_loss
 
 WIDTHS = [16, 24, 32, 24, 10]
-POSITIONS = np.array([64.0, 16.0, 4.0, 1.0])  # early layers are applied often, as convolutions are: MACs are elsewhere
 STRATEGIES = {
     "grid": GridSearch(levels=17),
     "gradient": GradientSearch(),
@@ -32,24 +30,6 @@ STRATEGIES = {
     "uniform": UniformBaseline(),
     "norm": NormBaseline(),
 }
-
-
-def limited(limit: float, target: float = 0.5, widths: list[int] | None = None, **more) -> SearchSpace:
-    """An MLP whose layers are applied unequally often, with a limit on the share of MACs."""
-    widths = widths or WIDTHS
-    hidden = np.array(widths[1:-1])
-    positions = np.resize(POSITIONS, len(widths) - 1)
-
-    def macs(removed):
-        kept = hidden - removed
-        n = len(kept)
-        full = np.column_stack([np.full(n, widths[0]), kept, np.full(n, widths[-1])]).astype(float)
-        return (positions * full[:, :-1] * full[:, 1:]).sum(axis=1)
-
-    dense = macs(np.zeros((1, len(hidden)), dtype=int))
-    return replace(
-        mlp_space(widths, target, **more), limits=(limit,), shares=lambda removed: (macs(removed) / dense)[:, None]
-    )
 
 
 def all_plans(space):

@@ -7,17 +7,16 @@ import math
 
 import numpy as np
 import pytest
-from test_limits import limited
 
 from lightning_softprune.search import (
     GradientSearch,
     GridSearch,
+    MaxSparsitySearch,
     RandomSearch,
     SensitivitySearch,
     UniformBaseline,
-    search_max_sparsity,
 )
-from support.networks import LOSSES, mlp_space
+from support.networks import LOSSES, limited, mlp_space
 
 WIDTHS = [16, 24, 32, 24, 10]
 STRATEGIES = {
@@ -46,17 +45,11 @@ class Record:
     def least_violation_at(self, sparsity):
         return min((max(loss - self.bound, 0) for s, loss, within in self.seen if within and s >= sparsity), default=9)
 
-    def run(self, strategy, **more):
-        return search_max_sparsity(
-            strategy,
-            self.space,
-            self,
-            highest_feasible_sparsity=self.reached,
-            least_violation_at=self.lacking,
-            seed=0,
-            cache={},
-            **more,
-        )
+    def begin(self, space):
+        pass
+
+    def run(self, strategy):
+        return MaxSparsitySearch(strategy, self.space, self, self, seed=0, cache={}).run()
 
 
 def brute_force(space, loss, bound):

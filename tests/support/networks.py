@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -72,3 +73,24 @@ CASES = {
     "4 groups": ([784, 512, 256, 128, 64, 10], [1.0, 0.4, 2.0, 0.7]),
     "5 groups": (AUTOENCODER, [1.0, 0.5, 3.0, 0.6, 1.5]),
 }
+
+LIMITED_WIDTHS = [16, 24, 32, 24, 10]
+POSITIONS = np.array([64.0, 16.0, 4.0, 1.0])  # early layers are applied often, as convolutions are: MACs are elsewhere
+
+
+def limited(limit: float, target: float = 0.5, widths: list[int] | None = None, **more) -> SearchSpace:
+    """An MLP whose layers are applied unequally often, with a limit on the share of MACs."""
+    widths = widths or LIMITED_WIDTHS
+    hidden = np.array(widths[1:-1])
+    positions = np.resize(POSITIONS, len(widths) - 1)
+
+    def macs(removed):
+        kept = hidden - removed
+        n = len(kept)
+        full = np.column_stack([np.full(n, widths[0]), kept, np.full(n, widths[-1])]).astype(float)
+        return (positions * full[:, :-1] * full[:, 1:]).sum(axis=1)
+
+    dense = macs(np.zeros((1, len(hidden)), dtype=int))
+    return replace(
+        mlp_space(widths, target, **more), limits=(limit,), shares=lambda removed: (macs(removed) / dense)[:, None]
+    )

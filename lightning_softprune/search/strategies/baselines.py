@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy
+from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
@@ -17,7 +17,7 @@ class UniformBaseline(SearchStrategy):
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields one vector."""
         yield space.scale(np.ones(space.size))
-        return "exhausted"
+        return StopReason.EXHAUSTED
 
 
 class NormBaseline(SearchStrategy):
@@ -31,4 +31,4 @@ class NormBaseline(SearchStrategy):
         norms = np.where(np.isfinite(space.norms), np.abs(space.norms), 0.0)
         floor = 1e-3 * norms.max()  # dead groups: a large coefficient, not an infinite one
         yield space.scale(1 / np.maximum(norms, floor) if floor > 0 else np.ones(space.size))
-        return "exhausted"
+        return StopReason.EXHAUSTED

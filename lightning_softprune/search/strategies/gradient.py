@@ -18,12 +18,13 @@ Plans are sought at the lower edge of the tolerance: among plans on target those
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from scipy.optimize import nnls
 
-from lightning_softprune.search.base import SearchStrategy
+from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.strategies.sensitivity import sweep
@@ -54,6 +55,18 @@ def least_squares_gradient(displacements: FloatArray, differences: FloatArray) -
         array([ 1., -1.])
     """
     return np.asarray(np.linalg.lstsq(displacements, differences, rcond=0.1)[0], dtype=np.float64)
+
+
+def diagonal_curvature(moves: FloatArray, differences: FloatArray, gradient: FloatArray) -> FloatArray | None:
+    """The non-negative diagonal of equation (2), or None where the probes show none (one-sided probes never do).
+
+    Args:
+        moves: Shape (n, k).
+        differences: Shape (n,).
+        gradient: g, shape (k,).
+    """
+    curvature = np.asarray(nnls(moves**2 / 2, differences - moves @ gradient)[0], dtype=np.float64)
+    return curvature if curvature.max() > 0 else None
 
 
 def constrained_step(
@@ -89,6 +102,37 @@ def constrained_step(
         else:
             most = middle
     return at((least + most) / 2)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """What a step's probes say of the loss near the iterate.
+
+    Attributes:
+        gradient: g of equation (1), shape (k,).
+        curvature: The diagonal of equation (2), shape (k,), or None where the probes show none (one-sided ones never
+            do).
+    """
+
+    gradient: FloatArray
+    curvature: FloatArray | None
+
+    @classmethod
+    def of(cls, moves: FloatArray, differences: FloatArray) -> _Model:
+        """Fit it to what moves, shape (n, k), have changed, shape (n,)."""
+        gradient = least_squares_gradient(moves, differences)
+        return cls(gradient, diagonal_curvature(moves, differences, gradient))
+
+    def bend(self, radius: float) -> FloatArray:
+        """H of equation (3), shape (k,)."""
+        if self.curvature is None:
+            return np.full(len(self.gradient), max(float(np.abs(self.gradient).max()), _TINY) / radius)
+        return np.asarray(np.maximum(self.curvature, 1e-3 * self.curvature.max()), dtype=np.float64)
+
+    def change(self, moves: FloatArray) -> FloatArray:
+        """What moves, shape (n, k), are expected to change, shape (n,)."""
+        bent = 0.0 if self.curvature is None else moves**2 @ self.curvature / 2
+        return np.asarray(moves @ self.gradient + bent, dtype=np.float64)
 
 
 class GradientSearch(SearchStrategy):
@@ -140,13 +184,13 @@ class GradientSearch(SearchStrategy):
         starts += [(space.scale(rng.uniform(space.low, space.high)), space.target) for _ in range(5)]
         starts = [(space.snap(x), aim) for x, aim in starts if space.on_target(x)]
         if not starts:
-            return "off target"
+            return StopReason.OFF_TARGET
         for x, aim in starts:
             f = yield x
             if np.isfinite(f):
                 spsa = self.difference == "spsa" or (self.difference == "auto" and space.size > _AUTO_SPSA)
                 return (yield from (self._descend_spsa if spsa else self._descend)(space, x, f, aim, rng))
-        return "no usable loss"
+        return StopReason.NO_USABLE_LOSS
 
     def _descend(
         self, space: SearchSpace, x: FloatArray, f: float, aim: float, rng: np.random.Generator
@@ -155,28 +199,27 @@ class GradientSearch(SearchStrategy):
         for _ in range(self.steps):
             points, losses = yield from self._probe(space, x, reach, aim)
             if not points:
-                return "converged"
+                return StopReason.CONVERGED
             before, usable = f, np.isfinite(losses)
             if usable.any():
                 moves, values = np.stack(points)[usable] - x, np.array(losses)[usable]
-                gradient = least_squares_gradient(moves, values - f)
-                curvature = self._curvature(moves, values - f, gradient)
+                model = _Model.of(moves, values - f)
                 origin, best = (x, f), int(np.argmin(values))
                 if values[best] < f:
                     x, f = x + moves[best], float(values[best])
-                x, f, radius = yield from self._move(space, origin, (x, f), gradient, curvature, radius, aim)
+                x, f, radius = yield from self._move(space, origin, (x, f), model, radius, aim)
                 if f == before and (reach <= space.step).all() and radius < space.step.min():
-                    x, f = yield from self._swap(space, x, f, gradient, curvature)
+                    x, f = yield from self._swap(space, x, f, model)
                     if f == before:
-                        return "converged"
+                        return StopReason.CONVERGED
             if f < before:
                 idle = 0
                 continue
             idle += 1
             if idle >= self.patience:
-                return "patience"
+                return StopReason.PATIENCE
             reach, radius = np.maximum(reach / 2, space.step), max(radius, float(space.step.min()))
-        return "steps"
+        return StopReason.STEPS
 
     def _probe(
         self, space: SearchSpace, x: FloatArray, reach: FloatArray, aim: float
@@ -201,8 +244,7 @@ class GradientSearch(SearchStrategy):
         space: SearchSpace,
         origin: tuple[FloatArray, float],
         best: tuple[FloatArray, float],
-        gradient: FloatArray,
-        curvature: FloatArray | None,
+        model: _Model,
         radius: float,
         aim: float,
     ) -> Generator[FloatArray, float, tuple[FloatArray, float, float]]:
@@ -210,12 +252,8 @@ class GradientSearch(SearchStrategy):
         (base, start), (x, f) = origin, best
         normal = space.slope(base)
         for _ in range(3):
-            if curvature is None:
-                bend = np.full(space.size, max(float(np.abs(gradient).max()), _TINY) / radius)
-            else:
-                bend = np.maximum(curvature, 1e-3 * curvature.max())
             low, high = np.maximum(space.low - base, -radius), np.minimum(space.high - base, radius)
-            step = constrained_step(gradient, bend, normal, low, high)
+            step = constrained_step(model.gradient, model.bend(radius), normal, low, high)
             length = float(np.abs(step).max())
             point = self._retract(space, base + step, aim)
             if point is None or space.key(point) in (space.key(base), space.key(x)):
@@ -234,12 +272,12 @@ class GradientSearch(SearchStrategy):
 
     @staticmethod
     def _swap(
-        space: SearchSpace, x: FloatArray, f: float, gradient: FloatArray, curvature: FloatArray | None
+        space: SearchSpace, x: FloatArray, f: float, model: _Model
     ) -> Generator[FloatArray, float, tuple[FloatArray, float]]:
         """When steps are finer than a channel: the exchanges of channels that promise most, or that remove least."""
         near = space.around(x, 0.1)
         moves = near - x
-        promise = moves @ gradient + (0.0 if curvature is None else moves**2 @ curvature / 2)
+        promise = model.change(moves)
         # The model is blind across the surface of equal sparsity, where single channels of narrow layers still matter.
         likely = np.argsort(promise, kind="stable")[: space.size]
         light = np.argsort(space.sparsities(near), kind="stable")[: space.size]
@@ -283,19 +321,13 @@ class GradientSearch(SearchStrategy):
                 x = best if point is None else point
             idle = 0 if least < before else idle + 1
             if idle >= self.patience:
-                return "patience"
+                return StopReason.PATIENCE
         if space.key(x) != space.key(best):
             yield x
-        return "steps"
+        return StopReason.STEPS
 
     @staticmethod
     def _retract(space: SearchSpace, x: FloatArray, aim: float) -> FloatArray | None:
         """The point on target nearest to `x`, in whole channels; None where there is none."""
         point = space.snap(space.project(x, aim=aim))
         return point if space.on_target(point) else None
-
-    @staticmethod
-    def _curvature(moves: FloatArray, differences: FloatArray, gradient: FloatArray) -> FloatArray | None:
-        """The diagonal of equation (2), or None where the probes show none (one-sided probes never do)."""
-        curvature = np.asarray(nnls(moves**2 / 2, differences - moves @ gradient)[0], dtype=np.float64)
-        return curvature if curvature.max() > 0 else None

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy
+from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 from lightning_softprune.utilities.checks import optional_whole_number, whole_number
@@ -67,7 +67,7 @@ class GridSearch(SearchStrategy):
                 break
         for i in rng.permutation(len(found)):
             yield found[i]
-        return "exhausted" if found else "off target"
+        return StopReason.EXHAUSTED if found else StopReason.OFF_TARGET
 
     def _axes(self, space: SearchSpace) -> list[FloatArray]:
         return [np.unique(np.linspace(a, b, self.levels)) for a, b in zip(space.low, space.high, strict=True)]

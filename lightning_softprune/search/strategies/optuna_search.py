@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy
+from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 from lightning_softprune.utilities.checks import whole_number
@@ -42,6 +42,7 @@ _MISSES = 100  # suggestions in a row without a new plan on target, after which 
 
 _PACKAGES = {"cmaes": ("cmaes",), "gp": ("scipy", "torch"), "qmc": ("scipy",)}  # that Optuna itself does without
 
+_STORAGES = "the URL of a database, the path of a file or None"
 _UNFIT = {"bruteforce", "motpe"}  # steps instead of ranges; another name of tpe, and deprecated
 
 _ARGUMENTS = {
@@ -84,11 +85,11 @@ class OptunaSearch(SearchStrategy):
     def __init__(self, num_trials: int = 100, sampler: str = "tpe", storage: str | None = None) -> None:
         self.num_trials = self.max_evaluations = whole_number("num_trials", num_trials)
         if not isinstance(sampler, str):
-            raise TypeError(f"sampler must be the name of one of Optuna's samplers, got {sampler!r}.")
+            raise TypeError(f"sampler: {sampler!r} is not the name of one of Optuna's samplers")
         if storage is not None and not isinstance(storage, str):
-            raise TypeError(f"storage must be the URL of a database, the path of a file or None, got {storage!r}.")
+            raise TypeError(f"storage: {storage!r} is not {_STORAGES}")
         if storage is not None and not storage.strip():
-            raise ValueError(f"storage must be the URL of a database, the path of a file or None, got {storage!r}.")
+            raise ValueError(f"storage: {storage!r} is not {_STORAGES}")
         self.sampler = sampler
         self.storage = storage
         _find_sampler(sampler)
@@ -141,7 +142,7 @@ class OptunaSearch(SearchStrategy):
 
         free = np.flatnonzero(space.low < space.high)
         if not len(free):
-            return "exhausted" if losses else "off target"
+            return StopReason.EXHAUSTED if losses else StopReason.OFF_TARGET
         ranges = {
             f"coefficient_{i}": optuna.distributions.FloatDistribution(float(space.low[i]), float(space.high[i]))
             for i in free
@@ -152,7 +153,7 @@ class OptunaSearch(SearchStrategy):
         misses = 0
         while len(losses) < self.num_trials:
             if misses >= _MISSES:
-                return "repeating" if losses else "off target"
+                return StopReason.REPEATING if losses else StopReason.OFF_TARGET
             with _quietly():
                 trial = study.ask(ranges)
             suggested = space.low.copy()
@@ -166,7 +167,7 @@ class OptunaSearch(SearchStrategy):
                     study.tell(trial, state=states.PRUNED)  # as bad as can be; a failed trial would teach nothing
                 else:
                     study.tell(trial, loss)
-        return "max_evaluations"
+        return StopReason.MAX_EVALUATIONS
 
     def _study_name(self, space: SearchSpace, seed: int) -> str:
         norms = [f"{norm:.6g}" for norm in space.norms]
@@ -197,7 +198,7 @@ class _Record:
                 self._storage = _open_storage(storage)
         except Exception as error:  # of the operating system, SQLAlchemy, a database's driver, JSON
             raise ValueError(
-                f"storage={_without_password(storage)!r} cannot be opened; it must be the URL of a database such as "
+                f"storage: {_without_password(storage)!r} cannot be opened; allowed are the URL of a database such as "
                 f"'sqlite:///optuna.db', or the path of a file that is new or Optuna's journal ({error})"
             ) from error
 
@@ -318,8 +319,8 @@ def _find_sampler(name: str) -> type[BaseSampler]:
     plain = _plain(name)
     if plain not in known:
         near = difflib.get_close_matches(plain, known, n=2)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"sampler must be one of {', '.join(map(repr, sorted(known)))}, got {name!r}.{hint}")
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"sampler: {name!r} is not one of {', '.join(map(repr, sorted(known)))}{hint}")
     for package in _PACKAGES.get(plain, ()):
         if importlib.util.find_spec(package) is None:
             raise ModuleNotFoundError(

@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy
+from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 from lightning_softprune.utilities.checks import whole_number
@@ -38,4 +38,4 @@ class RandomSearch(SearchStrategy):
                 seen.add(key)
                 misses = 0
                 yield x
-        return "exhausted" if seen else "off target"
+        return StopReason.EXHAUSTED if seen else StopReason.OFF_TARGET

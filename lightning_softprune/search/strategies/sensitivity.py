@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import numpy as np
 
-from lightning_softprune.search.base import SearchStrategy, SensitivityCurve
+from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
@@ -70,4 +70,4 @@ class SensitivitySearch(SearchStrategy):
             points = [x for x in (space.nearest_point(),) if space.on_target(x)]
         for x in points:  # noqa: UP028  a list takes no losses, which `yield from` would send it
             yield x
-        return "exhausted" if points else "off target"
+        return StopReason.EXHAUSTED if points else StopReason.OFF_TARGET

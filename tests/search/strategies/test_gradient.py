@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from lightning_softprune.search import GradientSearch, GridSearch, run_search
-from lightning_softprune.search.strategies.gradient import constrained_step, least_squares_gradient
+from lightning_softprune.search.strategies.gradient import constrained_step, diagonal_curvature, least_squares_gradient
 from support.networks import AUTOENCODER, CASES, LOSSES, mlp_space, plan_loss, steep
 
 
@@ -154,4 +154,4 @@ def test_the_curvature_of_a_separable_quadratic_is_found_from_pairs_of_probes():
     gradient, curvature = rng.normal(size=3), np.array([1.0, 0.0, 4.0])
     moves = rng.normal(size=(6, 3))
     differences = moves @ gradient + moves**2 @ curvature / 2
-    np.testing.assert_allclose(GradientSearch._curvature(moves, differences, gradient), curvature, atol=1e-9)
+    np.testing.assert_allclose(diagonal_curvature(moves, differences, gradient), curvature, atol=1e-9)

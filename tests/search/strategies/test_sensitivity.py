@@ -140,7 +140,7 @@ def test_the_model_that_is_really_separable_is_solved_to_the_best_of_all_plans()
     loss = plan_loss(space, quadratic([1.0, 0.5, 2.0]))
     cache = {}
     run_search(SensitivitySearch(), space, loss, seed=0, cache=cache)
-    points, sparsities, _ = space._table
+    points, sparsities, _ = space.table
     best = min(loss(x) for x in points[space.within(sparsities)])
     assert min(v for plan, v in cache.items() if space.within(space.sparsity(np.array([plan])))[0]) <= 1.01 * best
 
