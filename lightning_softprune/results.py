@@ -7,21 +7,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import math
-import operator
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
+from lightning_softprune.utilities.plain_types import from_plain, to_plain
+
 DRY_RUN = "this was a dry run"
-"""The reason of a round that was only to be looked at."""
+"""What the reason of a round begins with that was only to be looked at; for people, :class:`Outcome` is for code."""
 
 _MODES = ("min", "max")
-_NOT_IN_JSON = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class Outcome(str, Enum):
+    """What became of a round."""
+
+    APPLIED = "applied"
+    """The model was pruned."""
+    SKIPPED = "skipped"
+    """No plan was feasible, and the model was left as it is."""
+    DRY_RUN = "dry run"
+    """It was only to be looked at."""
+
+    def __str__(self) -> str:
+        """The string that files hold."""
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -121,8 +133,7 @@ class Sensitivity:
     def __post_init__(self) -> None:
         if len(self.coefficients) != len(self.scores):
             raise ValueError(
-                f"`scores` of group {self.group!r} needs one score per coefficient: "
-                f"got {len(self.scores)} for {len(self.coefficients)}"
+                f"scores: {len(self.scores)} of group {self.group!r} for {len(self.coefficients)} coefficients"
             )
 
 
@@ -200,6 +211,7 @@ class PruningResult:
         left_out: Everything that takes no part in the search, and why.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
+        outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
 
     Raises:
         ValueError: If `mode` is unknown or a trial has not one coefficient per group.
@@ -252,20 +264,27 @@ class PruningResult:
     left_out: tuple[LeftOut, ...] = ()
     configuration: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    outcome: str = ""
 
     def __post_init__(self) -> None:
         _checked_mode(self.mode)
+        object.__setattr__(self, "outcome", str(Outcome(self.outcome) if self.outcome else self._outcome_of_0_1_0()))
         for index, trial in enumerate(self.trials):
             if len(trial.coefficients) != len(self.groups):
                 raise ValueError(
-                    f"`trials[{index}]` needs one coefficient per group: "
-                    f"got {len(trial.coefficients)} for {len(self.groups)} groups"
+                    f"trials[{index}]: {len(trial.coefficients)} coefficients for {len(self.groups)} groups"
                 )
+
+    def _outcome_of_0_1_0(self) -> Outcome:
+        """The outcome of a result that was written before there were outcomes: then the reason said it, in prose."""
+        if self.applied:
+            return Outcome.APPLIED
+        return Outcome.DRY_RUN if self.reason.startswith(DRY_RUN) else Outcome.SKIPPED
 
     @property
     def is_dry_run(self) -> bool:
         """Whether nothing was to be applied in the first place."""
-        return self.reason.startswith(DRY_RUN)
+        return self.outcome == Outcome.DRY_RUN
 
     @property
     def pareto(self) -> tuple[Trial, ...]:
@@ -292,8 +311,7 @@ class PruningResult:
 
         NumPy and torch scalars become Python's numbers.
         """
-        encoded: dict[str, Any] = _encode(PruningResult, self)
-        return encoded
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PruningResult:
@@ -307,7 +325,7 @@ class PruningResult:
         Raises:
             ValueError: If something is missing or of the wrong type; the message says where.
         """
-        result: PruningResult = _decode(PruningResult, data, "")
+        result: PruningResult = from_plain(cls, data, "a pruning result")
         return result
 
 
@@ -325,74 +343,5 @@ def format_change(before: float, after: float) -> str:
 
 def _checked_mode(mode: str) -> str:
     if mode not in _MODES:
-        raise ValueError(f"`mode` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}")
+        raise ValueError(f"mode: {mode!r} is not one of {', '.join(map(repr, _MODES))}")
     return mode
-
-
-# The dataclasses' type hints are the schema: reading and writing follow them, so a new field needs no code here.
-
-
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _encode(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return {name: _encode(kind, getattr(value, name)) for name, kind in _hints(typing.cast(type, hint)).items()}
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        return [_encode(arguments[0], item) for item in value]
-    if origin is dict:
-        return {str(key): _encode(arguments[1], item) for key, item in value.items()}
-    if origin is types.UnionType:  # X | None
-        return None if value is None else _encode(arguments[0], value)
-    if hint is float:
-        number = float(value)
-        return number if math.isfinite(number) else str(number)
-    if hint is int:
-        return operator.index(value)
-    return hint(value)  # str, bool
-
-
-def _decode(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _decode_fields(typing.cast(type, hint), value, where)
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise _wrong(where, "a list", value)
-        return tuple(_decode(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, Mapping):
-            raise _wrong(where, "a dict", value)
-        return {str(key): _decode(arguments[1], item, f"{where}[{key!r}]") for key, item in value.items()}
-    if origin is types.UnionType:  # X | None
-        return None if value is None else _decode(arguments[0], value, where)
-    if hint is float:
-        if isinstance(value, str) and value in _NOT_IN_JSON:
-            return _NOT_IN_JSON[value]
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        raise _wrong(where, "a number", value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise _wrong(where, {int: "an integer", str: "a string", bool: "true or false"}[hint], value)
-    return value
-
-
-def _decode_fields(cls: type, value: Any, where: str) -> Any:
-    if not isinstance(value, Mapping):
-        raise _wrong(where, "a dict", value)
-    arguments = {}
-    for known in dataclasses.fields(cls):
-        place = f"{where}.{known.name}" if where else known.name
-        if known.name in value:
-            arguments[known.name] = _decode(_hints(cls)[known.name], value[known.name], place)
-        elif known.default is known.default_factory is dataclasses.MISSING:
-            raise ValueError(f"not a pruning result: {place!r} is missing")
-    return cls(**arguments)
-
-
-def _wrong(where: str, expected: str, value: Any) -> ValueError:
-    got = f"{value!r:.60}"
-    return ValueError(f"not a pruning result: {where or 'the whole'!r} must be {expected}, got {got}")

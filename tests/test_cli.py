@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from test_page import make_result
-from test_report import read_csv
 
 import lightning_softprune
 from lightning_softprune.cli import main
@@ -19,6 +17,7 @@ from lightning_softprune.report.files import round_folder, write_files
 from lightning_softprune.report.page import report_page
 from lightning_softprune.results import PruningResult
 from support.modules import fit, made, softpruning
+from support.results import full_result, read_csv
 
 Captured = pytest.CaptureFixture[str]
 
@@ -81,7 +80,7 @@ def test_show_prints_rounds_and_groups_of_a_checkpoint(
 
 def test_show_takes_a_result_a_round_and_a_log_folder(tmp_path: Path, capsys: Captured) -> None:
     for epoch in (4, 10):
-        write_files(make_result(epoch=epoch), round_folder(tmp_path, epoch))
+        write_files(full_result(epoch=epoch), round_folder(tmp_path, epoch))
 
     for path in (round_folder(tmp_path, 4) / "result.json", round_folder(tmp_path, 4)):
         assert main(["show", str(path)]) == 0
@@ -97,7 +96,7 @@ def test_show_takes_a_result_a_round_and_a_log_folder(tmp_path: Path, capsys: Ca
 
 def test_show_keeps_the_runs_below_a_folder_apart(tmp_path: Path, capsys: Captured) -> None:
     for run in ("version_0", "version_1"):
-        write_files(make_result(), round_folder(tmp_path / run, 4))
+        write_files(full_result(), round_folder(tmp_path / run, 4))
 
     assert main(["show", str(tmp_path)]) == 0
 
@@ -106,7 +105,7 @@ def test_show_keeps_the_runs_below_a_folder_apart(tmp_path: Path, capsys: Captur
 
 
 def test_show_says_what_was_not_applied(tmp_path: Path, capsys: Captured) -> None:
-    write_files(make_result(applied=False, reason="this was a dry run"), tmp_path)
+    write_files(full_result(applied=False, reason="this was a dry run"), tmp_path)
 
     assert main(["show", str(tmp_path)]) == 0
 
@@ -116,8 +115,8 @@ def test_show_says_what_was_not_applied(tmp_path: Path, capsys: Captured) -> Non
 
 
 def test_a_round_that_was_skipped_is_not_in_a_groups_history(tmp_path: Path, capsys: Captured) -> None:
-    write_files(make_result(epoch=3, applied=False, reason="nothing is feasible"), round_folder(tmp_path, 3))
-    write_files(make_result(epoch=4), round_folder(tmp_path, 4))
+    write_files(full_result(epoch=3, applied=False, reason="nothing is feasible"), round_folder(tmp_path, 3))
+    write_files(full_result(epoch=4), round_folder(tmp_path, 4))
 
     assert main(["show", str(tmp_path)]) == 0
 
@@ -151,7 +150,7 @@ class Foreign:
         ({"softprune": {"format": 1, "results": [3]}}, 'the "softprune" record is damaged'),
         ({"softprune": {"format": 1, "results": [{"epoch": "x"}]}}, 'the "softprune" record is damaged'),
         ({"softprune": {"format": 99, "results": []}}, "has format 99; this version of lightning-softprune reads"),
-        (Foreign(), "it holds test_cli.Foreign, which weights_only=True does not load"),
+        (Foreign(), f"it holds {__name__}.Foreign, which weights_only=True does not load"),
     ],
 )
 def test_show_refuses_foreign_and_damaged_records(tmp_path: Path, capsys: Captured, content: Any, message: str) -> None:
@@ -207,7 +206,7 @@ def test_a_corrupt_result_is_named(tmp_path: Path, capsys: Captured, command: st
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root reads everything")
 @pytest.mark.parametrize("command", ["show", "report"])
 def test_a_file_without_permission_is_named(tmp_path: Path, capsys: Captured, command: str) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(full_result(), tmp_path)
     path = tmp_path / "result.json"
     path.chmod(0)
 
@@ -218,7 +217,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path, capsys: Captured, co
 def test_a_file_that_the_system_refuses_is_named(
     tmp_path: Path, capsys: Captured, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(full_result(), tmp_path)
 
     def refuse(path: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(path))
@@ -237,7 +236,7 @@ def test_a_line_break_in_a_name_stays_on_the_line(tmp_path: Path, capsys: Captur
 
 def test_report_builds_the_files_anew_and_prints_their_paths(tmp_path: Path, capsys: Captured) -> None:
     folder = round_folder(tmp_path, 4)
-    write_files(make_result(), folder)
+    write_files(full_result(), folder)
     source = (folder / "result.json").read_bytes()
     table, page = folder / "trials.csv", folder / "report.html"
     page.unlink()
@@ -248,7 +247,7 @@ def test_report_builds_the_files_anew_and_prints_their_paths(tmp_path: Path, cap
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [str(table), str(page)]
     assert captured.err == ""
-    assert page.read_text(encoding="utf-8") == report_page(make_result())
+    assert page.read_text(encoding="utf-8") == report_page(full_result())
     assert len(read_csv(table)) == 4
     assert (folder / "result.json").read_bytes() == source
 
@@ -256,7 +255,7 @@ def test_report_builds_the_files_anew_and_prints_their_paths(tmp_path: Path, cap
 def test_report_builds_every_round_below_a_log_directory(tmp_path: Path, capsys: Captured) -> None:
     folders = [round_folder(tmp_path / "version_0", epoch) for epoch in (2, 10)]
     for folder in folders:
-        write_files(make_result(), folder)
+        write_files(full_result(), folder)
         (folder / "report.html").unlink()
 
     assert main(["report", str(tmp_path)]) == 0
@@ -267,7 +266,7 @@ def test_report_builds_every_round_below_a_log_directory(tmp_path: Path, capsys:
 
 
 def test_report_takes_the_result_itself(tmp_path: Path, capsys: Captured) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(full_result(), tmp_path)
     (tmp_path / "report.html").unlink()
 
     assert main(["report", str(tmp_path / "result.json")]) == 0
@@ -278,7 +277,7 @@ def test_report_takes_the_result_itself(tmp_path: Path, capsys: Captured) -> Non
 def test_a_corrupt_round_does_not_keep_the_others_from_being_built(tmp_path: Path, capsys: Captured) -> None:
     broken, whole = (round_folder(tmp_path, epoch) for epoch in (1, 2))
     for folder in (broken, whole):
-        write_files(make_result(), folder)
+        write_files(full_result(), folder)
         (folder / "report.html").unlink()
     (broken / "result.json").write_text(json.dumps({"epoch": 1}))
 
@@ -293,7 +292,7 @@ def test_a_corrupt_round_does_not_keep_the_others_from_being_built(tmp_path: Pat
 def test_report_into_a_folder_that_cannot_be_written_is_named(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(full_result(), tmp_path)
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -350,8 +349,8 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes are POSIX's")
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
-    groups = tuple(replace(make_result().groups[0], name=f"group{index}") for index in range(3000))
-    write_files(make_result(groups=groups, trials=(), chosen=None), tmp_path)
+    groups = tuple(replace(full_result().groups[0], name=f"group{index}") for index in range(3000))
+    write_files(full_result(groups=groups, trials=(), chosen=None), tmp_path)
     reading, writing = os.pipe()
     os.close(reading)
 

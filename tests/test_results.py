@@ -10,47 +10,14 @@ import pytest
 import torch
 
 from lightning_softprune.results import (
+    DRY_RUN,
     Costs,
-    GroupResult,
     PruningResult,
     Sensitivity,
-    Trial,
     format_change,
     pareto_front,
 )
-
-
-def make_trial(sparsity: float = 0.7, score: float = 19.7, **changes: Any) -> Trial:
-    values = {"coefficients": (0.7, 0.25), "metrics": {"val_psnr": score}, "feasible": True, "seconds": 0.08}
-    return Trial(**{**values, "sparsity": sparsity, "score": score, **changes})
-
-
-def make_result(**changes: Any) -> PruningResult:
-    values: dict[str, Any] = {
-        "epoch": 10,
-        "sparsity": 0.7016,
-        "target_sparsity": 0.7,
-        "score_before": 19.9712,
-        "score_after": 19.7089,
-        "metrics_before": {"val_psnr": 19.9712, "val_loss": 0.0101},
-        "metrics_after": {"val_psnr": 19.7089, "val_loss": 0.0107},
-        "costs_before": Costs(params=1_079_344, macs=1_076_224),
-        "costs_after": Costs(params=322_102, macs=320_000),
-        "groups": (
-            GroupResult("encoder.0", "encoder", "intra", 512, 154, 0.7),
-            GroupResult("encoder.4", "encoder", "inter", 32, 24, 0.25),
-        ),
-        "evaluations": 41,
-        "seconds": 3.21,
-        "strategy": "GradientSearch",
-        "stop_reason": "patience",
-        "applied": True,
-        "trials": (make_trial(), make_trial(0.68, 19.6, feasible=False)),
-        "monitor": "val_psnr",
-        "mode": "max",
-        "sensitivity": (Sensitivity("encoder.0", (0.0, 0.5), (19.97, 19.9)),),
-    }
-    return PruningResult(**{**values, **changes})
+from support.results import make_result, make_trial
 
 
 def through_a_json_file(data: dict[str, Any]) -> Any:
@@ -149,25 +116,25 @@ def test_a_missing_field_inside_a_trial_is_named_with_its_place() -> None:
     data = make_result().to_dict()
     del data["trials"][1]["score"]
 
-    with pytest.raises(ValueError, match=r"'trials\[1\]\.score' is missing"):
+    with pytest.raises(ValueError, match=r"trials\[1\]\.score is missing"):
         PruningResult.from_dict(data)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("epoch", "10", "'epoch' must be an integer, got '10'"),
-        ("epoch", True, "'epoch' must be an integer, got True"),
-        ("score_after", None, "'score_after' must be a number, got None"),
-        ("score_after", "NaN", "'score_after' must be a number, got 'NaN'"),
-        ("score_after", False, "'score_after' must be a number, got False"),
-        ("applied", 1, "'applied' must be true or false, got 1"),
-        ("strategy", 3, "'strategy' must be a string, got 3"),
-        ("groups", {}, "'groups' must be a list, got {}"),
-        ("metrics_after", [1], r"'metrics_after' must be a dict, got \[1\]"),
-        ("metrics_after", {"a": "b"}, r"""metrics_after\['a'\]" must be a number, got 'b'"""),
-        ("costs_after", [1, 2], r"'costs_after' must be a dict, got \[1, 2\]"),
-        ("mode", "maximum", "`mode` must be one of 'min', 'max', got 'maximum'"),
+        ("epoch", "10", "epoch: '10' is not an integer"),
+        ("epoch", True, "epoch: True is not an integer"),
+        ("score_after", None, "score_after: None is not a number"),
+        ("score_after", "NaN", "score_after: 'NaN' is not a number"),
+        ("score_after", False, "score_after: False is not a number"),
+        ("applied", 1, "applied: 1 is not true or false"),
+        ("strategy", 3, "strategy: 3 is not a string"),
+        ("groups", {}, "groups: {} is not a list"),
+        ("metrics_after", [1], r"metrics_after: \[1\] is not a dict"),
+        ("metrics_after", {"a": "b"}, r"metrics_after\['a'\]: 'b' is not a number"),
+        ("costs_after", [1, 2], r"costs_after: \[1, 2\] is not a dict"),
+        ("mode", "maximum", "mode: 'maximum' is not one of 'min', 'max'"),
     ],
 )
 def test_a_value_of_the_wrong_type_is_named(field: str, value: object, expected: str) -> None:
@@ -180,18 +147,39 @@ def test_a_value_of_the_wrong_type_is_named(field: str, value: object, expected:
 
 @pytest.mark.parametrize("data", [[], "text", 3, None])
 def test_what_is_no_dict_at_all_is_refused(data: Any) -> None:
-    with pytest.raises(ValueError, match="'the whole' must be a dict"):
+    with pytest.raises(ValueError, match=r"the whole: .* is not a dict"):
         PruningResult.from_dict(data)
 
 
 def test_a_trial_needs_one_coefficient_per_group() -> None:
-    with pytest.raises(ValueError, match=r"`trials\[1\]` needs one coefficient per group: got 1 for 2 groups"):
+    with pytest.raises(ValueError, match=r"trials\[1\]: 1 coefficients for 2 groups"):
         make_result(trials=(make_trial(), make_trial(coefficients=(0.5,))))
 
 
 def test_a_sensitivity_curve_needs_one_score_per_coefficient() -> None:
-    with pytest.raises(ValueError, match="got 1 for 2"):
+    with pytest.raises(ValueError, match="scores: 1 of group 'encoder.0' for 2 coefficients"):
         Sensitivity("encoder.0", (0.0, 0.5), (1.0,))
+
+
+@pytest.mark.parametrize(
+    ("applied", "reason", "outcome"),
+    [(True, "", "applied"), (False, "no plan meets val_psnr >= 25", "skipped"), (False, DRY_RUN, "dry run")],
+)
+def test_the_outcome_of_a_result_without_one_is_read_off_its_reason(applied: bool, reason: str, outcome: str) -> None:
+    result = make_result(applied=applied, reason=reason)
+    data = result.to_dict()
+    assert data["outcome"] == outcome
+    del data["outcome"]  # as 0.1.0 wrote it
+    again = PruningResult.from_dict(data)
+    assert again == result
+    assert again.is_dry_run == (outcome == "dry run")
+
+
+def test_the_outcome_and_not_the_reason_says_whether_a_round_was_a_dry_run() -> None:
+    assert make_result(applied=False, reason="for a look", outcome="dry run").is_dry_run
+    assert not make_result(applied=False, reason=f"{DRY_RUN}, said somebody", outcome="skipped").is_dry_run
+    with pytest.raises(ValueError, match="'wet run' is not a valid Outcome"):
+        make_result(outcome="wet run")
 
 
 def test_summary_of_an_applied_round() -> None:
@@ -253,5 +241,5 @@ def test_pareto_trials_follow_the_mode() -> None:
 
 
 def test_pareto_refuses_an_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="`mode` must be one of 'min', 'max', got 'best'"):
+    with pytest.raises(ValueError, match="mode: 'best' is not one of 'min', 'max'"):
         pareto_front([0.1], [1.0], "best")

@@ -9,13 +9,14 @@ from lightning_softprune.report.files import (
     round_folders,
     write_files,
 )
-from lightning_softprune.report.progress import SearchProgress
+from lightning_softprune.report.progress import SearchProgress, Style
 from lightning_softprune.report.series import log_values
 from lightning_softprune.report.tables import print_round, print_rounds
 
 __all__ = [
     "RESULT_FILE",
     "SearchProgress",
+    "Style",
     "log_figures",
     "log_values",
     "print_round",

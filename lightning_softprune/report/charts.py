@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lightning_softprune.report.markup import Markup, join, tag
 from lightning_softprune.report.series import (
@@ -62,6 +63,14 @@ class Axis:
         return self.low <= value <= self.high
 
 
+class Heading(NamedTuple):
+    """What names a chart: a key for its element, a title, and what it shows in words."""
+
+    key: str
+    title: str
+    summary: str
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers in [low, high]: multiples of 1, 2 or 5 times a power of ten, about `count` of them.
 
@@ -95,7 +104,7 @@ def history_chart(result: PruningResult) -> Markup:
     if best:
         summary += f" The best feasible score is {best[-1][1]:.5g}, of trial {best[-1][0]}."
     places = [float(index) for index in range(count)]
-    return frame.figure("history", "Search history", summary, Markup(), line, places, ["best", "before"])
+    return frame.figure(Heading("history", "Search history", summary), Markup(), line, places, ["best", "before"])
 
 
 def sparsity_chart(result: PruningResult) -> Markup:
@@ -125,7 +134,7 @@ def sparsity_chart(result: PruningResult) -> Markup:
     line = tag("polyline", points=corners, class_="front") if points else Markup()
     if points:
         summary += f" {len(points):,} of them are on the Pareto front."
-    return frame.figure("sparsity", "Score against sparsity", summary, below, line, sparsities, keys)
+    return frame.figure(Heading("sparsity", "Score against sparsity", summary), below, line, sparsities, keys)
 
 
 def sensitivity_charts(result: PruningResult) -> Markup:
@@ -191,9 +200,7 @@ class _Frame:
 
     def figure(
         self,
-        key: str,
-        title: str,
-        summary: str,
+        heading: Heading,
         below: Markup,
         line: Markup,
         places: Sequence[float],
@@ -225,8 +232,8 @@ class _Frame:
         drawing = join([self.axes, below, before, trials, line, star])
         return tag(
             "figure",
-            tag("h3", title),
-            _picture(key, title, summary, WIDTH, HEIGHT, drawing),
+            tag("h3", heading.title),
+            _picture(*heading, WIDTH, HEIGHT, drawing),
             tag("ul", *(_legend(name) for name in shown), class_="legend"),
             tag("figcaption", " ".join(notes)),
         )

@@ -15,6 +15,7 @@ from pathlib import Path
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import trial_rows
 from lightning_softprune.results import PruningResult
+from lightning_softprune.utilities.files import replace_file
 
 RESULT_FILE = "result.json"
 
@@ -46,7 +47,7 @@ def write_files(result: PruningResult, folder: Path) -> list[Path]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {name: render(result) for name, render in _FILES.items()}  # all of them first: what fails writes nothing
-    return [_replace(folder / name, text) for name, text in texts.items()]
+    return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
 
 
 def read_result(path: Path) -> PruningResult:
@@ -94,7 +95,7 @@ def rebuild_files(folder: Path) -> list[Path]:
     """
     result = read_result(folder / RESULT_FILE)
     texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
-    return [_replace(folder / name, text) for name, text in texts.items()]
+    return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
 
 
 def _json_text(result: PruningResult) -> str:
@@ -115,15 +116,3 @@ _FILES: dict[str, Callable[[PruningResult], str]] = {
     "trials.csv": _csv_text,
     "report.html": report_page,
 }
-
-
-def _replace(path: Path, text: str) -> Path:
-    # Opened the ordinary way, not by `tempfile`: the file gets the permissions the user's umask gives.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path

@@ -24,6 +24,7 @@ from lightning_softprune.report.series import (
     format_number,
 )
 from lightning_softprune.results import GroupResult, PruningResult, format_change, pareto_front
+from lightning_softprune.search import better
 
 MAX_ROWS = 1000
 
@@ -143,7 +144,7 @@ def _cards(result: PruningResult) -> Markup:
     scores = result.score_before, result.score_after
     change, verdict = _change(*scores), ""
     if math.isfinite(scores[0]) and math.isfinite(scores[1]) and scores[0] != scores[1]:
-        verdict = "better" if (scores[1] > scores[0]) == (result.mode == "max") else "worse"
+        verdict = "better" if better(scores[1], scores[0], result.mode) else "worse"
     note = join([change, tag("span", verdict, class_=verdict)], " ") if verdict else change
     cards.append(_card(f"{result.monitor} ({result.mode})", format_number(scores[0]), format_number(scores[1]), note))
     if result.target_sparsity is None:

@@ -31,10 +31,12 @@ from rich.progress import (
 )
 
 from lightning_softprune.report.tables import print_line
+from lightning_softprune.search import better
+from lightning_softprune.utilities import checks
 
-Style = Literal["auto", "rich", "tqdm", "plain"]
+Style = Literal["auto", "rich", "tqdm", "plain", "none"]
 
-_STYLES = ("auto", "rich", "tqdm", "plain")
+_STYLES = ("auto", "rich", "tqdm", "plain", "none")
 
 
 def progress_style(trainer: Trainer) -> Literal["rich", "tqdm", "plain"]:
@@ -56,8 +58,7 @@ class SearchProgress:
         total: Number of trials, if known; an upper bound will do.
         monitor: Name of the metric.
         mode: `"min"` or `"max"`.
-        enabled: `False`: print nothing at all.
-        style: `"auto"`: what goes with the trainer's own bar, or rich if there is no trainer.
+        style: `"auto"`: what goes with the trainer's own bar, or rich if there is no trainer. `"none"`: print nothing.
         trainer: The trainer whose bars are on the same screen.
         console: Where to print; rich's global one if not given.
 
@@ -76,20 +77,16 @@ class SearchProgress:
         total: int | None,
         monitor: str,
         mode: str,
-        enabled: bool = True,
         style: Style = "auto",
         *,
         trainer: Trainer | None = None,
         console: Console | None = None,
     ) -> None:
-        if mode not in ("min", "max"):
-            raise ValueError(f"`mode` must be one of 'min', 'max', got {mode!r}")
-        if style not in _STYLES:
-            raise ValueError(f"`style` must be one of {', '.join(map(repr, _STYLES))}, got {style!r}")
+        checks.one_of("mode", mode, ("min", "max"))
+        checks.one_of("style", style, _STYLES)
         self.total = total
         self.monitor = monitor
         self.mode = mode
-        self.enabled = enabled
         self.style = style
         self.trials = 0
         self.best = math.nan
@@ -99,7 +96,7 @@ class SearchProgress:
 
     def __enter__(self) -> SearchProgress:
         self.trials, self.best = 0, math.nan
-        if self.enabled:
+        if self.style != "none":
             self._display = self._open_display()
         return self
 
@@ -124,7 +121,7 @@ class SearchProgress:
         self.trials += 1
         if best is not None:
             self.best = best
-        elif math.isnan(self.best) or (score > self.best if self.mode == "max" else score < self.best):
+        elif math.isnan(self.best) or better(score, self.best, self.mode):
             self.best = score
         if self._display is not None:
             total = None if self.total is None else max(self.total, self.trials)  # a final check may come on top

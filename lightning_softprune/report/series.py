@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from lightning_softprune.results import PruningResult, pareto_front
+from lightning_softprune.search import better, parse_constraint
 
 Cell = str | int | float | bool
 
@@ -92,10 +92,13 @@ def score_limits(scores: Sequence[float], important: Sequence[float]) -> tuple[f
 
 def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
     """Trial and score of each feasible trial that was better than every feasible one before it."""
-    better: Callable[[float, float], bool] = (lambda a, b: a > b) if result.mode == "max" else (lambda a, b: a < b)
     found: list[tuple[int, float]] = []
     for index, trial in enumerate(result.trials):
-        if trial.feasible and not math.isnan(trial.score) and (not found or better(trial.score, found[-1][1])):
+        if (
+            trial.feasible
+            and not math.isnan(trial.score)
+            and (not found or better(trial.score, found[-1][1], result.mode))
+        ):
             found.append((index, trial.score))
     return found
 
@@ -119,14 +122,6 @@ def component_colours(result: PruningResult) -> dict[str, str]:
     return {component: f"c{number % 7}" for number, component in enumerate(components)}
 
 
-_OPERATORS: dict[str, Callable[[float, float], bool]] = {
-    "<=": lambda a, b: a <= b,
-    ">=": lambda a, b: a >= b,
-    "<": lambda a, b: a < b,
-    ">": lambda a, b: a > b,
-}
-
-
 def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
     """Limits and constraints, each with what the round's plan comes to and whether that meets it."""
     rows = []
@@ -138,14 +133,14 @@ def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
 
 
 def _constraint(text: str, metrics: dict[str, float]) -> str:
-    match = re.fullmatch(r"\s*(.+?)\s*(<=|>=|<|>)\s*(\S+)\s*", text)
-    if match is None or match[1] not in metrics:
-        return ""
     try:
-        met = _OPERATORS[match[2]](metrics[match[1]], float(match[3]))
-    except ValueError:
+        constraint = parse_constraint(text, "constraints")
+    except ValueError:  # of a file that somebody else wrote
         return ""
-    return f"{format_number(metrics[match[1]])}: {'met' if met else 'not met'}"
+    if constraint.metric not in metrics:
+        return ""
+    value = metrics[constraint.metric]
+    return f"{format_number(value)}: {'met' if constraint.is_met(value) else 'not met'}"
 
 
 def format_number(value: float) -> str:

@@ -26,6 +26,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.round.fingerprint import fingerprint
+from lightning_softprune.utilities.files import being_replaced, remove_leftovers, sync_file
 
 FORMAT = 1
 """Version of the format; other versions are not read."""
@@ -176,7 +177,7 @@ class Journal:
             if self._file is None:
                 self._file = self._begin(self._path)
             self._file.write(f"{line}\n".encode())
-            _sync(self._file)
+            sync_file(self._file)
         except OSError as error:
             self._close()
             self._gave_up = True
@@ -191,15 +192,10 @@ class Journal:
         self._folders = max(self._folders, sum(not folder.exists() for folder in path.parents))
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"softprune_journal": FORMAT, "fingerprint": self._expected, "folders": self._folders}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                file.writelines(f"{line}\n".encode() for line in (json.dumps(header), *self._lines))
-                _sync(file)
-            self._identity = _identity(temporary)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with being_replaced(path) as new:
+            new.writelines(f"{line}\n".encode() for line in (json.dumps(header), *self._lines))
+            sync_file(new)
+            self._identity = _identity(Path(new.name))
         if os.name == "posix":  # the name of a new file is on the disk once its folder is
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -224,8 +220,7 @@ class Journal:
         with contextlib.suppress(OSError):
             if self._identity is not None and _identity(self._path) == self._identity:
                 self._path.unlink()
-            for temporary in self._path.parent.glob(f".{self._path.name}.*.tmp"):  # of a run killed while it wrote
-                temporary.unlink()
+            remove_leftovers(self._path)
             for _, folder in zip(range(self._folders), self._path.parents, strict=False):
                 folder.rmdir()  # ends at the first that is not empty
 
@@ -282,11 +277,6 @@ def _identity(path: Path | None) -> tuple[int, int] | None:
     except OSError:
         return None
     return None if status is None else (status.st_dev, status.st_ino)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _line(key: Key, found: Pass, monitor: str, details: Mapping[str, object]) -> str:

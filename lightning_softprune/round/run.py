@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_softprune.graph import COSTS
-from lightning_softprune.results import DRY_RUN, Costs, PruningResult
+from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import commit_plan
 from lightning_softprune.round.decision import Decision, decide
 from lightning_softprune.round.evaluation import Evaluator
@@ -86,6 +86,12 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
     return replace(result, seconds=time.monotonic() - started)
 
 
+def _outcome(goal: Goal, best: ScoredPlan | None) -> Outcome:
+    if not goal.commit:
+        return Outcome.DRY_RUN
+    return Outcome.SKIPPED if best is None else Outcome.APPLIED
+
+
 def _tell(decision: Decision, settings: RoundSettings, goal: Goal) -> None:
     """Warn, or raise, where no plan is feasible."""
     if not goal.commit or not decision.sentence:
@@ -142,6 +148,7 @@ def _result(
         mode=settings.mode,
         sensitivity=evaluator.sensitivity(found.strategy.sensitivity),
         reason=reason,
+        outcome=_outcome(goal, found.best),
         chosen=None if found.best is None else trials.done.index(found.best),
         tolerance=settings.tolerance,
         cost=settings.cost,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_softprune.report import SearchProgress
+from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable
 from lightning_softprune.round.settings import RoundSettings
@@ -49,9 +49,8 @@ def search(
 
     dense = space.key(np.zeros(space.size))
     cache = {} if any(dense) else {dense: trials.objective.loss(before)}  # bounds may forbid the dense model
-    with SearchProgress(
-        strategy.max_evaluations, settings.monitor, settings.mode, settings.verbose, trainer=trainer
-    ) as bar:
+    style: Style = "auto" if settings.verbose else "none"
+    with SearchProgress(strategy.max_evaluations, settings.monitor, settings.mode, style, trainer=trainer) as bar:
 
         def evaluate(x: FloatArray) -> float:
             scored = evaluator.score(x)

@@ -7,7 +7,7 @@ from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, St
 from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_rounding, build_space
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
-from lightning_softprune.search.objective import Constraint, Objective, parse_constraint
+from lightning_softprune.search.objective import Constraint, Objective, better, parse_constraint
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
@@ -45,6 +45,7 @@ __all__ = [
     "StopReason",
     "UniformBaseline",
     "best_combinations",
+    "better",
     "build_rounding",
     "build_space",
     "parse_constraint",

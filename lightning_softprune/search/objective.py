@@ -22,6 +22,20 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _PENALTY = 10.0  # a shortfall of 1 % of the bound weighs like a loss that is 10 % higher
 
 
+def better(score: float, other: float, mode: str) -> bool:
+    """Whether a score is better than another; NaN is better than none, and none is better than NaN.
+
+    Args:
+        score: One.
+        other: The other.
+        mode: ``"min"`` or ``"max"``.
+
+    >>> better(20.1, 19.9, "max"), better(0.2, 0.1, "min"), better(math.nan, 0.1, "min")
+    (True, False, False)
+    """
+    return score > other if mode == "max" else score < other
+
+
 @dataclass(frozen=True)
 class Constraint:
     """A bound on one metric.

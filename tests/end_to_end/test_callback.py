@@ -272,7 +272,7 @@ def test_a_report_that_cannot_be_written_is_a_warning_that_names_the_folder(tmp_
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(report_module, "_replace", full)
+        monkeypatch.setattr(report_module, "replace_file", full)
     monkeypatch.setattr(journal_module.Journal, "_append", lambda *_: None)  # it has a warning of its own
     with pytest.warns(UserWarning, match=r"no report of the round in .*softprune.epoch=1: \w*Error: ") as warned:
         trainer, module = fit_reporting(tmp_path / "broken", report=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_page import RESULTS, make_result
 
 from lightning_softprune.report.page import report_page
+from support.results import RESULTS, full_result
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the extra `browser`")
 
@@ -168,7 +168,7 @@ def test_the_page_follows_the_systems_colour_scheme(browser: Any, tmp_path: Path
 def test_a_script_in_a_name_does_not_run(browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     # Even if a name were not escaped: the policy knows the page's own script alone.
-    text = report_page(make_result()).replace("<main>", "<main><script>document.title = 'run'</script>")
+    text = report_page(full_result()).replace("<main>", "<main><script>document.title = 'run'</script>")
     path.write_text(text, encoding="utf-8")
 
     open_page(browser, path, DESKTOP)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from test_page import RESULTS, large_result, make_result
 
 from lightning_softprune.report import figures
 from lightning_softprune.report.figures import MAX_GROUPS, channels_figure, log_figures, score_figure
 from support.modules import fit, made, softpruning
+from support.results import RESULTS, full_result, large_result
 
 NAMES = ["softprune/score_against_sparsity", "softprune/channels_kept"]
 
@@ -65,7 +65,7 @@ def labels(figure: Any) -> list[str]:
 def test_a_logger_with_log_image_gets_pixels(tmp_path: Path) -> None:
     logger = ImageLogger(tmp_path)
 
-    log_figures(make_result(), [logger], step=7)
+    log_figures(full_result(), [logger], step=7)
 
     assert [(name, step) for name, _, step in logger.images] == [(name, 7) for name in NAMES]
     for _, pixels, _ in logger.images:
@@ -78,7 +78,7 @@ def test_a_logger_with_log_image_gets_pixels(tmp_path: Path) -> None:
 def test_tensorboard_gets_figures(tmp_path: Path) -> None:
     logger = Board(tmp_path)
 
-    log_figures(make_result(), [logger], step=7)
+    log_figures(full_result(), [logger], step=7)
 
     assert [(name, step) for name, _, step in logger.figures] == [(name, 7) for name in NAMES]
     assert len(logger.figures[0][1].axes) == 1
@@ -87,7 +87,7 @@ def test_tensorboard_gets_figures(tmp_path: Path) -> None:
 def test_a_real_tensorboard_file_holds_them(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path)
 
-    log_figures(make_result(), [logger], step=7)
+    log_figures(full_result(), [logger], step=7)
     logger.finalize("success")
 
     (events,) = Path(logger.log_dir).glob("events.*")
@@ -99,8 +99,8 @@ def test_a_real_tensorboard_file_holds_them(tmp_path: Path) -> None:
 def test_without_a_logger_for_pictures_nothing_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
 
-    log_figures(make_result(), [CSVLogger(tmp_path)], step=0)
-    log_figures(make_result(), [], step=0)
+    log_figures(full_result(), [CSVLogger(tmp_path)], step=0)
+    log_figures(full_result(), [], step=0)
 
 
 def test_without_matplotlib_there_is_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,8 +109,8 @@ def test_without_matplotlib_there_is_one_warning(tmp_path: Path, monkeypatch: py
     logger = ImageLogger(tmp_path)
 
     with pytest.warns(UserWarning, match=r"matplotlib is missing.*\[report\]"):
-        log_figures(make_result(), [logger], step=0)
-    log_figures(make_result(), [logger], step=1)  # a second warning would be an error
+        log_figures(full_result(), [logger], step=0)
+    log_figures(full_result(), [logger], step=1)  # a second warning would be an error
 
     assert logger.images == []
 
@@ -119,7 +119,7 @@ def test_a_logger_that_fails_is_named_and_the_next_one_gets_its_figures(tmp_path
     after = ImageLogger(tmp_path)
 
     with pytest.warns(UserWarning, match=r"no figures for Failing: ConnectionError: the server is away"):
-        log_figures(make_result(), [Failing(tmp_path), after], step=0)
+        log_figures(full_result(), [Failing(tmp_path), after], step=0)
 
     assert len(after.images) == 2
 
@@ -136,7 +136,7 @@ def test_every_result_can_be_drawn(tmp_path: Path, name: str) -> None:
 
 
 def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
-    result = make_result(monitor="$x_{")
+    result = full_result(monitor="$x_{")
     groups = (replace(result.groups[0], name="a$b$c^{"), result.groups[1])
     logger = ImageLogger(tmp_path)
 
@@ -146,7 +146,7 @@ def test_names_are_not_taken_for_formulas(tmp_path: Path) -> None:
 
 
 def test_score_against_sparsity_shows_trials_front_and_band() -> None:
-    figure = score_figure(make_result())
+    figure = score_figure(full_result())
 
     assert labels(figure) == [
         *(
@@ -170,13 +170,13 @@ def test_score_against_sparsity_shows_trials_front_and_band() -> None:
 
 
 def test_without_a_target_or_a_choice_the_rest_is_shown() -> None:
-    assert labels(score_figure(make_result(target_sparsity=None, chosen=None, score_before=math.nan))) == [
+    assert labels(score_figure(full_result(target_sparsity=None, chosen=None, score_before=math.nan))) == [
         *("not feasible", "feasible trial", "Pareto front"),
     ]
 
 
 def test_channels_kept_has_a_bar_per_group() -> None:
-    (axes,) = channels_figure(make_result()).axes
+    (axes,) = channels_figure(full_result()).axes
 
     assert [label.get_text() for label in axes.get_yticklabels()] == ["encoder.0", "encoder.4"]
     assert [text.get_text() for text in axes.texts] == ["154 of 512", "24 of 32"]

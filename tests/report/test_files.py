@@ -1,54 +1,15 @@
-import csv
 import json
 import math
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lightning_softprune.report.files import read_result, rebuild_files, round_folder, round_folders, write_files
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import log_values, trial_rows
-from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
-
-
-def make_result(names: tuple[str, str] = ("encoder.0", "encoder.4"), **changes: Any) -> PruningResult:
-    trials = (
-        Trial((0.7, 0.25), 0.7, 19.7, {"val_psnr": 19.7, "val_loss": 0.1}, True, 0.5),
-        Trial((0.1, 1 / 3), 0.6, 19.5, {"val_psnr": 19.5}, False, 0.25),
-        Trial((0.9, 0.0), 0.8, math.nan, {"val_psnr": math.nan, "val_loss": math.inf}, False, 0.125),
-    )
-    values: dict[str, Any] = {
-        "epoch": 4,
-        "sparsity": 0.7,
-        "target_sparsity": None,
-        "score_before": 20.0,
-        "score_after": 19.7,
-        "metrics_before": {"val_psnr": 20.0},
-        "metrics_after": {"val_psnr": 19.7},
-        "costs_before": Costs(1000, 2000),
-        "costs_after": Costs(300, 700),
-        "groups": (
-            GroupResult(names[0], "encoder", "intra", 512, 154, 0.7),
-            GroupResult(names[1], "encoder", "inter", 32, 24, 0.25),
-        ),
-        "evaluations": 4,
-        "seconds": 1.0,
-        "strategy": "RandomSearch",
-        "stop_reason": "exhausted",
-        "applied": True,
-        "trials": trials,
-        "monitor": "val_psnr",
-        "mode": "max",
-    }
-    return PruningResult(**{**values, **changes})
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+from support.results import read_csv, recorded_result
 
 
 def test_round_folder_is_named_by_its_epoch(tmp_path: Path) -> None:
@@ -58,7 +19,7 @@ def test_round_folder_is_named_by_its_epoch(tmp_path: Path) -> None:
 def test_files_are_written_into_a_new_folder_and_nothing_else_is_left(tmp_path: Path) -> None:
     folder = round_folder(tmp_path, 4)
 
-    paths = write_files(make_result(), folder)
+    paths = write_files(recorded_result(), folder)
 
     assert [path.name for path in paths] == ["result.json", "trials.csv", "report.html"]
     assert {path.parent for path in paths} == {folder}
@@ -66,14 +27,14 @@ def test_files_are_written_into_a_new_folder_and_nothing_else_is_left(tmp_path: 
 
 
 def test_the_result_read_is_the_result_written(tmp_path: Path) -> None:
-    result = make_result(trials=make_result().trials[:2])
+    result = recorded_result(trials=recorded_result().trials[:2])
     write_files(result, tmp_path)
 
     assert read_result(tmp_path / "result.json") == result
 
 
 def test_the_json_file_is_valid_json_in_spite_of_nan(tmp_path: Path) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(recorded_result(), tmp_path)
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -84,7 +45,7 @@ def test_the_json_file_is_valid_json_in_spite_of_nan(tmp_path: Path) -> None:
 
 
 def test_the_csv_has_one_row_per_trial_with_every_value(tmp_path: Path) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(recorded_result(), tmp_path)
 
     rows = read_csv(tmp_path / "trials.csv")
 
@@ -109,13 +70,13 @@ def test_the_csv_has_one_row_per_trial_with_every_value(tmp_path: Path) -> None:
 
 
 def test_the_page_beside_them_is_of_this_round(tmp_path: Path) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(recorded_result(), tmp_path)
 
-    assert (tmp_path / "report.html").read_text(encoding="utf-8") == report_page(make_result())
+    assert (tmp_path / "report.html").read_text(encoding="utf-8") == report_page(recorded_result())
 
 
 def test_a_name_that_utf8_cannot_write_is_no_reason_to_lose_the_page(tmp_path: Path) -> None:
-    result = replace(make_result(), trials=(), stop_reason="\udcff")
+    result = replace(recorded_result(), trials=(), stop_reason="\udcff")
 
     write_files(result, tmp_path)
 
@@ -124,7 +85,7 @@ def test_a_name_that_utf8_cannot_write_is_no_reason_to_lose_the_page(tmp_path: P
 
 def test_names_with_commas_quotes_and_line_breaks_survive_the_csv(tmp_path: Path) -> None:
     names = ('a,b "quoted"', "ü\nsecond; line")
-    result = make_result(names)
+    result = recorded_result(names)
     result = replace(result, trials=(replace(result.trials[0], metrics={'m,"x"': 1.5}),))
     write_files(result, tmp_path)
 
@@ -137,7 +98,7 @@ def test_names_with_commas_quotes_and_line_breaks_survive_the_csv(tmp_path: Path
 
 
 def test_a_round_without_trials_still_has_a_header(tmp_path: Path) -> None:
-    write_files(make_result(trials=()), tmp_path)
+    write_files(recorded_result(trials=()), tmp_path)
 
     assert (tmp_path / "trials.csv").read_text().splitlines() == [
         "trial,sparsity,score,feasible,pareto,seconds,coefficient/encoder.0,coefficient/encoder.4"
@@ -145,21 +106,21 @@ def test_a_round_without_trials_still_has_a_header(tmp_path: Path) -> None:
 
 
 def test_trial_rows_are_as_wide_as_their_header() -> None:
-    header, rows = trial_rows(make_result())
+    header, rows = trial_rows(recorded_result())
 
     assert [len(row) for row in rows] == [len(header)] * 3
 
 
 def test_writing_again_replaces_the_files(tmp_path: Path) -> None:
-    write_files(make_result(), tmp_path)
-    write_files(make_result(epoch=5, trials=()), tmp_path)
+    write_files(recorded_result(), tmp_path)
+    write_files(recorded_result(epoch=5, trials=()), tmp_path)
 
     assert read_result(tmp_path / "result.json").epoch == 5
     assert read_csv(tmp_path / "trials.csv") == []
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_files(make_result(), tmp_path)
+    write_files(recorded_result(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*_: object) -> None:
@@ -167,7 +128,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_rubbish(tmp_path: Path, m
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_files(make_result(epoch=99), tmp_path)
+        write_files(recorded_result(epoch=99), tmp_path)
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -177,7 +138,7 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
     ordinary = tmp_path / "ordinary"
     ordinary.touch()
 
-    for path in write_files(make_result(), tmp_path / "files"):
+    for path in write_files(recorded_result(), tmp_path / "files"):
         assert path.stat().st_mode == ordinary.stat().st_mode
 
 
@@ -203,7 +164,7 @@ def test_a_corrupt_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> N
 
 
 def test_a_file_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
-    path = write_files(make_result(), tmp_path)[0]
+    path = write_files(recorded_result(), tmp_path)[0]
     content = path.read_bytes().rstrip()
     for length in range(0, len(content), 97):
         path.write_bytes(content[:length])
@@ -219,10 +180,10 @@ def test_a_missing_file_is_a_missing_file(tmp_path: Path) -> None:
 def test_round_folders_are_found_run_by_run_in_order_of_their_epochs(tmp_path: Path) -> None:
     folders = [round_folder(tmp_path / run, epoch) for run in ("a", "b") for epoch in (2, 9, 10)]
     for folder in reversed(folders):
-        write_files(make_result(), folder)
+        write_files(recorded_result(), folder)
     (tmp_path / "epoch=3").mkdir()
     (tmp_path / "other").mkdir()
-    write_files(make_result(), tmp_path / "other")  # not a round's folder by its name
+    write_files(recorded_result(), tmp_path / "other")  # not a round's folder by its name
 
     assert round_folders(tmp_path) == folders
     assert round_folders(folders[0].parent) == folders[:3]
@@ -240,7 +201,7 @@ def test_no_folder_is_an_error(tmp_path: Path) -> None:
 
 
 def test_files_are_built_anew_from_the_result(tmp_path: Path) -> None:
-    paths = write_files(make_result(), tmp_path)
+    paths = write_files(recorded_result(), tmp_path)
     before = [path.read_bytes() for path in paths]
     time = paths[0].stat().st_mtime_ns
     for path in paths[1:]:
@@ -253,7 +214,7 @@ def test_files_are_built_anew_from_the_result(tmp_path: Path) -> None:
 
 
 def test_log_values_are_the_scalars_of_the_contract() -> None:
-    values = log_values(make_result())
+    values = log_values(recorded_result())
 
     assert values == {
         "softprune/sparsity": 0.7,

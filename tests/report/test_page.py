@@ -1,12 +1,10 @@
 import importlib.resources
 import itertools
 import math
-import random
 import re
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
@@ -15,114 +13,11 @@ from lightning_softprune.report.page import MAX_ROWS, report_page
 from lightning_softprune.report.series import best_so_far, score_limits
 from lightning_softprune.results import (
     DRY_RUN,
-    Costs,
-    GroupResult,
-    LeftOut,
-    PruningResult,
-    Sensitivity,
     Trial,
 )
+from support.results import EVIL, RESULTS, evil_result, full_result, large_result
 
-INFINITE = (math.inf, 1e300, -1e300, 1e-300)
 VOID = {"meta", "link", "br"}
-EVIL = "<script>alert(\"x\")</script> & 'q' é漢字 \x00\ud800 </title></style></svg> " + "x" * 200
-
-
-def make_result(**changes: Any) -> PruningResult:
-    trials = (
-        Trial((0.0, 0.0), 0.35, 19.9, {"val_psnr": 19.9, "val_loss": 0.111}, False, 0.5),
-        Trial((0.7, 0.25), 0.7, 19.7, {"val_psnr": 19.7, "val_loss": 0.123}, True, 0.5),
-        Trial((0.1, 1 / 3), 0.69, 19.5, {"val_psnr": 19.5}, True, 0.25),
-        Trial((0.9, 0.0), 0.8, math.nan, {"val_psnr": math.nan, "val_loss": math.inf}, False, 0.125),
-    )
-    values: dict[str, Any] = {
-        "epoch": 4,
-        "sparsity": 0.7016,
-        "target_sparsity": 0.7,
-        "tolerance": 0.0125,
-        "score_before": 19.9712,
-        "score_after": 19.7089,
-        "metrics_before": {"val_psnr": 19.9712, "val_loss": 0.0101},
-        "metrics_after": {"val_psnr": 19.7089, "val_loss": 0.0107},
-        "costs_before": Costs(1_079_344, 2_076_224),
-        "costs_after": Costs(322_102, 720_000),
-        "groups": (
-            GroupResult("encoder.0", "encoder", "intra", 512, 154, 0.6993, 0.05, 0.85, 4321, 8642),
-            GroupResult("encoder.4", "encoder+decoder", "inter", 32, 24, 0.25),
-        ),
-        "evaluations": 41,
-        "seconds": 3.21,
-        "strategy": "GradientSearch",
-        "stop_reason": "patience",
-        "applied": True,
-        "trials": trials,
-        "monitor": "val_psnr",
-        "mode": "max",
-        "sensitivity": (
-            Sensitivity("encoder.0", (0.1, 0.5, 0.9), (19.95, 19.91, 4.5)),
-            Sensitivity("encoder.4", (0.1, 0.5), (19.6, math.nan)),
-        ),
-        "chosen": 1,
-        "limits": {"macs": 0.5, "latency": 0.75},
-        "shares": {"params": 0.298, "macs": 0.3214, "latency": 0.8},
-        "constraints": ("val_psnr >= 19.5", "val_loss < 0.001"),
-        "latency_before": 0.00123,
-        "latency_after": 0.00071,
-        "left_out": (LeftOut("decoder.4", "decoder", 64, "its outputs are the module's outputs"),),
-        "configuration": {"monitor": "val_psnr", "round_to": "8"},
-        "versions": {"torch": "2.13.0"},
-    }
-    return PruningResult(**{**values, **changes})
-
-
-def evil_result() -> PruningResult:
-    result = make_result()
-    names = [f"{EVIL}{number}" for number in range(2)]
-    return replace(
-        result,
-        groups=tuple(replace(g, name=n, component=n, kind=n) for g, n in zip(result.groups, names, strict=True)),
-        trials=tuple(replace(trial, metrics={EVIL: 1.0}) for trial in result.trials),
-        metrics_before={EVIL: 1.0},
-        metrics_after={EVIL: math.nan},
-        strategy=EVIL,
-        stop_reason=EVIL,
-        reason=EVIL,
-        applied=False,
-        monitor=EVIL,
-        cost=EVIL,
-        sensitivity=(Sensitivity(names[0], (0.0, 1.0), (1.0, math.nan)),),
-        limits={EVIL: 0.5},
-        constraints=(EVIL, f"{EVIL} >= 3"),
-        left_out=(LeftOut(EVIL, EVIL, 1, EVIL),),
-        configuration={EVIL: EVIL},
-        versions={EVIL: EVIL},
-    )
-
-
-def large_result(trials: int, groups: int) -> PruningResult:
-    """As many as asked for, some of them without a score."""
-    numbers = random.Random(0)
-    return make_result(
-        trials=tuple(
-            Trial(
-                tuple(numbers.random() for _ in range(groups)),
-                numbers.random(),
-                math.nan if index % 97 == 0 else numbers.gauss(20, 1),
-                {"val_psnr": 20.0, "val_loss": numbers.random()},
-                index % 3 == 0,
-                numbers.random(),
-            )
-            for index in range(trials)
-        ),
-        groups=tuple(
-            GroupResult(f"backbone.{index}.conv", f"stage{index % 9}", "intra", 512, 100, 0.8)
-            for index in range(groups)
-        ),
-        sensitivity=tuple(
-            Sensitivity(f"backbone.{index}.conv", tuple(k / 10 for k in range(11)), tuple(20.0 - k for k in range(11)))
-            for index in range(groups)
-        ),
-    )
 
 
 class Page(HTMLParser):
@@ -176,47 +71,6 @@ class Page(HTMLParser):
         return table
 
 
-RESULTS = {
-    "ordinary": make_result(),
-    "not applied": make_result(applied=False, reason="no trial is feasible"),
-    "no target": make_result(target_sparsity=None),
-    "mode min": make_result(mode="min"),
-    "no trials": make_result(trials=(), chosen=None),
-    "one trial": make_result(trials=make_result().trials[1:2], chosen=0),
-    "nothing": make_result(
-        trials=(), groups=(), sensitivity=(), left_out=(), limits={}, constraints=(), configuration={}, versions={},
-        metrics_before={}, metrics_after={}, chosen=None, latency_before=None, latency_after=None,
-    ),
-    "nan everywhere": make_result(
-        score_before=math.nan, score_after=math.nan, sparsity=math.nan, metrics_after={"val_psnr": math.nan},
-        trials=tuple(replace(t, score=math.nan, sparsity=math.nan) for t in make_result().trials),
-        sensitivity=(Sensitivity("encoder.0", (0.0, 1.0), (math.nan, math.nan)),),
-    ),
-    "infinite": make_result(
-        score_before=math.inf,
-        score_after=-math.inf,
-        trials=tuple(replace(t, score=s) for t, s in zip(make_result().trials, INFINITE, strict=True)),
-    ),
-    "all scores the same": make_result(
-        score_before=1.0, score_after=1.0, trials=tuple(replace(t, score=1.0) for t in make_result().trials)
-    ),
-    "all scores zero": make_result(
-        score_before=0.0, score_after=0.0, trials=tuple(replace(t, score=0.0) for t in make_result().trials)
-    ),
-    "absurd": make_result(
-        target_sparsity=math.nan,
-        trials=tuple(replace(t, sparsity=0.7 + k * 1e-16, score=1e149 * k) for k, t in enumerate(make_result().trials)),
-        sensitivity=(Sensitivity("encoder.0", (0.0, math.nan, 1.0), (1.0, 2.0, -1e149)),),
-    ),
-    "chosen out of range": make_result(chosen=99),
-    "sensitivity of an unknown group": make_result(sensitivity=(Sensitivity("gone", (0.5,), (1.0,)),)),
-    "no channels": make_result(groups=(GroupResult("a", "b", "intra", 0, 0, math.nan), make_result().groups[1])),
-    "evil": evil_result(),
-    "many trials": large_result(5000, 5),
-    "many groups": large_result(300, 200),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", RESULTS)
 def test_the_page_is_well_formed_and_can_be_written(name: str) -> None:
     text = report_page(RESULTS[name])
@@ -260,13 +114,13 @@ def test_whatever_is_a_name_is_escaped() -> None:
     shown = EVIL.replace("\x00", "\ufffd").replace("\ud800", "\ufffd")
     # Strategy, stop reason, reason, monitor (in card, charts and columns), cost, groups twice, limits, ...
     assert page.text.count(shown) >= 20
-    ordinary = Page(report_page(make_result(applied=False)))
+    ordinary = Page(report_page(full_result(applied=False)))
     assert {name for name, _ in page.elements} <= {name for name, _ in ordinary.elements}
     assert not any(key.startswith("on") for _, attributes in page.elements for key in attributes)
 
 
 def test_every_number_of_the_result_is_on_the_page() -> None:
-    text = Page(report_page(make_result())).text
+    text = Page(report_page(full_result())).text
 
     for number in (
         *("epoch 4", "0.7016", "0.7 ± 0.0125", "19.9712", "19.7089", "-0.2623 (-1.3 %)", "worse"),
@@ -280,7 +134,7 @@ def test_every_number_of_the_result_is_on_the_page() -> None:
 
 
 def test_the_table_of_trials_has_every_value() -> None:
-    header, *rows = Page(report_page(make_result())).table("trial")
+    header, *rows = Page(report_page(full_result())).table("trial")
 
     assert header == [
         *("trial", "sparsity", "score", "feasible", "note", "seconds", "val_loss"),
@@ -295,19 +149,19 @@ def test_the_table_of_trials_has_every_value() -> None:
 
 
 def test_limits_and_constraints_say_what_was_reached() -> None:
-    assert Page(report_page(make_result())).table("budget")[1:] == [
+    assert Page(report_page(full_result())).table("budget")[1:] == [
         ["macs <= 0.5 of dense", "0.3214 of dense: met"],
         ["latency <= 0.75 of dense", "0.8 of dense: not met"],
         ["val_psnr >= 19.5", "19.7089: met"],
         ["val_loss < 0.001", "0.0107: not met"],
     ]
-    assert "Limits" not in Page(report_page(make_result(limits={}, constraints=()))).text
-    odd = make_result(constraints=("val_psnr >= high", "unknown < 3", "nonsense"), limits={"macs": 0.5})
+    assert "Limits" not in Page(report_page(full_result(limits={}, constraints=()))).text
+    odd = full_result(constraints=("val_psnr >= high", "unknown < 3", "nonsense"), limits={"macs": 0.5})
     assert [row[1] for row in Page(report_page(odd)).table("budget")[2:]] == ["", "", ""]
 
 
 def test_metrics_are_compared() -> None:
-    result = make_result(metrics_before={"a": 1.0, "b": -2.0}, metrics_after={"a": 1.5, "b": math.nan, "c": 3.0})
+    result = full_result(metrics_before={"a": 1.0, "b": -2.0}, metrics_after={"a": 1.5, "b": math.nan, "c": 3.0})
 
     assert Page(report_page(result)).table("metric")[1:] == [
         ["a", "1", "1.5", "+0.5 (+50.0 %)"],
@@ -317,7 +171,7 @@ def test_metrics_are_compared() -> None:
 
 
 def test_a_lower_score_is_better_in_mode_min() -> None:
-    text = Page(report_page(make_result(mode="min"))).text
+    text = Page(report_page(full_result(mode="min"))).text
 
     assert "better" in text
     assert "worse" not in text
@@ -325,18 +179,18 @@ def test_a_lower_score_is_better_in_mode_min() -> None:
 
 
 def test_a_banner_says_when_nothing_was_applied_and_why() -> None:
-    assert Page(report_page(make_result())).count("div", "banner") == 0
-    skipped = Page(report_page(make_result(applied=False, reason="no trial meets val_psnr >= 30", chosen=None)))
+    assert Page(report_page(full_result())).count("div", "banner") == 0
+    skipped = Page(report_page(full_result(applied=False, reason="no trial meets val_psnr >= 30", chosen=None)))
     assert "The model was not changed: no trial meets val_psnr >= 30." in skipped.text
     assert "would have been applied" not in skipped.text
-    dry = Page(report_page(make_result(applied=False, reason=DRY_RUN)))
+    dry = Page(report_page(full_result(applied=False, reason=DRY_RUN)))
     assert "The model was not changed: this was a dry run." in dry.text
     assert "would have been applied" in dry.text
     assert dry.count("div", "dry") == 1
 
 
 def test_the_charts_show_each_kind_of_trial() -> None:
-    page = Page(report_page(make_result()))
+    page = Page(report_page(full_result()))
 
     # Two charts, each with a legend; the trial without a score has no mark.
     assert page.count("circle", "feasible") == 2 * (2 + 1)
@@ -351,7 +205,7 @@ def test_the_charts_show_each_kind_of_trial() -> None:
 
 
 def test_without_a_target_there_is_no_band_and_without_a_choice_no_mark() -> None:
-    page = Page(report_page(make_result(target_sparsity=None, chosen=None)))
+    page = Page(report_page(full_result(target_sparsity=None, chosen=None)))
 
     assert page.count("rect", "band") == 0
     assert page.count("path", "chosen") == 0
@@ -361,7 +215,7 @@ def test_without_a_target_there_is_no_band_and_without_a_choice_no_mark() -> Non
 def test_a_trial_that_diverged_does_not_flatten_the_others() -> None:
     ordinary = [Trial((0.5, 0.5), 0.7, 0.5 + k / 100, {}, True, 0.1) for k in range(20)]
     diverged = Trial((0.5, 0.5), 0.7, 1e9, {}, True, 0.1)
-    page = Page(report_page(make_result(mode="min", score_before=0.45, score_after=0.5, trials=(*ordinary, diverged))))
+    page = Page(report_page(full_result(mode="min", score_before=0.45, score_after=0.5, trials=(*ordinary, diverged))))
 
     assert page.text.count("1 trial beyond the axis, drawn as a triangle.") == 2
     heights = {attributes["cy"] for tag, attributes in page.elements if tag == "circle" and "r" in attributes}
@@ -369,7 +223,7 @@ def test_a_trial_that_diverged_does_not_flatten_the_others() -> None:
 
 
 def test_inter_groups_and_components_are_told_apart() -> None:
-    page = Page(report_page(make_result()))
+    page = Page(report_page(full_result()))
     striped = [attributes for tag, attributes in page.elements if attributes.get("fill") == "url(#inter)"]
 
     assert len(striped) == 1 + 1  # the bar, and the legend
@@ -377,7 +231,7 @@ def test_inter_groups_and_components_are_told_apart() -> None:
 
 
 def test_drawings_have_a_role_a_title_and_a_description() -> None:
-    page = Page(report_page(make_result()))
+    page = Page(report_page(full_result()))
     ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
 
     drawings = [attributes for tag, attributes in page.elements if tag == "svg" and attributes.get("role") == "img"]
@@ -387,7 +241,7 @@ def test_drawings_have_a_role_a_title_and_a_description() -> None:
 
 
 def test_columns_can_be_sorted_by_keyboard_and_say_so() -> None:
-    page = Page(report_page(make_result()))
+    page = Page(report_page(full_result()))
     heads = [attributes for tag, attributes in page.elements if tag == "th" and "data-kind" in attributes]
 
     assert len(heads) == page.count("button") == 9
@@ -429,7 +283,7 @@ def test_a_large_page_stays_small_and_is_made_in_no_time(trials: int, groups: in
 
 
 def test_the_same_result_gives_the_same_page() -> None:
-    assert report_page(make_result()) == report_page(make_result())
+    assert report_page(full_result()) == report_page(full_result())
 
 
 # Data of the charts
@@ -439,8 +293,8 @@ def test_best_so_far_counts_feasible_trials_only() -> None:
     scores = [(math.nan, True), (5.0, True), (9.0, False), (5.0, True), (6.0, True), (4.0, True)]
     trials = tuple(Trial((0.0, 0.0), 0.5, score, {}, feasible, 0.0) for score, feasible in scores)
 
-    assert best_so_far(make_result(trials=trials, chosen=None)) == [(1, 5.0), (4, 6.0)]
-    assert best_so_far(make_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
+    assert best_so_far(full_result(trials=trials, chosen=None)) == [(1, 5.0), (4, 6.0)]
+    assert best_so_far(full_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
 
 
 @pytest.mark.parametrize(
