@@ -83,7 +83,7 @@ def watch_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, tor
     """Call ``see(name, source)`` for each input of the named layers while the block runs the model."""
 
     def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
             see(name, args[0] if args else next(iter(kwargs.values())))
 
         return hook
@@ -102,7 +102,7 @@ def watch_calls(
     """Call ``see(name, source, output)`` after each call of the named layers while the block runs the model."""
 
     def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
+        def hook(_: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
             see(name, args[0] if args else next(iter(kwargs.values())), output)
 
         return hook

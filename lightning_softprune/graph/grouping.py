@@ -19,7 +19,7 @@ from lightning_softprune.graph.components import match_modules
 from lightning_softprune.graph.groups import Member, PruningGroup
 from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.left_out import left_alone, refuse_torn_parameters, self_and_parents
-from lightning_softprune.graph.trace import Step, Trace, trace_model
+from lightning_softprune.graph.trace import Step, trace_model
 from lightning_softprune.graph.walk import Walked, Walker
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -56,14 +56,14 @@ def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] 
         if entry is None or not (entry.produces or slot != "both"):
             continue  # it only passes on what another layer produces
         walked = walker.walk(module)
-        group = _build(name, walked, trace, ignored)
+        group = _build(name, walked, ignored)
         seen |= group.slots()
         groups.append(group)
     groups = refuse_torn_parameters(model, groups, trace)
     return _unique_names(groups) + list(left_alone(model, groups, trace))
 
 
-def _build(name: str, walked: Walked, trace: Trace, ignored: Mapping[str, str]) -> PruningGroup:
+def _build(name: str, walked: Walked, ignored: Mapping[str, str]) -> PruningGroup:
     roots = _Union(walked.num_roots)
     at: dict[tuple[str, str], dict[int, int]] = {}
     for key, pairs in walked.pairs.items():

@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
             self.markers[end.grad_fn] = reason
             self._ends.append(end)
 
-    def _note(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _note(self, module: nn.Module, _: Any, output: Any) -> None:
         self.ran.add(self.names[module])
         if module in self.layouts and module not in self.order:
             self.order.append(module)
@@ -113,7 +113,7 @@ class Recorder(TorchFunctionMode):
             self._mark(tensor, f"feeds {name}: {self.reasons[name]}")
         return map_tensors((args, kwargs), torch.Tensor.detach)
 
-    def _cut_outputs(self, module: nn.Module, inputs: Any, output: Any) -> Any:
+    def _cut_outputs(self, _: nn.Module, __: Any, output: Any) -> Any:
         return map_tensors(output, lambda t: t.detach().requires_grad_(t.is_floating_point()))
 
 

@@ -146,7 +146,7 @@ def _log_to(logger: Any, result: PruningResult, step: int) -> None:
                     logger.experiment.add_figure(f"softprune/{name}", figure, global_step=step)
                 else:
                     logger.log_image(f"softprune/{name}", [_pixels(figure)], step=step)
-    except Exception as error:
+    except Exception as error:  # matplotlib's, or a logger's: a figure is no reason to end a training run
         rank_zero_warn(f"SoftPruning: no figures for {type(logger).__name__}: {type(error).__name__}: {error}")
 
 

@@ -133,5 +133,5 @@ def _source(kind: type) -> str:
         return ""
     try:
         return inspect.getsource(kind)
-    except Exception:
+    except (OSError, TypeError, SyntaxError):  # no file, no class of Python's, a file that has changed since
         return ""

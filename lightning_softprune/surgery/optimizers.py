@@ -41,7 +41,7 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
                 group["params"][position] = new
                 if old in optimizer.state and not isinstance(optimizer, LBFGS):
                     state = optimizer.state.pop(old)
-                    optimizer.state[new] = _slice_state(optimizer, state, old, new, by_dim)
+                    optimizer.state[new] = _slice_state(optimizer, state, old, by_dim)
             for position, parameter in reversed(list(enumerate(group["params"]))):
                 if id(parameter) in created:
                     _insert_after(group, position, created[id(parameter)])
@@ -58,9 +58,7 @@ def _insert_after(group: dict[str, Any], position: int, bias: nn.Parameter) -> N
         group["param_names"] = names
 
 
-def _slice_state(
-    optimizer: Optimizer, state: Any, old: nn.Parameter, new: nn.Parameter, by_dim: KeptByDim
-) -> dict[str, Any]:
+def _slice_state(optimizer: Optimizer, state: Any, old: nn.Parameter, by_dim: KeptByDim) -> dict[str, Any]:
     sliced: dict[str, Any] = {}
     for name, value in dict(state).items():
         if not isinstance(value, torch.Tensor) or value.ndim == 0 or (value.numel() == 1 and old.ndim > 0):

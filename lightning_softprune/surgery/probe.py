@@ -102,7 +102,7 @@ def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[f
     seen: dict[str, list[tuple[float, float]]] = {}
 
     def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) and output else output
             if isinstance(first, torch.Tensor) and first.is_floating_point():
                 values = first.detach().flatten().float()

@@ -102,14 +102,13 @@ def readable_copy(loader: Any, argument: str, depth: int = 2) -> Any:
     if mapping is None or not isinstance(mapping, dict):
         if isinstance(loader, Iterator):
             raise MisconfigurationException(
-                f"`{argument}` holds a {type(loader).__name__}, which can be read only once, so the search would take"
-                " batches away from the run. Pass an object that can be iterated again: a DataLoader, a list or a class"
-                " with `__iter__`."
+                f"{argument}: a {type(loader).__name__} can be read only once, so the search would take batches away "
+                "from the run; pass an object that can be iterated again: a DataLoader, a list, a class with `__iter__`"
             )
         return loader
     try:
         result = copy(loader)
-    except Exception:
+    except Exception:  # whatever a class of the user's says to being copied: it is read as it is
         return loader
     for name, value in mapping.items():
         if depth and isinstance(value, DataLoader):
@@ -207,7 +206,7 @@ def _training_loader(trainer: pl.Trainer) -> CombinedLoader | None:
         return None
     try:
         loaders = _request_dataloader(source)
-    except Exception as error:
+    except Exception as error:  # the user's own loader function: outside of a fit it may lack what it needs
         if trainer.state.fn == TrainerFn.FITTING:
             raise
         rank_zero_warn(f"`train_dataloader` gives no training data outside of `fit` ({type(error).__name__}: {error}).")

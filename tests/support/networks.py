@@ -7,56 +7,27 @@ from dataclasses import replace
 
 import numpy as np
 
-from lightning_softprune.search import FloatArray, IntArray, SearchSpace
+from lightning_softprune.search import FloatArray, SearchSpace
+from lightning_softprune.testing import coupled, mlp_space, plan_loss, steep
 
-
-def mlp_space(
-    widths: list[int], target: float = 0.7, tolerance: float = 0.02, *, rounding: str = "nearest", **bounds: FloatArray
-) -> SearchSpace:
-    """The hidden layers of an MLP are its groups; sparsity counts weights and biases exactly."""
-    hidden = np.array(widths[1:-1])
-    k = len(hidden)
-    round_ = {"nearest": np.rint, "down": lambda x: np.floor(x + 1e-9)}[rounding]
-
-    def parameters(kept: IntArray) -> FloatArray:
-        n = len(kept)
-        full = np.column_stack([np.full(n, widths[0]), kept, np.full(n, widths[-1])]).astype(float)
-        return (full[:, :-1] * full[:, 1:] + full[:, 1:]).sum(axis=1)
-
-    dense = parameters(hidden[None])[0]
-    return SearchSpace(
-        low=bounds.get("low", np.zeros(k)),
-        high=bounds.get("high", np.ones(k)),
-        channels=hidden,
-        realise=lambda x: np.minimum(round_(x * hidden), hidden - 1).astype(np.int64),
-        sparsity=lambda removed: 1 - parameters(hidden - removed) / dense,
-        target=target,
-        tolerance=tolerance,
-        norms=np.linspace(1.0, 2.0, k),
-    )
-
-
-def plan_loss(space: SearchSpace, loss: Callable[[FloatArray], float]) -> Callable[[FloatArray], float]:
-    """A loss of the plan alone, as a real evaluation is."""
-    return lambda x: float(loss(np.array(space.key(x)) / space.channels))
+__all__ = [
+    "AUTOENCODER",
+    "CASES",
+    "LIMITED_WIDTHS",
+    "LOSSES",
+    "POSITIONS",
+    "coupled",
+    "limited",
+    "mlp_space",
+    "plan_loss",
+    "quadratic",
+    "steep",
+    "valley",
+]
 
 
 def quadratic(weights: list[float]) -> Callable[[FloatArray], float]:
     return lambda r: 0.1 + float(np.dot(weights, r**2))
-
-
-def steep(weights: list[float]) -> Callable[[FloatArray], float]:
-    """Flat at first and steep at the end, as the loss of a pruned layer is."""
-    return lambda r: 0.1 + float(np.dot(weights, r**2 / (1.1 - r)))
-
-
-def coupled(weights: list[float]) -> Callable[[FloatArray], float]:
-    """Neighbouring layers hurt each other: not separable."""
-
-    def loss(r: FloatArray) -> float:
-        return 0.1 + float(np.dot(weights, r**2 / (1.1 - r))) + 0.8 * float((r[1:] * r[:-1]).sum())
-
-    return loss
 
 
 def valley(weights: list[float]) -> Callable[[FloatArray], float]:

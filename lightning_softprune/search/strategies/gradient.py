@@ -189,12 +189,12 @@ class GradientSearch(SearchStrategy):
             f = yield x
             if np.isfinite(f):
                 spsa = self.difference == "spsa" or (self.difference == "auto" and space.size > _AUTO_SPSA)
-                return (yield from (self._descend_spsa if spsa else self._descend)(space, x, f, aim, rng))
+                if spsa:
+                    return (yield from self._descend_spsa(space, x, f, aim, rng))
+                return (yield from self._descend(space, x, f, aim))
         return StopReason.NO_USABLE_LOSS
 
-    def _descend(
-        self, space: SearchSpace, x: FloatArray, f: float, aim: float, rng: np.random.Generator
-    ) -> Generator[FloatArray, float, str]:
+    def _descend(self, space: SearchSpace, x: FloatArray, f: float, aim: float) -> Generator[FloatArray, float, str]:
         radius, reach, idle = self.step_size, np.maximum(self.probe, space.step), 0
         for _ in range(self.steps):
             points, losses = yield from self._probe(space, x, reach, aim)

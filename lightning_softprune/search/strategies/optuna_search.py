@@ -214,7 +214,7 @@ class _Record:
             with _quietly():
                 while not self._written():
                     self._number, self._study = self._number + 1, None
-        except Exception as error:
+        except Exception as error:  # the same: the search goes on without its record
             self._gave_up = True
             warnings.warn(
                 f"OptunaSearch goes on without its storage: {type(error).__name__}: {error}", UserWarning, stacklevel=2
