@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import OptunaSearch, RandomSearch, SoftPruning
-from lightning_softprune.search.plan import Plan
+from lightning_softprune.round.prepare import PruningProblem
 
 
 class Classifier(L.LightningModule):
@@ -123,13 +123,13 @@ def run(options):
     module = Classifier(options["sync_dist"], options.get("unused", False), options.get("convolutions", False))
     module.killed_in = options.get("killed_in")
     plans = []
-    original = Plan.from_counts.__func__
+    original = PruningProblem.prune
 
-    def from_counts(cls, counts, rankings):
-        plans.append(original(cls, counts, rankings))
-        return plans[-1]
+    def prune(self, module, plan):
+        plans.append(plan)
+        return original(self, module, plan)
 
-    Plan.from_counts = classmethod(from_counts)
+    PruningProblem.prune = prune
     digests = Digests()
     search = OptunaSearch(4, storage=options["storage"]) if "storage" in options else RandomSearch(num_candidates=4)
     pruning = SoftPruning(
@@ -154,7 +154,7 @@ def run(options):
         strategy=DDPStrategy(process_group_backend="gloo", timeout=timedelta(seconds=60), **options.get("ddp", {})),
     )  # fmt: skip
     trainer.fit(module, train, val, ckpt_path=options.get("resume"))
-    Plan.from_counts = classmethod(original)
+    PruningProblem.prune = original
     assert trainer.global_rank == rank
     record = {
         "digests": digests.values,

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lightning_softprune.search.plan import Plan
-from lightning_softprune.surgery import OptimizerTransaction, Transaction, apply_plan, probe_groups, repair_optimizers
+from lightning_softprune.surgery import Transaction, apply_plan, probe_groups, repair_optimizers
 from support import zoo
 from support.zoo import BY_NAME, PRUNABLE, prunable
 
@@ -812,13 +812,12 @@ def test_an_optimizer_transaction_puts_everything_back(kind):
     containers = [(group, group["params"]) for group in optimizer.param_groups]
     settings = copy.deepcopy([{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups])
     state = {p: dict(value) for p, value in optimizer.state.items()}
-    transaction, inner = OptimizerTransaction([optimizer]), Transaction(model)
+    transaction = Transaction(model, optimizers=[optimizer])
     groups = prunable(model, torch.zeros(2, 12))
     for _ in range(2):
         repair_optimizers([optimizer], apply_plan(model, groups, random_plan(groups, 0)))
         optimizer.param_groups[0]["lr"] = 7.0
         optimizer.param_groups[0]["new"] = 1
-        inner.rollback()
         transaction.rollback()
         assert live(optimizer) == parameters == live(optimizer)
         for group, (dictionary, params) in zip(optimizer.param_groups, containers, strict=True):

@@ -24,7 +24,7 @@ from lightning_softprune import trainer
 from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
-from lightning_softprune.trainer.steps import run_step, transfer
+from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 pytestmark = [
@@ -543,14 +543,14 @@ def plain_fit(tmp_path, make_train, make_val, function=None, **kwargs):
 def five_passes(trainer, module):
     with ValidationScorer(trainer, module) as scorer:
         scores = [scorer.metrics() for _ in range(5)]
-        batch, batch_idx, dataloader_idx = scorer.first_batch()
+        batch = scorer.first_batch()
         with untouched(trainer, module), isolated_rng(1):
-            run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx)
+            run_step(trainer, module, "validation_step", batch)
     assert all(score == scores[0] for score in scores)
     for item in training_batches(trainer, 2):
         with untouched(trainer, module), isolated_rng(1):
             moved = transfer(trainer, module, item, step="training_step")
-            run_step(trainer, module, "training_step", moved).backward()
+            run_step(trainer, module, "training_step", LoadedBatch(moved)).backward()
 
 
 def shuffled(**kwargs):
@@ -634,12 +634,12 @@ def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path
             with ValidationScorer(trainer, module) as scorer:
                 self.scores = [scorer.metrics() for _ in range(2)]
                 self.size = scorer.batch_size
-                batch, *_ = scorer.first_batch()
+                batch = scorer.first_batch().data
             assert not any(tensor.is_inference() for tensor in batch)
             assert training_batches(trainer, 3) == []
             assert_equal(before, module.state_dict(), "weights")
             with torch.inference_mode(False), torch.enable_grad(), untouched(trainer, module), isolated_rng(0):
-                run_step(trainer, module, "training_step", batch).backward()
+                run_step(trainer, module, "training_step", LoadedBatch(batch)).backward()
 
     callback, module = InValidate(), Polite()
     trainer = trainer_of(tmp_path, callback)
@@ -657,12 +657,12 @@ def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path
 def test_run_step_gives_each_step_the_arguments_lightning_gives_it(tmp_path):
     def function(trainer, module):
         with ValidationScorer(trainer, module) as scorer:
-            batch, batch_idx, dataloader_idx = scorer.first_batch()
+            batch = scorer.first_batch()
         before = dict(trainer.callback_metrics)
         for autocast in (False, True):
             with untouched(trainer, module):
                 module.dtypes = []
-                run_step(trainer, module, "validation_step", batch, batch_idx, dataloader_idx, autocast=autocast)
+                run_step(trainer, module, "validation_step", batch, autocast=autocast)
                 run_step(trainer, module, "training_step", batch, autocast=autocast)
                 assert module.dtypes == [torch.bfloat16 if autocast else torch.float32] * 2
         with pytest.raises(ValueError, match="step"):
