@@ -17,8 +17,7 @@ from lightning_softprune.search import (
     UniformBaseline,
 )
 from lightning_softprune.standalone import find_groups, prune
-
-__version__ = "0.1.0"
+from lightning_softprune.utilities.version import __version__ as __version__
 
 __all__ = [
     "Costs",

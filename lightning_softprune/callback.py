@@ -52,6 +52,7 @@ from lightning_softprune.trainer import (
     take_epoch_back_in,
 )
 from lightning_softprune.utilities import checks
+from lightning_softprune.utilities.version import __version__
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
 
@@ -430,8 +431,6 @@ class SoftPruning(pl.Callback):
 
 
 def _versions() -> dict[str, str]:
-    from lightning_softprune import __version__  # the package imports this module
-
     return {
         "lightning_softprune": __version__,
         "lightning": metadata.version("lightning"),

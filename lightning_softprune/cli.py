@@ -18,10 +18,10 @@ from typing import Any, TextIO
 import torch
 from rich.console import Console
 
-from lightning_softprune import __version__
 from lightning_softprune.checkpoint import FORMAT, RECORD
 from lightning_softprune.report import RESULT_FILE, print_rounds, read_result, rebuild_files, round_folders
 from lightning_softprune.results import PruningResult
+from lightning_softprune.utilities.version import __version__
 
 PROGRAM = "lightning-softprune"
 

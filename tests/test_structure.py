@@ -1,79 +1,161 @@
-"""An import never points upwards; each foreign private API has one home."""
+"""The house: an import never points upwards, folders have one door, rooms stay small, foreign private APIs one home."""
 
 import ast
-import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import lightning_softprune
+
 PACKAGE = "lightning_softprune"
 ROOT = Path(__file__).parent.parent / PACKAGE
 
-# From the bottom to the top. Modules of one level may import each other, in one direction.
+# From the bottom to the top; lightning_softprune/README.md draws it. Folders of one level do not import each other.
 LEVELS = (
     {"utilities"},
-    {"results", "search"},  # numbers only
+    {"results"},
+    {"search"},
     {"graph"},
-    {"trainer", "surgery", "calibration", "checkpoint", "report"},
+    {"trainer", "surgery", "checkpoint", "report"},
+    {"calibration"},
     {"compensation"},
     {"round"},
     {"callback"},
-    {"cli", "standalone", "parser"},
+    {"standalone", "testing"},
+    {"cli", "parser"},
     {"__init__", "__main__"},
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 FILES = sorted(ROOT.rglob("*.py"))
+IDS = [str(path.relative_to(ROOT)) for path in FILES]
+
+MOST_ENTRIES, MOST_ENTRIES_OF_THE_ROOT, MOST_LINES = 15, 18, 450
+MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS = 60, 6
 
 
 def unit(path):
-    """The module's place in the table: a file, or a folder."""
+    """The file's place in the table: itself, or its folder."""
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def module(path):
+    """The dotted name of a file."""
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(path): path for path in FILES}
+
+
 def imports(path):
-    """Dotted names of all that a file imports, also within functions and under TYPE_CHECKING."""
+    """(module, name or None) of all that a file imports, also within functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from ((alias.name, None) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from ((node.module, alias.name) for alias in node.names)
 
 
 def own_imports(path):
-    for name in imports(path):
-        first, _, rest = name.partition(".")
-        if first == PACKAGE and rest != "__version__":  # the package's version is everybody's to read
-            below = rest.split(".")[0]
-            yield below if (ROOT / below).is_dir() or (ROOT / f"{below}.py").exists() else "__init__"
+    """Files of the package that a file imports from: a submodule where the name is one."""
+    for name, attribute in imports(path):
+        if name.split(".")[0] == PACKAGE:
+            inner = f"{name}.{attribute}"
+            yield MODULES[inner] if inner in MODULES else MODULES[name]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_imports_point_downwards(path):
-    for name in (unit(path), *own_imports(path)):
-        assert name in LEVEL, f"give {name} a place in the table of this test"
-        assert LEVEL[name] <= LEVEL[unit(path)], f"{unit(path)} imports {name}"
+    for other in own_imports(path):
+        above, below = unit(path), unit(other)
+        assert {above, below} <= LEVEL.keys(), f"give {above} and {below} a place in the table of this test"
+        assert above == below or LEVEL[below] < LEVEL[above], f"{above} imports {below}"
 
 
-def test_no_two_modules_import_each_other():
-    reached = {unit(path): set() for path in FILES}
-    for path in FILES:
-        reached[unit(path)] |= set(own_imports(path)) - {unit(path)}
+def test_no_two_files_import_each_other():
+    reached = {path: set(own_imports(path)) - {path} for path in FILES}
+    for path in FILES:  # a folder's door is the way to its files, and no file goes through the door of its own folder
+        assert not any(other.name == "__init__.py" and other.parent in path.parents for other in reached[path]), path
     for _ in reached:
-        for name in reached:
-            reached[name] |= set().union(*(reached.get(other, set()) for other in reached[name]))
-    assert not [name for name, others in reached.items() if name in others]
+        for path in reached:
+            reached[path] |= set().union(*(reached[other] for other in reached[path]))
+    assert not [path for path, others in reached.items() if path in others]
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_other_folders_are_entered_by_their_door(path):
+    for other in own_imports(path):
+        if other.parent != ROOT and unit(other) not in (unit(path), "utilities"):
+            assert other.name == "__init__.py", f"{path}: import from {unit(other)}, not from {other.name} in it"
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_names_with_an_underscore_stay_in_their_file(path):
+    private = [name for module, name in imports(path) if module.split(".")[0] == PACKAGE and str(name).startswith("_")]
+    assert not [name for name in private if name != "__version__"]
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {ROOT}), ids=lambda folder: folder.name)
+def test_no_name_hides_a_file(folder):
+    """`from package.folder import name` is to mean one thing."""
+    door = ast.parse((folder / "__init__.py").read_text())
+    names = {
+        alias.asname or alias.name for node in door.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    files = {path.stem for path in folder.glob("*.py")}
+    assert not names & files
+
+
+# ---------------------------------------------------------------------------------------------------------- small rooms
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES}), ids=lambda folder: folder.name)
+def test_folders_are_small(folder):
+    """Rooms are counted: files of code, and folders of them."""
+    entries = [path for path in folder.iterdir() if path.suffix == ".py" or (path.is_dir() and any(path.glob("*.py")))]
+    assert len(entries) <= (MOST_ENTRIES_OF_THE_ROOT if folder == ROOT else MOST_ENTRIES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_files_are_small(path):
+    assert len(path.read_text().splitlines()) <= MOST_LINES
+
+
+def public_constructors():
+    """Constructors of the classes that users make, and `prune`: their arguments are the contract's."""
+    return {(name, "__init__") for name in lightning_softprune.__all__} | {(None, "prune")}
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_functions_are_small(path):
+    tree = ast.parse(path.read_text())
+    owner = {f: node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for f in node.body}
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if (owner.get(node), node.name) in public_constructors():
+            continue
+        given = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+        number = len(given) - (node in owner and given[:1] in (["self"], ["cls"]))
+        assert number <= MOST_PARAMETERS, f"{node.name} has {number} parameters"
+        assert node.end_lineno - node.lineno < MOST_LINES_OF_A_FUNCTION, f"{node.name} is too long"
+
+
+def test_the_checks_of_size_see_what_is_too_large(tmp_path):
+    text = "def f(a, b, c, d, e, f, g):\n    pass\n"
+    (node,) = ast.parse(text).body
+    assert len(node.args.args) > MOST_PARAMETERS
+    assert any(len(path.read_text().splitlines()) > 0.6 * MOST_LINES for path in FILES)
+
+
+# ------------------------------------------------------------------------------------------------------ foreign homes
 
 
 def importers(*names):
-    found = set()
-    for path in FILES:
-        for name in imports(path):
-            if any(name == wanted or name.startswith(f"{wanted}.") for wanted in names):
-                found.add(unit(path))
-    return found
+    return {unit(path) for path in FILES for module, _ in imports(path) if module.split(".")[0] in names}
 
 
 def test_torch_pruning_has_one_importer():
@@ -83,27 +165,48 @@ def test_torch_pruning_has_one_importer():
 def test_private_names_of_lightning_have_one_importer():
     users = set()
     for path in FILES:
-        for name in imports(path):
-            parts = name.split(".")
-            if parts[0] in ("lightning", "pytorch_lightning", "lightning_fabric") and any(
-                part.startswith("_") for part in parts
-            ):
-                users.add(unit(path))
+        for name, attribute in imports(path):
+            parts = [*name.split("."), str(attribute)]
+            if parts[0] in ("lightning", "pytorch_lightning", "lightning_fabric"):
+                users |= {unit(path) for part in parts if part.startswith("_")}
     assert users == {"trainer"}
 
 
+LIGHTNINGS = {"trainer", "strategy", "callback", "loop", "pl_module", "connector", "combined", "logger", "optimizer"}
+TORCHS = {"_numel_cache"}
+
+
+def test_private_attributes_of_lightnings_objects_are_used_in_one_folder():
+    users = {}
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                base = node.value
+                name = base.id if isinstance(base, ast.Name) else base.attr if isinstance(base, ast.Attribute) else ""
+                if name.strip("_") in LIGHTNINGS and node.attr not in TORCHS:
+                    users.setdefault(unit(path), set()).add(f"{name}.{node.attr}")
+    assert users.keys() == {"trainer"}, users
+
+
 def test_below_the_trainer_nothing_knows_lightning():
-    low = {name for name, level in LEVEL.items() if level < LEVEL["trainer"]} | {
-        "surgery",
-        "calibration",
-        "compensation",
-    }
+    low = {name for name, level in LEVEL.items() if level < LEVEL["trainer"]}
+    low |= {"surgery", "calibration", "compensation"}
     assert not importers("lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics") & low
 
 
 def test_numbers_know_no_tensors():
-    low = {name for name, level in LEVEL.items() if level < LEVEL["graph"]}
-    assert importers("torch") & low == {"utilities"}  # its files are doors of their own: no number imports snapshot.py
+    assert not importers("torch") & {"search", "results", "testing"}
+    assert not list(imports(ROOT / "utilities" / "__init__.py"))
+
+
+def test_layer_types_are_known_in_one_file():
+    """A type of layer is one entry of the table: nobody else asks what a layer is."""
+    table = {ROOT / "graph" / "layer_types.py", ROOT / "graph" / "layers.py"}
+    for path in set(FILES) - table:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
+                asked = ast.unparse(node.args[1])
+                assert not any(word in asked for word in ("Conv", "nn.Linear", "Norm", "Attention", "Embedding")), path
 
 
 def python(code):
@@ -120,10 +223,10 @@ def python(code):
 
 
 def test_the_search_runs_without_torch_and_without_lightning():
-    code = f"import {PACKAGE}.search\nprint(*sys.modules)"
+    code = f"import {PACKAGE}.search, {PACKAGE}.testing, {PACKAGE}.results\nprint(*sys.modules)"
     loaded = {name.partition(".")[0] for name in python(code)}
     assert "numpy" in loaded
-    assert not loaded & {"torch", "lightning", "pytorch_lightning", "torchmetrics", "torch_pruning", "optuna"}
+    assert not loaded & {"torch", "lightning", "pytorch_lightning", "torchmetrics", "torch_pruning", "optuna", "pytest"}
 
 
 def test_groups_and_surgery_run_without_lightning():
@@ -145,4 +248,4 @@ def test_extras_are_imported_where_they_are_used():
 
 def test_every_file_is_looked_at():
     assert {"graph", "search", "callback"} <= {unit(path) for path in FILES}
-    assert len(list(itertools.chain.from_iterable(imports(path) for path in FILES))) > 100
+    assert sum(1 for path in FILES for _ in imports(path)) > 100

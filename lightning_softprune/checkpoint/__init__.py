@@ -17,7 +17,7 @@ all layers that keep a tensor along each of their slots.
 
 from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
 from lightning_softprune.checkpoint.record import FORMAT, is_recorded, keep_record, order_parameters
-from lightning_softprune.checkpoint.resize import resize
+from lightning_softprune.checkpoint.resize_plan import resize
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 
 __all__ = [

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.checkpoint.record import InstanceHook
-from lightning_softprune.checkpoint.resize import resize_to
+from lightning_softprune.checkpoint.resize_plan import resize_to
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 
 Module = TypeVar("Module", bound=pl.LightningModule)

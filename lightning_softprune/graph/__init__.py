@@ -5,12 +5,12 @@ traced by running its own steps (`trace`), each layer's output channels are foll
 (`walk`), and what was found is sorted into groups (`grouping`). `layers` is the one table of layer types.
 """
 
-from lightning_softprune.graph import layer_types  # noqa: F401 - fills the table
 from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Member, PruningGroup
+from lightning_softprune.graph.layer_types import LAYER_TYPES
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
@@ -29,6 +29,7 @@ from lightning_softprune.graph.layers import (
 
 __all__ = [
     "COSTS",
+    "LAYER_TYPES",
     "Applications",
     "CostModel",
     "Kernel",

@@ -343,7 +343,7 @@ class AttentionType(LayerType):
         return {"both": module.embed_dim}
 
 
-for _entry in (
+LAYER_TYPES: tuple[LayerType, ...] = (
     LinearType(),
     ConvolutionType(),
     NormalisationType(),
@@ -353,5 +353,8 @@ for _entry in (
     PReLUType(),
     EmbeddingType(),
     AttentionType(),
-):
+)
+"""All entries; importing this file puts them into the table."""
+
+for _entry in LAYER_TYPES:
     add_layer_type(_entry)

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_softprune.utilities.version import __version__
+
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 _LIBRARIES = frozenset({"builtins", "lightning", "lightning_softprune", "pytorch_lightning", "torch", "torchmetrics"})
@@ -38,8 +40,6 @@ def fingerprint(module: nn.Module, configuration: Mapping[str, object], data: Se
         configuration: What the user asked for.
         data: The batches that plans are scored on.
     """
-    from lightning_softprune import __version__  # the package imports this module
-
     tensors = [*module.named_parameters(), *module.named_buffers()]
     kinds = {kind for child in module.modules() for kind in type(child).__mro__}
     return {

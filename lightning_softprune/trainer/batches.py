@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_softprune.trainer.isolation import _OPAQUE, isolated_rng
+from lightning_softprune.trainer.isolation import OPAQUE, isolated_rng
 from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
 
 
@@ -122,7 +122,7 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
 
     The generators are seeded from torch's global one, so that what is read depends on the caller's seed alone.
     """
-    memory = Snapshot(_OPAQUE)
+    memory = Snapshot(OPAQUE)
     generators: list[Any] = []
     seen: set[int] = set()
     level = [loader for loader in loaders if not isinstance(loader, Tensor)]

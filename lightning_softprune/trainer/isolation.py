@@ -21,7 +21,7 @@ from torchmetrics import Metric, MetricCollection
 from lightning_softprune.utilities.snapshot import Snapshot
 
 # Objects with a life of their own: kept by reference, their insides are left alone.
-_OPAQUE = (Dataset, DataLoader, Sampler, Optimizer, pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
+OPAQUE = (Dataset, DataLoader, Sampler, Optimizer, pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
 
 
 @contextmanager
@@ -75,7 +75,7 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
     Yields:
         Nothing.
     """
-    memory = Snapshot(_OPAQUE)
+    memory = Snapshot(OPAQUE)
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             memory.ignore(group["params"])

@@ -1,5 +1,3 @@
-import importlib.resources
-import itertools
 import math
 import re
 import time
@@ -8,9 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lightning_softprune.report.charts import ticks
 from lightning_softprune.report.page import MAX_ROWS, report_page
-from lightning_softprune.report.series import best_so_far, score_limits
 from lightning_softprune.results import (
     DRY_RUN,
     Trial,
@@ -284,80 +280,3 @@ def test_a_large_page_stays_small_and_is_made_in_no_time(trials: int, groups: in
 
 def test_the_same_result_gives_the_same_page() -> None:
     assert report_page(full_result()) == report_page(full_result())
-
-
-# Data of the charts
-
-
-def test_best_so_far_counts_feasible_trials_only() -> None:
-    scores = [(math.nan, True), (5.0, True), (9.0, False), (5.0, True), (6.0, True), (4.0, True)]
-    trials = tuple(Trial((0.0, 0.0), 0.5, score, {}, feasible, 0.0) for score, feasible in scores)
-
-    assert best_so_far(full_result(trials=trials, chosen=None)) == [(1, 5.0), (4, 6.0)]
-    assert best_so_far(full_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
-
-
-@pytest.mark.parametrize(
-    ("low", "high"),
-    [(0.0, 1.0), (-1e-9, 1e-9), (1e6, 1e6 + 1), (-3e140, 3e149), (5.0, 5.0), (0.123, 0.1231), (-7.0, 900.0)],
-)
-def test_ticks_are_few_ordered_and_within(low: float, high: float) -> None:
-    found = ticks(low, high)
-
-    assert 1 <= len(found) <= 7
-    assert all(a < b for a, b in itertools.pairwise(found))
-    assert all(low - 1e-6 * abs(low) <= value <= high + 1e-6 * abs(high) for value in found)
-
-
-@pytest.mark.parametrize("scores", [[], [math.nan], [1.0], [0.0, 0.0], [1e300, -1e300, math.inf], [3.0, 3.0, 3.0]])
-def test_limits_of_an_axis_are_never_empty(scores: list[float]) -> None:
-    low, high = score_limits(scores, [])
-
-    assert low < high
-    assert math.isfinite(high - low)
-
-
-# Colours
-
-
-def colours(scheme: str) -> dict[str, str]:
-    css = importlib.resources.files("lightning_softprune.report").joinpath("page.css").read_text(encoding="utf-8")
-    light, dark = re.findall(r":root \{(.*?)\}", css, flags=re.S)
-    block = light if scheme == "light" else dark
-    return dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6,8});", block))
-
-
-def contrast(first: str, second: str) -> float:
-    """The contrast ratio of two colours (WCAG 2.2, "contrast ratio" and "relative luminance")."""
-
-    def luminance(colour: str) -> float:
-        channels = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    dark, light = sorted((luminance(first), luminance(second)))
-    return (light + 0.05) / (dark + 0.05)
-
-
-def test_contrast_of_black_and_white_is_the_standards() -> None:
-    assert contrast("#000000", "#ffffff") == pytest.approx(21.0)
-    assert contrast("#777777", "#ffffff") == pytest.approx(4.48, abs=0.01)
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_and_marks_have_enough_contrast(scheme: str) -> None:
-    colour = colours(scheme)
-
-    for text in ("ink", "muted", "accent", "good", "bad"):
-        for background in ("page", "card"):
-            assert contrast(colour[text], colour[background]) >= 4.5, (text, background)
-    for background in ("warn", "info"):
-        assert contrast(colour["ink"], colour[background]) >= 4.5, background
-    for mark in ("edge", "accent", "mark", *(f"c{number}" for number in range(7))):
-        assert contrast(colour[mark], colour["card"]) >= 3.0, mark
-    for bar in (f"c{number}" for number in range(7)):
-        assert contrast(colour[bar], colour["track"]) >= 3.0, bar
-
-
-def test_both_schemes_define_the_same_colours() -> None:
-    assert colours("light").keys() == colours("dark").keys()

@@ -6,7 +6,6 @@ import gc
 import math
 import re
 import weakref
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -21,46 +20,16 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.commit as rounds
-from lightning_softprune import RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune import RandomSearch
 from lightning_softprune.report import log_values
-from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
 from support.modules import made
+from support.neighbours import Regressor, pruning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Regressor(L.LightningModule):
-    """Learns a fixed linear map; `offset` is added to the logged loss, to steer what others see."""
-
-    def __init__(self, plateau=False):
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
-        self.head = nn.Linear(12, 3)
-        self.plateau = plateau
-        self.offset = 0.0
-
-    def forward(self, x):
-        return self.head(self.body(x))
-
-    def training_step(self, batch):
-        loss = nn.functional.mse_loss(self(batch[0]), batch[1])
-        self.log("train_loss", loss, on_step=True, on_epoch=True)
-        return loss
-
-    def validation_step(self, batch):
-        self.log("val_loss", nn.functional.mse_loss(self(batch[0]), batch[1]) + self.offset)
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.parameters(), 1e-2)
-        if not self.plateau:
-            return optimizer
-        scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=1e-9)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
 
 
 def loaders():
@@ -69,10 +38,6 @@ def loaders():
     y = x @ torch.randn(8, 3, generator=generator)
     data = TensorDataset(x, y)
     return DataLoader(data, 16), DataLoader(data, 32)
-
-
-def pruning(**arguments):
-    return SoftPruning(search=UniformBaseline(), verbose=False, report=False, tolerance=0.05, **arguments)
 
 
 def fit(module, tmp_path, *callbacks, ckpt_path=None, **arguments):
@@ -319,9 +284,6 @@ def test_the_loss_scaler_goes_on_as_without_a_round_and_is_resumed(tmp_path, mon
     assert failed.failed == failed.starts[2] == before.starts[2]
 
 
-# ------------------------------------------------------------------------------------------------------------- loggers
-
-
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_loggers_get_each_rounds_scalars_once_and_the_users_as_without_a_round(tmp_path, accumulate):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -378,50 +340,6 @@ def test_clipping_accumulation_and_the_rate_monitor_go_on(tmp_path):
     trainer.fit(module, *loaders())
     assert module.head.in_features < 12
     assert [id(p) for p in trainer.optimizers[0].param_groups[0]["params"]] == [id(p) for p in module.parameters()]
-
-
-def test_a_strategy_that_shards_is_refused_by_name(tmp_path):
-    trainer = L.Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", devices=2, strategy="ddp_spawn", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
-    )  # fmt: skip
-    with pytest.raises(MisconfigurationException, match=r"DDPStrategy.*consolidated checkpoint"):
-        pruning().setup(trainer, Regressor(), "fit")
-
-
-class OwnSharding(FSDPStrategy):
-    pass
-
-
-@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, OwnSharding])
-def test_strategies_that_shard_are_refused_with_their_subclasses(kind):
-    trainer = SimpleNamespace(strategy=object.__new__(kind))  # here they cannot be started
-    with pytest.raises(MisconfigurationException, match=rf"{kind.__name__}.*consolidated checkpoint"):
-        refuse_sharding(trainer)
-
-
-@pytest.mark.parametrize("how", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
-def test_processes_that_fork_are_refused(how):
-    trainer = L.Trainer(accelerator="cpu", devices=2, strategy=how, logger=False, enable_checkpointing=False)
-    with pytest.raises(MisconfigurationException, match=r"DDPStrategy started by .*strategy=\"ddp\""):
-        refuse_sharding(trainer)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on import
-def test_an_optimizer_that_is_spread_over_the_processes_is_refused():
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    class Own(ZeroRedundancyOptimizer):
-        pass
-
-    for kind in (ZeroRedundancyOptimizer, Own):
-        trainer = SimpleNamespace(optimizers=[object.__new__(kind)])  # without processes it cannot be made
-        with pytest.raises(MisconfigurationException, match=rf"optimizer: {kind.__name__} .*plain optimizer"):
-            refuse_sharded_optimizers(trainer)
-    refuse_sharded_optimizers(SimpleNamespace(optimizers=[torch.optim.SGD([torch.zeros(1)])]))
-
-
-# --------------------------------------------------------------------------------------------------------------- twins
 
 
 class WithTarget(L.LightningModule):

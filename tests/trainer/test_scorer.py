@@ -1,12 +1,8 @@
 """Oracle: `Trainer.validate` of a deep copy of the module, by another Trainer."""
 
 import copy
-import importlib
-import pkgutil
 import random
-import re
 import warnings
-from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
@@ -18,15 +14,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_softprune import trainer
 from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
+from support.fits import Batches, Polite, Probe, Tiny, TwoLoaders, assert_equal, data, loader, trainer_of
 
-QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
     pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
@@ -43,105 +38,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def data(n=22, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 4, generator=generator)
-    return TensorDataset(x, (x.sum(1) > 0).long())
-
-
-def loader(n=22, seed=0, **kwargs):
-    return DataLoader(data(n, seed), **{"batch_size": 8, **kwargs})
-
-
-class Tiny(pl.LightningModule):
-    """Logs in every way there is, and keeps state in every way there is."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
-        self.frozen = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).requires_grad_(False)
-        self.frozen.eval()
-        self.accuracy = torchmetrics.Accuracy("multiclass", num_classes=2)
-        both = [
-            torchmetrics.F1Score("multiclass", num_classes=2, average="macro"),
-            torchmetrics.Recall("multiclass", num_classes=2, average="macro"),
-        ]
-        self.collection = torchmetrics.MetricCollection(both, prefix="val_")
-        self.unlogged = torchmetrics.MeanMetric()
-        self.register_buffer("seen", torch.zeros(1))
-        self.plain = torch.zeros(2)
-        self.outputs, self.nested, self.names, self.recent = [], {"a": [1.0]}, {"x"}, deque([1], maxlen=9)
-        self.count = 0
-        self.broken = False
-
-    def on_train_epoch_start(self):
-        self.frozen.eval()
-
-    def forward(self, x):
-        return self.frozen(self.net(x))
-
-    def loss(self, batch):
-        x, y = batch
-        return nn.functional.cross_entropy(self(x), y)
-
-    def training_step(self, batch):
-        loss = self.loss(batch)
-        self.log("train_loss", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        out = self(x)
-        loss = nn.functional.cross_entropy(out, y)
-        self.outputs.append(loss)
-        self.nested["a"].append(batch_idx)
-        self.names.add(batch_idx)
-        self.recent.append(batch_idx)
-        self.count += 1
-        self.seen += 1
-        self.plain.add_(1)
-        self.accuracy(out, y)
-        self.collection(out, y)
-        self.unlogged.update(loss)
-        x.sub_(1.0)  # a careless user: the batch changes in place
-        self.log("val_loss", loss, on_step=True, on_epoch=True, prog_bar=True)
-        self.log_dict({"val_max": loss, "val_sum": loss.double()}, reduce_fx="max")
-        self.log("val_min", out.min(), reduce_fx="min")
-        self.log("val_weighted", loss, batch_size=batch_idx + 1)
-        self.log("val_noise", torch.rand(()))
-        self.log("val_accuracy", self.accuracy)
-        self.log_dict(self.collection)
-        if self.broken and batch_idx == 1:
-            raise ZeroDivisionError("the user's own")
-
-    def on_validation_start(self):
-        self.zero_grad(set_to_none=False)
-
-    def on_validation_epoch_end(self):
-        self.log("val_epoch_end", torch.stack(self.outputs).mean() + self.unlogged.compute())
-        self.trainer.should_stop = True
-        if self.trainer.training or self.trainer.sanity_checking:
-            return
-        if self.trainer.state.fn == "fit":
-            for scheduler in [self.lr_schedulers()]:
-                scheduler.step()
-            self.optimizers().param_groups[0]["weight_decay"] = 0.5
-            self.net.requires_grad_(False)
-            self.net.train()
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
-        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)]
-
-
-class Polite(Tiny):
-    """The same without hooks that change the run."""
-
-    def on_validation_epoch_end(self):
-        self.log("val_epoch_end", torch.stack(self.outputs).mean())
-        self.outputs.clear()
-
-
 class Terse(Polite):
     """Logs little: most of a pass's time is Lightning's logging."""
 
@@ -151,30 +47,6 @@ class Terse(Polite):
         self.accuracy(self(batch[0]), batch[1])
         self.log("val_loss", loss + 0.1 * torch.rand(()))
         self.log("val_accuracy", self.accuracy)
-
-
-class Probe(Callback):
-    """Runs a function at the start of an epoch; counts the validation hooks it gets itself."""
-
-    def __init__(self, function, epoch=1):
-        self.function, self.epoch, self.result, self.calls = function, epoch, None, 0
-
-    def on_train_epoch_start(self, trainer, pl_module):
-        if self.epoch is None or trainer.current_epoch == self.epoch:
-            self.calls = 0
-            self.result = self.function(trainer, pl_module)
-            assert self.calls == 0
-
-    def _count(self, *args):
-        self.calls += 1
-
-    on_validation_start = on_validation_epoch_start = on_validation_batch_start = _count
-    on_validation_batch_end = on_validation_epoch_end = on_validation_end = _count
-
-
-def trainer_of(tmp_path, *callbacks, **kwargs):
-    kwargs = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "default_root_dir": tmp_path, **QUIET, **kwargs}
-    return pl.Trainer(callbacks=list(callbacks), **kwargs)
 
 
 def score_and_validate(tmp_path, module, val, *, passes=1, train=None, max_batches=None, **kwargs):
@@ -203,18 +75,6 @@ def score_and_validate(tmp_path, module, val, *, passes=1, train=None, max_batch
     return probe.result
 
 
-class TwoLoaders(Polite):
-    add_index = True
-
-    def validation_step(self, batch, batch_idx, dataloader_idx):
-        x, y = batch
-        self.outputs.append(self.loss(batch))
-        name = "val_loss" if self.add_index else f"val_loss_of_{dataloader_idx}"
-        self.log(name, self.outputs[-1], add_dataloader_idx=self.add_index)
-        self.accuracy(self(x), y)
-        self.log("val_accuracy", self.accuracy)
-
-
 class TwoLoadersOneName(TwoLoaders):
     add_index = False
 
@@ -235,19 +95,6 @@ class Dicts(Polite):
         y = batch.pop("y")
         self.outputs.append(self.loss((batch["x"], y)))
         self.log("val_loss", self.outputs[-1])
-
-
-class Batches:
-    """Neither a DataLoader nor a list, which Lightning would take for several loaders."""
-
-    def __init__(self, batches):
-        self.batches = [tuple(batch) for batch in batches]
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
 
 
 class DictData(Dataset):
@@ -367,9 +214,6 @@ def test_missing_validation_is_refused_by_name(tmp_path):
         ValidationScorer(None, None, max_batches=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-
-
 def everything(trainer, module):
     """All that a pass could leave behind, as values to compare."""
     metrics = [m for m in module.modules() if isinstance(m, torchmetrics.Metric)]
@@ -412,23 +256,6 @@ def assert_same(before, after):
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=0, equal_nan=True, msg=name) if isinstance(
             before[name], torch.Tensor
         ) else assert_equal(before[name], after[name], name)
-
-
-def assert_equal(before, after, name):
-    if isinstance(before, torch.Tensor):
-        assert torch.equal(before, after), name
-    elif isinstance(before, np.ndarray):
-        assert np.array_equal(before, after), name
-    elif isinstance(before, dict):
-        assert before.keys() == after.keys(), name
-        for key in before:
-            assert_equal(before[key], after[key], f"{name}.{key}")
-    elif isinstance(before, (list, tuple)):
-        assert len(before) == len(after), name
-        for index, (left, right) in enumerate(zip(before, after, strict=True)):
-            assert_equal(left, right, f"{name}[{index}]")
-    else:
-        assert before == after, name
 
 
 def pending_gradients(module):
@@ -583,49 +410,6 @@ def test_a_fit_that_scores_ends_with_the_weights_of_one_that_does_not(tmp_path, 
     assert_equal(expected, scored, name)
 
 
-def test_training_batches_in_mid_epoch_leave_the_training_order_alone(tmp_path):
-    def order(read):
-        seen = []
-
-        class Watch(Callback):
-            def on_train_batch_start(self, trainer, module, batch, batch_idx):
-                seen.append(batch[0].clone())
-                if read and batch_idx == 1:
-                    with isolated_rng(7):
-                        batches.append(training_batches(trainer, 2))
-
-        torch.manual_seed(0)
-        trainer_of(tmp_path, Watch(), limit_val_batches=0).fit(Polite(), loader(64, shuffle=True))
-        return seen
-
-    batches = []
-    assert_equal(order(False), order(True), "order")
-    assert len(batches) == 2
-    assert_equal(batches[0], batches[1], "the same seed, the same batches")
-    assert [len(x) for x, _ in batches[0]] == [8, 8]
-
-
-def test_training_batches_have_the_structure_training_step_gets(tmp_path):
-    class Dicted(Polite):
-        def training_step(self, batch, batch_idx):
-            assert batch.keys() == {"a", "b"}
-            return self.loss(batch["a"]) + self.loss(batch["b"])
-
-    probe = Probe(lambda trainer, module: training_batches(trainer, 99), 0)
-    train = {"a": loader(24, shuffle=True), "b": Batches(loader(10))}
-    trainer_of(tmp_path, probe, limit_val_batches=0, limit_train_batches=2).fit(Dicted(), train)
-    assert [batch.keys() for batch in probe.result] == [{"a", "b"}] * 2
-
-
-def test_training_batches_from_a_generator_are_refused(tmp_path):
-    def attempt(trainer, module):
-        with pytest.raises(MisconfigurationException, match="train_dataloaders"):
-            training_batches(trainer, 1)
-
-    train = (tuple(batch) for batch in loader())
-    trainer_of(tmp_path, Probe(attempt, 0), limit_val_batches=0, max_epochs=1).fit(Polite(), train)
-
-
 def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path):
     class InValidate(Callback):
         def on_validation_start(self, trainer, module):
@@ -652,161 +436,3 @@ def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path
         {k: float(v) for k, v in trainer.callback_metrics.items() if k != "val_noise"}, abs=1e-6
     )
     assert result["val_loss_epoch"] == pytest.approx(callback.scores[0]["val_loss"])
-
-
-def test_run_step_gives_each_step_the_arguments_lightning_gives_it(tmp_path):
-    def function(trainer, module):
-        with ValidationScorer(trainer, module) as scorer:
-            batch = scorer.first_batch()
-        before = dict(trainer.callback_metrics)
-        for autocast in (False, True):
-            with untouched(trainer, module):
-                module.dtypes = []
-                run_step(trainer, module, "validation_step", batch, autocast=autocast)
-                run_step(trainer, module, "training_step", batch, autocast=autocast)
-                assert module.dtypes == [torch.bfloat16 if autocast else torch.float32] * 2
-        with pytest.raises(ValueError, match="step"):
-            run_step(trainer, module, "test_step", batch)
-        assert trainer.callback_metrics == before
-        assert module._current_fx_name == "on_train_epoch_start"
-        return True
-
-    class Typed(TwoLoaders):
-        def forward(self, x):
-            out = super().forward(x)
-            self.dtypes = [*getattr(self, "dtypes", []), out.dtype]
-            return out.float()
-
-        def validation_step(self, batch, batch_idx, dataloader_idx):
-            self.outputs.append(self.loss(batch))
-            self.log("val_loss", self.outputs[-1])
-
-    probe = Probe(function, 0)
-    val = [loader(), loader()]
-    trainer_of(tmp_path, probe, precision="bf16-mixed", max_epochs=1).fit(Typed(), loader(drop_last=True), val)
-    assert probe.result
-
-
-def test_isolated_rng_restores_after_an_exception_and_seeds_everything():
-    def draw():
-        return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
-
-    with isolated_rng():
-        expected = draw()
-
-    def fail():
-        with isolated_rng(3):
-            drawn.append(draw())
-            raise KeyError
-
-    drawn = []
-    with pytest.raises(KeyError):
-        fail()
-    with isolated_rng(3):
-        assert [draw()] == drawn
-    assert draw() == expected
-
-
-def test_untouched_copes_with_odd_objects(tmp_path):
-    class Meter:
-        def __init__(self):
-            self.total, self.history = 0, []
-
-    def function(trainer, module):
-        module.meter, module.hidden = Meter(), [nn.BatchNorm1d(2)]
-        module.register_buffer("expanded", torch.zeros(1).expand(5))
-        module.array, module.generator = np.zeros(3), torch.Generator()
-        module.replaced, module.loop = torch.zeros(3), [1]
-        module.loop.append(module.loop)
-        state, buffer = module.generator.get_state(), module.replaced
-        with untouched(trainer, module):
-            module.meter.total += 1
-            module.meter.history.append(1)
-            module.hidden[0](torch.randn(4, 2))
-            module.array += 1
-            torch.rand(1, generator=module.generator)
-            module.replaced.data = torch.ones(7)
-            module.replaced = None
-            module.added = 1
-            module.register_buffer("new", torch.zeros(1))
-            module.register_forward_hook(lambda *_: None)
-            module.expanded = torch.ones(5)
-        assert module.meter.total == 0
-        assert module.meter.history == []
-        assert module.hidden[0].num_batches_tracked == 0
-        assert module.array.sum() == 0
-        assert torch.equal(module.generator.get_state(), state)
-        assert module.replaced is buffer
-        assert torch.equal(buffer, torch.zeros(3))
-        assert not hasattr(module, "added")
-        assert not hasattr(module, "new")
-        assert not module._forward_hooks
-        assert module.expanded.sum() == 0
-        return True
-
-    probe = Probe(function, 0)
-    trainer_of(tmp_path, probe, max_epochs=1).fit(Polite(), loader(drop_last=True), loader())
-    assert probe.result
-
-
-def test_a_graph_from_before_a_pass_can_still_be_differentiated(tmp_path):
-    def function(trainer, module):
-        module.frozen.train()
-        loss = module.loss(next(iter(loader())))
-        with ValidationScorer(trainer, module) as scorer:
-            scorer.metrics()
-        loss.backward()
-        module.zero_grad()
-        return True
-
-    probe = Probe(function, 1)
-    trainer_of(tmp_path, probe).fit(Polite(), loader(drop_last=True), loader())
-    assert probe.result
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-
-PRIVATE = {
-    "lightning.fabric.utilities.data": ["_set_sampler_epoch"],
-    "lightning.pytorch.loops.evaluation_loop": ["_EvaluationLoop", "call"],
-    "lightning.pytorch.loops.evaluation_loop._EvaluationLoop": ["run", "setup_data"],
-    "lightning.pytorch.trainer.call": ["_call_callback_hooks"],
-    "lightning.pytorch.trainer.connectors.data_connector": ["_request_dataloader"],
-    "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": ["_LoggerConnector"],
-    "lightning.pytorch.utilities.data": ["_extract_batch_size"],
-    "lightning.pytorch.LightningModule": ["_on_before_batch_transfer"],
-    "trainer": ["_loggers", "_logger_connector", "fit_loop", "validate_loop"],
-    "trainer.strategy": ["_model"],
-    "trainer._logger_connector": ["_callback_metrics"],
-    "trainer.fit_loop": ["_combined_loader", "_data_source", "epoch_loop", "epoch_progress"],
-    "trainer.fit_loop.epoch_loop": ["val_loop", "batch_progress", "_batches_that_stepped"],
-    "trainer.fit_loop._data_source": ["instance", "is_defined"],
-    "trainer.validate_loop": ["_combined_loader", "_data_source", "_max_batches", "_trainer_fn"],
-    "module": ["_current_fx_name"],
-    "combined": ["_iterator", "_mode", "flattened"],
-}
-
-
-@pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in PRIVATE.items() for name in names])
-def test_lightning_still_has(tmp_path, owner, name):
-    roots = {"trainer": trainer_of(tmp_path), "module": Tiny(), "combined": CombinedLoader([[1]], "sequential")}
-    first, *rest = owner.split(".")
-    value = roots.get(first)
-    if value is None:
-        try:
-            value, rest = importlib.import_module(owner), []
-        except ModuleNotFoundError:
-            path, last = owner.rsplit(".", 1)
-            value, rest = importlib.import_module(path), [last]
-    for part in rest:
-        value = getattr(value, part)
-    assert hasattr(value, name), f"Lightning {pl.__version__} has no {owner}.{name}, which trainer/ relies on"
-
-
-def test_the_contract_lists_every_private_name_that_is_imported():
-    files = [
-        importlib.import_module(f"{trainer.__name__}.{file.name}") for file in pkgutil.iter_modules(trainer.__path__)
-    ]
-    imported = {name: value for file in files for name, value in vars(file).items() if re.match("_[^_]", name)}
-    foreign = {name for name, value in imported.items() if getattr(value, "__module__", "").startswith("lightning.")}
-    assert foreign <= {name for names in PRIVATE.values() for name in names}

@@ -1,0 +1,76 @@
+"""Components, patterns, and what is ignored."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_softprune.graph.components import match_modules
+from support import zoo
+from support.groups import by_name, groups_of
+from support.zoo import BY_NAME, find
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_components_default_to_the_top_level_children():
+    found = groups_of("Autoencoder")
+    assert (found["encoder.0"].component, found["encoder.0"].kind) == ("encoder", "intra")
+    assert (found["encoder.2"].component, found["encoder.2"].kind) == ("encoder+decoder+classifier", "inter")
+    assert (found["decoder.0"].component, found["decoder.0"].kind) == ("decoder", "intra")
+
+
+def test_a_single_wrapping_child_is_looked_through():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = zoo.Autoencoder()
+
+        def forward(self, x):
+            return self.net(x)
+
+    found = by_name(find(Wrapped(), torch.randn(2, 12)))
+    assert found["net.encoder.0"].component == "encoder"
+    assert found["net.encoder.2"].kind == "inter"
+
+
+def test_components_replace_the_default_children_where_they_match():
+    found = groups_of("Autoencoder", components={"code": ["encoder.2", "decoder"], "rest": ["class*"]})
+    assert found["encoder.0"].component == "encoder+code"  # encoder.0 keeps its default, encoder.2 reads it
+    assert found["encoder.2"].component == "code+rest"
+    assert (found["decoder.0"].component, found["decoder.0"].kind) == ("code", "intra")
+
+
+@pytest.mark.parametrize("components", [{"all": ["*"]}, {"all": ["encoder", "decoder", "classifier"]}])
+def test_one_component_makes_every_group_intra(components):
+    assert {group.kind for group in groups_of("Autoencoder", components=components).values()} == {"intra"}
+
+
+def test_a_component_pattern_without_a_match_names_near_modules():
+    with pytest.raises(ValueError, match=r"components\['a'\]: the pattern 'encodr' matches no module.*'encoder'"):
+        groups_of("Autoencoder", components={"a": ["encodr"]})
+
+
+@pytest.mark.parametrize("pattern", ["decoder.0", "decoder", "dec*"])
+def test_ignored_modules_keep_their_inputs_and_their_outputs(pattern):
+    found = groups_of("Autoencoder", ignore=[pattern])
+    assert found["encoder.0"].prunable
+    assert not found["encoder.2"].prunable  # the input of decoder.0
+    assert not found["decoder.0"].prunable
+    assert repr(pattern) in found["decoder.0"].reason
+
+
+def test_an_ignored_bare_parameter_is_kept():
+    assert "position" in groups_of("Transformer", ignore=["position"])["embedding"].reason
+
+
+def test_an_ignore_pattern_without_a_match_names_near_modules():
+    with pytest.raises(ValueError, match=r"ignore: the pattern 'decoder\.9' matches no module; near names: 'decoder"):
+        groups_of("Autoencoder", ignore=["decoder.9"])
+
+
+def test_patterns_match_modules_and_bare_parameters():
+    model, _ = BY_NAME["Transformer"].make()
+    assert match_modules(model, ["layer.norm*", "pos*"], "ignore") == {
+        "layer.norm*": ["layer.norm1", "layer.norm2"],
+        "pos*": ["position"],
+    }

@@ -1,0 +1,123 @@
+"""What is left alone says why."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_softprune.surgery import probe_groups
+from support.groups import Attending, Wide, by_name, groups_of, slots
+from support.zoo import find
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize(
+    ("network", "group", "reason"),
+    [
+        ("Autoencoder", "classifier", "classifier produces an output of the network"),
+        ("Autoencoder", "decoder.2", "decoder.2 produces an output of the network"),
+        ("Recurrent", "inner", "feeds gru: GRU layers cannot be sliced"),
+        ("Recurrent", "gru", "GRU layers cannot be sliced"),
+        ("WeightNormed", "body", "feeds normed: the weights of this Linear are computed"),
+        ("WeightNormed", "normed", "the weights of this Linear are computed"),
+        ("DepthwiseMultiplier", "stem", "feeds multiplied: a depthwise convolution with a channel multiplier"),
+        ("DepthwiseMultiplier", "multiplied", "a depthwise convolution with a channel multiplier"),
+        ("ConstantView", "body", "the model does not run with fewer channels: RuntimeError"),
+        ("RawResidual", "back", "the model does not run with fewer channels: RuntimeError: The size of tensor"),
+        ("Unused", "spare.0", "spare.0 was run by neither validation_step nor training_step"),
+        ("Unused", "temperature", "temperature is a parameter of Unused"),
+        ("TornWeights", "body", "other shares its weight with body"),
+    ],
+)
+def test_what_is_left_alone_says_why(network, group, reason):
+    found = groups_of(network)[group]
+    assert not found.prunable
+    assert found.reason.startswith(reason) or reason in found.reason
+
+
+class TwoInputs(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x, x)
+
+
+class OwnKernel(nn.Module):
+    """A matrix of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x):
+        return x @ self.kernel
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.RNN(8, 8),
+        nn.LSTM(8, 8),
+        nn.LSTM(8, 8, num_layers=2, bidirectional=False),
+        nn.GRUCell(8, 8),
+        TwoInputs(nn.Bilinear(8, 8, 8)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(8, 8)),
+        nn.LayerNorm((3, 8)),
+        nn.RMSNorm(8, elementwise_affine=False),
+        OwnKernel(),
+        Attending(kdim=8, vdim=6),
+        nn.Sequential(nn.Unflatten(-1, (2, 4)), nn.Flatten(-2)),
+        nn.Sequential(nn.Linear(8, 8), nn.Identity(), nn.Dropout()),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_no_layer_type_crashes(between):
+    model = Wide(between).eval()
+    x = torch.randn(3, 5) if isinstance(between, nn.GRUCell) else torch.randn(3, 3, 5)
+    groups = find(model, x)
+    assert all(group.reason for group in groups if not group.prunable)
+    names = " ".join(f"{g.name} {g.reason} {' '.join(map(str, g.members))}" for g in groups)
+    for name, _ in between.named_parameters(prefix="between"):
+        layer = name.split(".parametrizations")[0].removesuffix(".out_proj.weight").removesuffix(".out_proj.bias")
+        assert layer.rsplit(".", 1)[0] in names
+    prunable = [group for group in groups if group.prunable]
+    assert len(probe_groups(model, prunable, lambda: model(x))) == len(prunable)
+
+
+def test_old_weight_norm_is_refused_by_name():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        layer = nn.utils.weight_norm(nn.Linear(8, 8))
+    found = by_name(find(Wide(layer), torch.randn(3, 5)))
+    assert "weight norm" in found["between"].reason
+    assert "feeds between" in found["body"].reason
+
+
+def test_tied_weights_that_two_groups_would_tear_are_refused():
+    found = groups_of("TornWeights")
+    assert not found["body"].prunable
+    assert not found["other"].prunable
+
+
+def test_tied_embeddings_are_one_group_and_lose_no_tokens():
+    found = groups_of("Transformer")
+    assert "head (in)" in slots(found["embedding"])
+    assert not found["head"].prunable  # its outputs are the tokens
+
+
+def test_a_model_without_layers_has_no_groups():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return x * self.scale
+
+    (group,) = find(Scale(), torch.randn(2, 3))
+    assert (group.name, group.prunable) == ("scale", False)

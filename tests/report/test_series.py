@@ -1,0 +1,27 @@
+"""The data behind tables and charts."""
+
+import math
+
+import pytest
+
+from lightning_softprune.report.series import best_so_far, score_limits
+from lightning_softprune.results import (
+    Trial,
+)
+from support.results import full_result
+
+
+def test_best_so_far_counts_feasible_trials_only() -> None:
+    scores = [(math.nan, True), (5.0, True), (9.0, False), (5.0, True), (6.0, True), (4.0, True)]
+    trials = tuple(Trial((0.0, 0.0), 0.5, score, {}, feasible, 0.0) for score, feasible in scores)
+
+    assert best_so_far(full_result(trials=trials, chosen=None)) == [(1, 5.0), (4, 6.0)]
+    assert best_so_far(full_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
+
+
+@pytest.mark.parametrize("scores", [[], [math.nan], [1.0], [0.0, 0.0], [1e300, -1e300, math.inf], [3.0, 3.0, 3.0]])
+def test_limits_of_an_axis_are_never_empty(scores: list[float]) -> None:
+    low, high = score_limits(scores, [])
+
+    assert low < high
+    assert math.isfinite(high - low)
