@@ -19,6 +19,8 @@ from lightning_softprune.results import PruningResult
 from support.modules import fit, made, softpruning
 from support.results import full_result, read_csv
 
+pytestmark = pytest.mark.slow
+
 Captured = pytest.CaptureFixture[str]
 
 

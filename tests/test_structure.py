@@ -1,6 +1,7 @@
 """The house: an import never points upwards, folders have one door, rooms stay small, foreign private APIs one home."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -49,22 +50,29 @@ def module(path):
 MODULES = {module(path): path for path in FILES}
 
 
+@functools.cache
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path):
     """(module, name or None) of all that a file imports, also within functions and under TYPE_CHECKING."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    found = []
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
+            found += [(alias.name, None) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: a relative import"
-            yield from ((node.module, alias.name) for alias in node.names)
+            found += [(node.module, alias.name) for alias in node.names]
+    return found
 
 
+@functools.cache
 def own_imports(path):
     """Files of the package that a file imports from: a submodule where the name is one."""
-    for name, attribute in imports(path):
-        if name.split(".")[0] == PACKAGE:
-            inner = f"{name}.{attribute}"
-            yield MODULES[inner] if inner in MODULES else MODULES[name]
+    own = [(name, f"{name}.{attribute}") for name, attribute in imports(path) if name.split(".")[0] == PACKAGE]
+    return [MODULES[inner] if inner in MODULES else MODULES[name] for name, inner in own]
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
@@ -131,7 +139,7 @@ def public_constructors():
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)
 def test_functions_are_small(path):
-    tree = ast.parse(path.read_text())
+    tree = tree_of(path)
     owner = {f: node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for f in node.body}
     for node in ast.walk(tree):
         if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -179,7 +187,7 @@ TORCHS = {"_numel_cache"}
 def test_private_attributes_of_lightnings_objects_are_used_in_one_folder():
     users = {}
     for path in FILES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
                 base = node.value
                 name = base.id if isinstance(base, ast.Name) else base.attr if isinstance(base, ast.Attribute) else ""
@@ -196,14 +204,14 @@ def test_below_the_trainer_nothing_knows_lightning():
 
 def test_numbers_know_no_tensors():
     assert not importers("torch") & {"search", "results", "testing"}
-    assert not list(imports(ROOT / "utilities" / "__init__.py"))
+    assert not (imports(ROOT / "utilities" / "__init__.py"))
 
 
 def test_layer_types_are_known_in_one_file():
     """A type of layer is one entry of the table: nobody else asks what a layer is."""
     table = {ROOT / "graph" / "layer_types.py", ROOT / "graph" / "layers.py"}
     for path in set(FILES) - table:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "isinstance":
                 asked = ast.unparse(node.args[1])
                 assert not any(word in asked for word in ("Conv", "nn.Linear", "Norm", "Attention", "Embedding")), path
@@ -239,7 +247,7 @@ def test_groups_and_surgery_run_without_lightning():
 
 def test_extras_are_imported_where_they_are_used():
     for path in FILES:
-        for node in ast.parse(path.read_text()).body:
+        for node in tree_of(path).body:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
             extras = {"optuna", "jsonargparse", "sklearn", "matplotlib"}

@@ -154,6 +154,7 @@ def test_reconstruction_keeps_a_channel_over_its_copy():
     assert len({1, 3} & set(ranking[:1].tolist())) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("importance", IMPORTANCES)
 @pytest.mark.parametrize("case", PRUNABLE, ids=lambda case: f"{case.name}-{len(case.shape)}d")
 def test_rankings_are_permutations_on_every_network(case, importance):

@@ -49,6 +49,7 @@ class Mixed(PrunedCheckpointMixin, Scheduled):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epochs", "weights"])
 @pytest.mark.parametrize("epoch", [0, 1, 4])
 @pytest.mark.parametrize("load", ["function", "mixin", "both"])
@@ -88,6 +89,7 @@ class NoBias(PrunedCheckpointMixin, AutoEncoder):
             yield list(part.named_parameters()) if self.hparams.names else list(part.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 @pytest.mark.parametrize("load", ["function", "mixin"])
 @pytest.mark.parametrize("names", [True, False])

@@ -30,6 +30,7 @@ from support.modules import (
 )
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]

@@ -81,6 +81,7 @@ REMOVE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remove", REMOVE)
 @pytest.mark.parametrize("case", CASES)
 def test_a_fresh_network_takes_the_shape_and_the_weights_of_a_pruned_one(case, remove):

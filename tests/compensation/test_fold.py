@@ -311,6 +311,7 @@ def test_compensation_pays():
     assert least_squares < none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensation", MODES)
 def test_the_same_seed_gives_the_same_weights(compensation):
     (first, one), (second, other) = (fitted(pruning(compensation=compensation), epochs=3) for _ in range(2))
@@ -365,6 +366,7 @@ def test_sensitivity_curves_are_in_the_result_and_survive_json(search):
     assert PruningResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "levels"), [(4, 10), (8, 10), (16, 10), (32, 4)])
 def test_evaluations_grow_at_most_linearly_with_the_number_of_groups(groups, levels):
     model = Regressor(widths=(11,) * groups)

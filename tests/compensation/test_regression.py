@@ -101,6 +101,7 @@ def expected_of_shared(layer, rows, gone, lost, stride, mode, n):
     return weight[~lost][:, ~gone], bias[~lost]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["bias", "least_squares"])
 @pytest.mark.parametrize("name", names())
 def test_readers_get_the_ridge_regression_of_removed_on_kept_channels(name, mode):
@@ -284,6 +285,7 @@ def reader_errors(net, mode):
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", names())
 def test_no_reader_is_worse_off_than_without_compensation_and_bias_lies_between(name, seed):
@@ -295,6 +297,7 @@ def test_no_reader_is_worse_off_than_without_compensation_and_bias_lies_between(
         assert bias[reader] <= error * (1 + 1e-5) + 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Residual", "Dense", "TransposedConv", "GroupedBothWays", "Volume", "Sequence"])
 def test_kernels_and_maps_that_share_one_regression_are_hardly_ever_worse_off(name, too_wide):
     """One regression for all positions minimises the sum of their errors; the outputs weigh positions differently."""

@@ -36,7 +36,7 @@ from support.modules import (
     vectors,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def rows_of(path):

@@ -12,9 +12,12 @@ import optuna
 import pytest
 import torch
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not torch.distributed.is_available() or sys.platform == "win32", reason="needs torch.distributed"
+    ),
+]
 SCRIPT = Path(__file__).with_name("ddp_script.py")
 
 

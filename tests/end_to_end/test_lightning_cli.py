@@ -32,7 +32,7 @@ ADD = f"{CALLBACK}+=lightning_softprune.SoftPruning"
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false")
 DENSE = 103_248  # parameters of the example's autoencoder
 
-pytestmark = pytest.mark.usefixtures("one_thread", "command_line")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread", "command_line")]
 
 
 @pytest.fixture

@@ -148,6 +148,7 @@ def both(tmp_path, module, accumulate=1, epochs=1, others=(), **arguments):
     return pruned, masked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AdamTwoGroups, FusedAdamW, Momentum, PerStepScheduler])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_after_a_prune_training_goes_on_as_that_of_the_masked_dense_network(tmp_path, kind, accumulate):

@@ -11,6 +11,8 @@ from torchmetrics.image import PeakSignalNoiseRatio
 
 from lightning_softprune import SensitivitySearch, SoftPruning, UniformBaseline
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

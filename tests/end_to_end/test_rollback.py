@@ -17,6 +17,8 @@ from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.search import SearchLoop
 from lightning_softprune.trainer import ModuleRunner
 
+pytestmark = pytest.mark.slow
+
 STEPS = [
     (prepare, "trace_groups"),
     (prepare, "mirror_twins"),

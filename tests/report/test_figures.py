@@ -16,6 +16,8 @@ from lightning_softprune.report.figures import MAX_GROUPS, channels_figure, log_
 from support.modules import fit, made, softpruning
 from support.results import RESULTS, full_result, large_result
 
+pytestmark = pytest.mark.slow
+
 NAMES = ["softprune/score_against_sparsity", "softprune/channels_kept"]
 
 

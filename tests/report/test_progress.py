@@ -293,6 +293,7 @@ class Wide(Tiny):
         self.layer = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finetune_epochs", [None, 0])
 @pytest.mark.parametrize("pruning_first", [True, False])
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])

@@ -20,7 +20,7 @@ from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.journal import BASELINE, Journal, Key, journal_path
 from support.modules import AutoEncoder, fit, loaders, made, softpruning, trainer_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SEARCHES = {
     "gradient": lambda: GradientSearch(steps=2, max_evaluations=24),

@@ -47,7 +47,7 @@ from support.modules import (
     training_state,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 class Scheduled(AutoEncoder):

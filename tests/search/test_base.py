@@ -14,7 +14,13 @@ from lightning_softprune.search import (
     UniformBaseline,
     run_search,
 )
+from support.networks import mlp_space
 from support.strategies import Listed
+
+
+@pytest.fixture
+def space():
+    return mlp_space([8, 8, 8, 4])
 
 
 def test_a_subclass_without_propose_is_told_both_ways_to_write_one(space):

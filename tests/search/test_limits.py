@@ -43,6 +43,7 @@ def brute_force(space, loss):
     return min(map(loss, plans[good] / space.channels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("limit", [0.3, 0.4, 0.6])
 def test_what_a_strategy_finds_meets_the_limit(name, limit):
@@ -61,6 +62,7 @@ def test_what_a_strategy_finds_meets_the_limit(name, limit):
         assert all(shares.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "worse"), [("grid", 0.25), ("gradient", 0.02), ("sensitivity", 0.03), ("random", 0.4)]
 )
@@ -116,6 +118,7 @@ def test_the_nearest_feasible_point_of_each_budget_is_that_of_brute_force():
     assert space.least_share(0) == pytest.approx(shares[space.within(sparsities)].min())
 
 
+@pytest.mark.slow
 def test_the_nearest_feasible_point_of_a_large_network_is_near_that_of_random_plans():
     widths = [64, 96, 128, 128, 64, 96, 128, 10]
     space = limited(0.12, 0.5, widths)

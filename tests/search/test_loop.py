@@ -21,6 +21,11 @@ class Forever(SearchStrategy):
             yield np.full(space.size, 0.5)
 
 
+@pytest.fixture
+def space():
+    return mlp_space([8, 8, 8, 4])
+
+
 def test_a_cached_plan_is_told_at_once_and_costs_nothing(space):
     strategy = Listed([0.5, 0.5], [0.25, 0.5], [0.51, 0.49])  # the last realises as the first
     cache = {(2, 4): 7.0}

@@ -59,6 +59,7 @@ def brute_force(space, loss, bound):
     return float(space.sparsity(plans[good]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["steep", "coupled", "quadratic"])
 @pytest.mark.parametrize("bound", [0.2, 0.5, 1.5])
 @pytest.mark.parametrize("name", STRATEGIES)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 from lightning_softprune.search import (
     SearchStrategy,
 )
-from support.networks import mlp_space
 
 
 class Listed(SearchStrategy):
@@ -23,8 +21,3 @@ class Listed(SearchStrategy):
         for x in self.vectors:
             self.losses.append((yield np.array(x)))
         return "done"
-
-
-@pytest.fixture
-def space():
-    return mlp_space([8, 8, 8, 4])

@@ -48,6 +48,7 @@ def mask_readers(model, groups, plan):
                         module.weight[:, index] = 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [case for case in PRUNABLE if case.masked], ids=lambda case: f"{case.name}-{len(case.shape)}d"
 )
@@ -66,6 +67,7 @@ def test_the_pruned_network_computes_what_the_masked_one_does(case):
     assert changed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 @every_case
 def test_all_groups_at_once_are_the_same_as_one_after_the_other(case, seed):

@@ -82,6 +82,7 @@ def pruned_pair(name, build):
     return dense, optimizer, mask, pruned, pruned_optimizer, surgery
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", ["Autoencoder", "Residual"])
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_training_goes_on_as_masked_training_would(kind, network):

@@ -29,7 +29,7 @@ from lightning_softprune.report import log_values
 from support.modules import made
 from support.neighbours import Regressor, pruning
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def loaders():

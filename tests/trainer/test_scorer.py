@@ -115,6 +115,7 @@ def equal(score, oracle):
     assert len(score) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -399,6 +400,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOADERS)
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_a_fit_that_scores_ends_with_the_weights_of_one_that_does_not(tmp_path, name, sanity):

@@ -15,6 +15,7 @@ def best_on_target(space, cache):
     return min(v for plan, v in cache.items() if space.within(space.sparsity(np.array([plan])))[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", list(LOSSES))
 @pytest.mark.parametrize("case", list(CASES))
 def test_it_comes_within_one_percent_of_the_grid_with_a_tenth_of_its_evaluations(case, shape):

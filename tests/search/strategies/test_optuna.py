@@ -17,6 +17,8 @@ from lightning_softprune import search
 from lightning_softprune.search import OptunaSearch, RandomSearch, run_search
 from support.networks import CASES, LOSSES, coupled, mlp_space, plan_loss, steep
 
+pytestmark = pytest.mark.slow
+
 optuna = pytest.importorskip("optuna")
 
 
