@@ -12,7 +12,6 @@ activations and biases are not counted, as is the field's habit.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,11 +160,6 @@ def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int]) -> Iterator[Te
         yield Term(constant, tuple(slot for slot, _ in dims.values()))
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Elements of ``model.parameters()``: tied weights once, frozen ones included."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 @contextmanager
 def record_macs(model: nn.Module) -> Iterator[dict[str, Applications]]:
     """Record, while the block runs the model, how often each layer's weights are applied."""
@@ -183,16 +177,6 @@ def record_macs(model: nn.Module) -> Iterator[dict[str, Applications]]:
         if (entry := layer_type(module)) is not None and entry.macs(module, Applications())
     ):
         yield seen
-
-
-def count_macs(model: nn.Module, applications: Mapping[str, Applications], samples: float = 1.0) -> int:
-    """MACs of a model whose run was recorded, per sample, from its layers' own attributes."""
-    modules = dict(model.named_modules())
-    total = 0.0
-    for name, seen in applications.items():
-        for term, sizes in _terms_of(modules[name], seen):
-            total += term.constant * math.prod(sizes[slot] for slot in term.slots)
-    return int(np.rint(total / samples))
 
 
 def _terms_of(module: nn.Module, seen: Applications) -> Iterator[tuple[MacTerm, Mapping[str, int]]]:

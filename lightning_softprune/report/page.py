@@ -22,8 +22,9 @@ from lightning_softprune.report.series import (
     component_colours,
     format_fraction,
     format_number,
+    trials_on_front,
 )
-from lightning_softprune.results import GroupResult, PruningResult, format_change, pareto_front
+from lightning_softprune.results import GroupResult, PruningResult, format_change
 from lightning_softprune.search import better
 
 MAX_ROWS = 1000
@@ -260,7 +261,7 @@ def _trials(result: PruningResult) -> Markup:
     if not result.trials:
         return Markup()
     trials, chosen = result.trials, chosen_trial(result)
-    front = set(pareto_front([t.sparsity for t in trials], [t.score for t in trials], result.mode))
+    front = trials_on_front(result)
     metrics = list(dict.fromkeys(name for trial in trials for name in trial.metrics if name != result.monitor))
     wide = len(result.groups) > MAX_COEFFICIENT_COLUMNS
     groups = [] if wide else result.groups

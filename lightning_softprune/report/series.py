@@ -40,7 +40,7 @@ def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
     header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds"]
     header += [f"metric/{name}" for name in metrics]
     header += [f"coefficient/{group.name}" for group in result.groups]
-    front = set(pareto_front([t.sparsity for t in result.trials], [t.score for t in result.trials], result.mode))
+    front = trials_on_front(result)
     rows = []
     for index, trial in enumerate(result.trials):
         row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
@@ -49,6 +49,12 @@ def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
         row += map(float, trial.coefficients)
         rows.append(row)
     return header, rows
+
+
+def trials_on_front(result: PruningResult) -> set[int]:
+    """Indices of the trials that no other trial beats in sparsity and score."""
+    trials = result.trials
+    return set(pareto_front([t.sparsity for t in trials], [t.score for t in trials], result.mode))
 
 
 _LARGEST = 1e150  # beyond it, differences of scores overflow

@@ -41,8 +41,9 @@ def being_replaced(path: Path) -> Iterator[BinaryIO]:
         path: The file; its folder is there.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    file = temporary.open("xb")  # outside: a file that is there already is not ours to remove
     try:
-        with temporary.open("xb") as file:
+        with file:
             yield file
         os.replace(temporary, path)
     finally:

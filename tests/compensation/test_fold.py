@@ -20,10 +20,11 @@ from lightning_softprune import (
     UniformBaseline,
 )
 from lightning_softprune.compensation.refit import DenseRun, refit_readers
-from lightning_softprune.graph.costs import CostModel, count_parameters
+from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import repair_optimizers
 from support import zoo
+from support.costs import count_parameters
 from support.readers import BROKEN, MODES, Prepared, broken_channels, make, names, prepared
 
 pytestmark = [

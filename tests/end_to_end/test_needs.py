@@ -21,7 +21,8 @@ from lightning_softprune import (
     find_groups,
     prune,
 )
-from lightning_softprune.graph.costs import count_macs, record_macs
+from lightning_softprune.graph.costs import record_macs
+from support.costs import count_macs
 from support.modules import (
     FEATURES,
     AtEpochStart,

@@ -7,9 +7,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_softprune.graph.costs import CostModel, count_macs, count_parameters, record_macs
+from lightning_softprune.graph.costs import CostModel, record_macs
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
+from support.costs import count_macs, count_parameters
 from support.zoo import BY_NAME, PRUNABLE, prunable
 
 pytestmark = pytest.mark.usefixtures("one_thread")

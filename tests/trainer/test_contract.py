@@ -1,16 +1,28 @@
 """Lightning's private names that the folder trainer/ relies on: a release that moves one fails here, by name."""
 
+import ast
 import importlib
 import pkgutil
 import re
+from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_softprune import trainer
-from support.fits import Tiny, trainer_of
+from lightning_softprune.trainer import end_epoch_at_this_batch
+from support.fits import Polite, Tiny, loader, trainer_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
@@ -40,21 +52,45 @@ PRIVATE = {
     "trainer": ["_loggers", "_logger_connector", "fit_loop", "validate_loop"],
     "trainer.strategy": ["_model"],
     "trainer._logger_connector": ["_callback_metrics"],
-    "trainer.fit_loop": ["_combined_loader", "_data_source", "epoch_loop", "epoch_progress"],
-    "trainer.fit_loop.epoch_loop": ["val_loop", "batch_progress", "_batches_that_stepped"],
+    "trainer.fit_loop": [
+        "_combined_loader",
+        "_data_source",
+        "epoch_loop",
+        "epoch_progress",
+        "max_epochs",
+        "min_epochs",
+    ],
+    "trainer.fit_loop.epoch_loop": ["val_loop", "batch_progress", "_batches_that_stepped", "max_steps"],
     "trainer.fit_loop._data_source": ["instance", "is_defined"],
     "trainer.validate_loop": ["_combined_loader", "_data_source", "_max_batches", "_trainer_fn"],
     "module": ["_current_fx_name"],
     "combined": ["_iterator", "_mode", "flattened"],
+    "ddp": ["_start_method", "configure_ddp"],
+    "averaging": ["_average_model"],
+    "stochastic averaging": ["_average_model"],
+    "checkpoint": ["_last_global_step_saved", "best_k_models", "best_model_score", "kth_best_model_path", "kth_value"],
+    "stopping": ["wait_count", "best_score"],
+    "plateau": ["_reset"],
+}
+ROOTS = {
+    "trainer": trainer_of,
+    "module": lambda _: Tiny(),
+    "combined": lambda _: CombinedLoader([[1]], "sequential"),
+    "ddp": lambda _: DDPStrategy(),
+    "averaging": lambda _: WeightAveraging(),
+    "stochastic averaging": lambda _: StochasticWeightAveraging(0.1),
+    "checkpoint": lambda _: ModelCheckpoint(),
+    "stopping": lambda _: EarlyStopping("val_loss"),
+    "plateau": lambda _: ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1, requires_grad=True)])),
 }
 
 
 @pytest.mark.parametrize(("owner", "name"), [(owner, name) for owner, names in PRIVATE.items() for name in names])
 def test_lightning_still_has(tmp_path, owner, name):
-    roots = {"trainer": trainer_of(tmp_path), "module": Tiny(), "combined": CombinedLoader([[1]], "sequential")}
     first, *rest = owner.split(".")
-    value = roots.get(first)
-    if value is None:
+    if first in ROOTS:
+        value = ROOTS[first](tmp_path)
+    else:
         try:
             value, rest = importlib.import_module(owner), []
         except ModuleNotFoundError:
@@ -72,3 +108,40 @@ def test_the_contract_lists_every_private_name_that_is_imported():
     imported = {name: value for file in files for name, value in vars(file).items() if re.match("_[^_]", name)}
     foreign = {name for name, value in imported.items() if getattr(value, "__module__", "").startswith("lightning.")}
     assert foreign <= {name for names in PRIVATE.values() for name in names}
+
+
+FOREIGN = {"trainer", "strategy", "callback", "loop", "pl_module", "connector", "combined", "beside", "scheduler"}
+
+
+def test_the_contract_lists_every_private_attribute_that_is_used():
+    used = set()
+    for file in pkgutil.iter_modules(trainer.__path__):
+        source = Path(importlib.import_module(f"{trainer.__name__}.{file.name}").__file__).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Attribute) and re.match("_[^_]", node.attr):
+                base = node.value.id if isinstance(node.value, ast.Name) else getattr(node.value, "attr", "")
+                if base.strip("_") in FOREIGN:
+                    used.add(node.attr)
+    assert used
+    assert used <= {name for names in PRIVATE.values() for name in names}
+
+
+def test_stop_iteration_before_a_batch_ends_the_epoch_without_training_on_it(tmp_path):
+    class Ends(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 1 and batch_idx == 1:
+                end_epoch_at_this_batch()
+
+    class Counts(Callback):
+        batches, epochs = (), ()
+
+        def on_train_batch_end(self, trainer, *_):
+            self.batches += (trainer.current_epoch,)
+
+        def on_train_epoch_end(self, trainer, pl_module):
+            self.epochs += (trainer.current_epoch,)
+
+    counts = Counts()
+    trainer_of(tmp_path, Ends(), counts, max_epochs=3).fit(Polite(), loader(12, batch_size=4), loader(8))
+    assert counts.epochs == (0, 1, 2)
+    assert counts.batches == (0, 0, 0, 1, 2, 2, 2)

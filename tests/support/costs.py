@@ -1,0 +1,29 @@
+"""Counts of a live model from its layers' own attributes: an oracle for the cost model, which counts plans."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+
+def count_parameters(model):
+    """Elements of ``model.parameters()``: tied weights once, frozen ones included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model, applications, samples=1.0):
+    """MACs of a model whose run was recorded, per sample."""
+    modules = dict(model.named_modules())
+    return int(np.rint(sum(_layer_macs(modules[name], seen) for name, seen in applications.items()) / samples))
+
+
+def _layer_macs(module, seen):
+    if isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
+        return 2 * (seen.applied + seen.keys) * width**2 + 2 * seen.pairs * width
+    if isinstance(module, _ConvNd):
+        return seen.applied * module.in_channels * module.out_channels / module.groups
+    if isinstance(module, nn.Linear):
+        return seen.applied * module.in_features * module.out_features
+    return 0.0
