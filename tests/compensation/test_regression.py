@@ -36,7 +36,7 @@ STRIDES = {("Residual", "head"): 4, ("Sequence", "head"): 7}
 
 
 def taps_on_the_input(layer, x):
-    """At each output position, how many taps of a convolution's kernel fall on the input."""
+    """At each output position, how many positions of a convolution's kernel fall on the input."""
     ones = copy.deepcopy(layer)
     nn.init.ones_(ones.weight)
     if ones.bias is not None:
