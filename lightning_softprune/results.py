@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from lightning_softprune.utilities.checks import one_of
 from lightning_softprune.utilities.plain_types import from_plain, to_plain
 
 DRY_RUN = "this was a dry run"
@@ -157,7 +158,7 @@ def pareto_front(sparsities: Sequence[float], scores: Sequence[float], mode: str
     >>> pareto_front([0.5, 0.6, 0.7, 0.7], [20.0, 20.5, 19.0, 18.0], mode="max")
     (1, 2)
     """
-    sign = 1.0 if _checked_mode(mode) == "max" else -1.0
+    sign = 1.0 if one_of("mode", mode, _MODES) == "max" else -1.0
     points = [
         (sparsity, sign * score, index)
         for index, (sparsity, score) in enumerate(zip(sparsities, scores, strict=True))
@@ -214,7 +215,8 @@ class PruningResult:
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
 
     Raises:
-        ValueError: If `mode` is unknown or a trial has not one coefficient per group.
+        ValueError: If `mode` or `outcome` is unknown, `outcome` contradicts `applied`, or a trial has not one
+            coefficient per group.
 
     >>> costs = Costs(params=1000, macs=2000), Costs(params=300, macs=500)
     >>> group = GroupResult("encoder.0", "encoder", "intra", channels_before=64, channels_after=20, coefficient=0.69)
@@ -267,8 +269,11 @@ class PruningResult:
     outcome: str = ""
 
     def __post_init__(self) -> None:
-        _checked_mode(self.mode)
-        object.__setattr__(self, "outcome", str(Outcome(self.outcome) if self.outcome else self._outcome_of_0_1_0()))
+        one_of("mode", self.mode, _MODES)
+        outcome = one_of("outcome", str(self.outcome or self._outcome_of_0_1_0()), tuple(map(str, Outcome)))
+        if (outcome == Outcome.APPLIED) != self.applied:
+            raise ValueError(f"outcome: {outcome!r} contradicts applied={self.applied}")
+        object.__setattr__(self, "outcome", outcome)
         for index, trial in enumerate(self.trials):
             if len(trial.coefficients) != len(self.groups):
                 raise ValueError(
@@ -339,9 +344,3 @@ def format_change(before: float, after: float) -> str:
     """
     change = 100.0 * (after / before - 1.0) if before else 0.0
     return f"{change:+.1f} %" if abs(change) >= 0.05 else "0.0 %"
-
-
-def _checked_mode(mode: str) -> str:
-    if mode not in _MODES:
-        raise ValueError(f"mode: {mode!r} is not one of {', '.join(map(repr, _MODES))}")
-    return mode

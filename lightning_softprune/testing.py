@@ -219,6 +219,7 @@ class StrategyConformance:
             strategy.start(one, 0)
             _require(strategy.sensitivity == (), "curves of the search before are still there")
             asked = _converse(strategy, lambda x: float(x @ x))
+            _require(len(asked) > 0, "it asks for nothing")
             _require(asked.shape[1] == one.size, "it asks for vectors of the network before")
 
     def test_asking_twice_gives_the_same_vector_and_does_not_expose_it(self) -> None:
@@ -239,16 +240,20 @@ def check_strategy(strategy: SearchStrategy, *, within: float = math.inf) -> Non
         within: How far above the best plan of all it may end on a smooth loss, as a fraction.
 
     Raises:
-        AssertionError: A property does not hold; the message names it.
+        AssertionError: A property does not hold; the message names the first one in the order of the class. What the
+            strategy itself has raised is the cause.
     """
     kit = StrategyConformance()
     kit.strategy, kit.within = strategy, within
-    for name in (name for name in dir(kit) if name.startswith("test_")):
+    for name in (name for name in vars(StrategyConformance) if name.startswith("test_")):
+        what = name.removeprefix("test_").replace("_", " ")
         try:
             getattr(kit, name)()
-        except AssertionError as error:  # noqa: PERF203 - each says which property it is of
-            what = name.removeprefix("test_").replace("_", " ")
+        except AssertionError as error:
             raise AssertionError(f"{type(strategy).__name__}: {error} ({what})") from None
+        except Exception as error:  # of the strategy: whatever it raises, a property does not hold
+            raised = f"it raises {type(error).__name__}: {error}"
+            raise AssertionError(f"{type(strategy).__name__}: {raised} ({what})") from error
 
 
 def _converse(strategy: SearchStrategy, loss: Loss, count: int = 10_000) -> FloatArray:

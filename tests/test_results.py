@@ -178,8 +178,15 @@ def test_the_outcome_of_a_result_without_one_is_read_off_its_reason(applied: boo
 def test_the_outcome_and_not_the_reason_says_whether_a_round_was_a_dry_run() -> None:
     assert make_result(applied=False, reason="for a look", outcome="dry run").is_dry_run
     assert not make_result(applied=False, reason=f"{DRY_RUN}, said somebody", outcome="skipped").is_dry_run
-    with pytest.raises(ValueError, match="'wet run' is not a valid Outcome"):
+
+
+def test_an_outcome_that_is_unknown_or_contradicts_is_named() -> None:
+    with pytest.raises(ValueError, match="outcome: 'wet run' is not one of 'applied', 'skipped', 'dry run'"):
         make_result(outcome="wet run")
+    with pytest.raises(ValueError, match="outcome: 'skipped' contradicts applied=True"):
+        make_result(applied=True, outcome="skipped")
+    with pytest.raises(ValueError, match="outcome: 'applied' contradicts applied=False"):
+        make_result(applied=False, outcome="applied")
 
 
 def test_summary_of_an_applied_round() -> None:

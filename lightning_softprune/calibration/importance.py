@@ -27,6 +27,7 @@ from lightning_softprune.calibration.readers import find_readers, is_reading, re
 from lightning_softprune.calibration.statistics import InputStatistics
 from lightning_softprune.graph import Layout, Member, PruningGroup, layout_of
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
+from lightning_softprune.utilities.checks import one_of
 
 IMPORTANCES = ("magnitude", "activation", "taylor", "reconstruction", "random")
 
@@ -57,6 +58,7 @@ def rank(
     Raises:
         ValueError: ``taylor``, and a step returns no loss with a gradient; or an unknown criterion.
     """
+    one_of("importance", importance, IMPORTANCES)
     if importance == "random":
         return [rng.permutation(group.num_channels).astype(np.int64) for group in groups]
     if importance == "magnitude":
@@ -65,10 +67,8 @@ def rank(
         scores = _activation(model, groups, statistics)
     elif importance == "reconstruction":
         scores = _reconstruction(model, groups, statistics)
-    elif importance == "taylor":
-        scores = _taylor(model, groups, steps)
     else:
-        raise ValueError(f"importance: {importance!r} is not one of {IMPORTANCES}")
+        scores = _taylor(model, groups, steps)
     return [np.argsort(np.nan_to_num(score, nan=0.0), kind="stable").astype(np.int64) for score in scores]
 
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from lightning_softprune.calibration.readers import Reader, watch_inputs, weight_geometry
 from lightning_softprune.calibration.unfold import MAX_FEATURES, most_rows, unfold_inputs
 from lightning_softprune.graph import Kernel
+from lightning_softprune.utilities.distributed import in_process_group, sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class InputStatistics:
 
         Args:
             rows: Shape ``(observations, channels * stride)``.
-            positions: For a convolution, what its kernel met; default: every tap fell on the input.
+            positions: For a convolution, what its kernel met; default: every position fell on the input.
         """
         rows = in_double(rows)
         n = len(rows)
@@ -93,11 +94,11 @@ class InputStatistics:
         device = self.mean.device
         known = torch.tensor([1.0, self.coverage.share, self.coverage.unevenness], dtype=torch.float64, device=device)
         moments = self.count * torch.cat([known, self.mean])
-        torch.distributed.all_reduce(moments)
+        sum_over_processes(moments)
         total, mean = int(moments[0].item()), moments[3:] / moments[0]
         share, unevenness = (moments[1:3] / moments[0]).tolist()
         products = self._products + self._pooled((self.mean - mean)[None]) * self.count
-        torch.distributed.all_reduce(products)
+        sum_over_processes(products)
         self.count, self.mean, self._products = total, mean, products
         self.coverage = KernelCoverage(share, unevenness)
 
@@ -145,7 +146,7 @@ def collect_statistics(
     with watch_inputs(model, list(strides), add), torch.no_grad():
         for step in steps:
             step()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_process_group():
         for name in sorted(found):
             found[name].all_reduce()
     return found

@@ -18,11 +18,7 @@ from lightning_softprune.graph.recorder import Recorder
 
 
 def map_indices(graph: Any, recorder: Recorder) -> None:
-    """Map indices across reshapes, concatenations, splits and slices.
-
-    torch-pruning guesses which input of a node is which from the order in which it met them. The edges of the
-    autograd graph say it: an edge knows the number of the output it comes from. Shapes are those that were seen.
-    """
+    """Map indices across all reshapes, concatenations, splits and slices of a dependency graph."""
     for node in list(graph.module2node.values()):
         made = node.grad_fn
         if node.type == ops.OPTYPE.CONCAT and made in recorder.joins:

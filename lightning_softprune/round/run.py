@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_softprune.graph import COSTS
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import commit_plan
-from lightning_softprune.round.decision import Decision, decide
+from lightning_softprune.round.decision import Decision, Verdict, decide
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import monitored
 from lightning_softprune.round.journal import BASELINE, open_journal
@@ -94,7 +94,7 @@ def _outcome(goal: Goal, best: ScoredPlan | None) -> Outcome:
 
 def _tell(decision: Decision, settings: RoundSettings, goal: Goal) -> None:
     """Warn, or raise, where no plan is feasible."""
-    if not goal.commit or not decision.sentence:
+    if not goal.commit or decision.verdict is Verdict.FEASIBLE:
         return
     if decision.plan is None and settings.on_violation == "error":
         raise MisconfigurationException(f"on_violation='error': {decision.sentence}")

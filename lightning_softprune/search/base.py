@@ -167,8 +167,8 @@ class SearchStrategy:
             space = self._space
             if x.shape != (space.size,) or not ((x >= space.low - 1e-9) & (x <= space.high + 1e-9)).all():
                 raise ValueError(
-                    f"{type(self).__name__}.propose must yield vectors of shape ({space.size},) within the bounds "
-                    f"{space.low} to {space.high}, got {x}."
+                    f"{type(self).__name__}.propose: {x} is not a vector of shape ({space.size},) within the bounds "
+                    f"{space.low} to {space.high}"
                 )
             self._pending = space.clip(x)
         return None if self._pending is None else self._pending.copy()
@@ -204,13 +204,13 @@ class SearchStrategy:
         if self._space is None:
             raise RuntimeError(f"{type(self).__name__}.load_state_dict() needs start(space, seed) first.")
         if state["strategy"] != type(self).__name__:
-            raise ValueError(f"The state is of strategy {state['strategy']}, this is {type(self).__name__}.")
+            raise ValueError(f"state: {state['strategy']!r} is not this strategy, {type(self).__name__!r}")
         self.start(self._space, state["seed"])
         for number, loss in enumerate(state["losses"]):
             if self.ask() is None:
                 raise ValueError(
-                    f"The state has {len(state['losses'])} losses, but {self!r} ends after {number} on this space: "
-                    "it was saved with other arguments or for another network."
+                    f"state: {len(state['losses'])} losses are more than {self!r} asks for on this space, {number}; "
+                    "it was saved with other arguments or for another network"
                 )
             self.tell(loss)
 

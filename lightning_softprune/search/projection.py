@@ -157,7 +157,7 @@ def least_share(space: PlanLookUps, number: int) -> float:
         return replace(space, limits=limits)
 
     if space.shares is None:
-        raise ValueError("There are no limits.")
+        raise ValueError(f"number: {number} is not that of a limit; there are none")
     if space.table is not None:
         points = space.table[0][relaxed(math.inf).feasible(space.table[0])]
         return float(space.shares(space.realise(points))[:, number].min()) if len(points) else math.inf

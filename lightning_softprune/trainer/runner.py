@@ -6,7 +6,6 @@ for. Where several processes train together, every process runs its share, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -179,7 +178,7 @@ class ModuleRunner:
         return self.trainer.strategy.reduce_boolean_decision(flag, all=True)
 
 
-def _repeatable(step: Callable[[], Any], seed: int) -> Step:
+def _repeatable(step: Step, seed: int) -> Step:
     def run() -> Any:
         with isolated_rng(seed):
             return step()

@@ -43,6 +43,9 @@ from lightning_softprune.trainer.steps import (
     transfer,
     validation_loop,
 )
+from lightning_softprune.utilities.checks import optional_whole_number
+
+_SCORED_ON = "and every trial of a search is scored on validation data"
 
 
 class _PassLoop(_EvaluationLoop):
@@ -106,11 +109,9 @@ class ValidationScorer:
     def __init__(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, max_batches: int | None = None, seed: int = 0
     ) -> None:
-        if max_batches is not None and max_batches < 1:
-            raise ValueError(f"`max_batches` must be at least 1 or None, got {max_batches}.")
         self._trainer = trainer
         self._module = pl_module
-        self._max_batches = max_batches
+        self._max_batches = optional_whole_number("max_batches", max_batches)
         self._seed = seed
         self._loader: CombinedLoader | None = None
         self.batches: list[list[Any]] = []
@@ -120,11 +121,11 @@ class ValidationScorer:
         loop = self._loop_with_data()
         combined = loop._combined_loader
         if combined is None:
-            raise MisconfigurationException("There are no validation data, which every trial of a search is scored on.")
+            raise MisconfigurationException(f"val_dataloaders: there are none, {_SCORED_ON}")
         with torch.inference_mode(False), torch.no_grad(), isolated_rng(self._seed):
             self.batches = self._read(list(combined.flattened), loop._max_batches)
         if not any(self.batches):
-            raise MisconfigurationException("The validation loaders yield no batch, which every trial is scored on.")
+            raise MisconfigurationException(f"val_dataloaders: they yield no batch, {_SCORED_ON}")
         self._loader = copy(combined)
         self._loader._iterator = None
         self._loader.flattened = [
@@ -145,19 +146,17 @@ class ValidationScorer:
         trainer = self._trainer
         if not is_overridden("validation_step", self._module):
             raise MisconfigurationException(
-                f"`{type(self._module).__name__}` has no `validation_step`, which scores every trial of a search."
+                f"validation_step: {type(self._module).__name__} has none, and it scores every trial of a search"
             )
         if trainer.limit_val_batches == 0:
-            raise MisconfigurationException("`limit_val_batches=0` leaves no validation batch to score a trial on.")
+            raise MisconfigurationException(f"limit_val_batches: 0 leaves no batch, {_SCORED_ON}")
         loop = validation_loop(trainer)
         if loop._combined_loader is not None:
             return loop
         # At epoch 0 without sanity check Lightning has not asked for the data yet. It will, as if we had not.
         source = loop._data_source
         if source.instance is None or not source.is_defined():
-            raise MisconfigurationException(
-                "There is no `val_dataloader` (or `val_dataloaders`), which every trial is scored on."
-            )
+            raise MisconfigurationException(f"val_dataloaders: None, and there is no `val_dataloader`, {_SCORED_ON}")
         own = _EvaluationLoop(trainer, loop._trainer_fn, RunningStage.VALIDATING, verbose=False, inference_mode=False)
         own._data_source = source
         with isolated_rng(), attributes_replaced(trainer.state, stage=RunningStage.VALIDATING):

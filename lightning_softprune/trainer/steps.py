@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.isolation import attributes_replaced
+from lightning_softprune.utilities.checks import one_of
 
 _STAGES = {"validation_step": RunningStage.VALIDATING, "training_step": RunningStage.TRAINING}
 
@@ -38,9 +39,7 @@ class LoadedBatch(NamedTuple):
 
 
 def _stage(step: str) -> RunningStage:
-    if step not in _STAGES:
-        raise ValueError(f"step: {step!r} is not one of {', '.join(map(repr, _STAGES))}")
-    return _STAGES[step]
+    return _STAGES[one_of("step", step, tuple(_STAGES))]
 
 
 def transfer(

@@ -129,12 +129,13 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
         barrier.wait(timeout=20)
         tensor.copy_(torch.stack(table[turn.number]).sum(0))
 
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     found = [streamed(share, [2], stride) for share in shares]
-    for statistics, taps in zip(
+    for statistics, coverage in zip(
         found, (KernelCoverage(0.5, 3.0), KernelCoverage(), KernelCoverage(0.25, 1.0)), strict=True
     ):
-        statistics.coverage = taps
+        statistics.coverage = coverage
     threads = [threading.Thread(target=statistics.all_reduce) for statistics in found]
     for thread in threads:
         thread.start()
@@ -142,8 +143,8 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
         thread.join()
     for statistics in found:
         assert statistics.count == len(rows)
-        taps = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
-        np.testing.assert_allclose([statistics.coverage.share, statistics.coverage.unevenness], taps)
+        coverage = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
+        np.testing.assert_allclose([statistics.coverage.share, statistics.coverage.unevenness], coverage)
         np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=1e-12)
         np.testing.assert_allclose(statistics.covariance, pooled_covariance(rows, stride), rtol=1e-8, atol=1e-8)
 

@@ -55,13 +55,13 @@ def expected(layer, x, gone, lost, mode):
     """The reader's weight and bias after compensation: the docstring's formulas, group by group."""
     weight = dense_weight(layer)
     bias = np.zeros(len(weight)) if layer.bias is None else layer.bias.detach().double().numpy().copy()
-    taps = weight.shape[2]
+    positions = weight.shape[2]
     rows = read_by_each_output(layer, x)
     ridge = RIDGE * rows.var(1).mean() * rows.shape[1]
     inputs, outputs = weight.shape[1] // len(rows), len(weight) // len(rows)
     for part, read in enumerate(rows):
         i, o = slice(part * inputs, (part + 1) * inputs), slice(part * outputs, (part + 1) * outputs)
-        removed = np.repeat(gone[i], taps)
+        removed = np.repeat(gone[i], positions)
         mean, centred = read.mean(0), read - read.mean(0)
         b = regress(centred[:, ~removed], centred[:, removed], ridge)  # (kept, removed)
         if mode == "bias":
@@ -69,7 +69,7 @@ def expected(layer, x, gone, lost, mode):
         held = weight[o, i].reshape(outputs, -1)
         bias[o] += held[:, removed] @ (mean[removed] - b.T @ mean[~removed])
         held[:, ~removed] += held[:, removed] @ b.T
-        weight[o, i] = held.reshape(outputs, inputs, taps)
+        weight[o, i] = held.reshape(outputs, inputs, positions)
     return weight[~lost][:, ~gone], bias[~lost]
 
 
@@ -80,7 +80,7 @@ def expected_of_shared(layer, rows, gone, lost, stride, mode, n):
     mean = rows.mean(0)
     centred = (rows - mean).reshape(len(rows), -1, stride)
     observations = centred.transpose(0, 2, 1).reshape(-1, centred.shape[1])
-    if n is not None and n.std() > 0:  # uneven taps: the means are one more observation
+    if n is not None and n.std() > 0:  # uneven positions: the means are one more observation
         weight_of_means = np.sqrt(len(rows) * n.var() / n.mean())
         observations = np.concatenate([observations, weight_of_means * mean[None]])
     samples = len(rows) * stride
@@ -330,8 +330,8 @@ def test_each_output_of_a_transposed_convolution_gets_its_share_of_a_removed_con
     model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ConvTranspose2d(3, 4, 2, stride=2), nn.Conv2d(4, 1, 1))
     with torch.no_grad():
         model[0].weight[2], model[0].bias[2] = 0.0, 5.0
-        taps = model[1].weight[2]  # one value for all taps: a constant input gives a constant output
-        taps.copy_(torch.arange(1.0, 5.0)[:, None, None].expand_as(taps) / 10)
+        positions = model[1].weight[2]  # one value for all positions: a constant input gives a constant output
+        positions.copy_(torch.arange(1.0, 5.0)[:, None, None].expand_as(positions) / 10)
     x = torch.randn(9, 1, 8, 8)
     dense = model(x)
     net = Prepared(model, x)

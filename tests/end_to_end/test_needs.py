@@ -483,14 +483,15 @@ def test_prune_makes_a_trained_module_smaller_and_scores_it_right(tmp_path):
     assert len(result.trials) > 10
 
 
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loaders(AutoEncoder())["train_dataloaders"]
+
+    def val_dataloader(self):
+        return loaders(AutoEncoder())["val_dataloaders"]
+
+
 def test_prune_takes_a_datamodule_and_the_modules_own_loaders(tmp_path):
-    class Data(pl.LightningDataModule):
-        def train_dataloader(self):
-            return loaders(AutoEncoder())["train_dataloaders"]
-
-        def val_dataloader(self):
-            return loaders(AutoEncoder())["val_dataloaders"]
-
     class Own(AutoEncoder):
         train_dataloader, val_dataloader = Data.train_dataloader, Data.val_dataloader
 
@@ -665,13 +666,6 @@ def test_validate_is_a_dry_run_that_changes_nothing(tmp_path, kind):
 
 def test_a_dry_run_says_what_the_fit_then_does(tmp_path):
     """With `epochs=0` and the same data the two see the same weights and batches."""
-
-    class Data(pl.LightningDataModule):
-        def train_dataloader(self):
-            return loaders(AutoEncoder())["train_dataloaders"]
-
-        def val_dataloader(self):
-            return loaders(AutoEncoder())["val_dataloaders"]
 
     dry = softpruning(epochs=0, search=SensitivitySearch(levels=3))
     trainer_of(tmp_path, dry).validate(made(), datamodule=Data(), verbose=False)

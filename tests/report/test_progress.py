@@ -2,12 +2,10 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rich
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
@@ -22,14 +20,7 @@ from lightning_softprune.report.tables import print_round
 from support.consoles import Terminal, make_console, output_of, visible
 from support.results import printed_result
 
-
-@pytest.fixture(autouse=True)
-def _ordinary_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    yield
-    rich.reconfigure()  # RichProgressBar changes the global console
+pytestmark = pytest.mark.usefixtures("ordinary_terminal")
 
 
 def run_search(console: Console | None = None, total: int | None = 3, **arguments: Any) -> None:

@@ -2,13 +2,11 @@
 
 import io
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import rich
 from rich.console import Console
 
 from lightning_softprune.report.progress import SearchProgress
@@ -17,14 +15,7 @@ from lightning_softprune.results import DRY_RUN, GroupResult, LeftOut
 from support.consoles import make_console, output_of, visible
 from support.results import printed_result
 
-
-@pytest.fixture(autouse=True)
-def _ordinary_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS", "LINES"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    yield
-    rich.reconfigure()  # RichProgressBar changes the global console
+pytestmark = pytest.mark.usefixtures("ordinary_terminal")
 
 
 def row_with(text: str, name: str) -> list[str]:

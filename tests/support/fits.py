@@ -4,11 +4,20 @@ from collections import deque
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+ORDINARY_FITS = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
+    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
+]
+"""The `pytestmark` of files whose fits are as small and as careless as these modules."""
 
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 

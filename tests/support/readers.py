@@ -170,11 +170,11 @@ def read_by_each_output(layer, x):
     parts = []
     for part in range(layer.groups):
         columns = []
-        for channel, tap in itertools.product(range(inputs), np.ndindex(*layer.kernel_size)):
+        for channel, position in itertools.product(range(inputs), np.ndindex(*layer.kernel_size)):
             nn.init.zeros_(probe.weight)
             place = (part * inputs + channel, 0) if transposed else (part * outputs, channel)
             with torch.no_grad():
-                probe.weight[(*place, *tap)] = 1.0
+                probe.weight[(*place, *position)] = 1.0
                 columns.append(probe(x.double())[:, part * outputs].flatten().numpy())
         parts.append(np.stack(columns, 1))
     return np.stack(parts)

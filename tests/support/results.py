@@ -111,6 +111,7 @@ def evil_result() -> PruningResult:
         stop_reason=EVIL,
         reason=EVIL,
         applied=False,
+        outcome="",
         monitor=EVIL,
         cost=EVIL,
         sensitivity=(Sensitivity(names[0], (0.0, 1.0), (1.0, math.nan)),),
@@ -186,7 +187,7 @@ RESULTS = {
     "evil": evil_result(),
     "many trials": large_result(5000, 5),
     "many groups": large_result(300, 200),
-}  # fmt: skip  # fmt: skip
+}  # fmt: skip
 
 
 def recorded_result(names: tuple[str, str] = ("encoder.0", "encoder.4"), **changes: Any) -> PruningResult:
@@ -214,11 +215,8 @@ def recorded_result(names: tuple[str, str] = ("encoder.0", "encoder.4"), **chang
         "seconds": 1.0,
         "strategy": "RandomSearch",
         "stop_reason": "exhausted",
-        "applied": True,
         "trials": trials,
         "sensitivity": (),
-        "monitor": "val_psnr",
-        "mode": "max",
     }
     return make_result(**{**values, **changes})
 
@@ -226,9 +224,6 @@ def recorded_result(names: tuple[str, str] = ("encoder.0", "encoder.4"), **chang
 def printed_result(**changes: Any) -> PruningResult:
     """A round for the terminal: markup in a name, a group left whole, no trials."""
     values: dict[str, Any] = {
-        "epoch": 10,
-        "sparsity": 0.7016,
-        "target_sparsity": 0.7,
         "score_before": 19.97,
         "score_after": 19.71,
         "metrics_before": {},
@@ -239,15 +234,9 @@ def printed_result(**changes: Any) -> PruningResult:
             GroupResult("encoder[red].0", "encoder", "intra", 512, 154, 0.6993),
             GroupResult("encoder.4", "encoder", "inter", 32, 32, 0.0),
         ),
-        "evaluations": 41,
         "seconds": 3.2,
-        "strategy": "GradientSearch",
-        "stop_reason": "patience",
-        "applied": True,
         "trials": (),
         "sensitivity": (),
-        "monitor": "val_psnr",
-        "mode": "max",
     }
     return make_result(**{**values, **changes})
 

@@ -7,22 +7,9 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng
-from support.fits import Batches, Polite, Probe, assert_equal, loader, trainer_of
+from support.fits import ORDINARY_FITS, Batches, Polite, Probe, assert_equal, loader, trainer_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
-    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = ORDINARY_FITS
 
 
 def test_training_batches_in_mid_epoch_leave_the_training_order_alone(tmp_path):

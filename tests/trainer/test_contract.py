@@ -22,22 +22,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_softprune import trainer
 from lightning_softprune.trainer import end_epoch_at_this_batch
-from support.fits import Polite, Tiny, loader, trainer_of
+from support.fits import ORDINARY_FITS, Polite, Tiny, loader, trainer_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
-    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = ORDINARY_FITS
 
 
 PRIVATE = {

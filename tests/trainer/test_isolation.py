@@ -9,22 +9,9 @@ from torch import nn
 
 from lightning_softprune.trainer.isolation import isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
-from support.fits import Polite, Probe, loader, trainer_of
+from support.fits import ORDINARY_FITS, Polite, Probe, loader, trainer_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
-    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = ORDINARY_FITS
 
 
 def test_isolated_rng_restores_after_an_exception_and_seeds_everything():

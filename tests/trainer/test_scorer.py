@@ -20,22 +20,9 @@ from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
-from support.fits import Batches, Polite, Probe, Tiny, TwoLoaders, assert_equal, data, loader, trainer_of
+from support.fits import ORDINARY_FITS, Batches, Polite, Probe, Tiny, TwoLoaders, assert_equal, data, loader, trainer_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
-    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = ORDINARY_FITS
 
 
 class Terse(Polite):
@@ -209,9 +196,9 @@ def test_missing_validation_is_refused_by_name(tmp_path):
     def run(probe, module, *val, **kwargs):
         trainer_of(tmp_path, probe, max_epochs=1, **kwargs).fit(module, loader(drop_last=True), *val)
 
-    run(attempt("no `validation_step`"), Unvalidated())
-    run(attempt("limit_val_batches=0"), Polite(), loader(), limit_val_batches=0)
-    with pytest.raises(ValueError, match="max_batches"):
+    run(attempt("validation_step: Unvalidated has none"), Unvalidated())
+    run(attempt("limit_val_batches: 0 leaves no batch"), Polite(), loader(), limit_val_batches=0)
+    with pytest.raises(ValueError, match="max_batches: 0 is less than 1"):
         ValidationScorer(None, None, max_batches=0)
 
 

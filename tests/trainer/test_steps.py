@@ -6,22 +6,9 @@ import torch
 from lightning_softprune.trainer.isolation import untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.trainer.steps import run_step
-from support.fits import Probe, TwoLoaders, loader, trainer_of
+from support.fits import ORDINARY_FITS, Probe, TwoLoaders, loader, trainer_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*eval mode at the start of training.*"),
-    pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*"),
-]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors: more threads only get in each other's way."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = ORDINARY_FITS
 
 
 def test_run_step_gives_each_step_the_arguments_lightning_gives_it(tmp_path):
