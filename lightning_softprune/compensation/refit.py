@@ -201,7 +201,7 @@ def _fit_features(
         if activation is not None and not lacking:  # on every process
             part_of = activation.of(slice(first * width, (first + 1) * width))
             linear = _LinearFit(solution, bias, prior, s_zz)
-            solution, bias = _fit_through(part_of, y, z, linear)
+            solution, bias = _fit_after_activation(part_of, y, z, linear)
         weights.append(solution.reshape(part.shape))
         biases.append(bias - solution @ mean_z)
     return torch.stack(weights), torch.cat(biases)
@@ -241,7 +241,7 @@ class _LinearFit:
     covariance: torch.Tensor
 
 
-def _fit_through(
+def _fit_after_activation(
     activation: FollowingActivation, wanted: torch.Tensor, inputs: torch.Tensor, linear: _LinearFit
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""

@@ -55,7 +55,7 @@ def decide(
     """
     limit = (settings.limits or {}).get("latency")
     ranked = trials.ranked()
-    decision = Decision(ranked[0], Verdict.FEASIBLE) if ranked else _none_feasible(trials)
+    decision = Decision(ranked[0], Verdict.FEASIBLE) if ranked else _explain_infeasible(trials)
     if decision.plan is not None and limit is not None:
         decision = _first_within(limit, ranked, problem, stopwatch)
     if decision.plan is None and settings.on_violation == "prune":
@@ -104,7 +104,7 @@ def _first_within(
     return Decision(None, Verdict.TOO_SLOW, sentence)
 
 
-def _none_feasible(trials: Trials) -> Decision:
+def _explain_infeasible(trials: Trials) -> Decision:
     """Say why no trial is feasible."""
     if not trials.done:
         sentence = "there was no plan to score: within bounds and limits, nothing was found that removes channels"
