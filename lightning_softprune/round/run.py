@@ -58,7 +58,13 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         isolated_rng(seed),
         torch.inference_mode(False),
         Transaction(module, *copies, optimizers=trainer.optimizers) as transaction,
-        ModuleRunner(trainer, module, max_batches=settings.search_batches, seed=seed) as runner,
+        ModuleRunner(
+            trainer,
+            module,
+            max_batches=settings.search_batches,
+            seed=seed,
+            calibration_batches=settings.calibration_batches,
+        ) as runner,
         open_journal(
             trainer, module, settings, runner.validation_batches, epoch=goal.epoch, target=goal.target
         ) as journal,

@@ -1,11 +1,10 @@
-"""Batches read beside the running epoch, whose order, workers and random state stay as they are."""
+"""Batches in memory: copied, served again, and read from the training loaders beside the running epoch."""
 
 from __future__ import annotations
 
-import itertools
-import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Iterator
+from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -13,17 +12,16 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
 
-from lightning_softprune.trainer.isolation import OPAQUE, isolated_rng
-from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
+from lightning_softprune.trainer.isolation import isolated_rng
+from lightning_softprune.trainer.loaders import loaders_beside
+from lightning_softprune.utilities.snapshot import ATOMS
 
 
 def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -87,81 +85,6 @@ class MemoryLoader:
         return getattr(self._loader, name)
 
 
-def readable_copy(loader: Any, argument: str, depth: int = 2) -> Any:
-    """A shallow copy of a loader that can be read while the loader itself, its iterator and its workers go on.
-
-    The copy starts workers of its own where the loader has some: `worker_init_fn` is honoured, and the dataset is
-    changed in their processes and not in this one.
-    """
-    if isinstance(loader, DataLoader):
-        result = copy(loader)
-        # not setattr, which DataLoader refuses once it is made
-        vars(result).update(persistent_workers=False, pin_memory=False, _iterator=None)
-        return result
-    mapping = getattr(loader, "__dict__", None)
-    if mapping is None or not isinstance(mapping, dict):
-        if isinstance(loader, Iterator):
-            raise MisconfigurationException(
-                f"{argument}: a {type(loader).__name__} can be read only once, so the search would take batches away "
-                "from the run; pass an object that can be iterated again: a DataLoader, a list, a class with `__iter__`"
-            )
-        return loader
-    try:
-        result = copy(loader)
-    except Exception:  # whatever a class of the user's says to being copied: it is read as it is
-        return loader
-    for name, value in mapping.items():
-        if depth and isinstance(value, DataLoader):
-            vars(result)[name] = readable_copy(value, argument, depth - 1)
-    return result
-
-
-@contextmanager
-def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
-    """Puts back the samplers, the datasets' attributes and every random generator that reading these loaders moves.
-
-    The generators are seeded from torch's global one, so that what is read depends on the caller's seed alone.
-    """
-    memory = Snapshot(OPAQUE)
-    generators: list[Any] = []
-    seen: set[int] = set()
-    level = [loader for loader in loaders if not isinstance(loader, Tensor)]
-    for _ in range(6):  # loader -> batch_sampler -> sampler -> generator; loader -> dataset -> transform -> generator
-        below: list[Any] = []
-        for value in level:
-            if type(value) in ATOMS or id(value) in seen or isinstance(value, (Tensor, np.ndarray, nn.Module)):
-                continue
-            seen.add(id(value))
-            if isinstance(value, RNGS):
-                generators.append(value)
-            elif isinstance(value, (list, tuple)):
-                below.extend(value[:64])
-            elif isinstance(value, dict):
-                below.extend(itertools.islice(value.values(), 64))
-            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(value, pl.Trainer):
-                if isinstance(value, DataLoader):
-                    memory.ignore(value.dataset)  # a plain list of samples would be copied as a sampler's contents
-                elif isinstance(value, Sampler):
-                    memory.contents(mapping)
-                else:
-                    memory.attributes(value)
-                below.extend(item for name, item in mapping.items() if name != "_iterator")  # the user's workers
-        level = below
-    memory.contents(*generators)
-    seed = int(torch.empty((), dtype=torch.int64).random_(2**31))
-    try:
-        for generator in generators:
-            if isinstance(generator, torch.Generator):
-                generator.manual_seed(seed)
-            elif isinstance(generator, np.random.Generator):
-                generator.bit_generator.state = type(generator.bit_generator)(seed).state
-            else:
-                generator.seed(seed)
-        yield
-    finally:
-        memory.restore()
-
-
 def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:
     """Reads training batches beside the running epoch, whose order, workers and random state stay as they are.
 
@@ -181,20 +104,26 @@ def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:
         combined = _training_loader(trainer)
         if combined is None:
             return []
-        loaders = list(combined.flattened)
-        beside = copy(combined)
-        beside._iterator = None
-        beside.flattened = [readable_copy(loader, "train_dataloaders") for loader in loaders]
-        with loaders_undisturbed(loaders):
-            if trainer.state.fn == TrainerFn.FITTING:
-                for loader in beside.flattened:
-                    _set_sampler_epoch(loader, trainer.current_epoch)
-            iterator = iter(beside)
-            try:
-                limit = min(n, _length(beside))
-                return [copy_batch(batch) for batch, _, _ in itertools.islice(iterator, limit)]
-            finally:
-                beside._iterator = None  # lets go of the workers it started
+        with loaders_beside(trainer, list(combined.flattened), "train_dataloaders") as loaders:
+            beside = copy(combined)
+            beside.flattened = loaders
+            if beside.limits is None:  # outside of a fit
+                beside.limits = [_limit(loader, trainer.limit_train_batches) for loader in loaders]
+            iter(beside)  # and never again, as a `for` would: that starts the workers once more
+            length = sized_len(beside)  # None: a stream
+            batches: list[Any] = []
+            with suppress(StopIteration):
+                while len(batches) < n and (length is None or len(batches) < length):
+                    batches.append(copy_batch(next(beside)[0]))
+            return batches
+
+
+def _limit(loader: Any, limit: int | float) -> int | float:
+    """How many batches of a loader a fit would train on at most."""
+    if isinstance(limit, int):
+        return limit
+    length = sized_len(loader)
+    return math.inf if length is None else int(length * limit)
 
 
 def _training_loader(trainer: pl.Trainer) -> CombinedLoader | None:
@@ -212,8 +141,3 @@ def _training_loader(trainer: pl.Trainer) -> CombinedLoader | None:
         rank_zero_warn(f"`train_dataloader` gives no training data outside of `fit` ({type(error).__name__}: {error}).")
         return None
     return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
-
-
-def _length(combined: CombinedLoader) -> int:
-    length = len(combined)  # may be infinite, whatever the annotation says
-    return length if length < sys.maxsize else sys.maxsize

@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_softprune.trainer.batches import training_batches
+from lightning_softprune.trainer.batches import copy_batch, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     isolated_rng,
@@ -30,22 +30,32 @@ Value = TypeVar("Value")
 class ModuleRunner:
     """Runs the module of a trainer, for one round.
 
-    A context manager: entering reads the validation batches into memory, leaving drops them.
+    A context manager: entering reads the validation batches into memory, leaving drops them. Training batches are read
+    when they are first asked for, once, and are dropped with the others.
 
     Args:
         trainer: The trainer in charge.
         module: Its module.
         max_batches: Validation batches of every loader that a pass uses at most; `None`: as many as validation uses.
         seed: For whatever is random in data and steps.
+        calibration_batches: Training batches that will be asked for at most.
 
     Raises:
         MisconfigurationException: On entering, see `ValidationScorer`.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, *, max_batches: int | None = None, seed: int = 0
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        *,
+        max_batches: int | None = None,
+        seed: int = 0,
+        calibration_batches: int = 1,
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
+        self._most = calibration_batches
+        self._trained_on: list[Any] | None = None
         self._scorer = ValidationScorer(trainer, module, max_batches=max_batches, seed=seed)
 
     def __enter__(self) -> ModuleRunner:
@@ -58,6 +68,7 @@ class ModuleRunner:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._trained_on = None
         self._scorer.__exit__(exception_type, exception, traceback)
 
     # ------------------------------------------------------------------------------------------------- validation
@@ -89,6 +100,30 @@ class ModuleRunner:
         """
         measured = time_validation_step(self.trainer, self.module, self._scorer, runs=runs, seconds=seconds)
         return mean_over_processes(self.trainer, {"seconds": measured})["seconds"]
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def training_batches(self, n: int) -> list[Any]:
+        """The first training batches, as the loaders yield them; fresh copies.
+
+        They are the same ones throughout the round, whoever asks: the loaders are read once, from the random state that
+        the seed gives, beside the running epoch.
+
+        Args:
+            n: How many; there are fewer where an epoch has fewer, and none in a `Trainer.validate` without any.
+
+        Raises:
+            MisconfigurationException: A loader can be read only once.
+        """
+        return [copy_batch(batch) for batch in self._training_batches(n)]
+
+    def _training_batches(self, n: int) -> list[Any]:
+        """The same in memory, for what works on copies itself."""
+        if self._trained_on is None or len(self._trained_on) == self._most < n:
+            self._most = max(n, self._most)
+            with isolated_rng(self.seed):
+                self._trained_on = training_batches(self.trainer, self._most)
+        return self._trained_on[:n]
 
     # ------------------------------------------------------------------------------------------------------ steps
 
@@ -136,7 +171,7 @@ class ModuleRunner:
         """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic."""
         steps: Steps = [self.validation_step(samples)]
         if self.trains_by_itself:
-            steps += [self.training_step(batch, samples=samples) for batch in training_batches(self.trainer, 1)]
+            steps += [self.training_step(batch, samples=samples) for batch in self._training_batches(1)]
         return steps
 
     def probing(self, samples: int) -> Steps:
@@ -149,7 +184,7 @@ class ModuleRunner:
 
         Every step has the same random numbers each time: dense and pruned inputs are compared sample by sample.
         """
-        batches = training_batches(self.trainer, count) if self.trains_by_itself else []
+        batches = self._training_batches(count) if self.trains_by_itself else []
         steps: Steps = [self.validation_step()]
         if batches:
             steps = [self.training_step(batch, number) for number, batch in enumerate(batches)]
@@ -160,7 +195,7 @@ class ModuleRunner:
         with isolated_rng(self.seed):
             with torch.no_grad():
                 self.validation_step()()
-            for raw in training_batches(self.trainer, 1) if self.trains_by_itself else ():
+            for raw in self._training_batches(1) if self.trains_by_itself else ():
                 with untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)
                     batch = transfer(self.trainer, self.module, raw, step="training_step")

@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
@@ -28,13 +27,14 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_softprune.trainer.batches import MemoryLoader, copy_batch, loaders_undisturbed, readable_copy
+from lightning_softprune.trainer.batches import MemoryLoader, copy_batch
 from lightning_softprune.trainer.isolation import (
     attributes_replaced,
     clone_inference_tensors_and_reset_metrics,
     isolated_rng,
     untouched,
 )
+from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
     compiler_off,
@@ -123,7 +123,7 @@ class ValidationScorer:
         if combined is None:
             raise MisconfigurationException(f"val_dataloaders: there are none, {_SCORED_ON}")
         with torch.inference_mode(False), torch.no_grad(), isolated_rng(self._seed):
-            self.batches = self._read(list(combined.flattened), loop._max_batches)
+            self.batches = self._read(combined, loop._max_batches)
         if not any(self.batches):
             raise MisconfigurationException(f"val_dataloaders: they yield no batch, {_SCORED_ON}")
         self._loader = copy(combined)
@@ -163,16 +163,18 @@ class ValidationScorer:
             own.setup_data()
         return own
 
-    def _read(self, loaders: list[Any], limits: list[int | float]) -> list[list[Any]]:
-        batches = []
-        with loaders_undisturbed(loaders):
-            for loader, limit in zip(loaders, limits, strict=True):
-                if self._trainer.state.fn == TrainerFn.FITTING:
-                    _set_sampler_epoch(loader, self._trainer.current_epoch)
-                limit = min(limit, sys.maxsize if self._max_batches is None else self._max_batches)
-                iterator = itertools.islice(readable_copy(loader, "val_dataloaders"), int(min(limit, sys.maxsize)))
-                batches.append([copy_batch(batch) for batch in iterator])
-        return batches
+    def _read(self, combined: CombinedLoader, limits: list[int | float]) -> list[list[Any]]:
+        most = sys.maxsize if self._max_batches is None else self._max_batches
+
+        def head(loader: Any, limit: int | float) -> Iterator[Any]:
+            return map(copy_batch, itertools.islice(loader, int(min(limit, most))))
+
+        with loaders_beside(self._trainer, list(combined.flattened), "val_dataloaders") as loaders:
+            if combined._mode != "min_size":
+                return [list(head(*pair)) for pair in zip(loaders, limits, strict=True)]
+            # row by row: what goes on beyond the end of the shortest may have no end itself
+            rows = list(zip(*map(head, loaders, limits), strict=False))
+            return [[row[i] for row in rows] for i in range(len(loaders))]
 
     def _opened(self) -> CombinedLoader:
         if self._loader is None:
