@@ -18,18 +18,20 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lightning_softprune.callback import SoftPruning
-from lightning_softprune.graph import PruningGroup
+from lightning_softprune.graph import PruningGroup, record_usage
 from lightning_softprune.results import PruningResult
-from lightning_softprune.round import prepare_groups
+from lightning_softprune.round import StepsToTrace, prepare_groups
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
     Step,
-    Steps,
+    attributes_of,
     clone_inference_tensors_and_reset_metrics,
     has_inference_tensors,
     isolated_rng,
+    metrics_in,
     one_epoch_more,
     run_steps,
+    what_a_step_shows,
 )
 
 
@@ -69,25 +71,31 @@ def find_groups(
         batch = getattr(model, "example_input_array", None) if batch is None else batch
         if batch is None:
             raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
-        steps = []
+        steps = {}
     if not steps:
-        steps = [lambda: model(*batch) if isinstance(batch, tuple) else model(batch)]
+        steps = {"": lambda: model(*batch) if isinstance(batch, tuple) else model(batch)}
+    runs = {name: _put_back(model, step) for name, step in steps.items()}
+    outside = {name: f"it is inside of {name}, a metric" for name in metrics_in(model)}
     with isolated_rng(0), torch.inference_mode(False):
-        return prepare_groups(model, [_put_back(model, step) for step in steps], components, ignore or ())
+        with record_usage(model, outside) as judged:
+            run_steps([runs.get("validation_step", next(iter(runs.values())))])
+        return prepare_groups(
+            model, StepsToTrace(list(runs.values()), judged.parameters, outside), components, ignore or ()
+        )
 
 
 _BEGINNINGS = {"validation_step": "on_validation_epoch_start", "training_step": "on_train_epoch_start"}
 
 
-def _module_steps(model: pl.LightningModule, batch: Any) -> Steps:
-    """The module's own steps on a batch, without a trainer.
+def _module_steps(model: pl.LightningModule, batch: Any) -> dict[str, Step]:
+    """The module's own steps on a batch, without a trainer, by name.
 
     Hooks may want a trainer, which is not here: they are called only where a step misses what they make.
     """
     names = ["validation_step"] if is_overridden("validation_step", model) else []
     if model.automatic_optimization and is_overridden("training_step", model):
         names.append("training_step")
-    steps: Steps = []
+    steps: dict[str, Step] = {}
     for name in names:
         begin = False
         try:
@@ -95,7 +103,7 @@ def _module_steps(model: pl.LightningModule, batch: Any) -> Steps:
                 run_steps([_put_back(model, _plain_step(model, name, batch))])
         except AttributeError:
             begin = True
-        steps.append(_plain_step(model, name, batch, begin))
+        steps[name] = _plain_step(model, name, batch, begin)
     return steps
 
 
@@ -112,16 +120,22 @@ def _put_back(model: nn.Module, step: Step) -> Step:
 
 
 def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = False) -> Step:
-    """One step that logs nothing."""
+    """One step that writes no log; it returns all that it shows."""
     function = getattr(model, name)
     takes_index = is_param_in_hook_signature(function, "batch_idx", min_args=2)
 
     def step() -> Any:
-        model.__dict__.update(log=lambda *_, **__: None, log_dict=lambda *_, **__: None)
+        logged: dict[str, Any] = {}
+        model.__dict__.update(
+            log=lambda name, value, *_, **__: logged.update({name: value}),
+            log_dict=lambda dictionary, *_, **__: logged.update(dictionary.items()),
+        )
         try:
             if begin:
                 getattr(model, _BEGINNINGS[name])()
-            return function(batch, 0) if takes_index else function(batch)
+            before = attributes_of(model)
+            returned = function(batch, 0) if takes_index else function(batch)
+            return what_a_step_shows(model, name, returned, logged, before)
         finally:
             del model.__dict__["log"], model.__dict__["log_dict"]
 

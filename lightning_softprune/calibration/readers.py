@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.graph import Member, PruningGroup, WeightGeometry, geometry_of
+from lightning_softprune.graph import Member, PruningGroup, WeightGeometry, geometry_of, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import registered
 
@@ -54,10 +54,13 @@ def _stride(ids: IntArray, geometry: WeightGeometry) -> int:
 
 
 def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:
-    """Whether the member is the input of a layer that mixes channels."""
+    """Whether the member is the input of a layer that mixes channels, and has any outputs."""
     module = modules.get(member.module)
     geometry = None if module is None else geometry_of(module)
-    return geometry is not None and member.slot == geometry.slot
+    if module is None or geometry is None or member.slot != geometry.slot:
+        return False
+    weight = tensor_at(module, "weight")
+    return weight is None or weight.numel() > 0  # a layer without outputs mixes nothing
 
 
 def weight_geometry(layer: nn.Module) -> WeightGeometry:

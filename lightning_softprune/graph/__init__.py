@@ -26,6 +26,8 @@ from lightning_softprune.graph.layers import (
     shape_mismatch,
     tensor_at,
 )
+from lightning_softprune.graph.unseen import refuse_unseen_readers
+from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
 
 __all__ = [
     "COSTS",
@@ -40,6 +42,7 @@ __all__ = [
     "Shape",
     "Sizes",
     "TensorAxis",
+    "Usage",
     "WeightGeometry",
     "add_layer_type",
     "assign_components",
@@ -49,6 +52,9 @@ __all__ = [
     "match_modules",
     "mirror_twins",
     "record_macs",
+    "record_usage",
+    "refuse_unjudged",
+    "refuse_unseen_readers",
     "set_sizes",
     "shape_mismatch",
     "tensor_at",

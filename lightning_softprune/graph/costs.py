@@ -6,13 +6,14 @@ on the number of removed channels alone. So one table per (slot, group) is enoug
 in one NumPy expression. Counts are taken from the table in `layers.py`, and equal what the physically
 pruned model has.
 
-MACs are those of linear, convolution and attention layers, per sample of the batch that was traced; normalisation,
-activations and biases are not counted, as is the field's habit.
+Only parameters that validation uses are counted, see `usage`. MACs are those of linear, convolution and attention
+layers, per sample of the batch that was traced; normalisation, activations and biases are not counted, as is usual in
+the field.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from lightning_softprune.graph.components import is_inside
 from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.graph.layers import Applications, LayerType, Layout, MacTerm, layer_type, layout_of
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
@@ -98,6 +100,7 @@ class CostModel:
         rankings: Sequence[IntArray],
         applications: Mapping[str, Applications],
         new_biases: Sequence[str] = (),
+        judged: Set[str] | None = None,
     ) -> CostModel:
         """Describe a model's counts.
 
@@ -107,6 +110,7 @@ class CostModel:
             rankings: The order in which each group's channels go.
             applications: What :func:`record_macs` saw while the model ran.
             new_biases: Linear and convolution layers without a bias that get one when their input is pruned.
+            judged: Names of the parameters that count; ``None``: all of them.
         """
         sizes: dict[Slot, int] = {}
         tables: dict[Slot, list[tuple[int, IntArray]]] = {}
@@ -119,12 +123,13 @@ class CostModel:
                 owned = member.owner[member.owner >= 0]
                 gone = np.bincount(place[owned] + 1, minlength=group.num_channels + 1).cumsum()
                 tables.setdefault(slot, []).append((number, gone))
-        merged = _merge(list(_parameter_terms(model, sizes)))
+        merged = _merge(list(_parameter_terms(model, sizes, judged)))
         macs = _merge(list(_mac_terms(model, sizes, applications)))
         biases = []
         for name in new_biases:
             layout = layout_of(model.get_submodule(name))
-            if isinstance(layout, Layout) and (name, "in") in sizes:
+            counts = judged is None or f"{name}.weight" in judged
+            if counts and isinstance(layout, Layout) and (name, "in") in sizes:
                 out = (name, "out")
                 term = Term(1.0, (out,)) if out in sizes else Term(float(layout.slots["out"]), ())
                 biases.append(((name, "in"), term))
@@ -140,8 +145,8 @@ def _merge(terms: Sequence[Term]) -> tuple[Term, ...]:
     return tuple(Term(constant, slots) for slots, constant in total.items() if constant)
 
 
-def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int]) -> Iterator[Term]:
-    """One term per parameter, tied ones once."""
+def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int], judged: Set[str] | None) -> Iterator[Term]:
+    """One term per parameter that counts, tied ones once."""
     follows: dict[int, dict[int, tuple[Slot, float]]] = {}
     for name, module in model.named_modules():
         layout = layout_of(module)
@@ -150,6 +155,8 @@ def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int]) -> Iterator[Te
             if isinstance(tensor, nn.Parameter) and (name, axis.slot) in sizes:
                 follows.setdefault(id(tensor), {})[axis.dim] = ((name, axis.slot), axis.repeat / axis.parts)
     for name, parameter in model.named_parameters():
+        if judged is not None and name not in judged:
+            continue
         dims = dict(follows.get(id(parameter), {}))
         for dim in range(parameter.ndim):
             if (name, f"dim{dim}") in sizes:
@@ -161,8 +168,13 @@ def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int]) -> Iterator[Te
 
 
 @contextmanager
-def record_macs(model: nn.Module) -> Iterator[dict[str, Applications]]:
-    """Record, while the block runs the model, how often each layer's weights are applied."""
+def record_macs(model: nn.Module, outside: Collection[str] = ()) -> Iterator[dict[str, Applications]]:
+    """Record, while the block runs the model, how often each layer's weights are applied.
+
+    Args:
+        model: The model.
+        outside: Names of modules that do not count, with all that is in them.
+    """
     seen: dict[str, Applications] = {}
 
     def hook_for(name: str, entry: LayerType) -> Callable[..., None]:
@@ -174,7 +186,9 @@ def record_macs(model: nn.Module) -> Iterator[dict[str, Applications]]:
     with registered(
         module.register_forward_hook(hook_for(name, entry), with_kwargs=True)
         for name, module in model.named_modules()
-        if (entry := layer_type(module)) is not None and entry.macs(module, Applications())
+        if not any(is_inside(name, other) for other in outside)
+        and (entry := layer_type(module)) is not None
+        and entry.macs(module, Applications())
     ):
         yield seen
 

@@ -117,8 +117,8 @@ class WeightGeometry:
         """Bring a weight into ``(groups, outputs per group, channels per group, positions)``."""
         if self.kernel is None:
             weight = weight.t() if self.input_dim == 0 else weight
-            return weight.reshape(1, len(weight), -1, stride)
-        blocks = weight.reshape(self.groups, -1, *weight.shape[1:])
+            return weight.reshape(1, len(weight), weight.shape[1] // stride, stride)
+        blocks = weight.reshape(self.groups, len(weight) // self.groups, *weight.shape[1:])
         return (blocks.transpose(1, 2) if self.input_dim == 0 else blocks).flatten(3)
 
     def from_rows(self, rows: torch.Tensor) -> torch.Tensor:

@@ -24,13 +24,16 @@ from lightning_softprune.graph.walk import Walked, Walker
 from lightning_softprune.utilities.arrays import IntArray
 
 
-def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] = ()) -> list[PruningGroup]:
+def trace_groups(
+    model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] = (), outside: Mapping[str, str] | None = None
+) -> list[PruningGroup]:
     """Find every group of a model by running it.
 
     Args:
         model: The model; its layers are run by ``steps`` under grad mode, in eval mode, and are not changed.
         steps: Functions that run the model (its ``validation_step`` on a batch, ...). What they return is not used.
         ignore: Patterns of modules that must keep their outputs and inputs.
+        outside: Modules that are to be left alone with all that is in them -> why.
 
     Returns:
         The groups in the order in which the model runs them; after them, one entry per layer or bare parameter that
@@ -40,7 +43,7 @@ def trace_groups(model: nn.Module, steps: Sequence[Step], ignore: Sequence[str] 
         ValueError: A pattern of ``ignore`` matches nothing.
     """
     ignored = {n: p for p, names in match_modules(model, ignore, "ignore").items() for n in names}
-    trace = trace_model(model, steps)
+    trace = trace_model(model, steps, outside)
     walker = Walker(trace)
     groups: list[PruningGroup] = []
     seen: set[tuple[str, str]] = set()
@@ -91,9 +94,9 @@ def _build(name: str, walked: Walked, ignored: Mapping[str, str]) -> PruningGrou
         for index, root in place.items():
             owner[index] = channel[root]
         members.append(Member(*key, owner))
-    num_channels = int(channel.max()) + 1
+    num_channels = int(channel.max(initial=-1)) + 1
     if not reason and num_channels < 2:
-        reason = "it has a single channel"
+        reason = "it has a single channel" if num_channels else "it has no channels"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:

@@ -57,7 +57,7 @@ class LinearType(LayerType):
 
     def observe(self, module: nn.Linear, inputs: Mapping[str | int, Any], output: Any, seen: Applications) -> None:
         """Count rows."""
-        seen.applied += output.numel() / module.out_features
+        seen.applied += output.numel() / max(module.out_features, 1)
 
     def macs(self, module: nn.Linear, seen: Applications) -> tuple[MacTerm, ...]:
         """See `LayerType`."""
@@ -123,9 +123,9 @@ class ConvolutionType(LayerType):
         """Count positions of the map times those of the kernel."""
         positions = float(math.prod(module.kernel_size))
         if isinstance(module, _ConvTransposeNd):
-            seen.applied += _argument(inputs, 0, "input").numel() / module.in_channels * positions
+            seen.applied += _argument(inputs, 0, "input").numel() / max(module.in_channels, 1) * positions
         else:
-            seen.applied += output.numel() / module.out_channels * positions
+            seen.applied += output.numel() / max(module.out_channels, 1) * positions
 
     def macs(self, module: _ConvNd, seen: Applications) -> tuple[MacTerm, ...]:
         """See `LayerType`."""

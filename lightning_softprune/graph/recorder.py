@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.graph.layers import Layout
-from lightning_softprune.utilities.hooks import registered
+from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
 from lightning_softprune.utilities.nested import map_tensors, tensors_in
 
 
@@ -65,10 +65,10 @@ class Recorder(TorchFunctionMode):
         for module in model.modules():
             name = self.names[module]
             if name in self.reasons:
-                yield module.register_forward_pre_hook(self._cut_inputs, with_kwargs=True)
-                yield module.register_forward_hook(self._cut_outputs)
+                yield forward_pre_hook(module, self._cut_inputs)
+                yield forward_hook(module, self._cut_outputs)
             elif any(True for _ in module.parameters(recurse=False)) or module in self.layouts:
-                yield module.register_forward_hook(self._note)
+                yield forward_hook(module, self._note)
 
     def finish(self) -> list[torch.Tensor]:
         """Mark the outputs that no later layer depends on; return every end of the graph."""
@@ -90,7 +90,8 @@ class Recorder(TorchFunctionMode):
 
     def _mark(self, tensor: torch.Tensor, reason: str) -> None:
         if tensor.grad_fn is not None and tensor.ndim > 0:
-            end = tensor + 0  # an autograd node of its own, so that the graph ends here whatever else follows
+            with torch.enable_grad():  # metrics run their networks without
+                end = tensor + 0  # an autograd node of its own, so that the graph ends here whatever else follows
             self.markers[end.grad_fn] = reason
             self._ends.append(end)
 

@@ -6,7 +6,7 @@ The module is traced by running its steps, so no example input is asked for.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +38,14 @@ class Trace:
     owners: dict[nn.Parameter, nn.Module]  # parameters of the sliceable layers
 
 
-def trace_model(model: nn.Module, steps: Sequence[Step]) -> Trace:
-    """Run the model and build the graph of what ran."""
+def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, str] | None = None) -> Trace:
+    """Run the model and build the graph of what ran.
+
+    Args:
+        model: The model.
+        steps: Functions that run it.
+        outside: Modules that are to be left alone with all that is in them -> why.
+    """
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     layouts: dict[nn.Module, Layout] = {}
     reasons: dict[str, str] = {}
@@ -47,7 +53,9 @@ def trace_model(model: nn.Module, steps: Sequence[Step]) -> Trace:
     for name, module in model.named_modules():
         if module in inside:
             continue
-        found = layout_of(module)
+        found = _left_alone(name, module, outside or {}) or layout_of(module)
+        if isinstance(module, torch.jit.ScriptModule):  # its children are run by no one who calls hooks
+            inside.update(child for child in module.modules() if child is not module)
         if isinstance(found, Layout):
             layouts[module] = found
         elif found is not None:
@@ -69,6 +77,14 @@ def trace_model(model: nn.Module, steps: Sequence[Step]) -> Trace:
     names.update({p: n for n, p in model.named_parameters()})
     owners = {parameter: layer for layer in layouts for parameter in layer.parameters(recurse=False)}
     return Trace(graph, names, layouts, recorder.order, recorder.ran, reasons, recorder.markers, owners)
+
+
+def _left_alone(name: str, module: nn.Module, outside: Mapping[str, str]) -> str | None:
+    """Why a module with parameters is cut out of the graph, whatever its type."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript modules cannot be sliced"
+    found = next((reason for other, reason in outside.items() if name == other or name.startswith(f"{other}.")), None)
+    return found if any(True for _ in module.parameters(recurse=False)) else None
 
 
 class _Graph(tp.DependencyGraph):  # type: ignore[misc]

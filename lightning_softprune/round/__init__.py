@@ -1,6 +1,6 @@
 """One round: from a trained module to a smaller one with its score, or to the module as it was."""
 
-from lightning_softprune.round.prepare import prepare_groups
+from lightning_softprune.round.prepare import StepsToTrace, prepare_groups
 from lightning_softprune.round.run import run_round
 from lightning_softprune.round.settings import (
     Goal,
@@ -15,6 +15,7 @@ from lightning_softprune.round.settings import (
 __all__ = [
     "Goal",
     "RoundSettings",
+    "StepsToTrace",
     "checked_bounds",
     "checked_epochs",
     "checked_limits",

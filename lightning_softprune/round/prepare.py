@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -17,6 +18,9 @@ from lightning_softprune.graph import (
     assign_components,
     mirror_twins,
     record_macs,
+    record_usage,
+    refuse_unjudged,
+    refuse_unseen_readers,
     trace_groups,
 )
 from lightning_softprune.results import Costs, GroupResult, LeftOut
@@ -66,20 +70,28 @@ class PruningProblem:
     identity: str
 
     @classmethod
-    def prepare(cls, runner: ModuleRunner, settings: RoundSettings, rng: np.random.Generator) -> PruningProblem:
+    def prepare(
+        cls, runner: ModuleRunner, settings: RoundSettings, rng: np.random.Generator, judged: Set[str]
+    ) -> PruningProblem:
         """Trace, rank, and prepare costs and compensation.
+
+        Args:
+            runner: Runs the module.
+            settings: What the user asked for.
+            rng: For what is random in rankings.
+            judged: Names of the parameters that validation uses: only they are counted.
 
         Raises:
             MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
         """
         module = runner.module
+        judged, outside = runner.broadcast(judged), runner.left_alone
         found = prepare_groups(
             module,
-            runner.tracing(),
+            StepsToTrace(runner.tracing(), judged, outside, runner.probing(PROBE_SAMPLES), settings.round_to),
             settings.components,
             settings.ignore,
             settings.twins,
-            probing=runner.probing(PROBE_SAMPLES),
         )
         found = runner.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
@@ -98,7 +110,7 @@ class PruningProblem:
         )
         statistics = _seen_by_twins(statistics, settings.twins or {})
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
-        with record_macs(module) as applications:
+        with record_macs(module, outside) as applications:
             runner.validation_step()()
         applications, samples = runner.broadcast((applications, runner.batch_size))
         return cls(
@@ -110,7 +122,7 @@ class PruningProblem:
             ),
             realisation=Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings)),
             norms=norms(module, groups),
-            costs=CostModel.build(module, groups, rankings, applications, compensation.new_biases),
+            costs=CostModel.build(module, groups, rankings, applications, compensation.new_biases, judged),
             compensation=compensation,
             calibration=calibration,
             samples=samples,
@@ -182,21 +194,44 @@ class PruningProblem:
         )
 
 
+@dataclass(frozen=True)
+class StepsToTrace:
+    """How a model is run to find its groups.
+
+    Attributes:
+        steps: Run it; all that they run is traced.
+        judged: Names of the parameters that validation uses.
+        outside: Modules that are left alone with all that is in them -> why.
+        probing: The same on fewer samples, for probes; empty: the steps themselves.
+        round_to: Kept channels are a multiple of it.
+    """
+
+    steps: Steps
+    judged: Set[str]
+    outside: Mapping[str, str] = field(default_factory=dict)
+    probing: Steps = field(default_factory=list)
+    round_to: int = 1
+
+
 def prepare_groups(
     model: nn.Module,
-    steps: Steps,
+    how: StepsToTrace,
     components: dict[str, list[str]] | None,
     ignore: Sequence[str],
     twins: dict[str, str] | None = None,
-    probing: Steps | None = None,
 ) -> list[PruningGroup]:
     """Trace, name components and probe: the groups as the user sees them."""
+    twins = twins or {}
 
-    def run(seed: int = 0) -> None:
-        run_steps(probing or steps, seed)
+    def run(seed: int = 0) -> list[Any]:
+        return run_steps(how.probing or how.steps, seed)
 
-    traced = mirror_twins(model, trace_groups(model, steps, ignore), twins or {})
-    return probe_groups(model, assign_components(model, traced, components, twins or ()), run, lambda: run(1))
+    with record_usage(model) as used:
+        traced = trace_groups(model, how.steps, ignore, how.outside)
+    groups = refuse_unjudged(mirror_twins(model, traced, twins), how.judged)
+    groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
+    groups = assign_components(model, groups, components, twins)
+    return probe_groups(model, groups, run, lambda: run(1), how.round_to)
 
 
 def _seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:

@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_softprune.graph import COSTS
+from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import commit_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide
@@ -69,10 +69,11 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             trainer, module, settings, runner.validation_batches, epoch=goal.epoch, target=goal.target
         ) as journal,
     ):
-        before = journal.scored(BASELINE, runner.metrics).metrics
+        with record_usage(module, runner.left_alone) as judged:
+            before = journal.scored(BASELINE, runner.metrics).metrics
         objective = Objective(settings.monitor, settings.mode, settings.constraints)
         objective = replace(objective, scale=monitored(before, objective))
-        problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed))
+        problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         trials = Trials(objective, problem.space(settings, dense, goal.target), goal.target)
         evaluator = Evaluator(runner, problem, journal, trials)

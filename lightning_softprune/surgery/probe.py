@@ -1,8 +1,19 @@
-"""The groups that the graph takes for prunable and the code does not, found by trying."""
+"""The groups that the graph takes for prunable and the code does not, found by trying.
+
+A *probe* lets groups lose some of their channels and runs the model twice: once with the kept channels in their order,
+and once with them in another one, everywhere alike. Both are the same network. So whatever the model computes, returns
+and logs has to be the same; where it is not, something reads channels by their position (a feature with a meaning of
+its own, a flip, a shuffle, a slice), and what would be removed from a reader is not what its producer loses. Where
+masking the dense network is defined, this asks for the same as a comparison with it; and it is also right where removed
+channels are missed rightly, by a mean or a norm over the channels.
+
+Groups are probed together, each with a pattern of its own, and apart where something fails.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,9 +22,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_softprune.graph import Layout, PruningGroup, layout_of
-from lightning_softprune.search import Plan
-from lightning_softprune.surgery.apply import Surgery, apply_plan, select_channels
-from lightning_softprune.utilities.hooks import registered
+from lightning_softprune.surgery.apply import Surgery, select_channels
+from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.hooks import forward_hook, registered
+from lightning_softprune.utilities.nested import tensors_in
+
+_NARROW = 3
+"""Patterns of a group that remove as little as can be: the first channels, the last, those between."""
 
 
 def probe_groups(
@@ -21,121 +36,283 @@ def probe_groups(
     groups: Sequence[PruningGroup],
     run: Callable[[], Any],
     run_otherwise: Callable[[], Any] | None = None,
+    round_to: int = 1,
 ) -> list[PruningGroup]:
     """Find the groups that the graph takes for prunable and the code does not.
 
-    From each prunable group a few channels (the first, the last and one between, if there are that many) are removed,
-    the model is run, and the channels are put back. A constant in a ``view``, an addition to the raw input or an
-    assumption about the width shows now, not in the middle of a search.
-
-    Then the group's channels change places, everywhere alike. No layer's outputs may notice. If they do, something
-    between the layers reorders channels or tells them apart by their number (``flip``, a channel shuffle, a slice), and
-    what would be removed from a reader is not what its producer loses.
+    Each prunable group loses its first, its last and a middle channel, then a quarter and half of them. A constant in a
+    ``view``, an addition to the raw input or an assumption about the width shows now, not in the middle of a search. A
+    group that runs with single channels gone, but at some larger widths not, stays prunable: its trials will tell.
 
     Args:
         model: The model; unchanged afterwards.
         groups: Traced groups.
         run: Runs the steps of the model once, always with the same random numbers; they are known to run on the dense
-            model.
-        run_otherwise: The same with other random numbers: outputs that depend on them are not compared.
+            model. What it returns (nested data, the parts of a dictionary with their names) is compared too.
+        run_otherwise: The same with other random numbers: what depends on them is not compared.
+        round_to: Kept channels are a multiple of it.
 
     Returns:
-        The groups; those that fail are not prunable and carry the error's first line as their reason.
+        The groups; those that fail are not prunable and carry the error's first line, or what changed, as their reason.
     """
-    probed = []
-    dense = _outputs(model, run)
-    other = dense if run_otherwise is None else _outputs(model, run_otherwise)
-    dense = {name: seen for name, seen in dense.items() if name in other and _alike(seen, other[name])}
-    for group in groups:
-        if not group.prunable:
-            probed.append(group)
-            continue
-        last = group.num_channels - 1
-        surgery = apply_plan(model, [group], Plan((tuple(sorted({0, last // 2, last})) if last > 3 else (0,),)))
+    probe = _Probe(model, groups, run, run_otherwise)
+    numbers = [i for i, group in enumerate(groups) if group.prunable]
+    patterns = {i: _patterns(groups[i].num_channels, round_to) for i in numbers}
+    reasons: dict[int, str] = {}
+    crashes: dict[int, list[str]] = {i: [] for i in numbers}
+    most = max((len(found) for found in patterns.values()), default=0)
+    for turn in range(most + 1):  # in the last one nothing goes, and all change places
+        cuts = {}
+        for position, i in enumerate(numbers):
+            if i in reasons or not patterns[i]:
+                continue
+            # of groups of one width, each loses others at a time: a coupling that the graph missed does not fit then
+            narrow = min(_NARROW, len(patterns[i]))
+            place = (turn + position) % narrow if turn < narrow else turn
+            cuts[i] = () if turn == most else patterns[i][min(place, len(patterns[i]) - 1)]
+        for i, problem in probe.problems(cuts).items():
+            if problem.crashed and turn >= _NARROW:
+                crashes[i].append(problem.reason)
+            else:
+                reasons[i] = problem.reason
+    for i, found in crashes.items():
+        if found and len(found) == len(patterns[i]) - _NARROW:
+            reasons.setdefault(i, found[0])
+    return [group.refuse(reasons[i]) if i in reasons else group for i, group in enumerate(groups)]
+
+
+def _patterns(channels: int, round_to: int) -> list[tuple[int, ...]]:
+    """Which channels go, pattern by pattern: first the narrow ones."""
+    least = channels % round_to or round_to
+    if channels - least < round_to:
+        return []  # left whole whatever happens
+    middle = (channels - least) // 2
+    found = [tuple(range(start, start + least)) for start in (0, channels - least, middle)]
+    for share in (4, 2):
+        count = channels - (channels - channels // share) // round_to * round_to
+        if least < count <= channels - round_to:
+            found.append(tuple(int(n) for n in np.linspace(0, channels - 1, count).round()))
+    return found
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Why a group cannot be pruned, and whether the model raised an exception."""
+
+    reason: str
+    crashed: bool
+
+
+@dataclass
+class _Seen:
+    """What one run computes.
+
+    Attributes:
+        layers: Fingerprint and scale of the outputs of layers that mix channels, call by call.
+        sums: The same, blind to the order of the elements, for the outputs of all modules.
+        shown: The same as for layers, for what the steps return and log.
+    """
+
+    layers: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    sums: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    shown: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+    def parts(self) -> tuple[tuple[dict[str, list[tuple[float, float]]], float], ...]:
+        """Each with its tolerance."""
+        return (self.layers, 1e-3), (self.shown, 1e-4), (self.sums, 1e-3)
+
+
+class _Probe:
+    """Runs a model with channels gone and out of order, and compares."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[PruningGroup],
+        run: Callable[[], Any],
+        run_otherwise: Callable[[], Any] | None,
+    ) -> None:
+        self.model, self.groups, self.run = model, groups, run
+        self.rng = np.random.default_rng(0)
+        self.dense = self._look()
+        other = self.dense if run_otherwise is None else self._look(run_otherwise)
+        self.steady = [
+            {name for name in ours if name in theirs and _alike(ours[name], theirs[name], tolerance)}
+            for (ours, tolerance), (theirs, _) in zip(self.dense.parts(), other.parts(), strict=True)
+        ]
+
+    def problems(self, cuts: Mapping[int, tuple[int, ...]]) -> dict[int, _Problem]:
+        """What is wrong with groups that lose these channels: looked for together, then apart."""
+        if not cuts:
+            return {}
+        problem = self._problem(cuts)
+        if problem is None:
+            return {}
+        if len(cuts) == 1:
+            return dict.fromkeys(cuts, problem)
+        items = list(cuts.items())
+        half = len(items) // 2
+        return self.problems(dict(items[:half])) | self.problems(dict(items[half:]))
+
+    def _problem(self, cuts: Mapping[int, tuple[int, ...]]) -> _Problem | None:
+        """What is wrong with this cut of some groups; ``None`` if nothing is."""
         try:
-            run()
+            ordered = self._look_at(cuts, shuffled=False) if any(cuts.values()) else self.dense
+            shuffled = self._look_at(cuts, shuffled=True)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the user's code says to fewer channels is the reason
             line = (str(error).splitlines() or [""])[0]
-            probed.append(group.refuse(f"the model does not run with fewer channels: {type(error).__name__}: {line}"))
-        else:
-            own = {member.module for member in group.members if member.slot == "out"}
-            surgery = _swap_channels(model, group, surgery)
-            seen = _outputs(model, run)
-            torn = [name for name in dense if name not in own and not _alike(dense[name], seen.get(name, []))]
-            reason = (
-                f"its channels are reordered, or told apart by their number, on the way to {torn[0]}" if torn else ""
-            )
-            probed.append(group.refuse(reason) if reason else group)
+            return _Problem(f"the model does not run with fewer channels: {type(error).__name__}: {line}", True)
+        own = {member.module for i in cuts for member in self.groups[i].members if member.slot != "in"}
+        words = (
+            "its channels are reordered, or told apart by their number, on the way to {}",
+            "its channels are told apart by their number: {} depends on their order",
+            "its channels are told apart by their number: what {} returns depends on their order",
+        )
+        for steady, word, (one, tolerance), (two, _) in zip(
+            self.steady, words, ordered.parts(), shuffled.parts(), strict=True
+        ):
+            for name in one:
+                same = _alike(one[name], two.get(name, []), tolerance)
+                if name in steady and not same and not (word is words[0] and name in own):
+                    return _Problem(word.format(name or "the module"), False)
+        return None
+
+    def _look_at(self, cuts: Mapping[int, tuple[int, ...]], *, shuffled: bool) -> _Seen:
+        surgery = _rearrange(self.model, {i: self.groups[i] for i in cuts}, cuts, self.rng if shuffled else None)
+        try:
+            return self._look()
         finally:
             surgery.undo()
-    return probed
+
+    def _look(self, run: Callable[[], Any] | None = None) -> _Seen:
+        """Run the model, and note what it computes."""
+        seen = _Seen()
+        last: list[Any] = [None, None]
+
+        def hook_for(name: str, mixes: bool) -> Callable[..., None]:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                first = output[0] if isinstance(output, (tuple, list)) and output else output
+                if mixes and isinstance(first, torch.Tensor) and first.is_floating_point():
+                    seen.layers.setdefault(name, []).append(_fingerprint(first))
+                if output is not last[0]:  # a container that only hands on what its last part has made
+                    last[:] = output, [_sums(tensor) for tensor in tensors_in(output) if _is_number(tensor)]
+                seen.sums.setdefault(name, []).extend(last[1])
+
+            return hook
+
+        def mixes(module: nn.Module) -> bool:
+            return isinstance(layout := layout_of(module), Layout) and "out" in layout.slots
+
+        with registered(
+            forward_hook(module, hook_for(name, mixes(module))) for name, module in self.model.named_modules()
+        ):
+            result = (run or self.run)()
+        for name, value in _named(result):
+            seen.shown.setdefault(name, []).extend(_fingerprint(t) for t in _numbers(value))
+        return seen
 
 
-def _swap_channels(model: nn.Module, group: PruningGroup, removed: Surgery) -> Surgery:
-    """Let the channels of a group change places in all its members, after undoing what was removed from them.
+def _rearrange(
+    model: nn.Module,
+    groups: Mapping[int, PruningGroup],
+    cuts: Mapping[int, tuple[int, ...]],
+    rng: np.random.Generator | None,
+) -> Surgery:
+    """Remove channels of some groups, and let the others change places in all members, if there is a generator.
 
     Only channels that hold the same number of indices in every member can take each other's place.
     """
-    removed.undo()
-    shape = np.stack([np.bincount(m.owner[m.owner >= 0], minlength=group.num_channels) for m in group.members])
-    place = np.arange(group.num_channels)
-    for kind in np.unique(shape, axis=1).T:
-        alike = np.flatnonzero((shape == kind[:, None]).all(axis=0))
-        place[alike] = np.roll(alike[::-1], 1)
+    content: dict[tuple[str, str], IntArray] = {}
+    gone: dict[tuple[str, str], IntArray] = {}
+    for i, group in groups.items():
+        kept = np.setdiff1d(np.arange(group.num_channels), cuts[i])
+        place = np.arange(group.num_channels)
+        if rng is not None:
+            shape = np.stack([np.bincount(m.owner[m.owner >= 0], minlength=group.num_channels) for m in group.members])
+            for kind in np.unique(shape[:, kept], axis=1).T:
+                alike = kept[(shape[:, kept] == kind[:, None]).all(axis=0)]
+                place[alike] = _deranged(alike, rng)
+        for member in group.members:
+            slot = (member.module, member.slot)
+            moved = content.setdefault(slot, np.arange(len(member.owner)))
+            lost = gone.setdefault(slot, np.zeros(len(member.owner), dtype=bool))
+            order = np.argsort(member.owner, kind="stable")
+            starts = np.searchsorted(member.owner[order], np.arange(group.num_channels + 1))
+            for channel in np.flatnonzero(place != np.arange(group.num_channels)):
+                there = place[channel]
+                moved[order[starts[channel] : starts[channel + 1]]] = order[starts[there] : starts[there + 1]]
+            lost |= np.isin(member.owner, cuts[i])
     selected: dict[str, dict[str, torch.Tensor]] = {}
-    for member in group.members:
-        order = np.arange(len(member.owner))
-        for channel in range(group.num_channels):
-            order[member.owner == channel] = np.flatnonzero(member.owner == place[channel])
-        slots = selected.setdefault(member.module, {})
-        before = slots.get(member.slot)
-        moved = torch.from_numpy(order)
-        slots[member.slot] = moved if before is None else before[moved]
-    sizes = {(member.module, member.slot): len(member.owner) for member in group.members}
-    return select_channels(model, selected, sizes)
+    for (module, side), moved in content.items():
+        selected.setdefault(module, {})[side] = torch.from_numpy(moved[~gone[module, side]])
+    return select_channels(model, selected, {place: len(moved) for place, moved in content.items()})
 
 
-def _outputs(model: nn.Module, run: Callable[[], Any]) -> dict[str, list[tuple[float, float]]]:
-    """Run the model; a fingerprint and the norm of the output of every layer that mixes channels, call by call."""
-    seen: dict[str, list[tuple[float, float]]] = {}
-
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            first = output[0] if isinstance(output, (tuple, list)) and output else output
-            if isinstance(first, torch.Tensor) and first.is_floating_point():
-                values = first.detach().flatten().float()
-                scale = max(torch.finfo(first.dtype).eps / torch.finfo(torch.float32).eps, 1.0)  # coarser in half
-                norm = float(values.norm()) * min(scale, 64.0)
-                seen.setdefault(name, []).append((_fingerprint(values), norm))
-
-        return hook
-
-    with registered(
-        module.register_forward_hook(hook_for(name))
-        for name, module in model.named_modules()
-        if isinstance(layout := layout_of(module), Layout) and "out" in layout.slots
-    ):
-        run()
-    return seen
+def _deranged(items: IntArray, rng: np.random.Generator) -> IntArray:
+    """The items in another order, none in its place (Sattolo's algorithm: one random cycle)."""
+    result: IntArray = items.copy()
+    for i in range(len(result) - 1, 0, -1):
+        j = int(rng.integers(i))
+        result[[i, j]] = result[[j, i]]
+    return result
 
 
-def _fingerprint(values: torch.Tensor) -> float:
-    """A sum with weights between -1 and 1 that hardly any reordering leaves as it is."""
+def _named(result: Any) -> Iterator[tuple[str, Any]]:
+    """The parts of what a run returned, by name."""
+    for part in result if isinstance(result, list) else [result]:
+        if isinstance(part, dict) and all(isinstance(name, str) for name in part):
+            yield from part.items()
+        else:
+            yield "what it returns", part
+
+
+def _numbers(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, (bool, int, float)):
+        return [torch.tensor(float(value))]
+    return [tensor for tensor in tensors_in(value) if _is_number(tensor)]
+
+
+def _is_number(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_meta
+
+
+def _coarseness(tensor: torch.Tensor) -> float:
+    if not tensor.is_floating_point():
+        return 1.0
+    return min(max(torch.finfo(tensor.dtype).eps / torch.finfo(torch.float32).eps, 1.0), 64.0)  # half precision
+
+
+def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
+    """A sum with weights between -1 and 1 that hardly any reordering leaves as it is; and the norm."""
+    values = tensor.detach().flatten().float()
+    norm = float(values.norm()) * _coarseness(tensor)
     width = min(len(values), 65537)  # a prime, so that rows do not fall in step with channels
 
     def weights(size: int, pace: float) -> torch.Tensor:
         return torch.cos(torch.arange(size, dtype=torch.float32, device=values.device) * pace)
 
     if not width:
-        return 0.0
+        return 0.0, norm
     rows = F.pad(values, (0, -len(values) % width)).reshape(-1, width)
-    return float(weights(len(rows), 1.1803399) @ (rows @ weights(width, 2.3999632)))
+    return float(weights(len(rows), 1.1803399) @ (rows @ weights(width, 2.3999632))), norm
 
 
-def _alike(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]]) -> bool:
-    """Whether two layers' fingerprints agree to a thousandth of their norms (64 times as much in half precision)."""
+def _sums(tensor: torch.Tensor) -> tuple[float, float]:
+    """A sum over the elements that no reordering changes, and the sum of its terms' sizes."""
+    values = tensor.detach().flatten().float()
+    scale = float(values.abs().max()) if len(values) else 0.0
+    if not scale or not np.isfinite(scale):
+        return scale, scale
+    values = values / scale
+    terms = values + 0.7 * values.square() - 0.4 * values.square() * values
+    return float(terms.sum()) * scale, float(terms.abs().sum()) * scale * _coarseness(tensor)
+
+
+def _alike(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], tolerance: float) -> bool:
+    """Whether two outputs' fingerprints agree within a tolerance relative to their scales."""
     return len(one) == len(other) and all(
-        abs(a - b) <= 1e-3 * max(norm, other_norm) + 1e-6 for (a, norm), (b, other_norm) in zip(one, other, strict=True)
+        abs(a - b) <= tolerance * max(scale, other_scale) + 1e-6 or (a != a and b != b)
+        for (a, scale), (b, other_scale) in zip(one, other, strict=True)
     )

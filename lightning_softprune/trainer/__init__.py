@@ -16,8 +16,9 @@ from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     has_inference_tensors,
     isolated_rng,
+    metrics_in,
 )
-from lightning_softprune.trainer.module_steps import Step, Steps, run_steps
+from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of, run_steps, what_a_step_shows
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
 from lightning_softprune.trainer.processes import wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
@@ -27,6 +28,7 @@ __all__ = [
     "ModuleRunner",
     "Step",
     "Steps",
+    "attributes_of",
     "averaged_copies",
     "clone_inference_tensors_and_reset_metrics",
     "end_epoch_at_this_batch",
@@ -35,6 +37,7 @@ __all__ = [
     "has_inference_tensors",
     "isolated_rng",
     "logging_step",
+    "metrics_in",
     "one_epoch_more",
     "refuse_sharded_optimizers",
     "refuse_sharding",
@@ -42,5 +45,6 @@ __all__ = [
     "run_steps",
     "take_epoch_back",
     "take_epoch_back_in",
+    "what_a_step_shows",
     "wrap_again",
 ]

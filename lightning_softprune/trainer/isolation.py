@@ -134,6 +134,15 @@ def has_inference_tensors(module: nn.Module) -> bool:
     return any(isinstance(v, Tensor) and v.is_inference() for holder in holders for v in holder.values())
 
 
+def metrics_in(module: nn.Module) -> list[str]:
+    """Names of the metrics in a module that have parameters (the network of a perceptual metric)."""
+    return [
+        name
+        for name, child in module.named_modules()
+        if isinstance(child, Metric) and any(True for _ in child.parameters())
+    ]
+
+
 def _reset_metrics(module: nn.Module) -> None:
     collections: list[MetricCollection] = []
     for child in module.modules():

@@ -3,25 +3,69 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torchmetrics import Metric
 
 from lightning_softprune.trainer.isolation import isolated_rng
-from lightning_softprune.utilities.hooks import registered
-from lightning_softprune.utilities.nested import is_container, rebuild
+from lightning_softprune.utilities.hooks import forward_hook, registered
+from lightning_softprune.utilities.nested import is_container, rebuild, tensors_in
 
 Step = Callable[[], Any]
 Steps = list[Step]
 
 
-def run_steps(steps: Steps, seed: int = 0) -> None:
-    """Run steps one after another, without gradients, always with the same random numbers."""
+def run_steps(steps: Steps, seed: int = 0) -> list[Any]:
+    """Run steps one after another, without gradients, always with the same random numbers; what they return."""
     with isolated_rng(seed), torch.no_grad():
-        for step in steps:
-            step()
+        return [step() for step in steps]
+
+
+def attributes_of(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Identity and length of the containers and tensors that a module keeps as attributes."""
+    return {
+        key: (id(value), len(value) if is_container(value) else 0)
+        for key, value in vars(module).items()
+        if not key.startswith("_") and (is_container(value) or isinstance(value, torch.Tensor))
+    }
+
+
+def what_a_step_shows(
+    module: nn.Module, name: str, returned: Any, logged: Mapping[str, Any], before: Mapping[str, tuple[int, int]]
+) -> dict[str, list[torch.Tensor]]:
+    """All that a step of a LightningModule lets others see, by name: numbers and tensors, copied.
+
+    Args:
+        module: The module, right after the step.
+        name: The step.
+        returned: What it returned.
+        logged: What it logged; metrics among it count by their states.
+        before: `attributes_of` the module before the step.
+
+    Returns:
+        That, with the states of all metrics and what the module keeps since (outputs, for the end of the epoch).
+    """
+    shown = {f"what {name} returns": returned}
+    shown |= {f"{key!r}, which {name} logs,": value for key, value in logged.items() if not isinstance(value, Metric)}
+    for path, child in module.named_modules():
+        if isinstance(child, Metric):
+            shown[f"{path} after {name}"] = child.metric_state
+    for key, place in attributes_of(module).items():
+        if before.get(key) != place:
+            shown[f"self.{key} after {name}"] = vars(module)[key]
+    return {key: [tensor.detach().clone() for tensor in _numbers_in(value)] for key, value in shown.items()}
+
+
+def _numbers_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, (bool, int, float)):
+        return [torch.tensor(float(value))]
+    if is_container(value):
+        items = value.values() if isinstance(value, Mapping) else value
+        return [tensor for item in items for tensor in _numbers_in(item)]
+    return tensors_in(value)
 
 
 def same_layer_calls(model: nn.Module, few: Steps, whole: Steps) -> bool:
@@ -30,8 +74,7 @@ def same_layer_calls(model: nn.Module, few: Steps, whole: Steps) -> bool:
     def calls(steps: Steps) -> Counter[str]:
         seen: Counter[str] = Counter()
         with registered(
-            layer.register_forward_hook(lambda *_, name=name: seen.update([name]))
-            for name, layer in model.named_modules()
+            forward_hook(layer, lambda *_, name=name: seen.update([name])) for name, layer in model.named_modules()
         ):
             run_steps(steps)
         return seen

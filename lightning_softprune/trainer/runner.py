@@ -6,6 +6,8 @@ for. Where several processes train together, every process runs its share, and a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -13,18 +15,31 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.batches import copy_batch, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     isolated_rng,
+    metrics_in,
     untouched,
 )
-from lightning_softprune.trainer.module_steps import Step, Steps, head_of_batch, same_layer_calls
+from lightning_softprune.trainer.module_steps import (
+    Step,
+    Steps,
+    attributes_of,
+    head_of_batch,
+    run_steps,
+    same_layer_calls,
+    what_a_step_shows,
+)
 from lightning_softprune.trainer.processes import mean_over_processes
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
 
 Value = TypeVar("Value")
+
+_TRACED_BATCHES = 4
+"""Training batches that are looked at for branches that the first one does not take."""
 
 
 class ModuleRunner:
@@ -56,6 +71,7 @@ class ModuleRunner:
         self.trainer, self.module, self.seed = trainer, module, seed
         self._most = calibration_batches
         self._trained_on: list[Any] | None = None
+        self._traced: list[Callable[[int | None], Step]] | None = None
         self._scorer = ValidationScorer(trainer, module, max_batches=max_batches, seed=seed)
 
     def __enter__(self) -> ModuleRunner:
@@ -68,7 +84,7 @@ class ModuleRunner:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._trained_on = None
+        self._trained_on = self._traced = None
         self._scorer.__exit__(exception_type, exception, traceback)
 
     # ------------------------------------------------------------------------------------------------- validation
@@ -87,9 +103,18 @@ class ModuleRunner:
         """One validation pass over the module as it is now: every metric by name, the mean over the processes.
 
         Raises:
-            Exception: The user's own, as it is, with everything put back.
+            Exception: The user's own, as it is, with everything put back; on all processes, if it is raised on one.
         """
-        return mean_over_processes(self.trainer, self._scorer.metrics())
+        if self.trainer.world_size == 1:
+            return self._scorer.metrics()
+        metrics, failure = {}, None
+        try:
+            metrics = self._scorer.metrics()
+        except Exception as error:
+            failure = error
+        if not self.all_agree(failure is None):
+            raise failure or RuntimeError("another process has failed in this validation pass")
+        return mean_over_processes(self.trainer, metrics)
 
     def time(self, *, runs: int, seconds: float) -> float:
         """Median seconds of the module's `validation_step` on the first batch, the mean over the processes.
@@ -127,20 +152,16 @@ class ModuleRunner:
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def validation_step(self, samples: int | None = None) -> Step:
+    def validation_step(self, samples: int | None = None, loader: int | None = None) -> Step:
         """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind.
 
         Args:
             samples: Only so many of the batch's samples.
+            loader: The loader whose first batch it is; `None`: the first that gives any.
         """
 
         def step() -> Any:
-            with untouched(self.trainer, self.module):
-                clone_inference_tensors_and_reset_metrics(self.module)
-                self.module.eval()
-                first = self._scorer.first_batch()
-                batch = first._replace(data=head_of_batch(first.data, samples))
-                return run_step(self.trainer, self.module, "validation_step", batch)
+            return self._shown("validation_step", self._scorer.first_batch(loader), samples)
 
         return step
 
@@ -154,25 +175,57 @@ class ModuleRunner:
         """
 
         def step() -> Any:
-            with untouched(self.trainer, self.module):
-                clone_inference_tensors_and_reset_metrics(self.module)
-                self.module.eval()
-                batch = head_of_batch(transfer(self.trainer, self.module, raw, step="training_step"), samples)
-                return run_step(self.trainer, self.module, "training_step", LoadedBatch(batch, number))
+            batch = transfer(self.trainer, self.module, raw, step="training_step")
+            return self._shown("training_step", LoadedBatch(batch, number), samples)
 
         return step
+
+    def _shown(self, name: str, batch: LoadedBatch, samples: int | None) -> dict[str, list[torch.Tensor]]:
+        """Run a step, and return all that it shows."""
+        with untouched(self.trainer, self.module):
+            clone_inference_tensors_and_reset_metrics(self.module)
+            self.module.eval()
+            batch = batch._replace(data=head_of_batch(batch.data, samples))
+            before = attributes_of(self.module)
+            returned, logged = run_step(self.trainer, self.module, name, batch)
+            return what_a_step_shows(self.module, name, returned, logged, before)
 
     @property
     def trains_by_itself(self) -> bool:
         """Whether `training_step` can be run alone: it is there, and optimization is automatic."""
         return self.module.automatic_optimization and is_overridden("training_step", self.module)
 
+    @property
+    def left_alone(self) -> dict[str, str]:
+        """Modules that are no part of the network, with the reason: metrics are neither pruned nor counted."""
+        return {name: f"it is inside of {name}, a metric" for name in metrics_in(self.module)}
+
     def tracing(self, samples: int | None = None) -> Steps:
-        """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic."""
-        steps: Steps = [self.validation_step(samples)]
-        if self.trains_by_itself:
-            steps += [self.training_step(batch, samples=samples) for batch in self._training_batches(1)]
-        return steps
+        """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic.
+
+        They are the first batch of validation and of training, and of the other loaders and the next training batches
+        those that use a part of the module that the ones before have not used.
+        """
+        if self._traced is None:
+            self._traced = self._first_of_all_kinds()
+        return [make(samples) for make in self._traced]
+
+    def _first_of_all_kinds(self) -> list[Callable[[int | None], Step]]:
+        loaders = self._scorer.loaders
+        batches = self._training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
+        validation = [partial(self.validation_step, loader=loader) for loader in loaders]
+        training = [partial(self.training_step, raw, number) for number, raw in enumerate(batches)]
+        kept: list[Callable[[int | None], Step]] = []
+        used: set[str] = set()
+        for kind in (validation, training):
+            for make in kind if len(kind) > 1 else ():
+                with record_usage(self.module) as usage:
+                    run_steps([make(samples=None)])
+                if make is kind[0] or not (usage.parameters | usage.layers) <= used:
+                    kept.append(partial(_on_samples, make))
+                used |= usage.parameters | usage.layers
+            kept += [partial(_on_samples, make) for make in kind] if len(kind) == 1 else []
+        return kept
 
     def probing(self, samples: int) -> Steps:
         """The steps that groups are probed by: on so many samples, where these run the same layers as whole batches."""
@@ -194,7 +247,8 @@ class ModuleRunner:
         """Run the pruned module once as validation and as training will; the user's own exception goes on."""
         with isolated_rng(self.seed):
             with torch.no_grad():
-                self.validation_step()()
+                for loader in self._scorer.loaders:
+                    self.validation_step(loader=loader)()
             for raw in self._training_batches(1) if self.trains_by_itself else ():
                 with untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)
@@ -211,6 +265,10 @@ class ModuleRunner:
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is set on every process."""
         return self.trainer.strategy.reduce_boolean_decision(flag, all=True)
+
+
+def _on_samples(make: Callable[..., Step], samples: int | None) -> Step:
+    return make(samples=samples)
 
 
 def _repeatable(step: Step, seed: int) -> Step:

@@ -189,13 +189,21 @@ class ValidationScorer:
         except (RecursionError, TypeError):
             return None
 
+    @property
+    def loaders(self) -> list[int]:
+        """The loaders that give batches of their own; the first alone where Lightning combines their batches."""
+        given = [number for number, batches in enumerate(self.batches) if batches]
+        return given if self._opened()._mode == "sequential" else given[:1]
+
     def _first(self) -> Any:
         batch, _, _ = next(iter(copy(self._opened())))
         return batch
 
-    def first_batch(self) -> LoadedBatch:
-        """A fresh copy of the first validation batch on the module's device."""
-        return LoadedBatch(transfer(self._trainer, self._module, self._first()))
+    def first_batch(self, loader: int | None = None) -> LoadedBatch:
+        """A fresh copy of the first validation batch on the module's device: of all, or of one of the `loaders`."""
+        if loader is None or len(self.loaders) == 1:
+            return LoadedBatch(transfer(self._trainer, self._module, self._first()))
+        return LoadedBatch(transfer(self._trainer, self._module, self.batches[loader][0], loader), 0, loader)
 
     def metrics(self) -> dict[str, float]:
         """Runs one pass over the live module as it is now.

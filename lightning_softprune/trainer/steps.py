@@ -38,6 +38,18 @@ class LoadedBatch(NamedTuple):
     dataloader_idx: int = 0
 
 
+class Ran(NamedTuple):
+    """What came of a step.
+
+    Attributes:
+        returned: What it returned.
+        logged: What it logged, by name.
+    """
+
+    returned: Any
+    logged: dict[str, Any]
+
+
 def _stage(step: str) -> RunningStage:
     return _STAGES[one_of("step", step, tuple(_STAGES))]
 
@@ -131,7 +143,7 @@ def run_step(
     *,
     autocast: bool = False,
     begin: bool = True,
-) -> Any:
+) -> Ran:
     """Runs one step of the module by itself, with nothing logged.
 
     The mode (`train()`, `eval()`, gradients) is the caller's choice. What the step changes on the module stays changed:
@@ -148,7 +160,7 @@ def run_step(
         begin: Whether to call those hooks.
 
     Returns:
-        What the step returns.
+        What the step returns, and what it logs.
 
     Raises:
         ValueError: `step` is neither of the two.
@@ -157,16 +169,19 @@ def run_step(
     function = getattr(pl_module, step)
     arguments = _arguments(trainer, function, step, batch)
 
-    def log_nothing(*args: Any, **kwargs: Any) -> None:
-        """Takes whatever `self.log` and `self.log_dict` take."""
+    logged: dict[str, Any] = {}
+
+    def log(name: str, value: Any, *_: Any, **__: Any) -> None:
+        logged[name] = value
+
+    def log_dict(dictionary: Any, *_: Any, **__: Any) -> None:
+        logged.update(dictionary.items())
 
     plugin = trainer.precision_plugin
     with ExitStack() as stack:
         stack.enter_context(attributes_replaced(trainer.state, stage=stage))
         stack.enter_context(loggers_silenced(trainer))
-        stack.enter_context(
-            attributes_replaced(pl_module, log=log_nothing, log_dict=log_nothing, _current_fx_name=step)
-        )
+        stack.enter_context(attributes_replaced(pl_module, log=log, log_dict=log_dict, _current_fx_name=step))
         stack.enter_context(compiler_off())
         if autocast or not isinstance(plugin, MixedPrecision):
             stack.enter_context(plugin.train_step_context() if step == "training_step" else plugin.val_step_context())
@@ -175,7 +190,7 @@ def run_step(
             pl_module.on_validation_epoch_start()
         elif begin and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             pl_module.on_train_epoch_start()
-        return function(*arguments)
+        return Ran(function(*arguments), logged)
 
 
 def _arguments(trainer: pl.Trainer, function: Callable[..., Any], step: str, batch: LoadedBatch) -> tuple[Any, ...]:

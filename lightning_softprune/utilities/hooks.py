@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["registered"]
+__all__ = ["forward_hook", "forward_pre_hook", "registered"]
+
+
+def forward_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Register a forward hook, also on a module that refuses it (TorchScript) and runs it all the same."""
+    return nn.Module.register_forward_hook(module, hook)
+
+
+def forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """The same before the forward; the hook gets keyword arguments too."""
+    return nn.Module.register_forward_pre_hook(module, hook, with_kwargs=True)
 
 
 @contextmanager

@@ -93,9 +93,9 @@ def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
     seen = {}
     original = network.probe_groups
 
-    def probe_groups(model, groups, run, other):
+    def probe_groups(model, groups, run, *others):
         GIVEN.clear()
-        found = original(model, groups, run, other)
+        found = original(model, groups, run, *others)
         seen[model.whole, model.more] = set(GIVEN)
         return found
 

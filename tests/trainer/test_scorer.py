@@ -365,7 +365,7 @@ def five_passes(trainer, module):
     for item in training_batches(trainer, 2):
         with untouched(trainer, module), isolated_rng(1):
             moved = transfer(trainer, module, item, step="training_step")
-            run_step(trainer, module, "training_step", LoadedBatch(moved)).backward()
+            run_step(trainer, module, "training_step", LoadedBatch(moved)).returned.backward()
 
 
 def shuffled(**kwargs):
@@ -412,7 +412,7 @@ def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path
             assert training_batches(trainer, 3) == []
             assert_equal(before, module.state_dict(), "weights")
             with torch.inference_mode(False), torch.enable_grad(), untouched(trainer, module), isolated_rng(0):
-                run_step(trainer, module, "training_step", LoadedBatch(batch)).backward()
+                run_step(trainer, module, "training_step", LoadedBatch(batch)).returned.backward()
 
     callback, module = InValidate(), Polite()
     trainer = trainer_of(tmp_path, callback)

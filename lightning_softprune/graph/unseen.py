@@ -1,0 +1,115 @@
+"""Layers that no traced batch ran, and the groups whose channels they might read.
+
+A branch that is taken later (tasks in turn, a loss that starts at some epoch, a rare expert) reads what it reads when a
+plan has long been committed. The graph knows nothing of it, so only sizes tell: a group is refused where an unseen part
+of the model could take its channels, or could give as many to be added to them.
+
+An *unseen module* is one of whose parameters none was used, and which lies in no other such module. Inside of it, a
+layer that takes what an earlier one gives is explained; the other sizes are those that it needs from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence, Set
+
+from torch import nn
+
+from lightning_softprune.graph.components import is_inside
+from lightning_softprune.graph.groups import PruningGroup
+from lightning_softprune.graph.layers import Layout, layout_of, tensor_at
+
+
+def refuse_unseen_readers(
+    model: nn.Module, groups: Sequence[PruningGroup], seen: Set[str], known: Collection[str] = ()
+) -> list[PruningGroup]:
+    """Refuse the groups that a part of the model which was not run could read.
+
+    Args:
+        model: The traced model.
+        groups: Groups of it.
+        seen: Names of the parameters that tracing has used.
+        known: Modules that need not run: twins, and those that are left alone.
+
+    Returns:
+        The groups; the reason names the layer that was not run.
+    """
+    covered = {member.module for group in groups for member in group.members if group.num_channels}
+    needs = list(_needs(model, seen, known, covered))
+    checked = []
+    for group in groups:
+        sizes = {len(member.owner) for member in group.members}
+        flat = {len(member.owner) for member in group.members if _is_spatial(model, member.module)}
+        hit = next(
+            (
+                (name, size)
+                for name, size, flattens in needs
+                if size > 1 and (size in sizes or (flattens and any(n > 1 and size % n == 0 for n in flat)))
+            ),
+            None,
+        )
+        if group.prunable and hit is not None:
+            group = group.refuse(
+                f"{hit[0]}, which no traced batch ran, could read its channels (it takes {hit[1]}); have the first "
+                "batches of training or validation run it"
+            )
+        checked.append(group)
+    return checked
+
+
+def _needs(
+    model: nn.Module, seen: Set[str], known: Collection[str], covered: Set[str]
+) -> Iterator[tuple[str, int, bool]]:
+    """The layers in unseen modules, the sizes they need from outside, and whether they may read something flattened."""
+    used = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in seen}
+    done: list[str] = []
+    for name, module in model.named_modules():
+        parameters = list(module.parameters())
+        if not name or not parameters or any(id(parameter) in used for parameter in parameters):
+            continue
+        if any(is_inside(name, other) for other in (*done, *known)) or any(is_inside(o, name) for o in covered):
+            continue
+        done.append(name)
+        yield from _needs_of(name, module)
+    for name, parameter in model.named_parameters():
+        outer = [*done, *known, *covered]
+        if name not in seen and not any(is_inside(name, other) for other in outer) and _is_bare(model, name):
+            yield from ((name, size, False) for size in parameter.shape)
+
+
+def _is_bare(model: nn.Module, name: str) -> bool:
+    return layout_of(model.get_submodule(name.rpartition(".")[0])) is None
+
+
+def _needs_of(name: str, module: nn.Module) -> Iterator[tuple[str, int, bool]]:
+    found: list[tuple[str, int | None, int | None, bool]] = []
+    for inner, layer in module.named_modules():
+        full = f"{name}.{inner}".rstrip(".")
+        layout = layout_of(layer)
+        if isinstance(layout, Layout):
+            both = layout.slots.get("both")
+            found.append((full, layout.slots.get("in", both), layout.slots.get("out", both), _is_flat(layer)))
+        else:
+            sizes = {size for parameter in layer.parameters(recurse=False) for size in parameter.shape}
+            found.extend((full, size, None, False) for size in sorted(sizes))
+    given: set[int] = set()
+    for full, takes, gives, flat in found:
+        if takes is not None and not any(takes == n or (flat and n > 1 and takes % n == 0) for n in given):
+            yield full, takes, flat
+        given |= {gives} if gives is not None else set()
+    taken: set[int] = set()
+    for full, takes, gives, _ in reversed(found):
+        if gives is not None and not any(size == gives or (gives > 1 and size % gives == 0) for size in taken):
+            yield full, gives, False
+        taken |= {takes} if takes is not None else set()
+
+
+def _is_flat(layer: nn.Module) -> bool:
+    """Whether a layer's weight is a matrix: it may read all positions of an image at once."""
+    weight = tensor_at(layer, "weight")
+    return weight is not None and weight.ndim == 2
+
+
+def _is_spatial(model: nn.Module, name: str) -> bool:
+    """Whether a layer's weight is a kernel over positions."""
+    weight = tensor_at(model, f"{name}.weight")
+    return weight is not None and weight.ndim > 2
