@@ -17,6 +17,7 @@ from lightning_softprune.trainer.isolation import (
     has_inference_tensors,
     isolated_rng,
 )
+from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.trainer.module_steps import Step, Steps, run_steps
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
 from lightning_softprune.trainer.processes import wrap_again
@@ -24,6 +25,7 @@ from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
 
 __all__ = [
+    "MisconfigurationException",
     "ModuleRunner",
     "Step",
     "Steps",
@@ -33,6 +35,7 @@ __all__ = [
     "finish_epoch_without_training",
     "forget_compiled",
     "has_inference_tensors",
+    "is_overridden",
     "isolated_rng",
     "logging_step",
     "one_epoch_more",

@@ -14,7 +14,6 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,7 +21,9 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
-from lightning_softprune.trainer.isolation import OPAQUE, isolated_rng
+from lightning_softprune.trainer.isolation import isolated_rng, opaque
+from lightning_softprune.trainer.lightning_names import MisconfigurationException
+from lightning_softprune.utilities.libraries import counterpart, counterparts
 from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
 
 
@@ -122,7 +123,7 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
 
     The generators are seeded from torch's global one, so that what is read depends on the caller's seed alone.
     """
-    memory = Snapshot(OPAQUE)
+    memory, trainers = Snapshot(opaque()), counterparts(pl.Trainer)
     generators: list[Any] = []
     seen: set[int] = set()
     level = [loader for loader in loaders if not isinstance(loader, Tensor)]
@@ -138,7 +139,7 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
                 below.extend(value[:64])
             elif isinstance(value, dict):
                 below.extend(itertools.islice(value.values(), 64))
-            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(value, pl.Trainer):
+            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(value, trainers):
                 if isinstance(value, DataLoader):
                     memory.ignore(value.dataset)  # a plain list of samples would be copied as a sampler's contents
                 elif isinstance(value, Sampler):
@@ -205,13 +206,14 @@ def _training_loader(trainer: pl.Trainer) -> CombinedLoader | None:
     if source.instance is None or not source.is_defined():
         return None
     try:
-        loaders = _request_dataloader(source)
+        loaders = counterpart(_request_dataloader, trainer)(source)
     except Exception as error:  # the user's own loader function: outside of a fit it may lack what it needs
         if trainer.state.fn == TrainerFn.FITTING:
             raise
         rank_zero_warn(f"`train_dataloader` gives no training data outside of `fit` ({type(error).__name__}: {error}).")
         return None
-    return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+    combined = counterpart(CombinedLoader, trainer)
+    return loaders if isinstance(loaders, combined) else combined(loaders, "max_size_cycle")
 
 
 def _length(combined: CombinedLoader) -> int:

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import (
@@ -19,6 +18,7 @@ from lightning_softprune.trainer.isolation import (
     isolated_rng,
     untouched,
 )
+from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.trainer.module_steps import Step, Steps, head_of_batch, same_layer_calls
 from lightning_softprune.trainer.processes import mean_over_processes
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
