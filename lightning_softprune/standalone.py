@@ -31,7 +31,7 @@ from lightning_softprune.trainer import (
     one_epoch_more,
     run_steps,
 )
-from lightning_softprune.utilities.libraries import counterpart, counterparts
+from lightning_softprune.utilities.libraries import counterpart, counterparts, library_of
 
 
 def find_groups(
@@ -156,7 +156,8 @@ def prune(
         What was found; ``applied`` says whether the module was pruned. As after every fit, the module is on the CPU.
 
     Raises:
-        TypeError: `model` is not a LightningModule, or an argument is unknown or has no meaning here.
+        TypeError: `model` is not a LightningModule, `trainer` or `datamodule` comes from another library than it
+            (`lightning.pytorch`, `pytorch_lightning`), or an argument is unknown or has no meaning here.
         MisconfigurationException: See :class:`SoftPruning`; the module is then as it was.
     """
     if not isinstance(model, counterparts(pl.LightningModule)):
