@@ -42,7 +42,8 @@ def counterpart(value: Value, owner: object) -> Value:
 def counterparts(kind: type[Value]) -> tuple[type[Value], ...]:
     """A class of Lightning in every library that is imported, as `isinstance` takes it."""
     name = _name_in_other(kind.__module__)
-    return (kind, _in_other(kind)) if name in sys.modules else (kind,)
+    other = getattr(sys.modules.get(name or ""), kind.__name__, None)  # the two may be of different releases
+    return (kind,) if other is None else (kind, other)
 
 
 def of_both_libraries(cls: Class) -> Class:

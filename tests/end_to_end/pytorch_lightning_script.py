@@ -10,18 +10,25 @@ import sys
 import warnings
 from pathlib import Path
 
-LIBRARY, FOLDER, FIRST = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
-for name in FIRST:
-    importlib.import_module(name)
-
 import torch
 import torchmetrics
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune
-from lightning_softprune import PrunedCheckpointMixin, SoftPruning, UniformBaseline, find_groups, prune, resize
+LIBRARY, FOLDER, FIRST = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+for name in FIRST:
+    importlib.import_module(name)
+
+import lightning_softprune  # noqa: E402
+from lightning_softprune import (  # noqa: E402
+    PrunedCheckpointMixin,
+    SoftPruning,
+    UniformBaseline,
+    find_groups,
+    prune,
+    resize,
+)
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
@@ -122,7 +129,7 @@ def refusal(function, error=exceptions.MisconfigurationException):
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------- what is done
+# ------------------------------------------------------------------------------------------------------ what is done
 
 
 def fit():
@@ -136,7 +143,11 @@ def fit():
     rows = (FOLDER / "table" / "version_0" / "metrics.csv").read_text().splitlines()
     yield [facts(pruning.results[0]), state(model), state(average._average_model.module)]
     yield [stopping.wait_count, float(stopping.best_score), sorted(Path(path).name for path in saved.best_k_models)]
-    yield [len(rows), "softprune/sparsity" in rows[0], sorted(Path(place).relative_to(FOLDER) for place in model.places)]
+    yield [
+        len(rows),
+        "softprune/sparsity" in rows[0],
+        sorted(Path(place).relative_to(FOLDER) for place in model.places),
+    ]
     yield sorted(path.name for path in FOLDER.rglob("softprune/epoch=2/*"))
     last = saved.last_model_path
 
