@@ -16,7 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-LIBRARY, FOLDER, FIRST = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+LIBRARY, FOLDER, *FIRST = sys.argv[1:] if __name__ == "__main__" else ("lightning.pytorch", "")
+FOLDER = Path(FOLDER)
 for name in FIRST:
     importlib.import_module(name)
 
