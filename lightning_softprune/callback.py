@@ -18,10 +18,8 @@ from typing import Any, Literal, Union
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
@@ -41,9 +39,11 @@ from lightning_softprune.round import (
 )
 from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
 from lightning_softprune.trainer import (
+    MisconfigurationException,
     averaged_copies,
     end_epoch_at_this_batch,
     finish_epoch_without_training,
+    is_overridden,
     logging_step,
     refuse_sharded_optimizers,
     refuse_sharding,
@@ -52,11 +52,13 @@ from lightning_softprune.trainer import (
     take_epoch_back_in,
 )
 from lightning_softprune.utilities import checks
+from lightning_softprune.utilities.libraries import of_both_libraries
 from lightning_softprune.utilities.version import __version__
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
 
 
+@of_both_libraries
 class SoftPruning(pl.Callback):
     """Make the network physically smaller while it trains, and keep its task metric.
 

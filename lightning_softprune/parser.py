@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from lightning.fabric.utilities import exceptions
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_softprune.search import SearchStrategy
+from lightning_softprune.trainer import MisconfigurationException
+from lightning_softprune.utilities.libraries import counterparts
 
 __all__ = ["SuggestingParser"]
 
@@ -46,6 +50,16 @@ class SuggestingParser(LightningArgumentParser):
         LightningCLI(Model, DataModule, parser_class=SuggestingParser)
     """
 
+    def add_lightning_class_args(self, lightning_class: Any, *args: Any, **kwargs: Any) -> list[str]:
+        """As Lightning's, for the classes of every library that is imported."""
+        for kind in counterparts(LightningArgumentParser):
+            with suppress(*counterparts(exceptions.MisconfigurationException)):
+                return kind.add_lightning_class_args(self, lightning_class, *args, **kwargs)
+        raise MisconfigurationException(
+            f"lightning_class: {lightning_class!r} is not a Trainer, LightningModule, LightningDataModule or Callback, "
+            "nor a function that returns one"
+        )
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Ends with the message and what was meant: exits, or raises if the parser was told not to exit."""
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -63,7 +77,7 @@ def _with_hints(message: str, keys: Iterable[str]) -> str:
         return message + _hint([key.removeprefix(group)] if key else [])
     message = BAD_CHOICE.sub(lambda bad: _answer(bad, re.findall(r"'([^']*)'", bad["choices"])), message)
     message = BAD_MODULE.sub(lambda bad: _answer(bad, [__name__.partition(".")[0]], cutoff=0.85), message)
-    return BAD_NAME.sub(lambda bad: _answer(bad, _subclass_names(BASES[bad["key"]])), message)
+    return BAD_NAME.sub(lambda bad: _answer(bad, _subclass_names(*counterparts(BASES[bad["key"]]))), message)
 
 
 def _answer(bad: re.Match[str], names: Iterable[str], cutoff: float = 0.6) -> str:
@@ -90,7 +104,8 @@ def _near_key(key: str, keys: Iterable[str]) -> str | None:
     return ".".join(meant) if meant != key.split(".") else None
 
 
-def _subclass_names(base: type[object]) -> set[str]:
+def _subclass_names(*bases: type[object]) -> set[str]:
     """Of all subclasses that are loaded, as for jsonargparse."""
-    names = {below.__name__ for below in base.__subclasses__() if not below.__name__.startswith("_")}
-    return names.union(*(_subclass_names(below) for below in base.__subclasses__()))
+    below = [kind for base in bases for kind in base.__subclasses__()]
+    names = {kind.__name__ for kind in below if not kind.__name__.startswith("_")}
+    return names | _subclass_names(*below) if below else names

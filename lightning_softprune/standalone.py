@@ -12,8 +12,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
@@ -23,16 +21,19 @@ from lightning_softprune.results import PruningResult
 from lightning_softprune.round import StepsToTrace, prepare_groups
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
+    MisconfigurationException,
     Step,
     attributes_of,
     clone_inference_tensors_and_reset_metrics,
     has_inference_tensors,
+    is_overridden,
     isolated_rng,
     metrics_in,
     one_epoch_more,
     run_steps,
     what_a_step_shows,
 )
+from lightning_softprune.utilities.libraries import counterpart, counterparts, library_of
 
 
 def find_groups(
@@ -65,7 +66,7 @@ def find_groups(
     0 8 prunable
     2 2 2 produces an output of the network
     """
-    if isinstance(model, pl.LightningModule) and batch is not None:
+    if isinstance(model, counterparts(pl.LightningModule)) and batch is not None:
         steps = _module_steps(model, batch)
     else:
         batch = getattr(model, "example_input_array", None) if batch is None else batch
@@ -169,23 +170,25 @@ def prune(
         What was found; ``applied`` says whether the module was pruned. As after every fit, the module is on the CPU.
 
     Raises:
-        TypeError: `model` is not a LightningModule, or an argument is unknown or has no meaning here.
+        TypeError: `model` is not a LightningModule, `trainer` or `datamodule` comes from another library than it
+            (`lightning.pytorch`, `pytorch_lightning`), or an argument is unknown or has no meaning here.
         MisconfigurationException: See :class:`SoftPruning`; the module is then as it was.
     """
-    if not isinstance(model, pl.LightningModule):
+    if not isinstance(model, counterparts(pl.LightningModule)):
         raise TypeError(f"model: {type(model).__name__} is not a LightningModule, which is needed to score plans")
     for name in _WITHOUT_MEANING:
         if name in arguments:
             raise TypeError(f"{name}: {arguments[name]!r} has no meaning in prune(), which runs one round at once")
-    if datamodule is not None and not isinstance(datamodule, pl.LightningDataModule):
+    if datamodule is not None and not isinstance(datamodule, counterparts(pl.LightningDataModule)):
         raise TypeError(
             f"datamodule: {datamodule!r} is not a LightningDataModule; loaders go to train_dataloaders, val_dataloaders"
         )
-    if trainer is not None and not isinstance(trainer, pl.Trainer):
+    if trainer is not None and not isinstance(trainer, counterparts(pl.Trainer)):
         raise TypeError(f"trainer: {trainer!r} is not a Trainer")
+    _check_library(model, datamodule=datamodule, trainer=trainer)
     _check_data(model, datamodule, train_dataloader=train_dataloaders, val_dataloader=val_dataloaders)
     if trainer is None:
-        trainer = pl.Trainer(
+        trainer = counterpart(pl.Trainer, model)(
             max_epochs=1,
             devices=1,
             logger=False,
@@ -214,6 +217,15 @@ def prune(
     if not callback.results:
         raise RuntimeError("the trainer ended its fit before the round began")
     return callback.results[0]
+
+
+def _check_library(model: pl.LightningModule, **given: object) -> None:
+    for name, value in given.items():
+        if value is not None and library_of(value) != library_of(model):
+            raise TypeError(
+                f"{name}: {type(value).__name__} comes from {library_of(value)}, and {type(model).__name__} from "
+                f"{library_of(model)}, whose classes do not work together; import all of them from one"
+            )
 
 
 def _check_data(model: pl.LightningModule, datamodule: pl.LightningDataModule | None, **given: Any) -> None:

@@ -196,6 +196,36 @@ def test_private_attributes_of_lightnings_objects_are_used_in_one_folder():
     assert users.keys() == {"trainer"}, users
 
 
+@functools.cache
+def lightnings_names(path):
+    """Names in a file that are Lightning's, or begin with a module of Lightning's."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        origins = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for alias in node.names if isinstance(node, (ast.Import, ast.ImportFrom)) else ():
+            if (origins or [alias.name])[0].split(".")[0] == "lightning":
+                found.add(alias.asname or alias.name.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=IDS)
+def test_objects_are_compared_with_the_classes_of_both_lightning_libraries(path):
+    """`isinstance(callback, counterparts(ModelCheckpoint))`: see utilities/libraries.py."""
+    for node in ast.walk(tree_of(path)):
+        function = node.func if isinstance(node, ast.Call) else None
+        if isinstance(function, ast.Name) and function.id in ("isinstance", "issubclass"):
+            kinds = node.args[1].elts if isinstance(node.args[1], ast.Tuple) else [node.args[1]]
+            asked = {ast.unparse(kind) for kind in kinds}
+            assert not {name for name in asked if name.split(".")[0] in lightnings_names(path)}, asked
+
+
+def test_what_is_raised_is_caught_by_both_lightning_libraries():
+    importing = {path for path in FILES for _, name in imports(path) if name == "MisconfigurationException"}
+    foreign = {path.name for path in importing if "MisconfigurationException" in lightnings_names(path)}
+    assert importing
+    assert not foreign, "import it from lightning_softprune.trainer"
+
+
 def test_below_the_trainer_nothing_knows_lightning():
     low = {name for name, level in LEVEL.items() if level < LEVEL["trainer"]}
     low |= {"surgery", "calibration", "compensation"}

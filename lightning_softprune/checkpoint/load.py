@@ -17,6 +17,7 @@ from torch import nn
 from lightning_softprune.checkpoint.record import InstanceHook
 from lightning_softprune.checkpoint.resize_plan import resize_to
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
+from lightning_softprune.utilities.libraries import counterparts
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -171,7 +172,7 @@ class PrunedCheckpointMixin:
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a module from a checkpoint, pruned or dense; see `LightningModule.load_from_checkpoint`."""
-        if not issubclass(cls, pl.LightningModule):
+        if not issubclass(cls, counterparts(pl.LightningModule)):
             raise TypeError(f"{cls.__name__} is not a LightningModule")
         with _resizing(cls), _naming(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]

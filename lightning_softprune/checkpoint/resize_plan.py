@@ -21,6 +21,7 @@ from lightning_softprune.checkpoint.shapes import (
     tensor_sites_by_name,
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, shape_mismatch
+from lightning_softprune.utilities.libraries import counterparts
 
 
 def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
@@ -68,7 +69,7 @@ def resize_to(model: nn.Module, source: Any, strict: bool) -> None:
     if strict:
         _check_names(model, live, target, exact)
     _ResizePlan(model, live, target, exact).apply()
-    if isinstance(model, pl.LightningModule):
+    if isinstance(model, counterparts(pl.LightningModule)):
         if record is not None:
             if hook is not None:
                 hook.remove()  # what it knows of rounds is not this file's history

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_softprune.report.series import best_so_far, chosen_trial, is_drawable, score_limits, target_band
 from lightning_softprune.results import PruningResult
+from lightning_softprune.utilities.libraries import counterparts
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -47,7 +48,8 @@ def log_figures(result: PruningResult, loggers: Iterable[Logger], step: int) -> 
         loggers: The Trainer's.
         step: The step to log at.
     """
-    able = [logger for logger in loggers if isinstance(logger, TensorBoardLogger) or _takes_images(logger)]
+    boards = counterparts(TensorBoardLogger)
+    able = [logger for logger in loggers if isinstance(logger, boards) or _takes_images(logger)]
     if not able or not _has_matplotlib():
         return
     for logger in able:
@@ -142,7 +144,7 @@ def _log_to(logger: Any, result: PruningResult, step: int) -> None:
             warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)
             for name, draw in _FIGURES.items():
                 figure = draw(result)
-                if isinstance(logger, TensorBoardLogger):
+                if isinstance(logger, counterparts(TensorBoardLogger)):
                     logger.experiment.add_figure(f"softprune/{name}", figure, global_step=step)
                 else:
                     logger.log_image(f"softprune/{name}", [_pixels(figure)], step=step)

@@ -33,6 +33,7 @@ from rich.progress import (
 from lightning_softprune.report.tables import print_line
 from lightning_softprune.search import better
 from lightning_softprune.utilities import checks
+from lightning_softprune.utilities.libraries import counterparts
 
 Style = Literal["auto", "rich", "tqdm", "plain", "none"]
 
@@ -42,9 +43,9 @@ _STYLES = ("auto", "rich", "tqdm", "plain", "none")
 def progress_style(trainer: Trainer) -> Literal["rich", "tqdm", "plain"]:
     """The style that goes with the Trainer's own progress bar; `"plain"` if it has none or an unknown one."""
     bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar) and bar.is_enabled:
+    if isinstance(bar, counterparts(RichProgressBar)) and bar.is_enabled:
         return "rich"
-    if isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+    if isinstance(bar, counterparts(TQDMProgressBar)) and bar.is_enabled:
         return "tqdm"
     return "plain"
 
@@ -141,7 +142,7 @@ class SearchProgress:
         if style == "tqdm":
             return _TqdmBar(console, self.total, self._best_text())
         bar = None if self._trainer is None else self._trainer.progress_bar_callback
-        if isinstance(bar, RichProgressBar) and bar.progress is not None and bar.progress.live.is_started:
+        if isinstance(bar, counterparts(RichProgressBar)) and bar.progress is not None and bar.progress.live.is_started:
             return _RichRow(bar, bar.progress, self.total, self._best_text())
         if console.is_jupyter:  # rich needs ipywidgets there and warns without them; tqdm copes
             return _TqdmBar(console, self.total, self._best_text())

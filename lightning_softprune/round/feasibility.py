@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import Objective, SearchSpace
+from lightning_softprune.trainer import MisconfigurationException
 
 
 def monitored(metrics: Mapping[str, float], objective: Objective) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_softprune.calibration import InputStatistics, collect_statistics, find_readers, norms, rank
@@ -36,7 +35,7 @@ from lightning_softprune.search import (
     build_space,
 )
 from lightning_softprune.surgery import Surgery, apply_plan, probe_groups
-from lightning_softprune.trainer import ModuleRunner, Steps, run_steps
+from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 PROBE_SAMPLES = 32

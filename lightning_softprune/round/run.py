@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_softprune.graph import COSTS, record_usage
@@ -31,7 +30,7 @@ from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import Objective, SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
-from lightning_softprune.trainer import ModuleRunner, averaged_copies, isolated_rng
+from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, averaged_copies, isolated_rng
 
 
 def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, goal: Goal) -> PruningResult:

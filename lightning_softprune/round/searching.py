@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import MaxSparsitySearch, SearchLoop, SearchOutcome, SearchSpace, SearchStrategy
+from lightning_softprune.trainer import MisconfigurationException
 from lightning_softprune.utilities.arrays import FloatArray
 
 

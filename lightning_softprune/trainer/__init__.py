@@ -18,6 +18,7 @@ from lightning_softprune.trainer.isolation import (
     isolated_rng,
     metrics_in,
 )
+from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of, run_steps, what_a_step_shows
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
 from lightning_softprune.trainer.processes import wrap_again
@@ -25,6 +26,7 @@ from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
 
 __all__ = [
+    "MisconfigurationException",
     "ModuleRunner",
     "Step",
     "Steps",
@@ -35,6 +37,7 @@ __all__ = [
     "finish_epoch_without_training",
     "forget_compiled",
     "has_inference_tensors",
+    "is_overridden",
     "isolated_rng",
     "logging_step",
     "metrics_in",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.trainer.loaders import loaders_beside
+from lightning_softprune.utilities.libraries import counterpart
 from lightning_softprune.utilities.snapshot import ATOMS
 
 
@@ -134,10 +135,11 @@ def _training_loader(trainer: pl.Trainer) -> CombinedLoader | None:
     if source.instance is None or not source.is_defined():
         return None
     try:
-        loaders = _request_dataloader(source)
+        loaders = counterpart(_request_dataloader, trainer)(source)
     except Exception as error:  # the user's own loader function: outside of a fit it may lack what it needs
         if trainer.state.fn == TrainerFn.FITTING:
             raise
         rank_zero_warn(f"`train_dataloader` gives no training data outside of `fit` ({type(error).__name__}: {error}).")
         return None
-    return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+    combined = counterpart(CombinedLoader, trainer)
+    return loaders if isinstance(loaders, combined) else combined(loaders, "max_size_cycle")

@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_softprune.utilities.libraries import counterparts
+
 
 def logging_step(trainer: pl.Trainer) -> int:
     """The step at which Lightning itself would write a row into the loggers now."""
@@ -23,7 +25,7 @@ def finish_epoch_without_training(trainer: pl.Trainer) -> None:
     it is told that this step has no checkpoint yet.
     """
     for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint):
+        if isinstance(callback, counterparts(ModelCheckpoint)):
             callback._last_global_step_saved = -1
     loop = trainer.fit_loop.epoch_loop
     trainer.validating = True

@@ -18,10 +18,14 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
+from lightning_softprune.utilities.libraries import counterparts
 from lightning_softprune.utilities.snapshot import Snapshot
 
-# Objects with a life of their own: kept by reference, their insides are left alone.
-OPAQUE = (Dataset, DataLoader, Sampler, Optimizer, pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
+
+def opaque() -> tuple[type, ...]:
+    """Types of objects with a life of their own: kept by reference, their insides are left alone."""
+    lightnings = (pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
+    return (Dataset, DataLoader, Sampler, Optimizer, *(kind for one in lightnings for kind in counterparts(one)))
 
 
 @contextmanager
@@ -75,7 +79,7 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
     Yields:
         Nothing.
     """
-    memory = Snapshot(OPAQUE)
+    memory = Snapshot(opaque())
     for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             memory.ignore(group["params"])

@@ -17,13 +17,14 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_softprune.trainer.isolation import OPAQUE, attributes_replaced
+from lightning_softprune.trainer.isolation import attributes_replaced, opaque
+from lightning_softprune.trainer.lightning_names import MisconfigurationException
+from lightning_softprune.utilities.libraries import counterparts
 from lightning_softprune.utilities.nested import rebuild
 from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
 
@@ -132,7 +133,7 @@ class _Copies:
         """The value itself; where DataLoaders hang on it, a copy with copies of these."""
         if isinstance(value, DataLoader):
             return self._data_loader(value)
-        if depth == 0 or type(value) in ATOMS or isinstance(value, (*OPAQUE, Tensor, nn.Module, type)):
+        if depth == 0 or type(value) in ATOMS or isinstance(value, (*opaque(), Tensor, nn.Module, type)):
             return value
         if type(value) in (list, tuple, dict):
             if len(value) > _FEW:
@@ -194,7 +195,7 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
 
     The generators are seeded from torch's global one, so that what is read depends on the caller's seed alone.
     """
-    memory = Snapshot(OPAQUE)
+    memory = Snapshot(opaque())
     generators: list[Any] = []
     seen: set[int] = set()
     level = [loader for loader in loaders if not isinstance(loader, Tensor)]
@@ -210,7 +211,9 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
                 below.extend(value[:_FEW])
             elif isinstance(value, dict):
                 below.extend(itertools.islice(value.values(), _FEW))
-            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(value, pl.Trainer):
+            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(
+                value, counterparts(pl.Trainer)
+            ):
                 if isinstance(value, DataLoader):
                     memory.ignore(value.dataset)  # a plain list of samples would be copied as a sampler's contents
                 elif isinstance(value, Sampler):

@@ -14,6 +14,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Stochast
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_softprune.utilities.libraries import counterparts
+
 
 def reset_monitors(trainer: pl.Trainer) -> None:
     """Let everything that compares a metric with its best so far start afresh.
@@ -22,14 +24,14 @@ def reset_monitors(trainer: pl.Trainer) -> None:
     ReduceLROnPlateau its best and its cooldown; learning rates stay as they are.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint):
+        if isinstance(callback, counterparts(ModelCheckpoint)):
             worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
             callback.best_k_models = {}
             callback.best_model_score = None
             callback.current_score = None
             callback.best_model_path = callback.kth_best_model_path = ""
             callback.kth_value = worst
-        elif isinstance(callback, EarlyStopping):
+        elif isinstance(callback, counterparts(EarlyStopping)):
             callback.wait_count = 0
             callback.best_score = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
     for config in trainer.lr_scheduler_configs:
@@ -41,9 +43,9 @@ def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     """The copies of the module that averaging callbacks keep; they have to be pruned by the same plan."""
     copies: list[nn.Module] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+        if isinstance(callback, counterparts(WeightAveraging)) and callback._average_model is not None:
             copies.append(callback._average_model.module)
-        elif isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+        elif isinstance(callback, counterparts(StochasticWeightAveraging)) and callback._average_model is not None:
             copies.append(callback._average_model)
     return copies
 

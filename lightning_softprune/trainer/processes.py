@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_softprune.utilities.libraries import counterparts
+
 
 def mean_over_processes(trainer: pl.Trainer, metrics: dict[str, float]) -> dict[str, float]:
     """The mean of each metric over the processes, each of which scored its own share of the validation data.
@@ -26,6 +28,6 @@ def wrap_again(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     The new wrapper also copies rank zero's weights to all processes, as it does when a fit starts.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, DDPStrategy):
+    if isinstance(strategy, counterparts(DDPStrategy)):
         strategy.model = pl_module
         strategy.configure_ddp()

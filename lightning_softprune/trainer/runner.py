@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.batches import copy_batch, training_batches
@@ -23,6 +22,7 @@ from lightning_softprune.trainer.isolation import (
     metrics_in,
     untouched,
 )
+from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.trainer.module_steps import (
     Step,
     Steps,

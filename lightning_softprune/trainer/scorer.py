@@ -17,7 +17,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer import call
@@ -25,7 +24,6 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _extract_batch_size
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_softprune.trainer.batches import MemoryLoader, copy_batch
 from lightning_softprune.trainer.isolation import (
@@ -34,6 +32,7 @@ from lightning_softprune.trainer.isolation import (
     isolated_rng,
     untouched,
 )
+from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
@@ -44,15 +43,9 @@ from lightning_softprune.trainer.steps import (
     validation_loop,
 )
 from lightning_softprune.utilities.checks import optional_whole_number
+from lightning_softprune.utilities.libraries import counterpart
 
 _SCORED_ON = "and every trial of a search is scored on validation data"
-
-
-class _PassLoop(_EvaluationLoop):
-    """Lightning's validation loop with data that are there already."""
-
-    def setup_data(self) -> None:
-        """Does nothing; Lightning would ask for the user's loaders again."""
 
 
 class _LoggedMetrics(dict[str, Any]):
@@ -77,11 +70,12 @@ def _without_callbacks(trainer: pl.Trainer) -> Iterator[None]:
 
     def call_callback_hooks(of: pl.Trainer, *args: Any, **kwargs: Any) -> None:
         if of is not trainer:
-            call._call_callback_hooks(of, *args, **kwargs)
+            own._call_callback_hooks(of, *args, **kwargs)
 
-    functions = {name: value for name, value in vars(call).items() if not name.startswith("__")}
+    own = counterpart(call, trainer)
+    functions = {name: value for name, value in vars(own).items() if not name.startswith("__")}
     functions["_call_callback_hooks"] = call_callback_hooks
-    with attributes_replaced(evaluation_loop, call=SimpleNamespace(**functions)):
+    with attributes_replaced(counterpart(evaluation_loop, trainer), call=SimpleNamespace(**functions)):
         yield
 
 
@@ -157,9 +151,11 @@ class ValidationScorer:
         source = loop._data_source
         if source.instance is None or not source.is_defined():
             raise MisconfigurationException(f"val_dataloaders: None, and there is no `val_dataloader`, {_SCORED_ON}")
-        own = _EvaluationLoop(trainer, loop._trainer_fn, RunningStage.VALIDATING, verbose=False, inference_mode=False)
+        stage = counterpart(RunningStage, trainer).VALIDATING
+        kind = counterpart(_EvaluationLoop, trainer)
+        own = kind(trainer, loop._trainer_fn, stage, verbose=False, inference_mode=False)
         own._data_source = source
-        with isolated_rng(), attributes_replaced(trainer.state, stage=RunningStage.VALIDATING):
+        with isolated_rng(), attributes_replaced(trainer.state, stage=stage):
             own.setup_data()
         return own
 
@@ -219,19 +215,20 @@ class ValidationScorer:
         loader = copy(self._opened())
         parent = trainer if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop
         name = "validate_loop" if parent is trainer else "val_loop"
-        loop = _PassLoop(
-            trainer, getattr(parent, name)._trainer_fn, RunningStage.VALIDATING, verbose=False, inference_mode=False
-        )
+        stage = counterpart(RunningStage, trainer).VALIDATING
+        kind = counterpart(_EvaluationLoop, trainer)
+        loop = kind(trainer, getattr(parent, name)._trainer_fn, stage, verbose=False, inference_mode=False)
+        vars(loop)["setup_data"] = lambda: None  # the data are there; Lightning would ask for the user's loaders again
         loop._combined_loader = loader
         loop._data_source = getattr(parent, name)._data_source
         loop._max_batches = [len(batches) for batches in self.batches]
-        connector = _LoggerConnector(trainer)
+        connector = counterpart(_LoggerConnector, trainer)(trainer)
         connector._callback_metrics = seen = _LoggedMetrics(trainer._logger_connector._callback_metrics)
         with (
             untouched(trainer, module),
             attributes_replaced(parent, **{name: loop}),
             attributes_replaced(trainer, _logger_connector=connector),
-            attributes_replaced(trainer.state, stage=RunningStage.VALIDATING),
+            attributes_replaced(trainer.state, stage=stage),
             # the module itself, not its DistributedDataParallel wrapper, which knows the dense shapes
             attributes_replaced(trainer.strategy, _model=module),
             loggers_silenced(trainer),

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.isolation import attributes_replaced
 from lightning_softprune.utilities.checks import one_of
+from lightning_softprune.utilities.libraries import counterpart, counterparts, of_both_libraries
 
 _STAGES = {"validation_step": RunningStage.VALIDATING, "training_step": RunningStage.TRAINING}
 
@@ -50,8 +51,8 @@ class Ran(NamedTuple):
     logged: dict[str, Any]
 
 
-def _stage(step: str) -> RunningStage:
-    return _STAGES[one_of("step", step, tuple(_STAGES))]
+def _stage(trainer: pl.Trainer, step: str) -> RunningStage:
+    return counterpart(RunningStage, trainer)(_STAGES[one_of("step", step, tuple(_STAGES))].value)
 
 
 def transfer(
@@ -74,7 +75,7 @@ def transfer(
     Returns:
         The batch as the step receives it.
     """
-    stage = _stage(step)
+    stage = _stage(trainer, step)
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -87,6 +88,7 @@ def transfer(
         return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
 
 
+@of_both_libraries
 class _QuietLogger(DummyLogger):
     """Stands in for one of the user's loggers: tells where that one writes, and writes nothing."""
 
@@ -105,7 +107,7 @@ class _QuietLogger(DummyLogger):
     @property
     def save_dir(self) -> str | None:
         # `Trainer.log_dir` asks these two for `log_dir` and all others for `save_dir`
-        own = isinstance(self._logger, (CSVLogger, TensorBoardLogger))
+        own = isinstance(self._logger, (*counterparts(CSVLogger), *counterparts(TensorBoardLogger)))
         return self._logger.log_dir if own else self._logger.save_dir  # type: ignore[no-any-return]
 
     @property
@@ -165,7 +167,7 @@ def run_step(
     Raises:
         ValueError: `step` is neither of the two.
     """
-    stage = _stage(step)
+    stage = _stage(trainer, step)
     function = getattr(pl_module, step)
     arguments = _arguments(trainer, function, step, batch)
 
@@ -183,7 +185,7 @@ def run_step(
         stack.enter_context(loggers_silenced(trainer))
         stack.enter_context(attributes_replaced(pl_module, log=log, log_dict=log_dict, _current_fx_name=step))
         stack.enter_context(compiler_off())
-        if autocast or not isinstance(plugin, MixedPrecision):
+        if autocast or not isinstance(plugin, counterparts(MixedPrecision)):
             stack.enter_context(plugin.train_step_context() if step == "training_step" else plugin.val_step_context())
         if begin and step == "validation_step":
             pl_module.on_validation_start()

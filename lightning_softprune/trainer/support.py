@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+
+from lightning_softprune.trainer.lightning_names import MisconfigurationException
+from lightning_softprune.utilities.libraries import counterparts
 
 
 def refuse_sharding(trainer: pl.Trainer) -> None:
@@ -16,9 +18,9 @@ def refuse_sharding(trainer: pl.Trainer) -> None:
         MisconfigurationException: Names the strategy and says what to do instead.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, SingleDeviceStrategy):
+    if isinstance(strategy, counterparts(SingleDeviceStrategy)):
         return
-    if isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy):
+    if isinstance(strategy, counterparts(DDPStrategy)) and not isinstance(strategy, counterparts(DeepSpeedStrategy)):
         if strategy._start_method == "popen":
             return
         how = f"{type(strategy).__name__} started by {strategy._start_method!r}"

@@ -1,5 +1,7 @@
 """Only what validation judges is pruned and counted; what is read by position, or by a branch not seen, stays."""
 
+import itertools
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -15,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def mlp(*sizes):
-    layers = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in itertools.pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(*layers[:-1])
 
 

@@ -2,8 +2,11 @@
 
 import ast
 import importlib
+import inspect
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -16,8 +19,14 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer import call as _call
+from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_softprune import trainer
@@ -35,6 +44,7 @@ PRIVATE = {
     "lightning.pytorch.trainer.connectors.data_connector": ["_request_dataloader"],
     "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": ["_LoggerConnector"],
     "lightning.pytorch.utilities.data": ["_extract_batch_size"],
+    "lightning.pytorch.utilities.model_helpers": ["is_overridden"],
     "lightning.pytorch.LightningModule": ["_on_before_batch_transfer"],
     "trainer": ["_loggers", "_logger_connector", "fit_loop", "validate_loop"],
     "trainer.strategy": ["_model"],
@@ -111,6 +121,32 @@ def test_the_contract_lists_every_private_attribute_that_is_used():
                     used.add(node.attr)
     assert used
     assert used <= {name for names in PRIVATE.values() for name in names}
+
+
+@pytest.mark.slow
+def test_pytorch_lightning_has_the_same_names():
+    """What is looked up in the trainer's own library: `counterpart` goes by module and name."""
+    packages = [("lightning.pytorch", "pytorch_lightning"), ("lightning.fabric", "lightning_fabric")]
+    owners = {owner: names for owner, names in PRIVATE.items() if owner.startswith("lightning.")}
+    for ours, other in packages:
+        owners = {re.sub(f"^{re.escape(ours)}", other, owner): names for owner, names in owners.items()}
+    code = f"import pkgutil\nfor owner, names in {owners}.items():\n"
+    code += "    for name in names: getattr(pkgutil.resolve_name(owner), name)\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+LOOKED_UP = [_call, evaluation_loop, evaluation_loop._EvaluationLoop, _LoggerConnector, _request_dataloader]
+LOOKED_UP += [CombinedLoader, RunningStage, is_overridden, pl.Trainer]
+
+
+@pytest.mark.parametrize("value", LOOKED_UP, ids=lambda value: value.__name__)
+def test_what_is_looked_up_is_found_under_its_own_module_and_name(value):
+    if inspect.ismodule(value):
+        assert importlib.import_module(value.__name__) is value
+    else:
+        assert getattr(importlib.import_module(value.__module__), value.__name__) is value
+        assert value.__module__.startswith("lightning.pytorch.")
 
 
 def test_stop_iteration_before_a_batch_ends_the_epoch_without_training_on_it(tmp_path):
