@@ -112,7 +112,7 @@ def stored_elements(state: Mapping[Any, Any]) -> int:
                 storage = value.untyped_storage()
                 place = id(value) if value.is_meta else storage.data_ptr()
                 found[str(value.device), place] = storage.nbytes() // value.element_size()
-            except (NotImplementedError, RuntimeError, ValueError):
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
                 continue
     return sum(found.values())
 

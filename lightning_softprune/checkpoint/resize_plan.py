@@ -19,6 +19,7 @@ from lightning_softprune.checkpoint.shapes import (
     RECORD,
     ModelShapes,
     TensorSite,
+    damaged,
     number_of_elements,
     recorded_sizes,
     tensor_sites,
@@ -95,6 +96,9 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     exact = True  # the target is the form of this file, not a guess from shapes
     if record is not None:
         target, dense = record.form, record.dense
+        for name in shapes:
+            if name in live.shapes and name not in target.shapes:
+                raise damaged(f"shapes: it has not {name!r}, of which there is a tensor beside it")
     elif hook is not None and not live.has(shapes) and hook.dense.has(shapes):
         target = dense = hook.dense
     else:

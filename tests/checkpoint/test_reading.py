@@ -179,6 +179,17 @@ def test_a_missing_field_is_named_and_nothing_changes(saved, path, alone):
     assert state_of(module) == before
 
 
+@pytest.mark.parametrize("name", ["head.bias", "head.weight", "body.1.running_mean", "scale"])
+def test_a_tensor_beside_the_record_that_it_does_not_know_is_named(saved, name):
+    module = Net()
+    before = state_of(module)
+    with pytest.raises(
+        ValueError, match=rf"^the 'softprune' record is damaged: shapes: it has not '{re.escape(name)}'"
+    ):
+        resize(module, damaged(saved, "shapes", name, drop=True))
+    assert state_of(module) == before
+
+
 @pytest.mark.parametrize("value", [None, 3, [], "x", {}, {"format": 1}])
 def test_what_stands_in_the_place_of_the_record_and_is_none_is_said_to_be_damaged(saved, value):
     module = Net()
