@@ -1,26 +1,33 @@
 """The command `lightning-softprune`: what was pruned in a checkpoint, and reports built anew.
 
 Whatever is wrong with a file is one line on stderr that names it, and exit code 1; wrong usage is exit code 2.
+
+Files may come from anybody. Below the folder that the user names, no link is followed and nothing but regular files is
+opened; what the user names may be a link.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
+import unicodedata
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
 
-from lightning_softprune.checkpoint import FORMAT, RECORD
-from lightning_softprune.report import RESULT_FILE, print_rounds, read_result, rebuild_files, round_folders
+from lightning_softprune.checkpoint import RECORD, recorded_rounds
+from lightning_softprune.report import RESULT_FILE, print_rounds, read_result, read_round, rebuild_files, round_folders
 from lightning_softprune.results import PruningResult
+from lightning_softprune.utilities.files import refuse_other_than_file
 from lightning_softprune.utilities.version import __version__
 
 PROGRAM = "lightning-softprune"
@@ -94,11 +101,11 @@ def _show(path: Path) -> int:
     if path.is_dir():
         runs: dict[Path, list[PruningResult]] = {}
         for folder in _folders(path):
-            runs.setdefault(folder.parent, []).append(_result(folder / RESULT_FILE))
+            runs.setdefault(folder.parent, []).append(_result(folder, read_round))
         for place, results in runs.items():
             _print(console, place if len(runs) > 1 else path, results)
     elif path.suffix == ".json":
-        _print(console, path, [_result(path)])
+        _print(console, path, [_result(path, partial(read_result, follow_links=True))])
     else:
         _print(console, path, _recorded(path))
     return 0
@@ -140,9 +147,9 @@ def _folders(path: Path) -> list[Path]:
     return folders
 
 
-def _result(path: Path) -> PruningResult:
+def _result(path: Path, read: Callable[[Path], PruningResult]) -> PruningResult:
     try:
-        return read_result(path)
+        return read(path)
     except (OSError, ValueError) as error:
         raise _file_error(path, error) from error
 
@@ -155,23 +162,16 @@ def _recorded(path: Path) -> list[PruningResult]:
         if isinstance(checkpoint, dict) and "pytorch-lightning_version" in checkpoint:
             raise FileError(f'{path}: an ordinary checkpoint without a "{RECORD}" record: its model was not pruned')
         raise FileError(f"{path}: not a Lightning checkpoint")
-    if not isinstance(record, dict) or not isinstance(record.get("results"), list):
-        raise FileError(f'{path}: the "{RECORD}" record is damaged')
-    version = record.get("format")
-    if isinstance(version, int) and version > FORMAT:
-        raise FileError(
-            f'{path}: the "{RECORD}" record has format {version}; '
-            f"this version of lightning-softprune reads formats up to {FORMAT}"
-        )
     try:
-        return [PruningResult.from_dict(result) for result in record["results"]]
-    except (TypeError, AttributeError, ValueError) as error:
-        raise FileError(f'{path}: the "{RECORD}" record is damaged ({error})') from error
+        return recorded_rounds(record)
+    except ValueError as error:
+        raise FileError(f"{path}: {str(error).replace(repr(RECORD), json.dumps(RECORD), 1)}") from error
 
 
 def _load(path: Path) -> Any:
     """What is in a checkpoint: plain types and tensors only, which stay on disk where they can."""
     try:
+        refuse_other_than_file(path)
         path.open("rb").close()
     except OSError as error:
         raise _file_error(path, error) from error
@@ -187,7 +187,7 @@ def _load(path: Path) -> Any:
 
 def _file_error(path: Path, error: OSError | ValueError) -> FileError:
     if isinstance(error, OSError):
-        return FileError(f"{error.filename or path}: {error.strerror or error}")
+        return FileError(f"{error.filename2 or error.filename or path}: {error.strerror or error}")
     text = str(error)
     return FileError(text if str(path) in text else f"{path}: {text}")
 
@@ -198,6 +198,8 @@ def _complain(error: FileError) -> int:
 
 
 def _one_line(text: object, stream: TextIO) -> str:
-    """The text on one line, in characters that the stream has."""
+    """The text on one line, in characters that the stream has and that do nothing to a terminal."""
     encoding = stream.encoding or "utf-8"
-    return str(text).replace("\n", " ").encode(encoding, "backslashreplace").decode(encoding)
+    text = str(text).replace("\n", " ")
+    plain = "".join(ascii(c)[1:-1] if unicodedata.category(c) in ("Cc", "Zl", "Zp") else c for c in text)
+    return plain.encode(encoding, "backslashreplace").decode(encoding)

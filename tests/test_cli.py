@@ -221,10 +221,10 @@ def test_a_file_that_the_system_refuses_is_named(
 ) -> None:
     write_files(full_result(), tmp_path)
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, *_: object) -> int:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
 
     assert failure(capsys, command, tmp_path).endswith(f"{tmp_path / 'result.json'}: Permission denied")
 
@@ -302,6 +302,136 @@ def test_report_into_a_folder_that_cannot_be_written_is_named(
     monkeypatch.setattr(os, "replace", fail)
 
     assert failure(capsys, "report", tmp_path) == f"lightning-softprune: {tmp_path}: No space left on device"
+
+
+# files of somebody else's
+
+POSIX = pytest.mark.skipif(os.name != "posix", reason="links and pipes are POSIX's")
+
+
+@POSIX
+@pytest.mark.parametrize("command", ["show", "report"])
+@pytest.mark.parametrize("kind", ["link", "dangling link", "link to a device", "pipe", "folder"])
+@pytest.mark.parametrize("below", [True, False])
+def test_a_result_that_is_no_file_of_the_folder_is_named_and_not_opened(
+    tmp_path: Path, capsys: Captured, kind: str, command: str, below: bool
+) -> None:
+    if kind == "folder" and not below:
+        return  # then rounds are looked for below
+    folder = round_folder(tmp_path / "run", 4) if below else tmp_path / "run"
+    folder.mkdir(parents=True)
+    path, elsewhere = folder / "result.json", tmp_path / "elsewhere"
+    write_files(full_result(), elsewhere)
+    targets = {"link": elsewhere / "result.json", "link to a device": "/dev/zero", "dangling link": tmp_path / "gone"}
+    if kind in targets:
+        path.symlink_to(targets[kind])
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+    complaint = failure(capsys, command, tmp_path / "run")
+
+    assert complaint.startswith(f"lightning-softprune: {path}: ")
+    assert ("a link, which is not followed" if "link" in kind else "not a regular file") in complaint
+    assert list(folder.iterdir()) == [path]
+
+
+@POSIX
+def test_a_linked_round_is_named_and_the_others_are_built(tmp_path: Path, capsys: Captured) -> None:
+    elsewhere, own = tmp_path / "elsewhere", round_folder(tmp_path / "run", 4)
+    for folder in (round_folder(elsewhere, 5), own):
+        write_files(full_result(), folder)
+        (folder / "report.html").unlink()
+    links = [own.parent / "epoch=5", tmp_path / "run" / "old" / "softprune", tmp_path / "run" / "latest"]
+    links[1].parent.mkdir()
+    for link, target in zip(links, (round_folder(elsewhere, 5), elsewhere / "softprune", elsewhere), strict=True):
+        link.symlink_to(target)
+
+    assert main(["report", str(tmp_path / "run")]) == 1
+
+    captured = capsys.readouterr()
+    refused = [f"lightning-softprune: {link}: a link, which is not followed" for link in links[:2]]
+    assert sorted(captured.err.splitlines()) == sorted(refused)
+    assert captured.out.splitlines() == [str(own / name) for name in ("trials.csv", "report.html")]
+    assert not (round_folder(elsewhere, 5) / "report.html").exists()
+
+
+@POSIX
+def test_links_in_the_place_of_what_is_built_are_replaced(tmp_path: Path, capsys: Captured) -> None:
+    folder, precious = round_folder(tmp_path, 4), tmp_path / "precious"
+    write_files(full_result(), folder)
+    precious.write_text("precious")
+    for name in ("report.html", "trials.csv"):
+        (folder / name).unlink()
+        (folder / name).symlink_to(precious)
+
+    assert main(["report", str(folder)]) == 0
+
+    assert precious.read_text() == "precious"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+def test_a_folder_in_the_place_of_the_page_is_named(tmp_path: Path, capsys: Captured) -> None:
+    write_files(full_result(), tmp_path)
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+
+    assert failure(capsys, "report", tmp_path).startswith(f"lightning-softprune: {tmp_path / 'report.html'}: ")
+
+
+@POSIX
+def test_what_the_user_names_may_be_a_link_but_no_pipe(tmp_path: Path, capsys: Captured) -> None:
+    write_files(full_result(), round_folder(tmp_path / "run", 4))
+    (tmp_path / "latest").symlink_to(tmp_path / "run")
+    (tmp_path / "x.json").symlink_to(round_folder(tmp_path / "run", 4) / "result.json")
+    for command, name in (("show", "latest"), ("show", "x.json"), ("report", "latest")):
+        assert main([command, str(tmp_path / name)]) == 0
+    capsys.readouterr()
+
+    for name in ("pipe.json", "pipe.ckpt", "result.json"):
+        os.mkfifo(tmp_path / name)
+        assert str(tmp_path / name) in failure(capsys, "show", tmp_path / name)
+    assert str(tmp_path / "result.json") in failure(capsys, "report", tmp_path / "result.json")
+
+
+HUGE = [10**400, -(10**400), 2**63, float(2**70), "1e400", {"x": 10**400}]
+
+
+@pytest.mark.parametrize("value", HUGE, ids=lambda value: f"{type(value).__name__}")
+@pytest.mark.parametrize("field", ["epoch", "evaluations", "chosen", "costs_before", "groups", "format"])
+def test_show_refuses_numbers_in_a_record_that_nothing_can_hold(
+    tmp_path: Path, capsys: Captured, field: str, value: Any
+) -> None:
+    result = full_result().to_dict()
+    record: dict[str, Any] = {"format": 1, "results": [result]}
+    if field == "groups":
+        result["groups"][1]["channels_after"] = value
+    elif field == "costs_before":
+        result["costs_before"]["macs"] = value
+    else:
+        (record if field == "format" else result)[field] = value
+    path = tmp_path / "model.ckpt"
+    torch.save({"softprune": record}, path)
+
+    complaint = failure(capsys, "show", path)
+
+    assert complaint.startswith(f'lightning-softprune: {path}: the "softprune" record ')
+    assert field in complaint
+    assert len(complaint) < 400 + len(str(path))
+
+
+def test_nothing_in_a_file_commands_the_terminal(tmp_path: Path, capsys: Captured) -> None:
+    escape = "\x1b]0;title\x07\x9b31m\r"
+    result = full_result(applied=False, reason=escape, strategy=escape, constraints=(escape,), outcome="")
+    groups = tuple(replace(group, name=group.name + escape, kind=escape) for group in result.groups)
+    write_files(replace(result, groups=groups), tmp_path)
+    assert main(["show", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    (tmp_path / "result.json").write_text(json.dumps({**result.to_dict(), "mode": escape}))
+    shown += failure(capsys, "show", tmp_path) + failure(capsys, "show", tmp_path / escape)
+
+    assert not set(escape) & set("\x00\x1b\x07\x9b\r") & set(shown)
 
 
 # the command itself

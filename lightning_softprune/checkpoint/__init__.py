@@ -11,11 +11,13 @@ A pruned model's checkpoint is an ordinary one with one more entry, ``checkpoint
 - ``optimizers``: in full checkpoints, the parameters of each group of each optimizer by name, in order.
 
 Sizes and shapes are read off the live module whenever it is saved, so they are right also after further rounds, and in
-later runs without the callback. :func:`resize` is the way back. Where a file has no record, shapes tell the sizes of
-all layers that keep a tensor along each of their slots.
+later runs without the callback. :func:`resize` is the way back. A file may come from anybody: a record is checked
+wholly (`reading.py`) before anything is allocated or changed. Where a file has no record, shapes tell the sizes of all
+layers that keep a tensor along each of their slots.
 """
 
 from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
+from lightning_softprune.checkpoint.reading import recorded_rounds
 from lightning_softprune.checkpoint.record import FORMAT, is_recorded, keep_record, order_parameters
 from lightning_softprune.checkpoint.resize_plan import resize
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
@@ -30,5 +32,6 @@ __all__ = [
     "keep_record",
     "load_from_checkpoint",
     "order_parameters",
+    "recorded_rounds",
     "resize",
 ]

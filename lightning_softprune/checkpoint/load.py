@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, TypeVar
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.checkpoint.record import InstanceHook
-from lightning_softprune.checkpoint.resize_plan import resize_to
+from lightning_softprune.checkpoint.resize_plan import plan_resize, resize_together
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 from lightning_softprune.utilities.libraries import counterparts
 
@@ -45,22 +46,32 @@ class LoadHook(InstanceHook):
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Resize, and call what was there before."""
-        self.record = checkpoint.get(RECORD)
-        _resize_around(self.module, checkpoint, lambda: self.call_before(checkpoint))
+        self.record = None
+        own = partial(self.call_before, checkpoint)
+        if RECORD in checkpoint:
+            _resize_around(self.module, checkpoint, own, self.copies())
+            self.record = checkpoint[RECORD]
+            return
+        _resize_around(self.module, checkpoint, own)
         for averaged in self.copies():
-            with nullcontext() if self.record else suppress(ValueError):  # as for the module, which has passed
-                resize_to(averaged, checkpoint, strict=False)
+            with suppress(ValueError):  # as for the module, which has passed
+                resize_together([plan_resize(averaged, checkpoint, strict=False)])
 
 
-def _resize_around(module: pl.LightningModule, checkpoint: dict[str, Any], own: Callable[[], None]) -> None:
-    """Resize, then call the user's own hook.
+def _resize_around(
+    module: pl.LightningModule,
+    checkpoint: dict[str, Any],
+    own: Callable[[], None],
+    copies: Iterable[nn.Module] = (),
+) -> None:
+    """Resize the module and its copies, all or none; then call the user's own hook.
 
     Where there is no record, the user's hook may be what makes a checkpoint fit (an older class's names, a larger
     vocabulary): it has its turn before anything is refused.
     """
     problem: ValueError | None = None
     try:
-        resize_to(module, checkpoint, strict=False)
+        resize_together([plan_resize(model, checkpoint, strict=False) for model in (module, *copies)])
     except ValueError as error:
         if RECORD in checkpoint:
             raise

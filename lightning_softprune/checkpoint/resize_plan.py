@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_softprune.checkpoint.record import FORMAT, keep_record, save_hook
+from lightning_softprune.checkpoint.reading import Record, is_record, read_record, stored_elements, tensor_shapes
+from lightning_softprune.checkpoint.record import keep_record, save_hook
 from lightning_softprune.checkpoint.shapes import (
     RECORD,
     ModelShapes,
     TensorSite,
+    damaged,
+    number_of_elements,
     recorded_sizes,
     tensor_sites,
     tensor_sites_by_name,
@@ -38,7 +43,9 @@ def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: The model is not of this architecture, or the shapes alone do not tell the size of a layer; the
-            message names the module. Nothing is changed then.
+            message names the module. Or the record is damaged, or not that of the tensors beside it; the message names
+            the field. Or it asks for far more memory than the model and the file's tensors take. Nothing is changed
+            then, and nothing was allocated.
 
     >>> layers = [nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)]
     >>> model = nn.Sequential(*layers)
@@ -51,57 +58,124 @@ def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
       (2): Linear(in_features=5, out_features=2, bias=True)
     )
     """
-    resize_to(model, checkpoint_or_record, strict=True)
+    resize_together([plan_resize(model, checkpoint_or_record, strict=True)])
 
 
-def resize_to(model: nn.Module, source: Any, strict: bool) -> None:
-    """Resize; without `strict`, tensors that only one of the two has are passed over."""
+@dataclass(frozen=True)
+class PlannedResize:
+    """A resize that is worked out: nothing in the file is wrong.
+
+    Attributes:
+        model: The model.
+        do: Does it.
+    """
+
+    model: nn.Module
+    do: Callable[[], None]
+
+
+def resize_together(planned: Iterable[PlannedResize]) -> None:
+    """Do all of them or, if one fails after all (no memory), none."""
+    planned = list(planned)
+    with ExitStack() as stack:
+        for one in planned:
+            stack.enter_context(_all_or_nothing(one.model))
+        for one in planned:
+            one.do()
+
+
+def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
+    """Work a resize out; without `strict`, tensors that only one of the two has are passed over.
+
+    Raises:
+        ValueError: See :func:`resize`.
+    """
     record, state = _read(source)
     hook = save_hook(model)
     live = ModelShapes.of(model)
+    shapes = tensor_shapes(state)
     exact = True  # the target is the form of this file, not a guess from shapes
     if record is not None:
-        target = ModelShapes.from_dict(record)
-    elif hook is not None and not live.has(state) and hook.dense.has(state):
-        target = hook.dense
+        target, dense = record.form, record.dense
+        for name in shapes:
+            if name in live.shapes and name not in target.shapes:
+                raise damaged(f"shapes: it has not {name!r}, of which there is a tensor beside it")
+    elif hook is not None and not live.has(shapes) and hook.dense.has(shapes):
+        target = dense = hook.dense
     else:
-        target, exact = ModelShapes({}, state), False
+        target, dense, exact = ModelShapes({}, shapes), live, False
     if strict:
         _check_names(model, live, target, exact)
-    _ResizePlan(model, live, target, exact).apply()
-    if isinstance(model, counterparts(pl.LightningModule)):
-        if record is not None:
-            if hook is not None:
+    plan = _ResizePlan(model, live, target, dense, exact)
+    _check_amount(plan, state, "the state dict" if record is None else f"the {RECORD!r} record")
+
+    def do() -> None:
+        plan.apply()
+        if isinstance(model, counterparts(pl.LightningModule)):
+            if hook is not None and exact:
                 hook.remove()  # what it knows of rounds is not this file's history
-            keep_record(model, ModelShapes.from_dict(record.get("dense", record)), record.get("results", []))
-        elif hook is not None and exact:
-            hook.remove()
+            if record is not None:
+                keep_record(model, record.dense, record.results)
+
+    return PlannedResize(model, do)
 
 
-def _read(source: Any) -> tuple[dict[str, Any] | None, dict[str, Shape]]:
-    """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict's shapes."""
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If an exception ends the block, every module has the attributes, tensors and hooks that it had."""
+    before = [
+        (held, dict(held)) for m in model.modules() for held in (m.__dict__, m._parameters, m._buffers)
+    ]  # the modules' own dictionaries
+    try:
+        yield
+    except BaseException:
+        for held, content in before:
+            held.clear()
+            held.update(content)
+        raise
+
+
+def _read(source: Any) -> tuple[Record | None, Mapping[str, Any]]:
+    """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict."""
     wrong = ValueError('neither a checkpoint, nor its "softprune" record, nor a state dict of tensors')
     if isinstance(source, (str, Path)):
         raise ValueError(f"{str(source)!r} is a path and {wrong}; load it first, as in torch.load(path)")
     if not isinstance(source, Mapping):
         raise wrong
-    record = source.get(RECORD, source if "format" in source and "layers" in source else None)
-    if record is not None:
-        if not isinstance(record, Mapping) or not isinstance(record.get("format"), int):
-            raise ValueError(f"the {RECORD!r} record is damaged: it has no format version")
-        if record["format"] > FORMAT:
-            raise ValueError(
-                f"the {RECORD!r} record has format {record['format']}; this version of lightning-softprune "
-                f"reads formats up to {FORMAT}"
-            )
-        return dict(record), {}
     state = source.get("state_dict", source)
-    shapes = {}
-    if isinstance(state, Mapping):
-        shapes = {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not shapes:
+    state = state if isinstance(state, Mapping) else {}
+    if RECORD in source and not isinstance(source[RECORD], torch.Tensor):  # a parameter may have this name
+        return read_record(source[RECORD], source), {} if state is source else state
+    if "state_dict" not in source and is_record(source):
+        return read_record(source, {}), {}
+    if not tensor_shapes(state):
         raise wrong
-    return None, shapes
+    return None, state
+
+
+_BELIEVED = 2**22
+"""New tensors of so many elements (16 MiB of floats) are made without asking what shows that they are right."""
+
+_GROWTH = 4
+"""And of so many times the model's own: a model that was pruned may grow back by a record alone."""
+
+
+def _check_amount(plan: _ResizePlan, state: Mapping[str, Any], what: str) -> None:
+    """Refuse to allocate what a file only claims, before anything is allocated.
+
+    A small file can name any size. What its tensors really hold is no claim, nor is the model. A record alone shows
+    nothing, its dense form included: it can be larger than the model by a factor (`_GROWTH`), no more.
+    """
+    wanted = {owners[0].name: shape for _, shape, owners in plan.tensors}
+    wanted |= {f"the bias {number}": (size,) for number, (_, size) in enumerate(plan.created)}
+    total = sum(map(number_of_elements, wanted.values()))
+    own, stored = sum({id(p.tensor): p.tensor.numel() for p in plan.places}.values()), stored_elements(state)
+    if total > _BELIEVED + max(_GROWTH * own, stored):
+        name = max(wanted, key=lambda name: number_of_elements(wanted[name]))
+        raise ValueError(
+            f"{what} asks for new tensors of {total:,} elements (above all {name}: {wanted[name]}), but this model has "
+            f"{own:,}, and the tensors beside hold {stored:,}; pass the whole checkpoint, or a model of the dense size"
+        )
 
 
 def _check_names(model: nn.Module, live: ModelShapes, target: ModelShapes, exact: bool) -> None:
@@ -143,11 +217,14 @@ class _ResizePlan:
         model: The model.
         live: Its form now.
         target: The form it shall have; with `exact` unset, its layers are unknown and follow from the shapes.
+        dense: The form before the first round, as far as it is known.
         exact: Whether the target is known to be a form of this very architecture.
     """
 
-    def __init__(self, model: nn.Module, live: ModelShapes, target: ModelShapes, exact: bool) -> None:
-        self.live, self.target, self.exact = live, target, exact
+    def __init__(
+        self, model: nn.Module, live: ModelShapes, target: ModelShapes, dense: ModelShapes, exact: bool
+    ) -> None:
+        self.live, self.target, self.dense, self.exact = live, target, dense, exact
         self.places = [place for place in tensor_sites(model) if not place.lazy]
         self.shapes = self._with_aliases()
         self.resized: list[tuple[LayerType, nn.Module, Sizes]] = []
@@ -214,7 +291,10 @@ class _ResizePlan:
         if min(sizes.values()) < 0:
             raise ValueError(f"the checkpoint gives it the sizes {sizes}")
         prefix = f"{name}." if name else ""
-        for tensor, shape in entry.shapes_at(module, sizes).items():
+        shapes = entry.shapes_at(module, sizes)
+        if not any(prefix + tensor in self.shapes for tensor in shapes):
+            self._check_claim(name, sizes)
+        for tensor, shape in shapes.items():
             known = self.shapes.get(prefix + tensor, shape)
             if known != shape:
                 raise ValueError(shape_mismatch(known, shape))
@@ -229,6 +309,13 @@ class _ResizePlan:
                 self.created.append((module, sizes["out"]))
         elif module.bias is not None and given is None and self.exact and name in self.target.layers:
             self.removed.append(module)
+
+    def _check_claim(self, name: str, sizes: Sizes) -> None:
+        """Refuse sizes that no tensor tells, if they are larger than both the model's and the dense model's."""
+        for slot, size in sizes.items():
+            largest = max(self.live.layers[name][slot], self.dense.layers.get(name, {}).get(slot, 0))
+            if size > largest:
+                raise ValueError(f"the checkpoint gives it {size} channels, it never had more than {largest}")
 
     def _plan_bare(self) -> None:
         """Tensors that no slot describes: parameters of the user's own modules, mostly."""

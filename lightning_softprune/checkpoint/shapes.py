@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_softprune.graph import Shape, Sizes, layer_type
+from lightning_softprune.utilities.plain_types import LARGEST_INTEGER, shown
 
 RECORD = "softprune"
 """Key of the record in a checkpoint."""
@@ -38,19 +41,33 @@ class ModelShapes:
         return cls(layers, {place.name: tuple(place.tensor.shape) for place in tensor_sites(model) if not place.lazy})
 
     @classmethod
-    def from_dict(cls, data: Any) -> ModelShapes:
+    def from_dict(cls, data: Any, where: str = "") -> ModelShapes:
         """The form that :meth:`to_dict` described.
 
+        Args:
+            data: What `to_dict` returned, also after a round trip through a file.
+            where: What stands before its fields in messages.
+
         Raises:
-            ValueError: It did not.
+            ValueError: It did not; the message names the field.
         """
-        try:
-            layers = {
-                str(name): {str(slot): int(n) for slot, n in sizes.items()} for name, sizes in data["layers"].items()
-            }
-            return cls(layers, {str(name): tuple(int(n) for n in shape) for name, shape in data["shapes"].items()})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"the {RECORD!r} record is damaged: {type(error).__name__}: {error}") from error
+        if not isinstance(data, Mapping):
+            raise damaged(f"{where.rstrip('.')}{': ' if where else ''}{shown(data)} is not a dict")
+        layers = {}
+        for name, sizes in _items(data, "layers", where):
+            place = f"{where}layers[{shown(name)}]"
+            if not isinstance(sizes, Mapping) or not sizes:
+                raise damaged(f"{place}: {shown(sizes)} is not a dict of slot sizes")
+            layers[name] = {_name(slot, place): _count(n, f"{place}[{shown(slot)}]") for slot, n in sizes.items()}
+        shapes = {}
+        for name, shape in _items(data, "shapes", where):
+            place = f"{where}shapes[{shown(name)}]"
+            if not isinstance(shape, (list, tuple)) or len(shape) > _MOST_DIMENSIONS:
+                raise damaged(f"{place}: {shown(shape)} is not a list of at most {_MOST_DIMENSIONS} dimensions")
+            shapes[name] = tuple(_count(n, f"{place}[{dim}]") for dim, n in enumerate(shape))
+            if number_of_elements(shapes[name]) > LARGEST_INTEGER:
+                raise damaged(f"{place}: {shown(shape)} is larger than any tensor")
+        return cls(layers, shapes)
 
     def to_dict(self) -> dict[str, Any]:
         """The form in plain types."""
@@ -63,6 +80,47 @@ class ModelShapes:
         """Whether a state dict of these shapes is of this form, as far as both name the same tensors."""
         common = [name for name in state if name in self.shapes]
         return bool(common) and all(state[name] == self.shapes[name] for name in common)
+
+
+def damaged(problem: str) -> ValueError:
+    """The error for a record that cannot be right.
+
+    Args:
+        problem: The field, and what is wrong with it.
+    """
+    return ValueError(f"the {RECORD!r} record is damaged: {problem}")
+
+
+def number_of_elements(shape: Shape) -> int:
+    """How many a tensor has; an empty dimension counts as one (PyTorch computes strides with the others)."""
+    return math.prod(max(n, 1) for n in shape)
+
+
+_MOST_DIMENSIONS = 64  # PyTorch's own limit
+
+
+def _items(data: Mapping[str, Any], field: str, where: str) -> list[tuple[str, Any]]:
+    if field not in data:
+        raise damaged(f"{where}{field}: it is missing")
+    if not isinstance(data[field], Mapping):
+        raise damaged(f"{where}{field}: {shown(data[field])} is not a dict")
+    return [(_name(name, f"{where}{field}"), value) for name, value in data[field].items()]
+
+
+def _name(name: Any, where: str) -> str:
+    if not isinstance(name, str):
+        raise damaged(f"{where}: the key {shown(name)} is not a string")
+    return name
+
+
+def _count(value: Any, where: str) -> int:
+    """A size; widths that a user computed with NumPy are whole numbers too."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise damaged(f"{where}: {shown(value)} is not a whole number")
+    number = int(value)
+    if not 0 <= number <= LARGEST_INTEGER:
+        raise damaged(f"{where}: {shown(number)} is {'less than 0' if number < 0 else 'larger than any tensor'}")
+    return number
 
 
 @dataclass(frozen=True)

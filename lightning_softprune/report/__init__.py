@@ -4,6 +4,7 @@ from lightning_softprune.report.figures import log_figures
 from lightning_softprune.report.files import (
     RESULT_FILE,
     read_result,
+    read_round,
     rebuild_files,
     round_folder,
     round_folders,
@@ -22,6 +23,7 @@ __all__ = [
     "print_round",
     "print_rounds",
     "read_result",
+    "read_round",
     "rebuild_files",
     "round_folder",
     "round_folders",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from pathlib import Path
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import trial_rows
 from lightning_softprune.results import PruningResult
-from lightning_softprune.utilities.files import replace_file
+from lightning_softprune.utilities.files import read_file, refuse_link, replace_file
 
 RESULT_FILE = "result.json"
+
+_ROOT, _ROUND = "softprune", "epoch="
 
 
 def round_folder(root: Path, epoch: int) -> Path:
@@ -26,13 +29,14 @@ def round_folder(root: Path, epoch: int) -> Path:
     >>> round_folder(Path("logs"), 10).as_posix()
     'logs/softprune/epoch=10'
     """
-    return Path(root) / "softprune" / f"epoch={epoch}"
+    return Path(root) / _ROOT / f"{_ROUND}{epoch}"
 
 
 def write_files(result: PruningResult, folder: Path) -> list[Path]:
     """Write `result.json`, `trials.csv` and `report.html`, replacing those of an earlier run.
 
-    A reader sees an old file or a new one, never half of one.
+    A reader sees an old file or a new one, never half of one. A link in the place of a file is replaced, and what it
+    points to is left alone.
 
     Args:
         result: The round.
@@ -42,44 +46,97 @@ def write_files(result: PruningResult, folder: Path) -> list[Path]:
         The paths written.
 
     Raises:
-        OSError: If the folder cannot be written.
+        OSError: If the folder cannot be written, or is a link in the place of a round's folder.
     """
     folder = Path(folder)
+    _refuse_linked(folder.parent)
+    _refuse_linked(folder)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {name: render(result) for name, render in _FILES.items()}  # all of them first: what fails writes nothing
     return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
 
 
-def read_result(path: Path) -> PruningResult:
+def read_result(path: Path, *, follow_links: bool = False) -> PruningResult:
     """Read a `result.json`.
+
+    Args:
+        path: The file.
+        follow_links: Whether it may be a link to one.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        OSError: If it is no regular file, or cannot be read.
         ValueError: If it is corrupt or not a pruning result; the message names the file.
     """
-    content = Path(path).read_bytes()
+    content = read_file(Path(path), follow_links=follow_links)
     try:
-        return PruningResult.from_dict(json.loads(content))
+        return PruningResult.from_dict(json.loads(content, parse_float=_finite))
     except (ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path}: cannot be read as a pruning result ({error})") from error
+
+
+def read_round(folder: Path) -> PruningResult:
+    """Read the `result.json` in a round's folder; see :func:`read_result`.
+
+    Raises:
+        OSError: Also if the folder is a link in the place of a round's.
+    """
+    _refuse_linked(folder)
+    return read_result(folder / RESULT_FILE)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # Python reads 1e400 as infinity, which is "inf" in our files
+        raise ValueError(f"{text:.60} is no number that a float can hold")
+    return value
+
+
+def _refuse_linked(folder: Path) -> None:
+    """Links to whole runs are the user's own habit (`latest`); those in the place of our folders are nobody's."""
+    if folder.name == _ROOT or folder.name.startswith(_ROUND):
+        refuse_link(folder)
 
 
 def round_folders(root: Path) -> list[Path]:
     """The folders of rounds at or below `root`: run by run, the epochs in order.
 
+    Links to folders are not followed. One in the place of a round's folder is in the list, for :func:`read_round` to
+    refuse by name.
+
     Raises:
         OSError: If `root` is not a folder that can be read.
     """
-    os.scandir(root).close()  # `rglob` says nothing about a folder that is missing or cannot be read
-    if (root / RESULT_FILE).is_file():
+    os.scandir(root).close()  # below, nothing is said of a folder that cannot be read
+    if _has_result(root):
         return [root]
-    found = [path.parent for path in root.rglob(f"epoch=*/{RESULT_FILE}")]
+    found, stack = [], [root]
+    while stack:  # not recursive: folders may be nested more deeply than Python's calls
+        try:
+            with os.scandir(stack.pop()) as entries:
+                folders = [(Path(entry.path), entry.is_symlink()) for entry in entries if entry.is_dir()]
+        except OSError:
+            continue
+        for folder, is_link in folders:
+            ours = folder.name == _ROOT or folder.name.startswith(_ROUND)
+            if is_link:
+                found += [folder] if ours else []
+                continue
+            stack.append(folder)
+            if folder.name.startswith(_ROUND) and os.path.lexists(folder / RESULT_FILE):
+                found.append(folder)
 
     def key(folder: Path) -> tuple[Path, int, str]:
-        epoch = folder.name.removeprefix("epoch=")
+        epoch = folder.name.removeprefix(_ROUND)
         return folder.parent, int(epoch) if epoch.isdecimal() else -1, epoch
 
     return sorted(found, key=key)
+
+
+def _has_result(folder: Path) -> bool:
+    """Whether there is a `result.json`, be it only to be refused."""
+    path = folder / RESULT_FILE
+    return os.path.lexists(path) and not (path.is_dir() and not path.is_symlink())
 
 
 def rebuild_files(folder: Path) -> list[Path]:
@@ -93,7 +150,7 @@ def rebuild_files(folder: Path) -> list[Path]:
         ValueError: If it cannot be read as a result.
         OSError: If the folder cannot be written.
     """
-    result = read_result(folder / RESULT_FILE)
+    result = read_round(folder)
     texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
     return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
 

@@ -22,6 +22,8 @@ _BAR_WIDTH = 10
 
 _LOG_WIDTH = 500
 
+_CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
 
 def print_round(result: PruningResult, console: Console | None = None, *, folder: Path | None = None) -> None:
     """Print the table of groups and the summary line, above any live bar.
@@ -188,8 +190,9 @@ def print_line(console: Console, line: str) -> None:
 
 
 def _encodable(console: Console, text: str) -> str:
-    # A name, or a box, that the screen's encoding lacks must not end a training run.
-    return text.encode(console.encoding, "replace").decode(console.encoding)
+    # A name, or a box, that the screen's encoding lacks must not end a training run; one in a file of somebody else's
+    # must not command the terminal.
+    return text.translate(_CONTROLS).encode(console.encoding, "replace").decode(console.encoding)
 
 
 class _Printable:

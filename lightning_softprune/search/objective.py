@@ -19,6 +19,8 @@ _METRIC = re.compile(r"\s*([^<>=!~\s](?:[^<>=!~]*[^<>=!~\s])?)\s*")
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
+_SHOWN = 100  # characters of a constraint on either side of a mistake, in the message
+
 _PENALTY = 10.0  # a shortfall of 1 % of the bound weighs like a loss that is 10 % higher
 
 
@@ -94,8 +96,11 @@ def parse_constraint(text: str, where: str) -> Constraint:
     """
 
     def fail(expected: str, at: int) -> ValueError:
-        shown = text.replace("\t", " ").replace("\n", " ")
-        return ValueError(f"{where}: expected {expected} at character {at + 1}:\n    {shown}\n    {' ' * at}^")
+        first = max(0, at - _SHOWN)
+        shown = "".join(c if c.isprintable() else " " for c in text[first : at + _SHOWN])
+        return ValueError(
+            f"{where}: expected {expected} at character {at + 1}:\n    {shown}\n    {' ' * (at - first)}^"
+        )
 
     metric = _METRIC.match(text)
     if metric is None:

@@ -195,7 +195,7 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
 
     The generators are seeded from torch's global one, so that what is read depends on the caller's seed alone.
     """
-    memory = Snapshot(opaque())
+    memory, trainers = Snapshot(opaque()), counterparts(pl.Trainer)
     generators: list[Any] = []
     seen: set[int] = set()
     level = [loader for loader in loaders if not isinstance(loader, Tensor)]

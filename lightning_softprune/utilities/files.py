@@ -1,15 +1,29 @@
-"""Replacing files: a reader sees the old one or the new one, never half of one."""
+"""Files in folders that others may write to.
+
+Replacing: a reader sees the old file or the new one, never half of one. Neither reading nor writing follows a link that
+somebody has put in the place of a file of ours, or opens what is no file (a pipe would be waited for, for ever).
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["being_replaced", "remove_leftovers", "replace_file", "sync_file"]
+__all__ = [
+    "being_replaced",
+    "read_file",
+    "refuse_link",
+    "refuse_other_than_file",
+    "remove_leftovers",
+    "replace_file",
+    "sync_file",
+]
 
 
 def replace_file(path: Path, content: bytes) -> Path:
@@ -48,6 +62,51 @@ def being_replaced(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_file(path: Path, *, follow_links: bool = False) -> bytes:
+    """What is in a regular file.
+
+    Args:
+        path: The file.
+        follow_links: Whether it may be a link to one, as where the user has named it.
+
+    Raises:
+        OSError: It is a link or anything else that is no regular file, or it cannot be read; it has the path.
+    """
+    if not follow_links:
+        refuse_link(path)
+    refuse_other_than_file(path)
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
+    flags |= 0 if follow_links else getattr(os, "O_NOFOLLOW", 0)
+    with open(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # somebody has exchanged it since
+            raise _no_file(path)
+        return file.read()
+
+
+def refuse_other_than_file(path: Path) -> None:
+    """Let regular files, and links to them, pass; nothing is opened.
+
+    Raises:
+        OSError: It is something else, or not there; it has the path.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise _no_file(path)
+
+
+def refuse_link(path: Path) -> None:
+    """Let anything but a link pass.
+
+    Raises:
+        OSError: It is a link; it has the path.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link, which is not followed", str(path))
+
+
+def _no_file(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def remove_leftovers(path: Path) -> None:

@@ -153,6 +153,7 @@ def test_files_get_the_permissions_that_the_umask_gives(tmp_path: Path) -> None:
         b"\x89PNG\r\n\x1a\n\xff",
         b"[" * 100_000,
         b"\x00" * 10,
+        b'{"epoch": ' + b"9" * 5000 + b"}",
     ],
 )
 def test_a_corrupt_or_foreign_file_is_named(tmp_path: Path, content: bytes) -> None:
@@ -226,3 +227,63 @@ def test_log_values_are_the_scalars_of_the_contract() -> None:
         "softprune/coefficient/encoder.4": 0.25,
     }
     assert {type(value) for value in values.values()} == {float}
+
+
+NUMBERS = ["1" + "0" * 400, "-1" + "0" * 400, "1e400", "-1e999", "9" * 5000, "9" * 5000 + ".5", '"1e400"', "1" * 20]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda number: f"{number:.8}{len(number)}")
+@pytest.mark.parametrize(
+    "field", ["costs_after.params", "trials.0.score", "trials.1.coefficients.0", "epoch", "limits"]
+)
+def test_a_number_that_nothing_can_hold_is_refused(tmp_path: Path, field: str, number: str) -> None:
+    path = write_files(recorded_result(), tmp_path)[0]
+    data = json.loads(path.read_text())
+    *parents, last = field.split(".")
+    place = data
+    for key in parents:
+        place = place[int(key)] if isinstance(place, list) else place[key]
+    place[int(last) if isinstance(place, list) else last] = {"macs": "HERE"} if field == "limits" else "HERE"
+    path.write_text(json.dumps(data).replace('"HERE"', number))
+
+    if number == "1" * 20 and field.split(".")[-1] in ("score", "0", "limits"):
+        read_result(path)  # a float holds it
+        return
+    with pytest.raises(ValueError, match=r"result\.json: cannot be read as a pruning result") as raised:
+        read_result(path)
+    assert len(str(raised.value)) < 400 + len(str(path))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are POSIX's")
+def test_a_link_in_the_place_of_a_rounds_folder_is_not_written_through(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "epoch=5").mkdir(parents=True)
+    (elsewhere / "epoch=5" / "result.json").write_text("precious")
+    (tmp_path / "a" / "softprune").mkdir(parents=True)
+    (tmp_path / "a" / "softprune" / "epoch=4").symlink_to(elsewhere / "epoch=5")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "softprune").symlink_to(elsewhere)
+
+    for run, epoch in (("a", 4), ("b", 5), ("b", 6)):
+        with pytest.raises(OSError, match="a link, which is not followed"):
+            write_files(recorded_result(), round_folder(tmp_path / run, epoch))
+
+    assert [path.name for path in elsewhere.rglob("*")] == ["epoch=5", "result.json"]
+    assert (elsewhere / "epoch=5" / "result.json").read_text() == "precious"
+    (tmp_path / "latest").symlink_to(tmp_path / "c")  # a link to a whole run is the user's own
+    (tmp_path / "c").mkdir()
+    assert len(write_files(recorded_result(), round_folder(tmp_path / "latest", 4))) == 3
+
+
+def test_folders_nested_more_deeply_than_calls_can_be_are_searched(tmp_path: Path) -> None:
+    here, before = tmp_path, Path.cwd()
+    try:
+        for _ in range(8):
+            os.chdir(here)
+            part = Path(*["d"] * 200)
+            part.mkdir(parents=True)
+            here = part
+        os.chdir(tmp_path)
+        assert round_folders(tmp_path) == []
+    finally:
+        os.chdir(before)

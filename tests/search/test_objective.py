@@ -1,6 +1,8 @@
 """Constraints: how they are read, and what they make of a trial."""
 
 import math
+import re
+import time
 
 import pytest
 
@@ -53,6 +55,39 @@ def test_an_error_points_at_the_character(text, expected, character):
     assert f"character {character}" in first
     assert shown.strip() == text.strip()
     assert caret.index("^") - 4 == character - 1
+
+
+N = 100_000
+CRAFTED = {
+    "spaces in a name": "a" + " " * N + "b >= 1",
+    "spaces after a name": "a" + " " * N,
+    "spaces before no name": " " * N + ">= 1",
+    "words": "a " * N,
+    "digits": "a >= " + "1" * N,
+    "digits and more": "a >= " + "1" * N + "x",
+    "a long fraction": "a >= 0." + "0" * N + "1 x",
+    "points": "a >= " + "." * N,
+    "exponents": "a >= 1" + "e1" * N,
+    "a long exponent": "a >= 1e" + "9" * N,
+    "signs": "a >= " + "+-" * N,
+    "operators": "<>=!~" * N,
+    "an operator late": "x" * N + "=>1",
+    "line breaks": "a\n\r\v" * N + ">= 1",
+}
+
+
+@pytest.mark.parametrize("text", CRAFTED.values(), ids=CRAFTED.keys())
+def test_a_crafted_text_is_read_in_linear_time_and_a_mistake_in_it_is_shown_in_short(text):
+    started = time.process_time()
+    try:
+        parse_constraint(text, "constraints[0]")
+    except ValueError as error:
+        first, shown, caret = str(error).split("\n")
+        assert max(map(len, (first, shown, caret))) <= 210
+        at = int(re.search(r"character (\d+)", first)[1]) - 1
+        under = shown[len(caret) - 1 : len(caret)]
+        assert under.strip() == text[at : at + 1].strip()
+    assert time.process_time() - started < 1.0  # quadratic time takes minutes
 
 
 @pytest.mark.parametrize(
