@@ -20,14 +20,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
-from lightning_softprune.report import log_figures, log_values, print_round, round_folder, write_files
+from lightning_softprune.report import log_figures, log_values, print_round, try_write_files
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import (
     Goal,
@@ -45,8 +44,10 @@ from lightning_softprune.trainer import (
     end_epoch_at_this_batch,
     finish_epoch_without_training,
     logging_step,
+    refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
+    refuse_unsuited,
     reset_monitors,
     take_epoch_back,
     take_epoch_back_in,
@@ -221,33 +222,8 @@ class SoftPruning(pl.Callback):
             raise MisconfigurationException(
                 f"callbacks: {len(others)} SoftPruning callbacks in one Trainer; one callback takes several `epochs`"
             )
-        if not is_overridden("validation_step", pl_module):
-            raise MisconfigurationException(
-                f"SoftPruning scores plans by validation, and {type(pl_module).__name__} has no `validation_step`"
-            )
-        refuse_sharding(trainer)
-        if trainer.barebones:
-            raise MisconfigurationException(
-                "barebones=True: there is no `self.log`, which SoftPruning needs for scores"
-            )
-        last, end = max(self.epochs), trainer.max_epochs
-        trial_run = getattr(trainer, "fast_dev_run", False)  # one batch and out, before any round
-        if end is not None and end != -1 and not trial_run:
-            if last >= end:
-                raise MisconfigurationException(
-                    f"epochs={last} is never reached with max_epochs={end}; the largest allowed is {end - 1}"
-                )
-            if self.finetune_epochs is not None and last + self.finetune_epochs > end:
-                raise MisconfigurationException(
-                    f"finetune_epochs={self.finetune_epochs} after epochs={last} "
-                    f"needs max_epochs >= {last + self.finetune_epochs}, this trainer has max_epochs={end}"
-                )
-        least = trainer.min_epochs or 0
-        if self.finetune_epochs is not None and last + self.finetune_epochs < least:
-            raise MisconfigurationException(
-                f"finetune_epochs={self.finetune_epochs} would stop at epoch {last + self.finetune_epochs}, "
-                f"which min_epochs={least} forbids"
-            )
+        refuse_unsuited(trainer, pl_module)
+        refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
         self._untrained = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
@@ -394,14 +370,7 @@ class SoftPruning(pl.Callback):
 
     @rank_zero_only
     def _tell(self, result: PruningResult, root: str) -> None:
-        folder: Path | None = None
-        if self.report:
-            folder = round_folder(Path(root), result.epoch)
-            try:
-                write_files(result, folder)
-            except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
-                rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
-                folder = None
+        folder = try_write_files(result, Path(root)) if self.report else None
         if self.verbose:
             print_round(result, folder=folder)
 

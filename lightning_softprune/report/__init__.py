@@ -7,6 +7,7 @@ from lightning_softprune.report.files import (
     rebuild_files,
     round_folder,
     round_folders,
+    try_write_files,
     write_files,
 )
 from lightning_softprune.report.progress import SearchProgress, Style
@@ -25,5 +26,6 @@ __all__ = [
     "rebuild_files",
     "round_folder",
     "round_folders",
+    "try_write_files",
     "write_files",
 ]

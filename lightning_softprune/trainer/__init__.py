@@ -21,7 +21,12 @@ from lightning_softprune.trainer.module_steps import Step, Steps, run_steps
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
 from lightning_softprune.trainer.processes import wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
-from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
+from lightning_softprune.trainer.support import (
+    refuse_schedule,
+    refuse_sharded_optimizers,
+    refuse_sharding,
+    refuse_unsuited,
+)
 
 __all__ = [
     "ModuleRunner",
@@ -36,8 +41,10 @@ __all__ = [
     "isolated_rng",
     "logging_step",
     "one_epoch_more",
+    "refuse_schedule",
     "refuse_sharded_optimizers",
     "refuse_sharding",
+    "refuse_unsuited",
     "reset_monitors",
     "run_steps",
     "take_epoch_back",
