@@ -20,13 +20,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
-from lightning_softprune.report import log_figures, log_values, print_round, try_write_files
+from lightning_softprune.report import log_figures, log_values, print_round, rounds_never_reached, try_write_files
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import (
     Goal,
@@ -51,6 +51,7 @@ from lightning_softprune.trainer import (
     reset_monitors,
     take_epoch_back,
     take_epoch_back_in,
+    why_training_ended,
 )
 from lightning_softprune.utilities import checks
 from lightning_softprune.utilities.version import __version__
@@ -315,6 +316,13 @@ class SoftPruning(pl.Callback):
         """Do not count an epoch in which nothing was trained."""
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of rounds that training did not come to, whatever it was that ended it."""
+        unreached = [epoch for epoch, _ in self._pending()]
+        if unreached and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            why = why_training_ended(trainer)
+            rank_zero_warn(rounds_never_reached(unreached, self.results, trainer.current_epoch, why))
 
     def _finished(self, epochs: int) -> bool:
         """Whether the fine-tuning that was asked for is over after so many epochs."""

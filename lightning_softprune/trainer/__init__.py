@@ -4,6 +4,7 @@ Everything this library takes from Lightning's private interface is in this fold
 fails by name when a release of Lightning moves any of it.
 """
 
+from lightning_softprune.trainer.ending import why_training_ended
 from lightning_softprune.trainer.fit_loop import (
     end_epoch_at_this_batch,
     finish_epoch_without_training,
@@ -49,5 +50,6 @@ __all__ = [
     "run_steps",
     "take_epoch_back",
     "take_epoch_back_in",
+    "why_training_ended",
     "wrap_again",
 ]
