@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import math
 import platform
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -20,13 +21,20 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
-from lightning_softprune.report import log_figures, log_values, print_round, rounds_never_reached, try_write_files
+from lightning_softprune.report import (
+    dense_checkpoints_stay,
+    log_figures,
+    log_values,
+    print_round,
+    rounds_never_reached,
+    try_write_files,
+)
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import (
     Goal,
@@ -350,9 +358,11 @@ class SoftPruning(pl.Callback):
         self.results.append(result)
         if any(done.applied for done in self.results):
             keep_record(pl_module, before, self.results)
-        if self.reset_monitors and result.applied:
-            reset_monitors(trainer)
-        self._tell(result, trainer.log_dir or trainer.default_root_dir)  # a collective: asked for on every rank
+        dense = reset_monitors(trainer) if self.reset_monitors and result.applied else ()
+        notes = dense_checkpoints_stay(dense)
+        for note in notes:
+            rank_zero_info(f"SoftPruning: {note}")
+        self._tell(result, trainer.log_dir or trainer.default_root_dir, notes)  # a collective: asked for on every rank
         for logger in trainer.loggers:  # last: a logger's exception is the user's, and finds the round complete
             logger.log_metrics(log_values(result), step=logging_step(trainer))
         if self.report:
@@ -377,10 +387,10 @@ class SoftPruning(pl.Callback):
         return dataclasses.replace(result, configuration=self._configuration, versions=_versions())
 
     @rank_zero_only
-    def _tell(self, result: PruningResult, root: str) -> None:
+    def _tell(self, result: PruningResult, root: str, notes: Sequence[str] = ()) -> None:
         folder = try_write_files(result, Path(root)) if self.report else None
         if self.verbose:
-            print_round(result, folder=folder)
+            print_round(result, folder=folder, notes=notes)
 
     def _settings(self, trainer: pl.Trainer) -> RoundSettings:
         return RoundSettings(
