@@ -10,15 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import platform
 from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import lightning.pytorch as pl
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
@@ -62,7 +59,7 @@ from lightning_softprune.trainer import (
     why_training_ended,
 )
 from lightning_softprune.utilities import checks
-from lightning_softprune.utilities.version import __version__
+from lightning_softprune.utilities.version import versions
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
 
@@ -205,8 +202,8 @@ class SoftPruning(pl.Callback):
         return "SoftPruning"
 
     def state_dict(self) -> dict[str, Any]:
-        """The rounds so far, in plain types."""
-        return {"results": [result.to_dict() for result in self.results]}
+        """The rounds so far, in plain types; a dry run is none."""
+        return {"results": [result.to_dict() for result in self._real_results()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the rounds of a checkpoint: they are not repeated."""
@@ -302,7 +299,9 @@ class SoftPruning(pl.Callback):
             end_epoch_at_this_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop after the fine-tuning that was asked for."""
+        """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._rehearse_last_round(trainer, pl_module)
         if self._finished(trainer.current_epoch + 1):
             trainer.should_stop = True
 
@@ -313,7 +312,7 @@ class SoftPruning(pl.Callback):
             return
         self._check_names(pl_module)
         epoch, target = pending[0]
-        result = self._search(trainer, pl_module, epoch, target, commit=False)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False)
         self.results = [*self._real_results(), result]
         self._tell(result, trainer.log_dir or trainer.default_root_dir)
 
@@ -335,7 +334,8 @@ class SoftPruning(pl.Callback):
     def _finished(self, epochs: int) -> bool:
         """Whether the fine-tuning that was asked for is over after so many epochs."""
         last = max(self.epochs)
-        pruned = any(result.epoch == last for result in self.results)  # with 0 epochs more, the round is yet to come
+        # with 0 epochs more, the round is yet to come
+        pruned = any(result.epoch == last for result in self._real_results())
         return self.finetune_epochs is not None and pruned and epochs >= last + self.finetune_epochs
 
     # ------------------------------------------------------------------------------------------------------ rounds
@@ -348,12 +348,28 @@ class SoftPruning(pl.Callback):
 
     def _run_due_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for epoch, target in self._pending():
-            if epoch <= trainer.current_epoch:
+            if epoch > trainer.current_epoch:
+                return
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._rehearse_last_round(trainer, pl_module)
+            else:
                 self._run_round(trainer, pl_module, epoch, target)
+            if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
+                self._untrained = trainer.current_epoch
+                finish_epoch_without_training(trainer)
+
+    def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go through the last round once, with one plan and no file, and leave everything as it is."""
+        pending = self._pending()
+        if pending and len(self._real_results()) == len(self.results):  # once in a fit
+            epoch, target = pending[-1]
+            result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False, rehearse=True)
+            self.results.append(result)
+            self._tell(result, None)
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
         before = ModelShapes.of(pl_module)
-        result = self._search(trainer, pl_module, epoch, target)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target)
         self._dense = self._dense or result.costs_before
         self.results.append(result)
         if any(done.applied for done in self.results):
@@ -367,28 +383,17 @@ class SoftPruning(pl.Callback):
             logger.log_metrics(log_values(result), step=logging_step(trainer))
         if self.report:
             log_figures(result, trainer.loggers, step=logging_step(trainer))
-        if epoch == max(self.epochs) and self.finetune_epochs == 0:
-            self._untrained = trainer.current_epoch
-            finish_epoch_without_training(trainer)
 
-    def _search(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        epoch: int,
-        target: float | None,
-        *,
-        commit: bool = True,
-    ) -> PruningResult:
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
         applied = [result for result in self.results if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
-        goal = Goal(epoch, target, self._dense, 1.0 / math.prod(faster), commit)
-        result = run_round(trainer, pl_module, self._settings(trainer), goal)
-        return dataclasses.replace(result, configuration=self._configuration, versions=_versions())
+        aim = Goal(dense=self._dense, dense_latency_ratio=1.0 / math.prod(faster), **goal)
+        result = run_round(trainer, pl_module, self._settings(trainer), aim)
+        return dataclasses.replace(result, configuration=self._configuration, versions=versions())
 
     @rank_zero_only
-    def _tell(self, result: PruningResult, root: str, notes: Sequence[str] = ()) -> None:
-        folder = try_write_files(result, Path(root)) if self.report else None
+    def _tell(self, result: PruningResult, root: str | None, notes: Sequence[str] = ()) -> None:
+        folder = try_write_files(result, Path(root)) if self.report and root is not None else None
         if self.verbose:
             print_round(result, folder=folder, notes=notes)
 
@@ -415,12 +420,3 @@ class SoftPruning(pl.Callback):
             on_violation=self.on_violation,
             granularity=self.granularity,
         )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "lightning_softprune": __version__,
-        "lightning": metadata.version("lightning"),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }
