@@ -159,7 +159,7 @@ def test_scores_that_are_no_number_are_no_mistake(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(
-    "averaging", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.1, 0)]
+    "averaging", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.1, 0.5)]
 )
 def test_averaged_weights_are_as_without_the_callback(tmp_path, averaging, first):
     expected = dev_run(tmp_path, made(), averaging(), batches=3)
