@@ -10,22 +10,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import platform
+from collections.abc import Sequence
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Union
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
-from lightning_softprune.report import log_figures, log_values, print_round, round_folder, write_files
+from lightning_softprune.report import (
+    dense_checkpoints_stay,
+    log_figures,
+    log_values,
+    print_round,
+    rounds_never_reached,
+    try_write_files,
+)
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.round import (
     Goal,
@@ -43,17 +48,19 @@ from lightning_softprune.trainer import (
     averaged_copies,
     end_epoch_at_this_batch,
     finish_epoch_without_training,
-    is_overridden,
     logging_step,
+    refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
+    refuse_unsuited,
     reset_monitors,
     take_epoch_back,
     take_epoch_back_in,
+    why_training_ended,
 )
 from lightning_softprune.utilities import checks
 from lightning_softprune.utilities.libraries import of_both_libraries
-from lightning_softprune.utilities.version import __version__
+from lightning_softprune.utilities.version import versions
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
 
@@ -197,8 +204,8 @@ class SoftPruning(pl.Callback):
         return "SoftPruning"
 
     def state_dict(self) -> dict[str, Any]:
-        """The rounds so far, in plain types."""
-        return {"results": [result.to_dict() for result in self.results]}
+        """The rounds so far, in plain types; a dry run is none."""
+        return {"results": [result.to_dict() for result in self._real_results()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the rounds of a checkpoint: they are not repeated."""
@@ -223,33 +230,8 @@ class SoftPruning(pl.Callback):
             raise MisconfigurationException(
                 f"callbacks: {len(others)} SoftPruning callbacks in one Trainer; one callback takes several `epochs`"
             )
-        if not is_overridden("validation_step", pl_module):
-            raise MisconfigurationException(
-                f"SoftPruning scores plans by validation, and {type(pl_module).__name__} has no `validation_step`"
-            )
-        refuse_sharding(trainer)
-        if trainer.barebones:
-            raise MisconfigurationException(
-                "barebones=True: there is no `self.log`, which SoftPruning needs for scores"
-            )
-        last, end = max(self.epochs), trainer.max_epochs
-        trial_run = getattr(trainer, "fast_dev_run", False)  # one batch and out, before any round
-        if end is not None and end != -1 and not trial_run:
-            if last >= end:
-                raise MisconfigurationException(
-                    f"epochs={last} is never reached with max_epochs={end}; the largest allowed is {end - 1}"
-                )
-            if self.finetune_epochs is not None and last + self.finetune_epochs > end:
-                raise MisconfigurationException(
-                    f"finetune_epochs={self.finetune_epochs} after epochs={last} "
-                    f"needs max_epochs >= {last + self.finetune_epochs}, this trainer has max_epochs={end}"
-                )
-        least = trainer.min_epochs or 0
-        if self.finetune_epochs is not None and last + self.finetune_epochs < least:
-            raise MisconfigurationException(
-                f"finetune_epochs={self.finetune_epochs} would stop at epoch {last + self.finetune_epochs}, "
-                f"which min_epochs={least} forbids"
-            )
+        refuse_unsuited(trainer, pl_module)
+        refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
         self._untrained = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
@@ -319,7 +301,9 @@ class SoftPruning(pl.Callback):
             end_epoch_at_this_batch()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop after the fine-tuning that was asked for."""
+        """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._rehearse_last_round(trainer, pl_module)
         if self._finished(trainer.current_epoch + 1):
             trainer.should_stop = True
 
@@ -330,7 +314,7 @@ class SoftPruning(pl.Callback):
             return
         self._check_names(pl_module)
         epoch, target = pending[0]
-        result = self._search(trainer, pl_module, epoch, target, commit=False)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False)
         self.results = [*self._real_results(), result]
         self._tell(result, trainer.log_dir or trainer.default_root_dir)
 
@@ -342,10 +326,18 @@ class SoftPruning(pl.Callback):
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of rounds that training did not come to, whatever it was that ended it."""
+        unreached = [epoch for epoch, _ in self._pending()]
+        if unreached and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            why = why_training_ended(trainer)
+            rank_zero_warn(rounds_never_reached(unreached, self.results, trainer.current_epoch, why))
+
     def _finished(self, epochs: int) -> bool:
         """Whether the fine-tuning that was asked for is over after so many epochs."""
         last = max(self.epochs)
-        pruned = any(result.epoch == last for result in self.results)  # with 0 epochs more, the round is yet to come
+        # with 0 epochs more, the round is yet to come
+        pruned = any(result.epoch == last for result in self._real_results())
         return self.finetune_epochs is not None and pruned and epochs >= last + self.finetune_epochs
 
     # ------------------------------------------------------------------------------------------------------ rounds
@@ -358,54 +350,54 @@ class SoftPruning(pl.Callback):
 
     def _run_due_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         for epoch, target in self._pending():
-            if epoch <= trainer.current_epoch:
+            if epoch > trainer.current_epoch:
+                return
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._rehearse_last_round(trainer, pl_module)
+            else:
                 self._run_round(trainer, pl_module, epoch, target)
+            if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
+                self._untrained = trainer.current_epoch
+                finish_epoch_without_training(trainer)
+
+    def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go through the last round once, with one plan and no file, and leave everything as it is."""
+        pending = self._pending()
+        if pending and len(self._real_results()) == len(self.results):  # once in a fit
+            epoch, target = pending[-1]
+            result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False, rehearse=True)
+            self.results.append(result)
+            self._tell(result, None)
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
         before = ModelShapes.of(pl_module)
-        result = self._search(trainer, pl_module, epoch, target)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target)
         self._dense = self._dense or result.costs_before
         self.results.append(result)
         if any(done.applied for done in self.results):
             keep_record(pl_module, before, self.results)
-        if self.reset_monitors and result.applied:
-            reset_monitors(trainer)
-        self._tell(result, trainer.log_dir or trainer.default_root_dir)  # a collective: asked for on every rank
+        dense = reset_monitors(trainer) if self.reset_monitors and result.applied else ()
+        notes = dense_checkpoints_stay(dense)
+        for note in notes:
+            rank_zero_info(f"SoftPruning: {note}")
+        self._tell(result, trainer.log_dir or trainer.default_root_dir, notes)  # a collective: asked for on every rank
         for logger in trainer.loggers:  # last: a logger's exception is the user's, and finds the round complete
             logger.log_metrics(log_values(result), step=logging_step(trainer))
         if self.report:
             log_figures(result, trainer.loggers, step=logging_step(trainer))
-        if epoch == max(self.epochs) and self.finetune_epochs == 0:
-            self._untrained = trainer.current_epoch
-            finish_epoch_without_training(trainer)
 
-    def _search(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        epoch: int,
-        target: float | None,
-        *,
-        commit: bool = True,
-    ) -> PruningResult:
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
         applied = [result for result in self.results if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
-        goal = Goal(epoch, target, self._dense, 1.0 / math.prod(faster), commit)
-        result = run_round(trainer, pl_module, self._settings(trainer), goal)
-        return dataclasses.replace(result, configuration=self._configuration, versions=_versions())
+        aim = Goal(dense=self._dense, dense_latency_ratio=1.0 / math.prod(faster), **goal)
+        result = run_round(trainer, pl_module, self._settings(trainer), aim)
+        return dataclasses.replace(result, configuration=self._configuration, versions=versions())
 
     @rank_zero_only
-    def _tell(self, result: PruningResult, root: str) -> None:
-        folder: Path | None = None
-        if self.report:
-            folder = round_folder(Path(root), result.epoch)
-            try:
-                write_files(result, folder)
-            except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
-                rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
-                folder = None
+    def _tell(self, result: PruningResult, root: str | None, notes: Sequence[str] = ()) -> None:
+        folder = try_write_files(result, Path(root)) if self.report and root is not None else None
         if self.verbose:
-            print_round(result, folder=folder)
+            print_round(result, folder=folder, notes=notes)
 
     def _settings(self, trainer: pl.Trainer) -> RoundSettings:
         return RoundSettings(
@@ -430,12 +422,3 @@ class SoftPruning(pl.Callback):
             on_violation=self.on_violation,
             granularity=self.granularity,
         )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "lightning_softprune": __version__,
-        "lightning": metadata.version("lightning"),
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-    }

@@ -8,8 +8,10 @@ from lightning_softprune.report.files import (
     rebuild_files,
     round_folder,
     round_folders,
+    try_write_files,
     write_files,
 )
+from lightning_softprune.report.messages import dense_checkpoints_stay, rounds_never_reached
 from lightning_softprune.report.progress import SearchProgress, Style
 from lightning_softprune.report.series import log_values
 from lightning_softprune.report.tables import print_round, print_rounds
@@ -18,6 +20,7 @@ __all__ = [
     "RESULT_FILE",
     "SearchProgress",
     "Style",
+    "dense_checkpoints_stay",
     "log_figures",
     "log_values",
     "print_round",
@@ -27,5 +30,7 @@ __all__ = [
     "rebuild_files",
     "round_folder",
     "round_folders",
+    "rounds_never_reached",
+    "try_write_files",
     "write_files",
 ]

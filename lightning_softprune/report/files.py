@@ -13,6 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
+
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import trial_rows
 from lightning_softprune.results import PruningResult
@@ -54,6 +56,21 @@ def write_files(result: PruningResult, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     texts = {name: render(result) for name, render in _FILES.items()}  # all of them first: what fails writes nothing
     return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
+
+
+def try_write_files(result: PruningResult, root: Path) -> Path | None:
+    """Write the files of a round into its folder under `root`; where that fails, warn.
+
+    Returns:
+        The folder; ``None`` where it could not be written.
+    """
+    folder = round_folder(root, result.epoch)
+    try:
+        write_files(result, folder)
+    except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
+        rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
+        return None
+    return folder
 
 
 def read_result(path: Path, *, follow_links: bool = False) -> PruningResult:

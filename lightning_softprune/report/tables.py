@@ -25,13 +25,16 @@ _LOG_WIDTH = 500
 _CONTROLS = {code: "?" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
-def print_round(result: PruningResult, console: Console | None = None, *, folder: Path | None = None) -> None:
+def print_round(
+    result: PruningResult, console: Console | None = None, *, folder: Path | None = None, notes: Sequence[str] = ()
+) -> None:
     """Print the table of groups and the summary line, above any live bar.
 
     Args:
         result: The round.
         console: Where to print; rich's global one (which `RichProgressBar` draws on) if not given.
         folder: Where its files are, if they were written.
+        notes: Further lines, for what the result does not hold.
     """
     console = console or rich.get_console()
     tables = [groups_table(result)]
@@ -46,6 +49,8 @@ def print_round(result: PruningResult, console: Console | None = None, *, folder
         print_line(console, result.summary)
         if folder is not None:
             print_line(console, f"Report: {folder / 'report.html'}")
+        for note in notes:
+            print_line(console, note)
 
 
 def print_rounds(results: Sequence[PruningResult], console: Console | None = None) -> None:

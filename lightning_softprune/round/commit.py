@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import lightning.pytorch as pl
 import torch
 from torch import nn
 
@@ -11,14 +12,14 @@ from lightning_softprune.compensation import DenseRun, refit_readers
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan
-from lightning_softprune.surgery import Surgery, repair_optimizers
+from lightning_softprune.surgery import Surgery, Transaction, repair_optimizers
 from lightning_softprune.trainer import forget_compiled, wrap_again
 
 
-def commit_plan(
+def rehearse_plan(
     evaluator: Evaluator, settings: RoundSettings, copies: Sequence[nn.Module], best: ScoredPlan
 ) -> ScoredPlan:
-    """Prune for good, and refine the compensation where that helps; the model's own score decides.
+    """Prune, refine the compensation where that helps (the model's own score decides), and see that all of it runs.
 
     Args:
         evaluator: Scores the refined model.
@@ -41,9 +42,14 @@ def commit_plan(
     if dense is not None:
         best = _refined(evaluator, surgery, dense, best)
     runner.rehearse()
+    return best
+
+
+def commit(trainer: pl.Trainer, module: pl.LightningModule, transaction: Transaction) -> None:
+    """Keep what was rehearsed."""
     forget_compiled()
     wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
-    return best
+    transaction.commit()
 
 
 def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: ScoredPlan) -> ScoredPlan:

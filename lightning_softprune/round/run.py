@@ -18,14 +18,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
-from lightning_softprune.round.commit import commit_plan
+from lightning_softprune.round.commit import commit, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import monitored
-from lightning_softprune.round.journal import BASELINE, open_journal
+from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
-from lightning_softprune.round.searching import search
+from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import Objective, SearchOutcome, SearchStrategy
@@ -64,9 +64,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             seed=seed,
             calibration_batches=settings.calibration_batches,
         ) as runner,
-        open_journal(
-            trainer, module, settings, runner.validation_batches, epoch=goal.epoch, target=goal.target
-        ) as journal,
+        _journal(runner, settings, goal) as journal,
     ):
         with record_usage(module, runner.left_alone) as judged:
             before = journal.scored(BASELINE, runner.metrics).metrics
@@ -76,20 +74,29 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         trials = Trials(objective, problem.space(settings, dense, goal.target), goal.target)
         evaluator = Evaluator(runner, problem, journal, trials)
-        strategy, outcome = search(evaluator, settings, seed, before)
+        strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, seed, before)
         stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
-        decision = decide(runner, settings, problem, trials, stopwatch)
+        rehearsed = Decision(trials.done[-1], Verdict.FEASIBLE) if goal.rehearse else None  # feasible or not
+        decision = rehearsed or decide(runner, settings, problem, trials, stopwatch)
         _tell(decision, settings, goal)
         best = decision.plan
         if best is not None:
             stopwatch.compare(best.plan)
-        if best is not None and goal.commit:
+        if best is not None and (goal.commit or goal.rehearse):
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            best = commit_plan(evaluator, settings, copies, best)
-            transaction.commit()
+            best = rehearse_plan(evaluator, settings, copies, best)
+            if goal.commit:
+                commit(trainer, module, transaction)
         found = _Found(before, dense, strategy, outcome, decision, best)
         result = _result(settings, goal, evaluator, stopwatch, found)
     return replace(result, seconds=time.monotonic() - started)
+
+
+def _journal(runner: ModuleRunner, settings: RoundSettings, goal: Goal) -> Journal:
+    if goal.rehearse:
+        return Journal(None, {})
+    data = runner.validation_batches
+    return open_journal(runner.trainer, runner.module, settings, data, epoch=goal.epoch, target=goal.target)
 
 
 def _outcome(goal: Goal, best: ScoredPlan | None) -> Outcome:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,7 +13,14 @@ from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable
 from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.search import MaxSparsitySearch, SearchLoop, SearchOutcome, SearchSpace, SearchStrategy
+from lightning_softprune.search import (
+    MaxSparsitySearch,
+    SearchLoop,
+    SearchOutcome,
+    SearchSpace,
+    SearchStrategy,
+    UniformBaseline,
+)
 from lightning_softprune.trainer import MisconfigurationException
 from lightning_softprune.utilities.arrays import FloatArray
 
@@ -69,6 +76,33 @@ def search(
 
             outcome = SearchLoop(evaluate, seed, cache, on_asked=reuse).run(strategy, space)
     return strategy, outcome
+
+
+def try_one_plan(
+    evaluator: Evaluator, settings: RoundSettings, seed: int, *_: object
+) -> tuple[SearchStrategy, SearchOutcome]:
+    """Score the plan with the same coefficient everywhere, and ask the user's strategy whether it could search here.
+
+    Without a target, the plan lies halfway to the highest sparsity that the bounds allow. Takes what `search` takes.
+
+    Raises:
+        MisconfigurationException: The budgets are out of reach, or the strategy cannot serve this space.
+    """
+    trials = evaluator.trials
+    check_reachable(trials.space, settings, trials.target)
+    space = trials.space
+    if trials.target is None:
+        space = replace(space, target=space.sparsity_of(space.high) / 2)
+    strategy = copy.deepcopy(settings.search)
+    strategy.is_global_zero = False  # which opens no storage
+    try:
+        strategy.check(space)
+    except ValueError as error:
+        raise MisconfigurationException(f"search: {error}") from error
+    outcome = SearchLoop(lambda x: trials.objective.loss(evaluator.score(x).trial.metrics), seed).run(
+        UniformBaseline(), space
+    )
+    return UniformBaseline(), outcome
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ class Goal:
         dense_latency_ratio: How many times as long as the module now is the first dense model takes; of use for a
             latency limit.
         commit: Whether to prune; ``False`` searches only and leaves the module as it is.
+        rehearse: Whether to go through a whole round with a single plan, commit included, for the sake of the errors
+            it may find. Give it with ``commit=False``: all of it is taken back, and no file is written.
     """
 
     epoch: int
@@ -58,6 +60,7 @@ class Goal:
     dense: Costs | None = None
     dense_latency_ratio: float = 1.0
     commit: bool = True
+    rehearse: bool = False
 
 
 LIMITS = (*COSTS, "latency")

@@ -4,6 +4,7 @@ Everything this library takes from Lightning's private interface is in this fold
 fails by name when a release of Lightning moves any of it.
 """
 
+from lightning_softprune.trainer.ending import why_training_ended
 from lightning_softprune.trainer.fit_loop import (
     end_epoch_at_this_batch,
     finish_epoch_without_training,
@@ -23,7 +24,12 @@ from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of,
 from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
 from lightning_softprune.trainer.processes import wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
-from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
+from lightning_softprune.trainer.support import (
+    refuse_schedule,
+    refuse_sharded_optimizers,
+    refuse_sharding,
+    refuse_unsuited,
+)
 
 __all__ = [
     "MisconfigurationException",
@@ -42,12 +48,15 @@ __all__ = [
     "logging_step",
     "metrics_in",
     "one_epoch_more",
+    "refuse_schedule",
     "refuse_sharded_optimizers",
     "refuse_sharding",
+    "refuse_unsuited",
     "reset_monitors",
     "run_steps",
     "take_epoch_back",
     "take_epoch_back_in",
     "what_a_step_shows",
+    "why_training_ended",
     "wrap_again",
 ]

@@ -22,18 +22,37 @@ def finish_epoch_without_training(trainer: pl.Trainer) -> None:
     """At the start of a training epoch: validate for real and let the fit end after this epoch, with no batch run.
 
     Checkpoints, metrics and loggers then belong to the model as it is now. ModelCheckpoint saves once per step only, so
-    it is told that this step has no checkpoint yet.
+    it is told that this step has no checkpoint yet; and one that would wait for later steps or epochs saves now.
     """
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, counterparts(ModelCheckpoint)):
-            callback._last_global_step_saved = -1
+    kinds = counterparts(ModelCheckpoint)
+    checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, kinds)]
+    for callback in checkpoints:
+        callback._last_global_step_saved = -1
     loop = trainer.fit_loop.epoch_loop
     trainer.validating = True
     try:
         loop.val_loop.run()
+        for callback in checkpoints:
+            if not callback._should_skip_saving_checkpoint(trainer) and _waits_for_later(trainer, callback):
+                _save_now(trainer, callback)
     finally:
         trainer.training = True
     trainer.should_stop = True
+
+
+def _waits_for_later(trainer: pl.Trainer, callback: ModelCheckpoint) -> bool:
+    """Whether it saves from time to time, and this epoch's end is no such time."""
+    epochs = callback.every_n_epochs or 0
+    if epochs:
+        return (trainer.current_epoch + 1) % epochs != 0
+    return callback._every_n_train_steps > 0 or callback._train_time_interval is not None
+
+
+def _save_now(trainer: pl.Trainer, callback: ModelCheckpoint) -> None:
+    candidates = callback._monitor_candidates(trainer)
+    if callback.monitor is None or callback.monitor in candidates:
+        callback._save_topk_checkpoint(trainer, candidates)
+        callback._save_last_checkpoint(trainer, candidates)
 
 
 def take_epoch_back(trainer: pl.Trainer, epoch: int) -> None:

@@ -211,9 +211,7 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
                 below.extend(value[:_FEW])
             elif isinstance(value, dict):
                 below.extend(itertools.islice(value.values(), _FEW))
-            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(
-                value, counterparts(pl.Trainer)
-            ):
+            elif isinstance(mapping := getattr(value, "__dict__", None), dict) and not isinstance(value, trainers):
                 if isinstance(value, DataLoader):
                     memory.ignore(value.dataset)  # a plain list of samples would be copied as a sampler's contents
                 elif isinstance(value, Sampler):

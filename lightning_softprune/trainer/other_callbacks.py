@@ -17,14 +17,22 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lightning_softprune.utilities.libraries import counterparts
 
 
-def reset_monitors(trainer: pl.Trainer) -> None:
+def reset_monitors(trainer: pl.Trainer) -> list[str]:
     """Let everything that compares a metric with its best so far start afresh.
 
     ModelCheckpoint forgets its best models (their files stay on disk), EarlyStopping its best score and its patience,
-    ReduceLROnPlateau its best and its cooldown; learning rates stay as they are.
+    ReduceLROnPlateau its best and its cooldown; learning rates stay as they are. A ModelCheckpoint without a monitor
+    compares nothing: its "best" is its latest file, which it has to know to replace it.
+
+    Returns:
+        The best models' files, one for each ModelCheckpoint that had one.
     """
+    stay: list[str] = []
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, counterparts(ModelCheckpoint)):
+            if callback.monitor is None:
+                continue
+            stay += [callback.best_model_path] if callback.best_model_path else []
             worst = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
             callback.best_k_models = {}
             callback.best_model_score = None
@@ -37,6 +45,7 @@ def reset_monitors(trainer: pl.Trainer) -> None:
     for config in trainer.lr_scheduler_configs:
         if isinstance(config.scheduler, ReduceLROnPlateau):
             config.scheduler._reset()
+    return stay
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:

@@ -1,12 +1,58 @@
-"""Strategies and optimizers that can be served; the others are refused before anything runs."""
+"""Trainers, modules, strategies and optimizers that can be served; the others are refused before anything runs."""
 
 from __future__ import annotations
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
-from lightning_softprune.trainer.lightning_names import MisconfigurationException
+from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.utilities.libraries import counterparts
+
+
+def refuse_unsuited(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse a fit in which plans cannot be scored, or that has a strategy which cannot be served.
+
+    Raises:
+        MisconfigurationException: Says what is in the way.
+    """
+    if not is_overridden("validation_step", pl_module):
+        raise MisconfigurationException(
+            f"SoftPruning scores plans by validation, and {type(pl_module).__name__} has no `validation_step`"
+        )
+    refuse_sharding(trainer)
+    if trainer.barebones:
+        raise MisconfigurationException("barebones=True: there is no `self.log`, which SoftPruning needs for scores")
+
+
+def refuse_schedule(trainer: pl.Trainer, last: int, finetune_epochs: int | None) -> None:
+    """Refuse a last round, or an end of fine-tuning, that the trainer's number of epochs rules out.
+
+    Args:
+        trainer: The trainer in charge.
+        last: The epoch of the last round.
+        finetune_epochs: How many epochs are to follow it; ``None``: whatever the trainer allows.
+
+    Raises:
+        MisconfigurationException: Names the arguments that contradict each other.
+    """
+    end = trainer.max_epochs
+    trial_run = getattr(trainer, "fast_dev_run", False)  # one batch and out, before any round
+    if end is not None and end != -1 and not trial_run:
+        if last >= end:
+            raise MisconfigurationException(
+                f"epochs={last} is never reached with max_epochs={end}; the largest allowed is {end - 1}"
+            )
+        if finetune_epochs is not None and last + finetune_epochs > end:
+            raise MisconfigurationException(
+                f"finetune_epochs={finetune_epochs} after epochs={last} "
+                f"needs max_epochs >= {last + finetune_epochs}, this trainer has max_epochs={end}"
+            )
+    least = trainer.min_epochs or 0
+    if finetune_epochs is not None and last + finetune_epochs < least:
+        raise MisconfigurationException(
+            f"finetune_epochs={finetune_epochs} would stop at epoch {last + finetune_epochs}, "
+            f"which min_epochs={least} forbids"
+        )
 
 
 def refuse_sharding(trainer: pl.Trainer) -> None:
