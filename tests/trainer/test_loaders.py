@@ -34,7 +34,7 @@ def batches_of(n, seed):
 
 
 class StreamData(IterableDataset):
-    """Samples in order without a length; each worker yields every so manieth batch, so the order stays."""
+    """Samples in order without a length; each worker yields every so many-th batch, so the order stays."""
 
     def __init__(self, n, seed, endless=False):
         self.data, self.endless = vectors(n, seed), endless
@@ -155,6 +155,7 @@ def test_a_round_on_combined_streams_is_that_on_the_same_data_with_a_length(tmp_
         assert_equal(expected, plan_and_scores(tmp_path, *data_of(kind, mode), module, **limits), kind.__name__)
 
 
+@pytest.mark.slow
 def test_prune_takes_streams(tmp_path):
     results = []
     for kind in (mapped, stream, own_stream):
@@ -374,6 +375,10 @@ KINDS = {
 }
 
 
+PERSISTENT = {"own __iter__", "nested", "nested twice"}
+"""Torch takes seconds to end such workers once the run's loader is forgotten."""
+
+
 def trained_on(tmp_path, make, function, **arguments):
     seen = []
 
@@ -388,7 +393,9 @@ def trained_on(tmp_path, make, function, **arguments):
     return seen
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in PERSISTENT else ()) for name in KINDS]
+)
 def test_reading_in_mid_epoch_disturbs_no_kind_of_loader(tmp_path, name):
     found = []
 
@@ -519,6 +526,7 @@ def test_a_round_starts_every_worker_once(tmp_path):
     assert more == {"train": 0, "val": 0, "training": 1, "validation": 1, "workers": 4}
 
 
+@pytest.mark.slow
 def test_before_the_first_epoch_no_loader_is_asked_for_either(tmp_path):
     for sanity in (0, 2):
         more = difference(tmp_path, epoch=0, num_sanity_val_steps=sanity)
@@ -599,6 +607,7 @@ def test_workers_end_with_the_reading_also_where_it_fails(tmp_path, name):
     assert probe.result
 
 
+@pytest.mark.slow
 def test_persistent_workers_of_the_run_go_on(tmp_path):
     held = []
 
