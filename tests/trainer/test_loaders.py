@@ -375,7 +375,7 @@ KINDS = {
 }
 
 
-PERSISTENT = {"own __iter__", "nested", "nested twice"}
+PERSISTENT = {"repeating, workers", "own __iter__", "nested", "nested twice"}
 """Torch takes seconds to end such workers once the run's loader is forgotten."""
 
 
