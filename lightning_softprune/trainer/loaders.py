@@ -31,6 +31,9 @@ from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
 _FEW = 64
 """Longer containers hold samples, and no loaders or generators."""
 
+_DEPTH = 6
+"""So far down are DataLoaders and generators looked for: loader -> batch sampler -> sampler -> generator."""
+
 
 @contextmanager
 def loaders_beside(trainer: pl.Trainer, loaders: list[Any], argument: str) -> Iterator[list[Any]]:
@@ -92,7 +95,7 @@ class _Copies:
             return self._data_loader(loader)
         if not isinstance(getattr(loader, "__dict__", None), dict):
             return loader
-        return self._object(loader, {**self._inside(loader, depth=3), **self._refusals(loader)})
+        return self._object(loader, {**self._inside(loader, _DEPTH), **self._refusals(loader)})
 
     def _data_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         if id(loader) in self._made:
@@ -103,7 +106,7 @@ class _Copies:
         self._data_loaders.append(result)
         own: dict[str, Any] = {"persistent_workers": False, "pin_memory": False, "_iterator": None}
         own["_get_iterator"] = partial(self._start, result)
-        vars(result).update({**vars(loader), **self._inside(loader, depth=3), **self._refusals(loader), **own})
+        vars(result).update({**vars(loader), **self._inside(loader, _DEPTH), **self._refusals(loader), **own})
         for name, value in vars(loader).items():
             if name != "_iterator" and isinstance(value, _BaseDataLoaderIter):  # it goes on and on through one iterator
                 vars(result)[name] = DataLoader.__iter__(result)
@@ -133,33 +136,30 @@ class _Copies:
         """The value itself; where DataLoaders hang on it, a copy with copies of these."""
         if isinstance(value, DataLoader):
             return self._data_loader(value)
-        if depth == 0 or type(value) in ATOMS or isinstance(value, (*opaque(), Tensor, nn.Module, type)):
+        if depth == 0 or type(value) in ATOMS or isinstance(value, (*opaque(), Tensor, nn.Module)):
             return value
-        if type(value) in (list, tuple, dict):
-            if len(value) > _FEW:
-                return value
-            before = list(value.values() if isinstance(value, dict) else value)
-            after = [self._with_copies(item, depth - 1) for item in before]
-            rest = iter(after)
-            return value if _all_same(before, after) else rebuild(value, lambda _: next(rest))
-        if not isinstance(getattr(value, "__dict__", None), dict):
-            return value
-        inside = self._inside(value, depth)
-        return self._object(value, inside) if inside else value
-
-    def _object(self, value: Any, changes: dict[str, Any]) -> Any:
         if id(value) not in self._made:
-            try:
-                result = copy(value)
-                vars(result).update(changes)
-            except Exception:  # whatever a class of the user's says to being copied: it is read as it is
-                result = value
-            self._made[id(value)] = result
+            self._made[id(value)] = value  # met again on the way down
+            if type(value) in (list, tuple, dict) and len(value) <= _FEW:
+                before = list(value.values() if isinstance(value, dict) else value)
+                after = [self._with_copies(item, depth - 1) for item in before]
+                if any(a is not b for a, b in zip(before, after, strict=True)):
+                    self._made[id(value)] = rebuild(value, partial(_next_of, iter(after)))
+            elif isinstance(getattr(value, "__dict__", None), dict) and (inside := self._inside(value, depth)):
+                self._made[id(value)] = self._object(value, inside)
         return self._made[id(value)]
 
+    def _object(self, value: Any, changes: dict[str, Any]) -> Any:
+        try:
+            result = copy(value)
+            vars(result).update(changes)
+        except Exception:  # whatever a class of the user's says to being copied: it is read as it is
+            return value
+        return result
 
-def _all_same(left: list[Any], right: list[Any]) -> bool:
-    return all(a is b for a, b in zip(left, right, strict=True))
+
+def _next_of(items: Iterator[Any], _: Any) -> Any:
+    return next(items)
 
 
 def _is_one_shot(value: object) -> bool:
@@ -199,7 +199,9 @@ def loaders_undisturbed(loaders: Iterable[Any]) -> Iterator[None]:
     generators: list[Any] = []
     seen: set[int] = set()
     level = [loader for loader in loaders if not isinstance(loader, Tensor)]
-    for _ in range(6):  # loader -> batch_sampler -> sampler -> generator; loader -> dataset -> transform -> generator
+    for _ in range(
+        _DEPTH
+    ):  # loader -> batch_sampler -> sampler -> generator; loader -> dataset -> transform -> generator
         below: list[Any] = []
         for value in level:
             if type(value) in ATOMS or id(value) in seen or isinstance(value, (Tensor, np.ndarray, nn.Module)):
