@@ -33,6 +33,14 @@ class Evaluator:
         plan = self.problem.plan_of(x)
         return self._scored("trial", plan, self.problem.realisation.reported(x), lambda: self._pruned_metrics(plan))
 
+    def confirm(self, scored: ScoredPlan | None) -> bool:
+        """Score a plan that a killed run has scored once more; whether it still scores the same."""
+        if scored is None:
+            return True
+        key = Key("trial", scored.plan.counts, self.problem.identity)
+        details = {"coefficients": scored.trial.coefficients, "sparsity": scored.trial.sparsity}
+        return self.journal.confirm(key, lambda: self._pruned_metrics(scored.plan), **details)
+
     def score_as_it_is(self, scored: ScoredPlan) -> ScoredPlan:
         """Score the module as it is now, pruned by this plan in another way."""
         return self._scored("refined", scored.plan, scored.trial.coefficients, self.runner.metrics)

@@ -63,16 +63,21 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             trainer, module, settings, runner.validation_batches, epoch=goal.epoch, target=goal.target
         ) as journal,
     ):
+        journal.confirm(BASELINE, runner.metrics)
         before = journal.scored(BASELINE, runner.metrics).metrics
         objective = Objective(settings.monitor, settings.mode, settings.constraints)
         objective = replace(objective, scale=monitored(before, objective))
         problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed))
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
-        trials = Trials(objective, problem.space(settings, dense, goal.target), goal.target)
-        evaluator = Evaluator(runner, problem, journal, trials)
-        strategy, outcome = search(evaluator, settings, seed, before)
+        space = problem.space(settings, dense, goal.target)
         stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
-        decision = decide(runner, settings, problem, trials, stopwatch)
+        while True:
+            trials = Trials(objective, space, goal.target)
+            evaluator = Evaluator(runner, problem, journal, trials)
+            strategy, outcome = search(evaluator, settings, seed, before)
+            decision = decide(runner, settings, problem, trials, stopwatch)
+            if evaluator.confirm(decision.plan or trials.least_violating()):
+                break  # else the journal was wrong, and is set aside
         _tell(decision, settings, goal)
         best = decision.plan
         if best is not None:
