@@ -391,14 +391,12 @@ class Helped(Fragile):
 
 
 class Silent(Fragile):
-    """Logs its metric where an object that it knows says so."""
+    """Logs its metric where a table outside of its class says so."""
 
     def on_validation_epoch_end(self):
         value = self.mse.compute()
         if FACTOR["value"] == 1.0:
             self.log("val_score", value)
-        elif FACTOR["value"] == 0.0:
-            self.log("val_score", math.nan)
         super().on_validation_epoch_end()
 
 
@@ -518,31 +516,33 @@ def test_trials_without_a_baseline_are_set_aside(tmp_path, uninterrupted, damage
     assert len(aside(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("broken", [3.0, 0.0], ids=["missing", "nan"])
-def test_a_metric_that_was_missing_once_is_not_missing_again(tmp_path, factor, of, broken):
+@pytest.mark.parametrize("broken", [None, "nan", "inf"])
+def test_a_metric_that_was_missing_once_is_not_missing_again(tmp_path, of, broken):
     of(Silent)
     arguments = {"monitor": "val_score", "mode": "min"}
     (tmp_path / "whole").mkdir()
     _, expected = fragile_fit(tmp_path / "whole", **arguments)
     stopped_fit(tmp_path, 4, **arguments)
-    if broken:
-        header, baseline, *trials = lines_of(tmp_path)
-        factor(broken)
-        with pytest.warns(UserWarning, match="from the beginning"), pytest.raises(Exception, match="val_score"):
-            fragile_fit(tmp_path, **arguments)
-        for trial in trials:
-            trial["metrics"].pop("val_score")
-        del header["digests"]
-        write_lines(tmp_path, [header, baseline, *trials])
-    else:
-        header, baseline, *trials = lines_of(tmp_path)
-        del header["digests"]
-        for trial in trials:
-            trial["metrics"]["val_score"] = "nan"
-        write_lines(tmp_path, [header, baseline, *trials])
-    factor(1.0)
+    header, baseline, *trials = lines_of(tmp_path)
+    del header["digests"]
+    for trial in trials:
+        if broken is None:
+            del trial["metrics"]["val_score"]
+        else:
+            trial["metrics"]["val_score"] = broken
+    write_lines(tmp_path, [header, baseline, *trials])
     _, result = fragile_fit(tmp_path, **arguments)
     assert without_times(result) == without_times(expected)
+
+
+def test_a_first_run_that_never_logged_the_metric_leaves_nothing_that_the_next_one_repeats(tmp_path, factor, of):
+    of(Silent)
+    factor(3.0)
+    with pytest.raises(Exception, match="monitor='val_score' is not logged"):
+        fragile_fit(tmp_path, monitor="val_score", mode="min")
+    factor(1.0)
+    _, result = fragile_fit(tmp_path, monitor="val_score", mode="min")
+    assert result.applied
 
 
 def test_a_journal_that_is_a_folder_or_a_pipe_costs_the_journal_and_nothing_else(tmp_path, uninterrupted):
