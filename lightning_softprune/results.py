@@ -107,6 +107,7 @@ class Trial:
         metrics: Every metric logged while the plan was scored.
         feasible: Whether tolerance, limits and constraints are all met.
         seconds: Time taken to score the plan.
+        reason: Why there is no score: what the user's own code said to this plan. Empty where there is one.
     """
 
     coefficients: tuple[float, ...]
@@ -115,6 +116,7 @@ class Trial:
     metrics: dict[str, float]
     feasible: bool
     seconds: float
+    reason: str = ""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 from lightning_softprune.results import Sensitivity
 from lightning_softprune.round.journal import Journal, Key
@@ -15,8 +16,16 @@ from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.utilities.arrays import FloatArray
 
 
+class _PassError(Exception):
+    """A validation pass of a pruned model has failed."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Evaluator:
-    """Scores plans; every one becomes a trial.
+    """Scores plans; every one becomes a trial, also one with which the user's own code fails.
 
     Args:
         runner: Runs the module.
@@ -30,8 +39,22 @@ class Evaluator:
 
     def score(self, x: FloatArray) -> ScoredPlan:
         """Score the plan that a vector of coefficients stands for."""
-        plan = self.problem.plan_of(x)
-        return self._scored("trial", plan, self.problem.realisation.reported(x), lambda: self._pruned_metrics(plan))
+        plan, coefficients = self.problem.plan_of(x), self.problem.realisation.reported(x)
+        try:
+            return self._scored("trial", plan, coefficients, lambda: self._pruned_metrics(plan))
+        except _PassError as failed:
+            return self.trials.fail(plan, coefficients, failed.error)
+
+    def confirm(self, scored: ScoredPlan | None) -> bool:
+        """Score a plan that a killed run has scored once more; whether it still scores the same."""
+        if scored is None:
+            return True
+        key = Key("trial", scored.plan.counts, self.problem.identity)
+        details = {"coefficients": scored.trial.coefficients, "sparsity": scored.trial.sparsity}
+        try:
+            return self.journal.confirm(key, lambda: self._pruned_metrics(scored.plan), **details)
+        except _PassError as failed:
+            raise failed.error from None
 
     def score_as_it_is(self, scored: ScoredPlan) -> ScoredPlan:
         """Score the module as it is now, pruned by this plan in another way."""
@@ -47,6 +70,10 @@ class Evaluator:
         surgery = self.problem.prune(self.runner.module, plan)
         try:
             return self.runner.metrics()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # the user's code does not take this width, perhaps no other either
+            raise _PassError(error) from error
         finally:
             surgery.undo()
 

@@ -67,17 +67,19 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         _journal(runner, settings, goal) as journal,
     ):
         with record_usage(module, runner.left_alone) as judged:
+            journal.confirm(BASELINE, runner.metrics)
             before = journal.scored(BASELINE, runner.metrics).metrics
         objective = Objective(settings.monitor, settings.mode, settings.constraints)
         objective = replace(objective, scale=monitored(before, objective))
         problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
-        trials = Trials(objective, problem.space(settings, dense, goal.target), goal.target)
-        evaluator = Evaluator(runner, problem, journal, trials)
-        strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, seed, before)
+        space = problem.space(settings, dense, goal.target)
         stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
-        rehearsed = Decision(trials.done[-1], Verdict.FEASIBLE) if goal.rehearse else None  # feasible or not
-        decision = rehearsed or decide(runner, settings, problem, trials, stopwatch)
+        while True:
+            evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
+            strategy, outcome, decision = _search(evaluator, settings, goal, before, stopwatch)
+            if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
+                break  # else the journal was wrong, and is set aside
         _tell(decision, settings, goal)
         best = decision.plan
         if best is not None:
@@ -90,6 +92,23 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         found = _Found(before, dense, strategy, outcome, decision, best)
         result = _result(settings, goal, evaluator, stopwatch, found)
     return replace(result, seconds=time.monotonic() - started)
+
+
+def _search(
+    evaluator: Evaluator, settings: RoundSettings, goal: Goal, before: dict[str, float], stopwatch: Stopwatch
+) -> tuple[SearchStrategy, SearchOutcome, Decision]:
+    """Search, and decide.
+
+    Raises:
+        Exception: The user's own, where their code fails with every plan.
+    """
+    runner, trials = evaluator.runner, evaluator.trials
+    strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, runner.seed, before)
+    if trials.failure is not None and all(scored.trial.reason for scored in trials.done):
+        raise trials.failure
+    if goal.rehearse:
+        return strategy, outcome, Decision(trials.done[-1], Verdict.FEASIBLE)  # feasible or not
+    return strategy, outcome, decide(runner, settings, evaluator.problem, trials, stopwatch)
 
 
 def _journal(runner: ModuleRunner, settings: RoundSettings, goal: Goal) -> Journal:

@@ -62,7 +62,7 @@ def search(
         def evaluate(x: FloatArray) -> float:
             scored = evaluator.score(x)
             bar.advance(scored.trial.score, trials.best.trial.score if trials.best else math.nan)
-            return trials.objective.loss(scored.trial.metrics)
+            return math.nan if scored.trial.reason else trials.objective.loss(scored.trial.metrics)
 
         if trials.target is None:
             unpruned = trials.unpruned(evaluator.problem.unpruned_plan(), before)
@@ -99,9 +99,12 @@ def try_one_plan(
         strategy.check(space)
     except ValueError as error:
         raise MisconfigurationException(f"search: {error}") from error
-    outcome = SearchLoop(lambda x: trials.objective.loss(evaluator.score(x).trial.metrics), seed).run(
-        UniformBaseline(), space
-    )
+
+    def evaluate(x: FloatArray) -> float:
+        scored = evaluator.score(x)
+        return math.nan if scored.trial.reason else trials.objective.loss(scored.trial.metrics)
+
+    outcome = SearchLoop(evaluate, seed).run(UniformBaseline(), space)
     return UniformBaseline(), outcome
 
 

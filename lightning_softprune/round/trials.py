@@ -53,6 +53,7 @@ class Trials:
     Attributes:
         done: All of them, in order.
         best: Of the feasible ones; of equals the earliest.
+        failure: The first exception that the user's code has raised in a trial.
         reused: How many of them had a score that was known before the search.
     """
 
@@ -61,6 +62,7 @@ class Trials:
         self.done: list[ScoredPlan] = []
         self.best: ScoredPlan | None = None
         self.reused = 0
+        self.failure: Exception | None = None
 
     def add(
         self, plan: Plan, coefficients: tuple[float, ...], metrics: Mapping[str, float], seconds: float
@@ -82,6 +84,15 @@ class Trials:
         if self._is_candidate(scored) and (self.best is None or self._rank(scored) < self._rank(self.best)):
             self.best = scored
         return scored
+
+    def fail(self, plan: Plan, coefficients: tuple[float, ...], error: Exception) -> ScoredPlan:
+        """Keep a plan with which the user's own code has failed."""
+        self.failure = self.failure or error
+        sparsity, budget_gap = self._costs_of(plan)
+        line = (str(error).splitlines() or [""])[0]
+        trial = Trial(coefficients, sparsity, math.nan, {}, False, 0.0, f"{type(error).__name__}: {line}")
+        self.done.append(ScoredPlan(trial, plan, math.nan, budget_gap, math.inf))
+        return self.done[-1]
 
     def reuse(self, plan: Plan, coefficients: tuple[float, ...], metrics: Mapping[str, float]) -> None:
         """Keep a plan whose metrics were known before the search, unless it is among the trials."""
@@ -114,7 +125,8 @@ class Trials:
 
     def least_violating(self) -> ScoredPlan | None:
         """The trial that is nearest to feasible."""
-        pruned = [scored for scored in self.done if self.target is not None or not scored.plan.is_empty()]
+        ran = [scored for scored in self.done if not scored.trial.reason]
+        pruned = [scored for scored in ran if self.target is not None or not scored.plan.is_empty()]
 
         def badness(scored: ScoredPlan) -> tuple[float, ...]:
             preference = -scored.trial.sparsity if self.target is None else scored.loss

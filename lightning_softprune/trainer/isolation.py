@@ -66,7 +66,8 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
 
     That is: the schedulers' state and the optimizers' hyperparameters; the trainer's metrics, stage, `should_stop` and
     loggers; of the module and all its submodules the buffers, metric states, `training` and `requires_grad` flags, and
-    whatever plain data they keep as attributes. Objects stay the same objects, also when an exception passes through.
+    what they keep as attributes: data, and objects of the user's own with what these hold (`Snapshot` says how far).
+    Objects stay the same objects, also when an exception passes through.
 
     Pending gradients are set aside meanwhile (inside, every `parameter.grad` starts as `None`, as in Lightning's
     validation) and come back untouched. Parameter values and the optimizers' state are not looked after, so a change

@@ -1,21 +1,27 @@
 """Remembers what mutable objects hold, and puts it back.
 
-Rollback is built on it, and so is scoring that leaves nothing behind. It knows data, modules and metrics; what else has
-a life of its own is told by the caller.
+Rollback is built on it, and so is scoring that leaves nothing behind. It knows data, modules, metrics and the user's
+own objects; what else has a life of its own is told by the caller.
 """
 
 from __future__ import annotations
 
-import itertools
+import operator
 import random
-from collections import deque
-from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from array import array
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_softprune.utilities.classes import is_alive, is_own, packages_of, slots
 
 # Values that cannot change, or that nobody changes: never looked into.
 ATOMS = frozenset(
@@ -25,24 +31,46 @@ ATOMS = frozenset(
 
 RNGS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
-_DATA = (Tensor, np.ndarray, list, dict, set, deque, tuple, frozenset, *RNGS)
+ROOM = 2**27
+"""Bytes that copies of what objects hold may take."""
+
+MOST_VALUES = 2**16
+"""Values that objects hold, numbers and strings not counted, that are looked into."""
+
+_CONSTANTS = ATOMS - {MethodType}
+_DATA = (Tensor, np.ndarray, list, dict, set, deque, tuple, frozenset, bytearray, array, *RNGS)
+_HAVE_ATTRIBUTES = (nn.Module, LRScheduler)
+_KNOWN = (*_DATA, *_HAVE_ATTRIBUTES)
+_EXACT = frozenset({dict, list, set, tuple, deque, OrderedDict, Tensor, nn.Parameter, np.ndarray})
 
 
 class Snapshot:
     """Remembers mutable objects by identity and puts their contents back, so that every reference to them stays valid.
 
-    Args:
-        opaque: Types of objects with a life of their own: kept by reference, their insides are left alone.
-        values: Whether parameters keep their values and their gradients' values too, not only flags and references.
-
     Looked into, however deeply nested: modules (with their metrics' states, hooks and `training` flags), dicts, lists,
-    sets, deques, tuples, tensors, arrays, random generators, and objects that hold nothing but such data. Parameters
-    keep their flags and gradients; their values only if asked for. Any other object is kept by reference.
+    sets, deques, tuples, tensors, arrays, random generators; and objects. Of an object of the user's own class that is
+    its `__dict__` and `__slots__`, whatever else lies beside the data there, and the data that its class holds as
+    attributes (their contents: which values a class's attributes have is not put back). An object of any other class is
+    looked into where it holds nothing but data, and kept by reference where not. Bound methods and partial functions
+    lead to what they are bound to. Classes, functions, and what is alive (see `utilities.classes`) stay as they are.
+
+    Parameters keep their flags and gradients; their values only if asked for.
+
+    Objects come last, and what they hold is limited, since one may hold a whole dataset: a container or tensor of
+    theirs for which there is no room any more (`ROOM`) is kept by reference, and so is what is in it; of a container
+    with too many values to look into (`MOST_VALUES`) only itself is put back. What modules hold themselves is not
+    limited.
+
+    Args:
+        opaque: Types of further objects with a life of their own: kept by reference, their insides are left alone.
+        values: Whether parameters keep their values and their gradients' values too, not only flags and references.
     """
 
     def __init__(self, opaque: tuple[type, ...] = (), *, values: bool = False) -> None:
         self._opaque = opaque
         self._values = values
+        self._packages: frozenset[str] = frozenset()  # of the modules' classes
+        self._room, self._values_left = ROOM, MOST_VALUES
         self._seen: dict[int, object] = {}  # holds on to the objects, so that no id is used twice
         self._undo: list[Callable[[], None]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
@@ -69,57 +97,141 @@ class Snapshot:
     @torch.no_grad()
     def contents(self, *roots: object) -> None:
         """Remembers the contents of these values and of all they hold."""
-        stack = list(roots)  # not recursive: deep networks would exceed Python's recursion limit
+        self._packages = self._packages.union(*(packages_of(type(root)) for root in roots if _is(root, nn.Module)))
+        objects: deque[Any] = deque()
+        # Not recursive: deep networks would exceed Python's recursion limit. Level by level: what is near comes first.
         with torch.inference_mode(False):
-            while stack:
-                value = stack.pop()
-                if type(value) in ATOMS or id(value) in self._seen:
-                    continue
-                self._seen[id(value)] = value
-                if isinstance(value, dict):
-                    self._dicts.append((value, dict(value)))
-                    stack.extend(value.values())
-                elif isinstance(value, list):
-                    self._lists.append((value, list(value)))
-                    stack.extend(value)
-                elif isinstance(value, tuple):
-                    stack.extend(value)
-                elif isinstance(value, nn.Parameter):
-                    self._parameters.append((value, value.requires_grad, value.grad))
-                    if self._values:
-                        self._tensor(value)
-                        if value.grad is not None:
-                            self._tensor(value.grad)
-                elif isinstance(value, Tensor):
-                    self._tensor(value)
-                elif isinstance(value, nn.Module) or _is_scheduler(value) or self._is_plain(value):
-                    stack.append(vars(value))
-                else:
-                    self._other(value)
+            for queue in (deque[Any](roots), objects):
+                while queue:
+                    value = queue.popleft()
+                    kind = type(value)
+                    if kind in _CONSTANTS or id(value) in self._seen:
+                        continue
+                    if issubclass(kind, _KNOWN):
+                        self._seen[id(value)] = value
+                        inner = self._known(value, kind, limited=queue is objects)
+                        if issubclass(kind, nn.Module) or (kind not in _EXACT and self._is_open(kind)):
+                            objects.extend(self._of_classes(kind))
+                            if not issubclass(kind, _HAVE_ATTRIBUTES):
+                                objects.extend(self._of_object(value, kind))
+                        queue.extend(inner)
+                    elif queue is not objects:
+                        objects.append(value)
+                    else:
+                        self._seen[id(value)] = value
+                        objects.extend(self._of_object(value, kind))
+                        if self._is_open(kind):
+                            objects.extend(self._of_classes(kind))
 
-    def _tensor(self, value: Tensor) -> None:
-        if value.layout is torch.strided and not value.is_meta:
-            self._tensors.append((value, value.shape, _distinct(value.detach()).clone()))
+    # ------------------------------------------------------------------------------------------------------- objects
 
-    def _is_plain(self, value: object) -> bool:
-        """Whether an object is a mere record (an average meter, a dataclass): data, nothing with a life of its own."""
-        mapping = getattr(value, "__dict__", None)
-        if isinstance(value, (*self._opaque, *_DATA)) or not isinstance(mapping, dict):
+    def _is_open(self, kind: type) -> bool:
+        return is_own(kind, self._packages) and not is_alive(kind) and not issubclass(kind, self._opaque)
+
+    def _of_object(self, value: Any, kind: type) -> list[Any]:
+        """Remember slots; what else is to be looked into: the `__dict__`, and what slots hold."""
+        if kind is MethodType:
+            return [value.__self__]
+        if kind is partial:
+            return [value.func, value.args, value.keywords]
+        mapping = _attributes_of(value)
+        if self._is_open(kind):
+            return [*(() if mapping is None else (mapping,)), *self._of_slots(value, kind)]
+        if mapping is None or is_alive(kind) or issubclass(kind, (type, *self._opaque)):
+            return []
+        return [mapping] if all(type(item) in ATOMS or _is(item, _DATA) for item in mapping.values()) else []
+
+    def _of_slots(self, value: Any, kind: type) -> list[Any]:
+        held = {slot: _in_slot(slot, value) for slot in slots(kind)}
+        if held:
+            self._undo.append(lambda: _fill_slots(value, held))
+        return [item for item in held.values() if type(item) not in _CONSTANTS]
+
+    def _of_classes(self, kind: type) -> list[Any]:
+        """The data that the user's own classes among these hold, and objects of the user's own."""
+        found = []
+        for base in kind.__mro__:
+            if id(base) not in self._seen:
+                self._seen[id(base)] = base
+                if is_own(base, self._packages):
+                    items = [item for name, item in vars(base).items() if name[:2] != "__" and type(item) not in ATOMS]
+                    found += [item for item in items if _is(item, _KNOWN) or self._is_open(type(item))]
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    def _known(self, value: Any, kind: type, *, limited: bool) -> list[Any]:
+        """Remember a value of known type; what else is to be looked into."""
+        inner: list[Any] = []
+        if issubclass(kind, dict):
+            if self._has_room(16 * dict.__len__(value), limited):
+                items = _copy(value)
+                self._dicts.append((value, items))
+                inner = [item for item in items.values() if type(item) not in _CONSTANTS]
+        elif issubclass(kind, list):
+            if self._has_room(8 * list.__len__(value), limited):
+                values = list.copy(value)
+                self._lists.append((value, values))
+                inner = [item for item in values if type(item) not in _CONSTANTS]
+        elif issubclass(kind, (tuple, frozenset)):
+            each = tuple.__iter__(value) if issubclass(kind, tuple) else frozenset.__iter__(value)
+            inner = [item for item in each if type(item) not in _CONSTANTS]
+        elif issubclass(kind, Tensor):
+            if isinstance(value, nn.Parameter):
+                self._parameters.append((value, value.requires_grad, value.grad))
+                if self._values:
+                    self._tensor(value, limited)
+                    if value.grad is not None:
+                        self._tensor(value.grad, limited)
+            else:
+                self._tensor(value, limited)
+        elif issubclass(kind, _HAVE_ATTRIBUTES):
+            inner = [vars(value)]
+        elif issubclass(kind, RNGS):
+            self._generator(value)
+        elif self._has_room(value.nbytes if issubclass(kind, np.ndarray) else 32 * len(value), limited):
+            inner = self._rest(value, kind)
+        if limited:
+            if len(inner) > self._values_left:
+                return []
+            self._values_left -= len(inner)
+        return inner
+
+    def _has_room(self, size: int, limited: bool) -> bool:
+        if not limited:
+            return True
+        if size > self._room:
             return False
-        return all(type(item) in ATOMS or isinstance(item, _DATA) for item in mapping.values())
+        self._room -= size
+        return True
 
-    def _other(self, value: Any) -> None:
-        if isinstance(value, set):
+    def _tensor(self, value: Tensor, limited: bool) -> None:
+        if value.layout is torch.strided and not value.is_meta:
+            distinct = _distinct(value.detach())
+            if self._has_room(distinct.numel() * distinct.element_size(), limited):
+                self._tensors.append((value, value.shape, distinct.clone()))
+
+    def _rest(self, value: Any, kind: type) -> list[Any]:
+        """Remember a set, a deque, an array or bytes; the values in it."""
+        if issubclass(kind, set):
             members = set(value)
-            self._undo.append(lambda: _refill(value, members, set.update))
-        elif isinstance(value, deque):
-            items = list(value)
-            self._undo.append(lambda: _refill(value, items, deque.extend))
-        elif isinstance(value, np.ndarray):
+            self._undo.append(lambda: _refill_set(value, members))
+            return [item for item in members if type(item) not in _CONSTANTS]
+        if issubclass(kind, deque):
+            items = list(deque.__iter__(value))
+            self._undo.append(lambda: _refill_deque(value, items))
+            return [item for item in items if type(item) not in _CONSTANTS]
+        if issubclass(kind, np.ndarray):
             if value.flags.writeable:
-                array = value.copy()
-                self._undo.append(lambda: np.copyto(value, array))
-        elif isinstance(value, torch.Generator):
+                values = value.copy()
+                self._undo.append(lambda: _fill_array(value, values))
+        else:  # a bytearray, an array of Python's
+            buffer = value[:]
+            self._undo.append(lambda: operator.setitem(value, slice(None), buffer))
+        return []
+
+    def _generator(self, value: Any) -> None:
+        if isinstance(value, torch.Generator):
             generator_state = value.get_state()
             self._undo.append(lambda: _discard(value.set_state(generator_state)))
         elif isinstance(value, np.random.Generator):
@@ -128,7 +240,7 @@ class Snapshot:
         elif isinstance(value, np.random.RandomState):
             legacy_state = value.get_state()
             self._undo.append(lambda: value.set_state(legacy_state))
-        elif isinstance(value, random.Random):
+        else:
             python_state = value.getstate()
             self._undo.append(lambda: value.setstate(python_state))
 
@@ -142,12 +254,10 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back."""
         for mapping, items in self._dicts:
-            if not (_same(mapping.values(), items.values()) and _same(mapping, items)):
-                mapping.clear()
-                mapping.update(items)
+            _restore_dict(mapping, items)
         for values, elements in self._lists:
-            if not _same(values, elements):
-                values[:] = elements
+            if not _same(list.copy(values), elements):
+                list.__setitem__(values, slice(None), elements)
         for tensor, shape, saved in self._tensors:
             # `.data` leaves the version counter alone: a graph that holds this tensor can still be differentiated.
             # Comparing versions first would save little and miss BatchNorm, whose kernels do not raise the counter.
@@ -165,18 +275,85 @@ class Snapshot:
             undo()
 
 
-def _refill(value: Any, items: Any, add: Callable[[Any, Any], None]) -> None:
-    value.clear()
-    add(value, items)
+# Contents are read and written by the methods of Python's own types: users' subclasses may have changed them.
+
+
+def _copy(mapping: dict[Any, Any]) -> dict[Any, Any]:
+    if isinstance(mapping, OrderedDict):  # has an order of its own
+        return dict(OrderedDict.items(mapping)) if dict.__len__(mapping) else {}
+    return dict.copy(mapping)
+
+
+def _restore_dict(mapping: dict[Any, Any], items: dict[Any, Any]) -> None:
+    kind = OrderedDict if isinstance(mapping, OrderedDict) else dict
+    if dict.__len__(mapping) == len(items) and all(map(operator.is_, kind.keys(mapping), items)):
+        if all(map(operator.is_, kind.values(mapping), items.values())):
+            return
+    else:
+        kind.clear(mapping)
+    for key, value in items.items():
+        kind.__setitem__(mapping, key, value)
+
+
+def _refill_set(value: set[Any], members: set[Any]) -> None:
+    if set(map(id, set(value))) != set(map(id, members)):  # filled anew, it might be in another order
+        set.clear(value)
+        set.update(value, members)
+
+
+def _refill_deque(value: deque[Any], items: list[Any]) -> None:
+    if not _same(list(deque.__iter__(value)), items):
+        deque.clear(value)
+        deque.extend(value, items)
+
+
+def _fill_array(value: Any, values: Any) -> None:
+    if value.shape != values.shape:
+        value.resize(values.shape, refcheck=False)
+    np.copyto(value, values)
 
 
 def _discard(result: object) -> None:
     """For calls that return something where nothing is wanted."""
 
 
-def _same(left: Iterable[object], right: Iterable[object]) -> bool:
-    nothing = object()
-    return all(a is b for a, b in itertools.zip_longest(left, right, fillvalue=nothing))
+def _same(left: list[Any], right: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(left) == len(right) and all(map(operator.is_, left, right))
+
+
+def _is(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """What `isinstance` says where nobody pretends: proxies answer with the class of something else."""
+    return issubclass(type(value), kinds)
+
+
+def _attributes_of(value: object) -> dict[str, Any] | None:
+    """The `__dict__`, past whatever a class has made of attribute access."""
+    try:
+        mapping = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return mapping if isinstance(mapping, dict) else None
+
+
+_EMPTY = object()  # a slot that holds nothing
+
+
+def _in_slot(slot: MemberDescriptorType, value: object) -> object:
+    try:
+        return slot.__get__(value, type(value))
+    except AttributeError:
+        return _EMPTY
+
+
+def _fill_slots(value: object, held: Mapping[MemberDescriptorType, object]) -> None:
+    for slot, item in held.items():
+        if _in_slot(slot, value) is not item:
+            with suppress(AttributeError, TypeError):  # one that can only be read
+                if item is _EMPTY:
+                    slot.__delete__(value)
+                else:
+                    slot.__set__(value, item)
 
 
 def _distinct(tensor: Tensor) -> Tensor:
@@ -185,7 +362,3 @@ def _distinct(tensor: Tensor) -> Tensor:
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
-
-
-def _is_scheduler(value: object) -> bool:
-    return isinstance(value, torch.optim.lr_scheduler.LRScheduler)

@@ -1,5 +1,6 @@
 """A search that is killed goes on where it stopped."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -62,6 +63,9 @@ class Fragile(AutoEncoder):
                 file.write(".")
 
 
+KIND = {"kind": Fragile}
+
+
 class Switch(Callback):
     def __init__(self, running, epoch):
         self.running, self.epoch = running, epoch
@@ -77,7 +81,7 @@ def fragile_fit(
     """One fit, resumed if there is a checkpoint; returns module and round, or raises Stopped, or does not return."""
     Passes.running, Passes.file, Passes.stop_at, Passes.kill = False, folder / "passes", stop_at, kill
     pl.seed_everything(7, verbose=False)
-    module = made(Fragile, seed=weights)
+    module = made(KIND["kind"], seed=weights)
     callback = softpruning(**{"search": SEARCHES[search](), "epochs": epoch, **arguments})
     callbacks = [Switch(True, epoch), callback, Switch(False, epoch)]
     if checkpoint:
@@ -130,11 +134,18 @@ def without_times(result):
     return dataclasses.replace(result, **timed, trials=trials, configuration={})
 
 
-def assert_ends_as(expected, folder, **arguments):
-    """A last fit in this folder: together with those before it, it makes as many passes as one alone, and equals it."""
+def assert_ends_as(expected, folder, *, confirmed=0, continued=True, **arguments):
+    """A last fit in this folder: together with those before it, it makes as many passes as one alone, and equals it.
+
+    Those that confirm what an earlier fit has found come on top: `confirmed` before the last fit, the baseline in it,
+    and the chosen plan where it is an earlier fit's.
+    """
     weights, round_, passes = expected
+    found = trials_in(journal_of(folder))
     module, result = fragile_fit(folder, **arguments)
-    assert Passes.finished() == passes == result.evaluations
+    if continued:
+        confirmed += 1 + (list(result.trials[result.chosen].coefficients) in found)
+    assert Passes.finished() - confirmed == passes == result.evaluations
     assert without_times(result) == round_
     found = module.state_dict()
     assert list(found) == list(weights)
@@ -144,6 +155,17 @@ def assert_ends_as(expected, folder, **arguments):
 
 def journal_of(folder, epoch=1):
     return journal_path(folder / "root", epoch)
+
+
+def trials_in(path):
+    """The coefficients of a journal's trials; ``None`` where there is no journal."""
+    if not path.exists():
+        return None
+    entries = []
+    for line in path.read_bytes().splitlines()[1:]:
+        with contextlib.suppress(ValueError, RecursionError):
+            entries.append(json.loads(line))
+    return [entry["coefficients"] for entry in entries if isinstance(entry, dict) and "coefficients" in entry]
 
 
 # --------------------------------------------------------------------------------------------------------------- killed
@@ -196,9 +218,9 @@ def test_a_stopped_search_with_optuna_goes_on_in_the_study_it_began(tmp_path, mo
 
 def test_a_search_that_is_stopped_again_and_again_gets_there(tmp_path, uninterrupted):
     expected = uninterrupted("random")
-    for stop_at in (3, 5, 6):
+    for stop_at in (3, 5, 7):
         stopped_fit(tmp_path, stop_at)
-    assert_ends_as(expected, tmp_path)
+    assert_ends_as(expected, tmp_path, confirmed=2)
 
 
 def test_a_search_goes_on_in_a_fit_that_resumes_from_a_checkpoint(tmp_path, uninterrupted):
@@ -207,7 +229,7 @@ def test_a_search_goes_on_in_a_fit_that_resumes_from_a_checkpoint(tmp_path, unin
     assert checkpoint.exists()
     _, expected, passes = uninterrupted("random")
     _, result = fragile_fit(tmp_path, weights=5, checkpoint=checkpoint)
-    assert Passes.finished() == passes
+    assert Passes.finished() == passes + 1
     assert without_times(result) == expected
 
 
@@ -331,7 +353,7 @@ def test_changed_settings_start_a_fresh_search(tmp_path, uninterrupted, argument
     expected = uninterrupted("random")
     stopped_fit(tmp_path, 4, **arguments)
     (tmp_path / "passes").unlink()
-    assert_ends_as(expected, tmp_path)
+    assert_ends_as(expected, tmp_path, continued=False)
 
 
 def test_settings_that_only_speak_may_change(tmp_path, uninterrupted):
@@ -340,13 +362,271 @@ def test_settings_that_only_speak_may_change(tmp_path, uninterrupted):
     assert_ends_as(expected, tmp_path, verbose=True)
 
 
-@pytest.mark.parametrize(("sizes", "shared"), [({"val": 19}, 0), ({"train": 47}, 1)])
-def test_changed_data_start_a_fresh_search(tmp_path, sizes, shared):
-    """Before the first training step, with the same weights. The unpruned score does not depend on training data."""
+@pytest.mark.parametrize("sizes", [{"val": 19}, {"train": 47}], ids=str)
+def test_changed_data_start_a_fresh_search(tmp_path, sizes):
+    """Before the first training step, with the same weights."""
     stopped_fit(tmp_path, 4, epoch=0, data=loaders(made(), **sizes))
     (tmp_path / "passes").unlink()
     _, result = fragile_fit(tmp_path, epoch=0)
-    assert Passes.finished() == result.evaluations - shared
+    assert Passes.finished() == result.evaluations
+
+
+# ------------------------------------------------------------------------------------------- what is taken over holds
+
+
+FACTOR = {"value": 1.0}
+
+
+def helper(value):
+    """What a step calls: no fingerprint sees it."""
+    return value * FACTOR["value"]
+
+
+class Helped(Fragile):
+    """Scores by a function outside of its class."""
+
+    def on_validation_epoch_end(self):
+        self.log("val_helped", helper(-10 * torch.log10(self.mse.compute())))
+        super().on_validation_epoch_end()
+
+
+class Silent(Fragile):
+    """Logs its metric where a table outside of its class says so."""
+
+    def on_validation_epoch_end(self):
+        value = self.mse.compute()
+        if FACTOR["value"] == 1.0:
+            self.log("val_score", value)
+        super().on_validation_epoch_end()
+
+
+@pytest.fixture
+def factor(monkeypatch):
+    def put(value):
+        monkeypatch.setitem(FACTOR, "value", value)
+
+    return put
+
+
+def aside(folder):
+    return sorted(path for path in folder.rglob("*set-aside*"))
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in journal_of(folder).read_text().splitlines()]
+
+
+def write_lines(folder, lines):
+    journal_of(folder).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def of(monkeypatch):
+    """Fits are of this class."""
+
+    def put(kind):
+        monkeypatch.setitem(KIND, "kind", kind)
+
+    return put
+
+
+@pytest.mark.parametrize("monitor", ["val_helped", "val_loss"])
+def test_after_a_change_that_no_fingerprint_sees_the_search_starts_from_the_beginning(tmp_path, factor, of, monitor):
+    of(Helped)
+    arguments = {"monitor": monitor, "mode": "min"}
+    factor(-1.0)
+    (tmp_path / "whole").mkdir()
+    _, expected = fragile_fit(tmp_path / "whole", **arguments)
+    factor(1.0)
+    stopped_fit(tmp_path, 5, **arguments)
+    before = journal_of(tmp_path).read_bytes()
+    (tmp_path / "passes").unlink()
+    factor(-1.0)
+    with pytest.warns(UserWarning, match="search starts from the beginning.*val_helped") as warned:
+        _, result = fragile_fit(tmp_path, **arguments)
+    assert without_times(result) == without_times(expected)
+    [kept] = aside(tmp_path)
+    assert kept.read_bytes() == before
+    [message] = [str(warning.message) for warning in warned if "set-aside" in str(warning.message)]
+    assert str(journal_of(tmp_path)) in message
+    assert str(kept) in message
+    assert not journal_of(tmp_path).exists()
+
+
+def test_a_killed_search_after_a_set_aside_goes_on_from_the_new_journal(tmp_path, factor, of):
+    of(Helped)
+    stopped_fit(tmp_path, 5)
+    (tmp_path / "passes").unlink()
+    factor(2.0)
+    with pytest.warns(UserWarning, match="from the beginning"), pytest.raises(Stopped):
+        fragile_fit(tmp_path, 6)
+    assert [line.get("kind") for line in lines_of(tmp_path)] == [None, "baseline", *["trial"] * 3]
+    _, result = fragile_fit(tmp_path)  # a warning would be an error
+    assert result.metrics_before["val_helped"] == pytest.approx(2 * result.metrics_before["val_psnr"])
+    assert len(aside(tmp_path)) == 1
+
+
+def test_a_score_that_was_planted_in_a_line_is_not_believed(tmp_path, uninterrupted, caplog):
+    expected = uninterrupted("random")
+    stopped_fit(tmp_path, 5)
+    header, baseline, first, second, third = lines_of(tmp_path)
+    second["metrics"]["val_loss"] = second["score"] = 0.0
+    write_lines(tmp_path, [header, baseline, first, second, third])
+    (tmp_path / "passes").write_text("." * 3)  # it is run again
+    assert_ends_as(expected, tmp_path, verbose=True)
+    assert f"1 lines of {journal_of(tmp_path)} are not as they were written" in caplog.text
+
+
+@pytest.mark.parametrize("which", ["best", "worst"])
+def test_a_planted_line_without_digests_is_found_out_before_the_plan_is_committed(tmp_path, uninterrupted, which):
+    weights, expected, passes = uninterrupted("random")
+    stopped_fit(tmp_path, 6)
+    header, *lines = lines_of(tmp_path)
+    del header["digests"]
+    for line in lines:
+        del line["digest"]
+    scores = [line["score"] for line in lines[1:]]
+    planted = lines[1 + scores.index(max(scores))]
+    if which == "best":
+        planted["metrics"]["val_loss"] = planted["score"] = 0.0
+        write_lines(tmp_path, [header, *lines])
+        with pytest.warns(UserWarning, match="the chosen plan has val_loss="):
+            module, result = fragile_fit(tmp_path)
+        assert len(aside(tmp_path)) == 1
+    else:
+        write_lines(tmp_path, [header, *lines])
+        module, result = fragile_fit(tmp_path)
+    assert without_times(result) == expected
+    assert result.evaluations == passes
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("damage", ["missing", "torn", "edited"])
+def test_trials_without_a_baseline_are_set_aside(tmp_path, uninterrupted, damage):
+    expected = uninterrupted("random")
+    stopped_fit(tmp_path, 5)
+    header, baseline, *trials = journal_of(tmp_path).read_bytes().splitlines(keepends=True)
+    changed = {"missing": b"", "torn": baseline[:50] + b"\n", "edited": baseline.replace(b'"score": ', b'"score": 9')}
+    journal_of(tmp_path).write_bytes(header + changed[damage] + b"".join(trials))
+    (tmp_path / "passes").unlink()
+    with pytest.warns(UserWarning, match="trials, and no score of the model as it was"):
+        _, result = fragile_fit(tmp_path)
+    assert Passes.finished() == expected[2]
+    assert without_times(result) == expected[1]
+    assert len(aside(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("broken", [None, "nan", "inf"])
+def test_a_metric_that_was_missing_once_is_not_missing_again(tmp_path, of, broken):
+    of(Silent)
+    arguments = {"monitor": "val_score", "mode": "min"}
+    (tmp_path / "whole").mkdir()
+    _, expected = fragile_fit(tmp_path / "whole", **arguments)
+    stopped_fit(tmp_path, 4, **arguments)
+    header, baseline, *trials = lines_of(tmp_path)
+    del header["digests"]
+    for trial in trials:
+        if broken is None:
+            del trial["metrics"]["val_score"]
+        else:
+            trial["metrics"]["val_score"] = broken
+    write_lines(tmp_path, [header, baseline, *trials])
+    _, result = fragile_fit(tmp_path, **arguments)
+    assert without_times(result) == without_times(expected)
+
+
+def test_a_first_run_that_never_logged_the_metric_leaves_nothing_that_the_next_one_repeats(tmp_path, factor, of):
+    of(Silent)
+    factor(3.0)
+    with pytest.raises(Exception, match="monitor='val_score' is not logged"):
+        fragile_fit(tmp_path, monitor="val_score", mode="min")
+    factor(1.0)
+    _, result = fragile_fit(tmp_path, monitor="val_score", mode="min")
+    assert result.applied
+
+
+def test_a_journal_that_is_a_folder_or_a_pipe_costs_the_journal_and_nothing_else(tmp_path, uninterrupted):
+    expected = uninterrupted("random")
+    journal_of(tmp_path).mkdir(parents=True)
+    with pytest.warns(UserWarning, match="keeps no journal") as warned:
+        _, result = fragile_fit(tmp_path)
+    assert any(str(journal_of(tmp_path)) in str(warning.message) for warning in warned)
+    assert without_times(result) == expected[1]
+    journal_of(tmp_path).rmdir()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(journal_of(tmp_path))
+        _, result = fragile_fit(tmp_path)
+        assert without_times(result) == expected[1]
+
+
+def test_lines_that_nobody_could_have_written_are_as_good_as_absent(tmp_path, uninterrupted):
+    expected = uninterrupted("random")
+    stopped_fit(tmp_path, 5)
+    header, *lines = journal_of(tmp_path).read_bytes().splitlines(keepends=True)
+    first = json.loads(lines[1])
+    odd = [
+        b"\xff\xfe" + lines[1].decode().encode("utf-16-le"),
+        b"\xef\xbb\xbf" + lines[1],
+        b"[" * 10**6 + b"\n",
+        b'"' + b"x" * 3 * 2**20 + b'"\n',
+        b'{"kind": "trial", "removed": [' + b"9" * 5000 + b"]}\n",
+        *(
+            json.dumps({**first, **change}).encode() + b"\n"
+            for change in (
+                {"removed": [1.5, 2.5]},
+                {"seconds": math.nan},
+                {"metrics": {"val_loss": None}},
+                {"metrics": {"val_loss": 10**400}},
+                {"network": "\ud800"},
+                {"metrics": []},
+            )
+        ),
+    ]
+    journal_of(tmp_path).write_bytes(header + lines[0] + b"".join(odd) + b"".join(lines[1:]))
+    assert_ends_as(expected, tmp_path)
+
+
+def test_metrics_that_are_never_the_same_do_not_put_a_journal_aside(tmp_path):
+    path, times = tmp_path / "journal.jsonl", iter(range(9))
+
+    def score():
+        return {"loss": 0.5, "seconds": float(next(times))}
+
+    def search(loss=0.5, tolerance=1e-6):
+        journal = Journal(path, {"weights": "a"}, required=["loss"], verbose=False)
+        journal.tolerance = tolerance
+        held = journal.confirm(BASELINE, lambda: {**score(), "loss": loss})
+        journal.scored(BASELINE, score)
+        trial = counted({"loss": 1.0})
+        journal.scored(Key("trial", (1,)), trial)
+        journal.__exit__(Stopped, None, None)
+        return held, trial.calls
+
+    assert search() == (True, 1)
+    assert search() == (True, 0)
+    assert search(0.5 + 1e-9) == (True, 0)
+    assert search(0.5001, tolerance=1e-3) == (True, 0)
+    with pytest.warns(UserWarning, match=r"has loss=0.5001 and not loss=0.5,"):
+        assert search(0.5001) == (False, 1)
+    assert len(aside(tmp_path)) == 1
+
+
+def test_a_journal_that_cannot_be_renamed_is_not_used_all_the_same(tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+    leave_with_a_trial(path)
+
+    def refused(*_):
+        raise PermissionError(13, "no")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    journal = Journal(path, {"weights": "a"}, verbose=False)
+    with pytest.warns(UserWarning, match=r"journal\.jsonl is not used any more"):
+        assert not journal.confirm(BASELINE, lambda: {"loss": 7.0})
+    score = counted({"loss": 1.0})
+    journal.scored(Key("trial", (1, 2), "net"), score)
+    journal.__exit__(None, None, None)
+    assert score.calls == 1
+    assert not path.exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the journal
