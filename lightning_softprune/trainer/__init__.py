@@ -18,7 +18,12 @@ from lightning_softprune.trainer.isolation import (
     isolated_rng,
 )
 from lightning_softprune.trainer.module_steps import Step, Steps, run_steps
-from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
+from lightning_softprune.trainer.other_callbacks import (
+    averaged_copies,
+    forget_compiled,
+    record_new_parameters,
+    reset_monitors,
+)
 from lightning_softprune.trainer.processes import wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
@@ -36,6 +41,7 @@ __all__ = [
     "isolated_rng",
     "logging_step",
     "one_epoch_more",
+    "record_new_parameters",
     "refuse_sharded_optimizers",
     "refuse_sharding",
     "reset_monitors",

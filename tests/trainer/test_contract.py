@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Callback,
     EarlyStopping,
     ModelCheckpoint,
@@ -57,6 +58,7 @@ PRIVATE = {
     "stochastic averaging": ["_average_model"],
     "checkpoint": ["_last_global_step_saved", "best_k_models", "best_model_score", "kth_best_model_path", "kth_value"],
     "stopping": ["wait_count", "best_score"],
+    "finetuning": ["_internal_optimizer_metadata"],
     "plateau": ["_reset"],
 }
 ROOTS = {
@@ -68,6 +70,7 @@ ROOTS = {
     "stochastic averaging": lambda _: StochasticWeightAveraging(0.1),
     "checkpoint": lambda _: ModelCheckpoint(),
     "stopping": lambda _: EarlyStopping("val_loss"),
+    "finetuning": lambda _: BackboneFinetuning(),
     "plateau": lambda _: ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1, requires_grad=True)])),
 }
 
