@@ -124,6 +124,10 @@ _LOOKS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride", 
 """Functions that read no values."""
 
 
+_COPIES = frozenset({"__get__", "detach", "clone", "narrow", "copy_"})
+"""What a step that leaves nothing behind does with every buffer, to put it back."""
+
+
 class _Uses(TorchFunctionMode):
     """Notes what is called with the outputs of layers and with the running means of BatchNorms."""
 
@@ -171,7 +175,7 @@ class _Uses(TorchFunctionMode):
             read = tensors_in((args, kwargs))
             if func is F.batch_norm:
                 read = self._normalise(args, kwargs, read)
-            self._read_by_others(read)
+            self._read_by_others(read, copies=getattr(func, "__name__", "") in _COPIES)
         return func(*args, **kwargs)
 
     def _normalise(self, args: Any, kwargs: Any, read: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -187,11 +191,11 @@ class _Uses(TorchFunctionMode):
             self.read_by[layer].add(name)
         return [tensor for tensor in read if tensor is not source and tensor is not mean]
 
-    def _read_by_others(self, tensors: Sequence[torch.Tensor]) -> None:
+    def _read_by_others(self, tensors: Sequence[torch.Tensor], copies: bool = False) -> None:
         ids = {id(tensor) for tensor in tensors}
         for key in ids & self.outputs.keys():
             self.read_by[self.outputs[key][1]].add(_ANYTHING)
-        for name, norm, buffer in self.norms:
+        for name, norm, buffer in [] if copies else self.norms:
             if id(attribute_at(norm, buffer)) in ids:
                 self.reads[name].add(_ANYTHING)
 

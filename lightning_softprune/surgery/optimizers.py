@@ -21,13 +21,16 @@ _NO_SETTINGS = frozenset({"params", "param_names", "initial_lr"})
 """What else is in a parameter group: its parameters, and what schedulers note there."""
 
 
-def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None:
+def repair_optimizers(
+    optimizers: Iterable[Optimizer], surgery: Surgery, parameters: Iterable[nn.Parameter] = ()
+) -> None:
     """Give every optimizer the new parameters in the places of the old ones, with their state sliced.
 
     The optimizer objects, their parameter groups and the lists in them stay the same objects, so schedulers, gradient
     scalers and wrappers go on. A bias that compensation created joins its weight's parameter group, behind the weight:
     where `module.parameters()` has it, and so an optimizer that is built for the pruned module. Where that group takes
-    matrices only, the bias goes to the first group with other parameters (see :func:`weights_without_bias`).
+    matrices only, the bias goes to the first group with other parameters (see :func:`weights_without_bias`), to where
+    the model's order has it.
 
     State tensors of the parameter's shape (or with dimensions of size one in its place)
     are sliced by the kept indices; scalars are kept; LBFGS starts its history afresh. What cannot be sliced is dropped
@@ -36,7 +39,9 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
     Args:
         optimizers: Optimizers over the model's parameters.
         surgery: What was done to them.
+        parameters: The pruned model's, in its order.
     """
+    order = {id(parameter): number for number, parameter in enumerate(parameters)}
     replaced = {id(old): (old, new, by_dim) for old, new, by_dim in surgery.parameters}
     optimizers = list(optimizers)
     groups, before = _ParameterGroups(optimizers), {id(new): old for old, new, _ in surgery.parameters}
@@ -58,17 +63,21 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
             optimizer._numel_cache = None
     for home, (name, weight, bias) in zip(homes, surgery.created, strict=True):
         for group in home:
-            _insert_behind(group, weight, bias, name)
+            ids = [id(parameter) for parameter in group["params"]]
+            if id(weight) in ids:
+                place = ids.index(id(weight)) + 1
+                name = group.get("param_names", [name] * place)[place - 1].removesuffix("weight") + "bias"
+            else:
+                own = order.get(id(bias), len(order))
+                place = next((at for at, key in enumerate(ids) if order.get(key, -1) > own), len(ids))
+            _insert(group, place, bias, name)
 
 
-def _insert_behind(group: dict[str, Any], weight: nn.Parameter, bias: nn.Parameter, name: str) -> None:
-    """Behind the weight, or last where the weight is in another group."""
-    ids = [id(parameter) for parameter in group["params"]]
-    place = ids.index(id(weight)) + 1 if id(weight) in ids else len(ids)
-    group["params"].insert(place, bias)
+def _insert(group: dict[str, Any], place: int, parameter: nn.Parameter, name: str) -> None:
+    group["params"].insert(place, parameter)
     if "param_names" in group:  # of an optimizer that was given names
         names = list(group["param_names"])
-        names.insert(place, names[place - 1].removesuffix("weight") + "bias" if id(weight) in ids else name)
+        names.insert(place, name)
         group["param_names"] = names
 
 

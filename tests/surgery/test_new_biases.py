@@ -169,6 +169,15 @@ def test_the_bias_joins_the_vectors_of_its_weights_own_optimizer_first():
     assert torch.allclose(net["b"].bias, torch.tensor(-0.1))
 
 
+def test_the_bias_is_where_the_models_order_has_it():
+    net, weights = layers()
+    muon, adam = torch.optim.Muon(list(weights.values())), torch.optim.Adam([net["c"].bias, *net["n"].parameters()])
+    surgery = created(net, "a", "b")
+    repair_optimizers([muon, adam], surgery, net.parameters())
+    vectors = [id(parameter) for parameter in net.parameters() if parameter.ndim == 1]
+    assert held(adam) == [vectors]  # as an optimizer that is built for the pruned module
+
+
 def test_a_named_bias_is_named_in_the_group_that_it_joins():
     net, weights = layers()
     muon = torch.optim.Muon([(f"{name}.weight", weight) for name, weight in weights.items()])
