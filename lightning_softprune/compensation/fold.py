@@ -104,6 +104,8 @@ class Compensation:
                     _take_from_mean(model.get_submodule(self._intercepts.norms[name]), name, shift, surgery)
                 elif regression.centred:
                     _add_to_bias(layer, name, shift.to(weight.device), surgery)
+        if surgery.created:
+            surgery.order = list(model.parameters())
 
 
 def _regression(

@@ -37,7 +37,7 @@ def commit_plan(
     for averaged in copies:
         problem.prune(averaged, best.plan)
     surgery = problem.prune(module, best.plan)
-    repair_optimizers(trainer.optimizers, surgery, module.parameters())
+    repair_optimizers(trainer.optimizers, surgery)
     if dense is not None:
         best = _refined(evaluator, surgery, dense, best)
     runner.rehearse()

@@ -28,6 +28,7 @@ class Surgery:
         parameters: Pairs of (old, new) parameter with the kept indices of every sliced dimension.
         kept: Name of every sliced parameter and buffer -> kept indices by dimension, in the numbering before.
         created: Biases that compensation had to create: name, the weight beside it, the bias.
+        order: The pruned model's parameters in its order, where biases were created.
         shifted: Readers without a bias whose BatchNorm took what compensation adds to their outputs -> its running mean
             now, and before that.
     """
@@ -35,6 +36,7 @@ class Surgery:
     parameters: list[tuple[nn.Parameter, nn.Parameter, KeptByDim]] = field(default_factory=list)
     kept: dict[str, KeptByDim] = field(default_factory=dict)
     created: list[tuple[str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
+    order: list[nn.Parameter] = field(default_factory=list)
     shifted: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     _replaced: dict[int, nn.Parameter] = field(default_factory=dict)

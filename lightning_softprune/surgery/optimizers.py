@@ -21,9 +21,7 @@ _NO_SETTINGS = frozenset({"params", "param_names", "initial_lr"})
 """What else is in a parameter group: its parameters, and what schedulers note there."""
 
 
-def repair_optimizers(
-    optimizers: Iterable[Optimizer], surgery: Surgery, parameters: Iterable[nn.Parameter] = ()
-) -> None:
+def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None:
     """Give every optimizer the new parameters in the places of the old ones, with their state sliced.
 
     The optimizer objects, their parameter groups and the lists in them stay the same objects, so schedulers, gradient
@@ -39,9 +37,8 @@ def repair_optimizers(
     Args:
         optimizers: Optimizers over the model's parameters.
         surgery: What was done to them.
-        parameters: The pruned model's, in its order.
     """
-    order = {id(parameter): number for number, parameter in enumerate(parameters)}
+    order = {id(parameter): number for number, parameter in enumerate(surgery.order)}
     replaced = {id(old): (old, new, by_dim) for old, new, by_dim in surgery.parameters}
     optimizers = list(optimizers)
     groups, before = _ParameterGroups(optimizers), {id(new): old for old, new, _ in surgery.parameters}

@@ -173,7 +173,8 @@ def test_the_bias_is_where_the_models_order_has_it():
     net, weights = layers()
     muon, adam = torch.optim.Muon(list(weights.values())), torch.optim.Adam([net["c"].bias, *net["n"].parameters()])
     surgery = created(net, "a", "b")
-    repair_optimizers([muon, adam], surgery, net.parameters())
+    surgery.order = list(net.parameters())
+    repair_optimizers([muon, adam], surgery)
     vectors = [id(parameter) for parameter in net.parameters() if parameter.ndim == 1]
     assert held(adam) == [vectors]  # as an optimizer that is built for the pruned module
 
