@@ -2,7 +2,7 @@
 
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
 from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
-from lightning_softprune.calibration.statistics import InputStatistics, collect_statistics, in_double
+from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
     most_rows,
@@ -13,6 +13,7 @@ from lightning_softprune.calibration.unfold import (
 __all__ = [
     "IMPORTANCES",
     "InputStatistics",
+    "KernelCoverage",
     "Reader",
     "collect_statistics",
     "evenly_spaced",

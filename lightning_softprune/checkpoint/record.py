@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -114,19 +115,40 @@ def _flat(groups: list[list[str | None]]) -> list[str]:
 def order_parameters(module: nn.Module, optimizers: Sequence[Optimizer], record: Mapping[str, Any] | None) -> None:
     """Bring the parameters of fresh optimizers into the order in which a checkpoint has their state.
 
-    PyTorch matches optimizer state by position. A bias that compensation created joined its weight's parameter group
-    when it was made; an optimizer that is built later finds it elsewhere, perhaps in another group.
+    PyTorch matches optimizer state by position. A bias that compensation created joined a parameter group when it was
+    made; an optimizer that is built later finds it elsewhere, perhaps in another group. It is done once more when the
+    state comes: callbacks that restore parameter groups of their own (`BaseFinetuning`) may do so later than this.
 
     Args:
         module: The module, in the checkpoint's shape.
-        optimizers: Its optimizers. One that does not hold the same parameters as then is left alone.
+        optimizers: Its optimizers. One that does not hold the same parameters as then is left alone; created biases
+            may be missing.
         record: The checkpoint's record.
     """
     wanted = (record or {}).get("optimizers") or []
-    parameters = dict(module.named_parameters())
     if len(wanted) != len(optimizers):
         return
-    for optimizer, now, then in zip(optimizers, _parameter_names(module, optimizers), wanted, strict=True):
-        if len(now) == len(then) and sorted(_flat(now)) == sorted(_flat(then)) and set(_flat(now)) <= parameters.keys():
-            for group, names in zip(optimizer.param_groups, then, strict=True):
-                group["params"][:] = [parameters[name] for name in names]
+    created = set((record or {}).get("created_biases") or [])
+    for optimizer, names in zip(optimizers, wanted, strict=True):
+        _order_groups(module, optimizer, names, created)
+        _order_when_state_comes(module, optimizer, names, created)
+
+
+def _order_groups(module: nn.Module, optimizer: Optimizer, then: list[list[str | None]], created: set[str]) -> None:
+    (now,) = _parameter_names(module, [optimizer])
+    parameters = dict(module.named_parameters())
+    held, wanted = Counter(_flat(now)), Counter(_flat(then))
+    missing = wanted - held
+    if len(now) == len(then) and not held - wanted and missing.keys() <= created and wanted.keys() <= parameters.keys():
+        for group, names in zip(optimizer.param_groups, then, strict=True):
+            group["params"][:] = [parameters[str(name)] for name in names]
+
+
+def _order_when_state_comes(
+    module: nn.Module, optimizer: Optimizer, then: list[list[str | None]], created: set[str]
+) -> None:
+    def before_loading(optimizer: Optimizer, _: dict[str, Any]) -> None:
+        handle.remove()
+        _order_groups(module, optimizer, then, created)
+
+    handle = optimizer.register_load_state_dict_pre_hook(before_loading)

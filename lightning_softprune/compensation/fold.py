@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from lightning_softprune.calibration import InputStatistics, Reader, find_readers
-from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression
+from lightning_softprune.compensation.intercepts import Intercepts
+from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, Moments
 from lightning_softprune.compensation.weights import PrunedWeight
-from lightning_softprune.graph import PruningGroup, WeightGeometry, geometry_of
+from lightning_softprune.graph import PruningGroup, WeightGeometry, geometry_of, layer_type
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -32,6 +33,7 @@ class Compensation:
         groups: Its prunable groups.
         rankings: The order in which each group's channels go; the first is removed first.
         statistics: What the readers see, by module name.
+        intercepts: Which readers without a bias are to get none.
     """
 
     def __init__(
@@ -41,11 +43,13 @@ class Compensation:
         groups: Sequence[PruningGroup],
         rankings: Sequence[IntArray],
         statistics: Mapping[str, InputStatistics],
+        intercepts: Intercepts = Intercepts(),  # noqa: B008 - frozen
     ) -> None:
         self.mode = mode
         self._regressions: dict[str, FeatureRegression | ChannelRegression] = {}
         self._readers: dict[str, Reader] = {}
         self._without_bias: list[str] = []
+        self._intercepts = intercepts
         if mode == "none":
             return
         shared = _shared_parameters(model)
@@ -56,8 +60,9 @@ class Compensation:
                 continue
             order = _keep_order(reader, groups, rankings) if geometry.groups == 1 else None
             self._readers[reader.name] = reader
-            self._regressions[reader.name] = _regression(mode, geometry, reader.stride, known, order)
-            if layer.bias is None:
+            moments = Moments.of(known.unfolded or known, centred=reader.name not in intercepts.refused)
+            self._regressions[reader.name] = _regression(mode, geometry, known, moments, order)
+            if layer.bias is None and reader.name not in intercepts.norms and moments.centred:
                 self._without_bias.append(reader.name)
 
     @property
@@ -95,19 +100,24 @@ class Compensation:
                 folded, shift = regression.fold(rows, pruned.kept_inputs().to(rows.device))
                 weight = layer.get_parameter("weight")
                 weight.copy_(pruned.geometry.from_rows(folded).to(weight.device, weight.dtype))
-                _add_to_bias(layer, name, shift.to(weight.device), surgery)
+                if name in self._intercepts.norms:
+                    _take_from_mean(model.get_submodule(self._intercepts.norms[name]), name, shift, surgery)
+                elif regression.centred:
+                    _add_to_bias(layer, name, shift.to(weight.device), surgery)
+        if surgery.created:
+            surgery.order = list(model.parameters())
 
 
 def _regression(
-    mode: str, geometry: WeightGeometry, stride: int, known: InputStatistics, order: IntArray | None
+    mode: str, geometry: WeightGeometry, known: InputStatistics, moments: Moments, order: IntArray | None
 ) -> FeatureRegression | ChannelRegression:
     exact = mode == "least_squares"
     kept_order = None if order is None else torch.from_numpy(order).to(known.mean.device)
     if known.unfolded is not None:
-        return FeatureRegression(known.unfolded, geometry.positions(stride), kept_order, exact)
-    if geometry.reads_one_row(stride):
-        return FeatureRegression(known, 1, kept_order, exact)
-    return ChannelRegression(known, kept_order, exact)
+        return FeatureRegression(moments, geometry.positions(known.stride), kept_order, exact)
+    if geometry.reads_one_row(known.stride):
+        return FeatureRegression(moments, 1, kept_order, exact)
+    return ChannelRegression(moments, known.coverage, kept_order, exact)
 
 
 def _keep_order(reader: Reader, groups: Sequence[PruningGroup], rankings: Sequence[IntArray]) -> IntArray | None:
@@ -142,6 +152,19 @@ def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surg
             bias.grad = None if old.grad is None else old.grad.detach().clone()
             surgery.replace(layer, "bias", f"{name}.bias", bias)
         bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))
+
+
+def _take_from_mean(norm: nn.Module, name: str, shift: torch.Tensor, surgery: Surgery) -> None:
+    """Add a constant to the outputs of a reader, by the running mean of the BatchNorm behind it."""
+    entry = layer_type(norm)
+    buffer = None if entry is None else entry.mean_buffer(norm)
+    if buffer is None:
+        raise ValueError(f"{name}: the {type(norm).__name__} behind it has lost its running mean since the calibration")
+    before = norm.get_buffer(buffer)
+    surgery.remember(norm)
+    mean = (before.double() - shift.to(before.device)).to(before.dtype)  # a new tensor: the old one has to survive
+    norm._buffers[buffer] = mean
+    surgery.shifted[name] = (mean, before)
 
 
 def _ids(layer: nn.Module) -> set[int]:

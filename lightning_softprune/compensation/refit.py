@@ -146,15 +146,15 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
             activation = dense.activations.get(name)
             activation = activation if activation is None or kept is None else activation.of(kept)
             now = pruned.geometry.to_rows(layer.get_parameter("weight").detach()).to(device, torch.float64)
-            weight, bias = _fit_features(now, wanted, given, activation)
+            weight, bias = _fit_features(now, wanted, given, activation, centred=regression.centred)
         else:
             rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
             weight, shift = _fit_channels(regression, rows, stays, wanted, given)
             bias = _bias_before(layer, name, surgery).to(device, torch.float64) + shift
         with torch.no_grad():
-            for which, value in (("weight", pruned.geometry.from_rows(weight)), ("bias", bias)):
-                parameter = layer.get_parameter(which)
-                parameter.copy_(value.to(parameter.device, parameter.dtype))
+            parameter = layer.get_parameter("weight")
+            parameter.copy_(pruned.geometry.from_rows(weight).to(parameter.device, parameter.dtype))
+            _set_bias(layer, name, bias, surgery)
 
 
 class _StopForward(BaseException):
@@ -181,17 +181,25 @@ def _given(model: nn.Module, name: str, read: Read, dense: DenseRun) -> list[tor
 
 
 def _fit_features(
-    weight: torch.Tensor, wanted: torch.Tensor, given: torch.Tensor, activation: FollowingActivation | None
+    weight: torch.Tensor,
+    wanted: torch.Tensor,
+    given: torch.Tensor,
+    activation: FollowingActivation | None,
+    *,
+    centred: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a layer whose outputs are to be ``wanted`` where they read ``given``; weights in rows."""
+    """Weight and bias of a layer whose outputs are to be ``wanted`` where they read ``given``; weights in rows.
+
+    Without `centred`, the bias is zero, and what follows the layer is left out of account.
+    """
     groups = len(weight)
     total = sum_number_over_processes(len(given), given.device)
-    lacking = sum_number_over_processes(activation is None, given.device)
+    lacking = sum_number_over_processes(activation is None or not centred, given.device)
     weights, biases = [], []
     width = weight.shape[1]
     for first, (part, y, z) in enumerate(zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True)):
         prior = part.flatten(1)
-        mean_y, mean_z = sum_over_processes(y.sum(0)) / total, sum_over_processes(z.sum(0)) / total
+        mean_y, mean_z = _mean(y, total, centred), _mean(z, total, centred)
         z = z - mean_z
         s_zz = sum_over_processes(z.t() @ z) / total
         s_yz = sum_over_processes((y - mean_y).t() @ z) / total
@@ -213,7 +221,7 @@ def _fit_channels(
     """Weight (in rows), and what to add to the bias, of a layer whose inputs were ``wanted`` and are ``given``."""
     stride = regression.mean.shape[1]
     total = sum_number_over_processes(len(given), given.device)
-    mean_x, mean_z = sum_over_processes(wanted.sum(0)) / total, sum_over_processes(given.sum(0)) / total
+    mean_x, mean_z = (_mean(rows_of, total, regression.centred) for rows_of in (wanted, given))
     x, z = _by_channel(wanted - mean_x, stride), _by_channel(given - mean_z, stride)
     s_zz = sum_over_processes(z.t() @ z) / (total * stride)
     s_xz = sum_over_processes(x.t() @ z) / (total * stride)
@@ -229,6 +237,10 @@ def _fit_channels(
     missing = mean_x.reshape(-1, stride) - solution @ mean_z.reshape(-1, stride)
     shift = (rows[0] * missing).sum((1, 2)) * regression.coverage.share
     return torch.einsum("oct,ck->okt", rows[0], solution)[None], shift
+
+
+def _mean(rows: torch.Tensor, total: float, centred: bool) -> torch.Tensor:
+    return sum_over_processes(rows.sum(0)) / total if centred else torch.zeros_like(rows[0])
 
 
 @dataclass(frozen=True)
@@ -256,13 +268,23 @@ def _fit_after_activation(
 
 
 def _bias_before(layer: nn.Module, name: str, surgery: Surgery) -> torch.Tensor:
-    """The bias from before the plan, for the outputs that stay."""
-    bias = layer.get_parameter("bias").detach()
-    before = surgery.before(layer.get_parameter("bias"))
+    """The bias from before the plan, for the outputs that stay; zero for a layer that had none."""
+    bias = layer._parameters.get("bias")
+    before = None if bias is None else surgery.before(bias)
     if before is None:
-        return torch.zeros_like(bias)
+        return torch.zeros(1)
     rows = surgery.kept.get(f"{name}.bias", {}).get(0)
     return before.detach() if rows is None else before.detach()[rows.to(before.device)]
+
+
+def _set_bias(layer: nn.Module, name: str, bias: torch.Tensor, surgery: Surgery) -> None:
+    """Make this the constant in a layer's outputs, wherever compensation put it; some have no place for one."""
+    parameter = layer._parameters.get("bias")
+    if parameter is not None:
+        parameter.copy_(bias.to(parameter.device, parameter.dtype))
+    elif name in surgery.shifted:
+        mean, before = surgery.shifted[name]
+        mean.copy_((before.double() - bias.to(before.device)).to(mean.dtype))
 
 
 def _channels(geometry: WeightGeometry, source: torch.Tensor) -> torch.Tensor:

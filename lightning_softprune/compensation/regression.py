@@ -21,16 +21,46 @@ term times the share of the positions that fall on the input, ``E n / positions`
 Plans of one ranking are nested. So ``S + r I = L L^T`` is factorised once per reader and round, with the most important
 channels first: for a plan that keeps the first k features of them, ``B = L_RK L_KK^-1`` by blocks of that one factor.
 Readers of several groups (behind a concatenation) are factorised per plan.
+
+A reader that can have no bias has no intercept either: its moments are those about zero, ``m = 0`` and ``S = E x x^T``.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from lightning_softprune.calibration import InputStatistics
+from lightning_softprune.calibration import InputStatistics, KernelCoverage
 
 RIDGE = 1e-4
 """Ridge of the regressions, as a fraction of the mean variance of a reader's inputs."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean and covariance of a reader's inputs; or, without `centred`, what they are about zero.
+
+    Attributes:
+        mean: Shape ``(channels * stride,)``; zeros about zero.
+        covariance: Shape ``(channels, channels)``.
+        stride: Consecutive input indices per channel.
+        centred: Whether the regressions have an intercept.
+    """
+
+    mean: torch.Tensor
+    covariance: torch.Tensor
+    stride: int
+    centred: bool
+
+    @classmethod
+    def of(cls, known: InputStatistics, *, centred: bool) -> Moments:
+        """Those of observations."""
+        if centred:
+            return cls(known.mean, known.covariance, known.stride, True)
+        means = known.mean.reshape(-1, known.stride)
+        about_zero = known.covariance + means @ means.t() / known.stride
+        return cls(torch.zeros_like(known.mean), about_zero, known.stride, False)
 
 
 def ridge_of(covariance: torch.Tensor, fraction: float = RIDGE) -> float:
@@ -84,14 +114,14 @@ class FeatureRegression:
     """One regression of everything an output reads.
 
     Args:
-        known: Statistics of the reader's unfolded inputs; of its inputs, where an output reads one row of them.
+        known: Moments of the reader's unfolded inputs; of its inputs, where an output reads one row of them.
         positions: Features per channel.
         order: Its channels, the last to go first, if its plans are nested.
         exact: Whether to predict; otherwise removed features are replaced by their means.
     """
 
-    def __init__(self, known: InputStatistics, positions: int, order: torch.Tensor | None, exact: bool) -> None:
-        self.mean = known.mean
+    def __init__(self, known: Moments, positions: int, order: torch.Tensor | None, exact: bool) -> None:
+        self.mean, self.centred = known.mean, known.centred
         self.covariance: OrderedCovariance | None = None
         if exact:
             if order is not None:
@@ -131,13 +161,15 @@ class ChannelRegression:
     """One regression over channels, for all positions of a kernel or of a flattened map.
 
     Args:
-        known: Statistics of the reader's inputs.
+        known: Moments of the reader's inputs.
+        coverage: How many of the kernel's positions fall on them.
         order: Its channels, the last to go first, if its plans are nested.
         exact: Whether to predict; otherwise removed channels are replaced by their means.
     """
 
-    def __init__(self, known: InputStatistics, order: torch.Tensor | None, exact: bool) -> None:
-        self.coverage, self.mean = known.coverage, known.mean.reshape(-1, known.stride)
+    def __init__(self, known: Moments, coverage: KernelCoverage, order: torch.Tensor | None, exact: bool) -> None:
+        self.coverage, self.centred = coverage, known.centred
+        self.mean = known.mean.reshape(-1, known.stride)
         self.covariance: OrderedCovariance | None = None
         if exact:
             covariance = self.with_borders(known.covariance, known.mean, known.mean)

@@ -214,6 +214,11 @@ class NormalisationType(PassingOn):
     tensors = ("weight", "bias", "running_mean", "running_var")
     attribute = "num_features"
 
+    def mean_buffer(self, module: _BatchNorm | _InstanceNorm) -> str | None:
+        """The running mean of a BatchNorm; in training it subtracts the batch's, which follows whatever is added."""
+        tracks = isinstance(module, _BatchNorm) and module.running_mean is not None
+        return "running_mean" if tracks else None
+
 
 class GroupNormType(PassingOn):
     """``nn.GroupNorm``: every group loses the same channels."""

@@ -127,6 +127,10 @@ class LayerType:
         """How its weight reads its inputs; ``None`` for a layer that does not mix channels."""
         return None
 
+    def mean_buffer(self, module: Any) -> str | None:
+        """Name of the buffer that it subtracts from its inputs: what is added to these can be taken from it instead."""
+        return None
+
     def observe(self, module: Any, inputs: Mapping[str | int, Any], output: Any, seen: Applications) -> None:
         """Add one call of the layer to what was seen.
 

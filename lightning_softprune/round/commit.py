@@ -13,12 +13,12 @@ from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan
 from lightning_softprune.surgery import Surgery, Transaction, repair_optimizers
-from lightning_softprune.trainer import forget_compiled, wrap_again
+from lightning_softprune.trainer import forget_compiled, record_new_parameters, wrap_again
 
 
 def rehearse_plan(
     evaluator: Evaluator, settings: RoundSettings, copies: Sequence[nn.Module], best: ScoredPlan
-) -> ScoredPlan:
+) -> tuple[ScoredPlan, Surgery]:
     """Prune, refine the compensation where that helps (the model's own score decides), and see that all of it runs.
 
     Args:
@@ -42,13 +42,14 @@ def rehearse_plan(
     if dense is not None:
         best = _refined(evaluator, surgery, dense, best)
     runner.rehearse()
-    return best
+    return best, surgery
 
 
-def commit(trainer: pl.Trainer, module: pl.LightningModule, transaction: Transaction) -> None:
+def commit(trainer: pl.Trainer, module: pl.LightningModule, transaction: Transaction, surgery: Surgery) -> None:
     """Keep what was rehearsed."""
     forget_compiled()
     wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
+    record_new_parameters(trainer, [bias for _, _, bias in surgery.created])
     transaction.commit()
 
 
@@ -56,11 +57,12 @@ def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: Scor
     """Refit the readers, and take it back where the score is not better for it."""
     values = [(new, new.detach().clone()) for _, new, _ in surgery.parameters]
     values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
+    means = [(mean, mean.clone()) for mean, _ in surgery.shifted.values()]
     refit_readers(evaluator.runner.module, surgery, evaluator.problem.compensation, dense)
     refined = evaluator.score_as_it_is(best)
     if refined.is_better_than(best):
         return refined
     with torch.no_grad():
-        for parameter, value in values:
+        for parameter, value in [*values, *means]:
             parameter.copy_(value)
     return best

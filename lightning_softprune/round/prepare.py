@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.calibration import InputStatistics, collect_statistics, find_readers, norms, rank
-from lightning_softprune.compensation import Compensation
+from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts
 from lightning_softprune.graph import (
     CostModel,
     PruningGroup,
@@ -108,7 +108,12 @@ class PruningProblem:
             rank(settings.importance, module, groups, calibration, statistics, rng)
         )
         statistics = _seen_by_twins(statistics, settings.twins or {})
-        compensation = Compensation(settings.compensation, module, groups, rankings, statistics)
+        intercepts = Intercepts()
+        if settings.compensation != "none":
+            steps = [*runner.tracing(), *calibration]
+            found_here = find_intercepts(module, groups, steps, runner.trainer.optimizers, settings.twins)
+            intercepts = runner.broadcast(found_here)
+        compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
         with record_macs(module, outside) as applications:
             runner.validation_step()()
         applications, samples = runner.broadcast((applications, runner.batch_size))

@@ -86,9 +86,9 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             stopwatch.compare(best.plan)
         if best is not None and (goal.commit or goal.rehearse):
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            best = rehearse_plan(evaluator, settings, copies, best)
+            best, surgery = rehearse_plan(evaluator, settings, copies, best)
             if goal.commit:
-                commit(trainer, module, transaction)
+                commit(trainer, module, transaction, surgery)
         found = _Found(before, dense, strategy, outcome, decision, best)
         result = _result(settings, goal, evaluator, stopwatch, found)
     return replace(result, seconds=time.monotonic() - started)

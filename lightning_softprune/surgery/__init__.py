@@ -1,7 +1,7 @@
 """Surgery: make a plan true on the live model, undo it without a trace, or commit it with its optimizers."""
 
 from lightning_softprune.surgery.apply import Surgery, apply_plan
-from lightning_softprune.surgery.optimizers import repair_optimizers
+from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
 from lightning_softprune.surgery.probe import probe_groups
 from lightning_softprune.surgery.transaction import Transaction
 
@@ -11,4 +11,5 @@ __all__ = [
     "apply_plan",
     "probe_groups",
     "repair_optimizers",
+    "weights_without_bias",
 ]

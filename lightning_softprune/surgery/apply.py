@@ -28,11 +28,16 @@ class Surgery:
         parameters: Pairs of (old, new) parameter with the kept indices of every sliced dimension.
         kept: Name of every sliced parameter and buffer -> kept indices by dimension, in the numbering before.
         created: Biases that compensation had to create: name, the weight beside it, the bias.
+        order: The pruned model's parameters in its order, where biases were created.
+        shifted: Readers without a bias whose BatchNorm took what compensation adds to their outputs -> its running mean
+            now, and before that.
     """
 
     parameters: list[tuple[nn.Parameter, nn.Parameter, KeptByDim]] = field(default_factory=list)
     kept: dict[str, KeptByDim] = field(default_factory=dict)
     created: list[tuple[str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
+    order: list[nn.Parameter] = field(default_factory=list)
+    shifted: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     _replaced: dict[int, nn.Parameter] = field(default_factory=dict)
 
@@ -47,7 +52,7 @@ class Surgery:
 
     def undo(self) -> None:
         """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
-        for mapping, items in self._contents:
+        for mapping, items in reversed(self._contents):  # what was noted first is how it was
             mapping.clear()
             mapping.update(items)
 

@@ -1,9 +1,14 @@
-"""Optimizers of a pruned model: the new parameters in the places of the old ones, with their state sliced."""
+"""Optimizers of a pruned model: the new parameters in the places of the old ones, with their state sliced.
+
+A parameter group *takes vectors* if its optimizer can train a bias in it. Some cannot: Muon and its kind orthogonalise
+matrices, and refuse anything else.
+"""
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +17,18 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
 
+_NO_SETTINGS = frozenset({"params", "param_names", "initial_lr"})
+"""What else is in a parameter group: its parameters, and what schedulers note there."""
+
 
 def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None:
     """Give every optimizer the new parameters in the places of the old ones, with their state sliced.
 
     The optimizer objects, their parameter groups and the lists in them stay the same objects, so schedulers, gradient
     scalers and wrappers go on. A bias that compensation created joins its weight's parameter group, behind the weight:
-    where `module.parameters()` has it, and so an optimizer that is built for the pruned module.
+    where `module.parameters()` has it, and so an optimizer that is built for the pruned module. Where that group takes
+    matrices only, the bias goes to the first group with other parameters (see :func:`weights_without_bias`), to where
+    the model's order has it.
 
     State tensors of the parameter's shape (or with dimensions of size one in its place)
     are sliced by the kept indices; scalars are kept; LBFGS starts its history afresh. What cannot be sliced is dropped
@@ -28,8 +38,11 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
         optimizers: Optimizers over the model's parameters.
         surgery: What was done to them.
     """
+    order = {id(parameter): number for number, parameter in enumerate(surgery.order)}
     replaced = {id(old): (old, new, by_dim) for old, new, by_dim in surgery.parameters}
-    created = {id(weight): bias for _, weight, bias in surgery.created}
+    optimizers = list(optimizers)
+    groups, before = _ParameterGroups(optimizers), {id(new): old for old, new, _ in surgery.parameters}
+    homes = [groups.for_bias_of(before.get(id(weight), weight)) for _, weight, _ in surgery.created]
     for optimizer in optimizers:
         touched = False
         for group in optimizer.param_groups:
@@ -42,20 +55,109 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
                 if old in optimizer.state and not isinstance(optimizer, LBFGS):
                     state = optimizer.state.pop(old)
                     optimizer.state[new] = _slice_state(optimizer, state, old, by_dim)
-            for position, parameter in reversed(list(enumerate(group["params"]))):
-                if id(parameter) in created:
-                    _insert_after(group, position, created[id(parameter)])
         if touched and isinstance(optimizer, LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
+    for home, (name, weight, bias) in zip(homes, surgery.created, strict=True):
+        for group in home:
+            ids = [id(parameter) for parameter in group["params"]]
+            if id(weight) in ids:
+                place = ids.index(id(weight)) + 1
+                name = group.get("param_names", [name] * place)[place - 1].removesuffix("weight") + "bias"
+            else:
+                own = order.get(id(bias), len(order))
+                place = next((at for at, key in enumerate(ids) if order.get(key, -1) > own), len(ids))
+            _insert(group, place, bias, name)
 
 
-def _insert_after(group: dict[str, Any], position: int, bias: nn.Parameter) -> None:
-    group["params"].insert(position + 1, bias)
+def _insert(group: dict[str, Any], place: int, parameter: nn.Parameter, name: str) -> None:
+    group["params"].insert(place, parameter)
     if "param_names" in group:  # of an optimizer that was given names
         names = list(group["param_names"])
-        names.insert(position + 1, names[position].removesuffix("weight") + "bias")
+        names.insert(place, name)
         group["param_names"] = names
+
+
+def weights_without_bias(optimizers: Sequence[Optimizer], weights: Mapping[str, nn.Parameter]) -> set[str]:
+    """The weights beside which no bias may be created: no optimizer could train it.
+
+    A new bias joins its weight's parameter group, if that takes vectors: it holds some, or a small optimizer of the
+    same class and settings trains one. Otherwise it joins a group that holds vectors, of whichever optimizer. Where
+    there is none, there is no place for it. A frozen weight that is in no optimizer may come to any of them later.
+
+    Args:
+        optimizers: The model's optimizers.
+        weights: The weights of layers without a bias, by any name.
+
+    Returns:
+        Names among these.
+    """
+    groups = _ParameterGroups(optimizers)
+    return {name for name, weight in weights.items() if not groups.have_place_beside(weight)}
+
+
+class _ParameterGroups:
+    """The parameter groups of several optimizers, and what they can train."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self.groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+        self.holders: dict[int, list[int]] = {}
+        for number, (_, group) in enumerate(self.groups):
+            for parameter in group["params"]:
+                self.holders.setdefault(id(parameter), []).append(number)
+        self.with_vectors = [i for i, (_, group) in enumerate(self.groups) if any(p.ndim < 2 for p in group["params"])]
+        self._tried: dict[int, bool] = {}
+
+    def take_vectors(self, number: int) -> bool:
+        if number not in self._tried:
+            optimizer, group = self.groups[number]
+            known = number in self.with_vectors or not group["params"]
+            self._tried[number] = known or _trains_vectors(optimizer, group)
+        return self._tried[number]
+
+    def have_place_beside(self, weight: nn.Parameter) -> bool:
+        holders = self.holders.get(id(weight), [])
+        if not self.groups or any(self.take_vectors(number) for number in holders or range(len(self.groups))):
+            return True
+        return bool(holders and self.with_vectors)
+
+    def for_bias_of(self, weight: nn.Parameter) -> list[dict[str, Any]]:
+        """The groups that get a weight's new bias: its own, or the first with vectors, of its own optimizer if any."""
+        holders = self.holders.get(id(weight), [])
+        found = [number for number in holders if self.take_vectors(number)]
+        if holders and not found and self.with_vectors:
+            own = {id(self.groups[number][0]) for number in holders}
+            found = [min(self.with_vectors, key=lambda number: (id(self.groups[number][0]) not in own, number))]
+        return [self.groups[number][1] for number in found]
+
+
+def _trains_vectors(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of this class and a group's settings trains a vector as it trains a matrix.
+
+    Where not even a matrix can be tried (a constructor of another kind, a step that wants more than gradients), the
+    parameters that the group holds are all there is to go by: matrices.
+    """
+    example = group["params"][0]
+    matrix, vector = (_moved(optimizer, group, example.new_empty(shape)) for shape in ((4, 4), (4,)))
+    return matrix is not None and (vector is True or (vector is False and not matrix))
+
+
+def _moved(optimizer: Optimizer, group: Mapping[str, Any], like: torch.Tensor) -> bool | None:
+    """Whether one step of a small optimizer moves a parameter of this shape; ``None`` if it fails, or ends in a NaN."""
+    settings = {key: value for key, value in group.items() if key not in _NO_SETTINGS}
+    before = torch.linspace(-1.0, 1.0, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape).sin()
+    parameter = nn.Parameter(before.clone())
+    parameter.grad = before.cos()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            accepted = inspect.signature(type(optimizer)).parameters
+            arguments = {key: value for key, value in {**optimizer.defaults, **settings}.items() if key in accepted}
+            small = type(optimizer)([{**settings, "params": [parameter]}], **arguments)
+            small.step(closure=lambda: torch.zeros((), device=like.device))  # type: ignore[arg-type,return-value]
+    except Exception:  # whatever it says to a vector
+        return None
+    return None if not parameter.isfinite().all() else not torch.equal(parameter.detach(), before)
 
 
 def _slice_state(optimizer: Optimizer, state: Any, old: nn.Parameter, by_dim: KeptByDim) -> dict[str, Any]:

@@ -21,7 +21,12 @@ from lightning_softprune.trainer.isolation import (
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of, run_steps, what_a_step_shows
-from lightning_softprune.trainer.other_callbacks import averaged_copies, forget_compiled, reset_monitors
+from lightning_softprune.trainer.other_callbacks import (
+    averaged_copies,
+    forget_compiled,
+    record_new_parameters,
+    reset_monitors,
+)
 from lightning_softprune.trainer.processes import wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.support import (
@@ -48,6 +53,7 @@ __all__ = [
     "logging_step",
     "metrics_in",
     "one_epoch_more",
+    "record_new_parameters",
     "refuse_schedule",
     "refuse_sharded_optimizers",
     "refuse_sharding",

@@ -7,10 +7,17 @@ shape, and compiled graphs are out of date.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -57,6 +64,31 @@ def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
         elif isinstance(callback, counterparts(StochasticWeightAveraging)) and callback._average_model is not None:
             copies.append(callback._average_model)
     return copies
+
+
+def record_new_parameters(trainer: pl.Trainer, created: Sequence[nn.Parameter]) -> None:
+    """Let callbacks that write the parameters of each group into checkpoints know of those that joined a group.
+
+    `BaseFinetuning` (and `BackboneFinetuning`) notes names when groups come into being; a fit that resumes builds its
+    optimizers' groups of them.
+
+    Args:
+        trainer: The trainer, with optimizers that hold the new parameters.
+        created: Parameters that are new.
+    """
+    names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
+    new = {id(parameter) for parameter in created}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(callback, BaseFinetuning):
+            continue
+        for number, recorded in callback._internal_optimizer_metadata.items():
+            if number >= len(trainer.optimizers):
+                continue
+            for noted, group in zip(recorded, trainer.optimizers[number].param_groups, strict=False):
+                live = [names.get(id(p)) for p in group["params"]]
+                old = [name for name, p in zip(live, group["params"], strict=True) if id(p) not in new]
+                if old == noted["params"]:  # otherwise somebody has changed the group since; it is theirs
+                    noted["params"] = live
 
 
 def forget_compiled() -> None:

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     Callback,
     EarlyStopping,
     ModelCheckpoint,
@@ -79,6 +80,7 @@ PRIVATE = {
         "kth_value",
     ],
     "stopping": ["wait_count", "best_score"],
+    "finetuning": ["_internal_optimizer_metadata"],
     "plateau": ["_reset"],
 }
 ROOTS = {
@@ -90,6 +92,7 @@ ROOTS = {
     "stochastic averaging": lambda _: StochasticWeightAveraging(0.1),
     "checkpoint": lambda _: ModelCheckpoint(),
     "stopping": lambda _: EarlyStopping("val_loss"),
+    "finetuning": lambda _: BackboneFinetuning(),
     "plateau": lambda _: ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1, requires_grad=True)])),
 }
 
