@@ -136,7 +136,7 @@ class _Copies:
         """The value itself; where DataLoaders hang on it, a copy with copies of these."""
         if isinstance(value, DataLoader):
             return self._data_loader(value)
-        if depth == 0 or type(value) in ATOMS or isinstance(value, (*opaque(), Tensor, nn.Module)):
+        if depth == 0 or type(value) in ATOMS or isinstance(value, (*opaque(), _BaseDataLoaderIter, Tensor, nn.Module)):
             return value
         if id(value) not in self._made:
             self._made[id(value)] = value  # met again on the way down
@@ -145,8 +145,12 @@ class _Copies:
                 after = [self._with_copies(item, depth - 1) for item in before]
                 if any(a is not b for a, b in zip(before, after, strict=True)):
                     self._made[id(value)] = rebuild(value, partial(_next_of, iter(after)))
-            elif isinstance(getattr(value, "__dict__", None), dict) and (inside := self._inside(value, depth)):
-                self._made[id(value)] = self._object(value, inside)
+            elif isinstance(getattr(value, "__dict__", None), dict):
+                changes = self._inside(value, depth)
+                if isinstance(value, Iterable):
+                    changes.update(self._refusals(value))
+                if changes:
+                    self._made[id(value)] = self._object(value, changes)
         return self._made[id(value)]
 
     def _object(self, value: Any, changes: dict[str, Any]) -> Any:

@@ -265,6 +265,7 @@ ONE_SHOT = {
     "map": lambda: map(list, endless_generator()),
     "running DataLoader": lambda: iter(endless()),
     "held generator": HoldsGenerator,
+    "wrapped": lambda: Nested(HoldsGenerator()),
     "in a dataset": lambda: DataLoader(HoldsGeneratorInDataset(), SIZE),
 }
 
@@ -352,11 +353,11 @@ class Nested:
     """A pipeline: loaders in lists in objects."""
 
     def __init__(self, *stages):
-        self.stages = list(stages)
+        self.stages, self.scale = list(stages), 1.0
 
     def __iter__(self):
         for batch in self.stages[0]:
-            yield [x + 1 for x in batch]
+            yield [x * self.scale for x in batch]
 
 
 def shuffled(**kwargs):
