@@ -20,7 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_softprune.calibration import IMPORTANCES
-from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters
+from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters, rounds_of
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, match_modules
 from lightning_softprune.report import (
@@ -52,6 +52,7 @@ from lightning_softprune.trainer import (
     refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
+    refuse_undeclared_twins,
     refuse_unsuited,
     reset_monitors,
     take_epoch_back,
@@ -193,6 +194,8 @@ class SoftPruning(pl.Callback):
         self.report = checks.instance_of("report", report, bool)
         self.verbose = checks.instance_of("verbose", verbose, bool)
         self.results: list[PruningResult] = []
+        self._earlier: list[PruningResult] = []  # rounds of earlier fits, which the module remembers
+        self._as_given = False  # whether such rounds count for nothing
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
         self._evaluating = False
@@ -270,10 +273,19 @@ class SoftPruning(pl.Callback):
         return loading.record
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Check names against the module."""
+        """Check names against the module, and ask it for the rounds of earlier fits."""
         order_parameters(pl_module, trainer.optimizers, self._end_loading())
         refuse_sharded_optimizers(trainer)
         self._check_names(pl_module)
+        refuse_undeclared_twins(trainer, pl_module, self.twins or {}, self.ignore)
+        self._remember(pl_module)
+
+    def _remember(self, pl_module: pl.LightningModule) -> None:
+        """Ask the module for the rounds of earlier fits: what these have removed is gone already."""
+        self._earlier = [] if self._as_given else rounds_of(pl_module)
+        own = [result.to_dict() for result in self._real_results()]
+        if own and [result.to_dict() for result in self._earlier[-len(own) :]] == own:  # a fit that goes on
+            self._earlier = self._earlier[: -len(own)]
 
     def _check_names(self, pl_module: pl.LightningModule) -> None:
         try:
@@ -313,6 +325,7 @@ class SoftPruning(pl.Callback):
         if trainer.state.fn != TrainerFn.VALIDATING or not pending:
             return
         self._check_names(pl_module)
+        self._remember(pl_module)
         epoch, target = pending[0]
         result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False)
         self.results = [*self._real_results(), result]
@@ -374,8 +387,8 @@ class SoftPruning(pl.Callback):
         result = self._search(trainer, pl_module, epoch=epoch, target=target)
         self._dense = self._dense or result.costs_before
         self.results.append(result)
-        if any(done.applied for done in self.results):
-            keep_record(pl_module, before, self.results)
+        if self._earlier or any(done.applied for done in self.results):
+            keep_record(pl_module, before, [*self._earlier, *self.results])
         dense = reset_monitors(trainer) if self.reset_monitors and result.applied else ()
         notes = dense_checkpoints_stay(dense)
         for note in notes:
@@ -387,9 +400,10 @@ class SoftPruning(pl.Callback):
             log_figures(result, trainer.loggers, step=logging_step(trainer))
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
-        applied = [result for result in self.results if result.applied]
+        applied = [result for result in (*self._earlier, *self.results) if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
-        aim = Goal(dense=self._dense, dense_latency_ratio=1.0 / math.prod(faster), **goal)
+        dense = self._earlier[0].costs_before if self._earlier else self._dense
+        aim = Goal(dense=dense, dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
         result = run_round(trainer, pl_module, self._settings(trainer), aim)
         return dataclasses.replace(result, configuration=self._configuration, versions=versions())
 

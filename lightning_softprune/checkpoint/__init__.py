@@ -18,7 +18,7 @@ layers that keep a tensor along each of their slots.
 
 from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
 from lightning_softprune.checkpoint.reading import recorded_rounds
-from lightning_softprune.checkpoint.record import FORMAT, is_recorded, keep_record, order_parameters
+from lightning_softprune.checkpoint.record import FORMAT, is_recorded, keep_record, order_parameters, rounds_of
 from lightning_softprune.checkpoint.resize_plan import resize
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 
@@ -34,4 +34,5 @@ __all__ = [
     "order_parameters",
     "recorded_rounds",
     "resize",
+    "rounds_of",
 ]

@@ -89,6 +89,12 @@ def keep_record(
         hook.results = plain
 
 
+def rounds_of(module: nn.Module) -> list[PruningResult]:
+    """The rounds that have made this module what it is, as far as it remembers; the first knows the dense costs."""
+    hook = save_hook(module)
+    return [] if hook is None else [PruningResult.from_dict(result) for result in hook.results]
+
+
 def is_recorded(module: nn.Module) -> bool:
     """Whether this module was pruned, and writes the record when it is saved."""
     return save_hook(module) is not None

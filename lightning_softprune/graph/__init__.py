@@ -5,7 +5,7 @@ traced by running its own steps (`trace`), each layer's output channels are foll
 (`walk`), and what was found is sorted into groups (`grouping`). `layers` is the one table of layer types.
 """
 
-from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins
+from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins, undeclared_twins
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import trace_groups
@@ -59,4 +59,5 @@ __all__ = [
     "shape_mismatch",
     "tensor_at",
     "trace_groups",
+    "undeclared_twins",
 ]

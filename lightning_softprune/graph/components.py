@@ -7,13 +7,17 @@ its own.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from lightning_softprune.graph.groups import PruningGroup
+from lightning_softprune.graph.layers import Shape
 from lightning_softprune.utilities.patterns import no_match
 
 
@@ -148,3 +152,62 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
 def is_inside(name: str, module: str) -> bool:
     """Whether a module lies inside another, or is it."""
     return name == module or name.startswith(f"{module}.")
+
+
+def undeclared_twins(
+    model: nn.Module, trained: Set[int], known: Collection[str] = (), ignored: Iterable[str] = ()
+) -> dict[str, str]:
+    """Find modules that look like teachers or targets of a trained one: none of theirs is trained, all looks the same.
+
+    The parameters have the same names and shapes. Layers that follow each other may look alike too, with some frozen.
+    So where the two names differ in a number only (blocks, layers of a stack), and where there is but one layer, the
+    values have to be the same as well, as they are in a copy that was just made.
+
+    Args:
+        model: The model, before it is trained.
+        trained: Identities of the parameters that an optimizer changes.
+        known: Modules that are declared as twins, or left alone.
+        ignored: Patterns of modules that keep their widths anyhow.
+
+    Returns:
+        The outermost of them -> the module each looks like.
+    """
+    forms: dict[tuple[tuple[str, Shape], ...], list[str]] = defaultdict(list)
+    untrained, whole = [], dict(model.named_modules())
+    for name, module in whole.items():
+        own = list(module.parameters())
+        if not name or not own:
+            continue
+        form = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+        if any(id(parameter) in trained for parameter in own):
+            forms[form].append(name)
+        elif not any(is_inside(name, other) for other in known):
+            untrained.append((name, form))
+    found: dict[str, str] = {}
+    patterns = list(ignored)
+    for name, form in untrained:
+        if any(is_inside(name, other) for other in found):
+            continue
+        if any(fnmatch.fnmatchcase(part, pattern) for part in _self_and_parents(name) for pattern in patterns):
+            continue
+        alike = [other for other in forms.get(form, ()) if not is_inside(name, other) and not is_inside(other, name)]
+        same = [other for other in alike if _same_values(whole[name], whole[other])]
+        layers = sum(1 for part in whole[name].modules() if any(True for _ in part.parameters(recurse=False)))
+        apart = [other for other in alike if layers > 1 and _without_digits(name) != _without_digits(other)]
+        if candidates := same or apart:
+            found[name] = max(candidates, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+    return found
+
+
+def _self_and_parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+
+
+def _without_digits(name: str) -> str:
+    return "".join(sign for sign in name if not sign.isdigit())
+
+
+def _same_values(one: nn.Module, other: nn.Module) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(a.device == b.device and not a.is_meta and torch.equal(a, b) for a, b in pairs)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_softprune.round.latency import Stopwatch
@@ -28,6 +28,7 @@ class Verdict(enum.Enum):
     NOT_A_NUMBER = enum.auto()
     UNMET_CONSTRAINTS = enum.auto()
     TOO_SLOW = enum.auto()
+    PRUNED_ALREADY = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,16 @@ def decide(
         decision = Decision(plan, decision.verdict, decision.sentence)
     check_agreement(runner, None if decision.plan is None else decision.plan.plan)
     return decision
+
+
+def pruned_already(problem: PruningProblem, trials: Trials, before: Mapping[str, float]) -> Decision | None:
+    """The decision to leave a module as it is that is as sparse as was asked for; ``None`` where it is not."""
+    sparsity = trials.unpruned(problem.unpruned_plan(), before).trial.sparsity
+    if trials.target is None or sparsity < trials.target - trials.space.tolerance:
+        return None
+    asked = f"target_sparsity={trials.target:g} asks for no more"
+    sentence = f"it was pruned before, {sparsity:.1%} of the first dense model are gone, and {asked}"
+    return Decision(None, Verdict.PRUNED_ALREADY, sentence)
 
 
 def check_agreement(runner: ModuleRunner, plan: Plan | None) -> None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import commit, rehearse_plan
-from lightning_softprune.round.decision import Decision, Verdict, decide
+from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import monitored
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
@@ -103,6 +103,9 @@ def _search(
         Exception: The user's own, where their code fails with every plan.
     """
     runner, trials = evaluator.runner, evaluator.trials
+    enough = pruned_already(evaluator.problem, trials, before) if goal.pruned_before else None
+    if enough is not None:
+        return settings.search, SearchOutcome(0, 0, "pruned already"), enough
     strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, runner.seed, before)
     if trials.failure is not None and all(scored.trial.reason for scored in trials.done):
         raise trials.failure
@@ -127,6 +130,9 @@ def _outcome(goal: Goal, best: ScoredPlan | None) -> Outcome:
 def _tell(decision: Decision, settings: RoundSettings, goal: Goal) -> None:
     """Warn, or raise, where no plan is feasible."""
     if not goal.commit or decision.verdict is Verdict.FEASIBLE:
+        return
+    if decision.verdict is Verdict.PRUNED_ALREADY:
+        rank_zero_info(f"SoftPruning: the model is left as it is: {decision.sentence}")
         return
     if decision.plan is None and settings.on_violation == "error":
         raise MisconfigurationException(f"on_violation='error': {decision.sentence}")

@@ -53,6 +53,7 @@ class Goal:
         commit: Whether to prune; ``False`` searches only and leaves the module as it is.
         rehearse: Whether to go through a whole round with a single plan, commit included, for the sake of the errors
             it may find. Give it with ``commit=False``: all of it is taken back, and no file is written.
+        pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
     """
 
     epoch: int
@@ -61,6 +62,7 @@ class Goal:
     dense_latency_ratio: float = 1.0
     commit: bool = True
     rehearse: bool = False
+    pruned_before: bool = False
 
 
 LIMITS = (*COSTS, "latency")

@@ -33,6 +33,7 @@ from lightning_softprune.trainer.support import (
     refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
+    refuse_undeclared_twins,
     refuse_unsuited,
 )
 
@@ -57,6 +58,7 @@ __all__ = [
     "refuse_schedule",
     "refuse_sharded_optimizers",
     "refuse_sharding",
+    "refuse_undeclared_twins",
     "refuse_unsuited",
     "reset_monitors",
     "run_steps",

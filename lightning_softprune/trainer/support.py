@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
+from lightning_softprune.graph import undeclared_twins
+from lightning_softprune.trainer.isolation import metrics_in
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.utilities.libraries import counterparts
 
@@ -52,6 +56,26 @@ def refuse_schedule(trainer: pl.Trainer, last: int, finetune_epochs: int | None)
         raise MisconfigurationException(
             f"finetune_epochs={finetune_epochs} would stop at epoch {last + finetune_epochs}, "
             f"which min_epochs={least} forbids"
+        )
+
+
+def refuse_undeclared_twins(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, twins: Mapping[str, str], ignore: Sequence[str]
+) -> None:
+    """Refuse a module in which something looks like a teacher or target of a trained part, and nobody says what it is.
+
+    Raises:
+        MisconfigurationException: Names both, and what to write.
+    """
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    trained = {id(parameter) for parameter in held or pl_module.parameters() if parameter.requires_grad}
+    known = (*twins, *metrics_in(pl_module))
+    if found := undeclared_twins(pl_module, trained, known, ignore):
+        name = next(iter(found))
+        raise MisconfigurationException(
+            f"twins: {name!r} is not trained, and has the names and shapes of {found[name]!r}, which is. If it mirrors "
+            f"it (a teacher, a target network), say twins={ {**twins, **found} }; if it shall stay as it is, say "
+            f"ignore={[*ignore, name]}"
         )
 
 
