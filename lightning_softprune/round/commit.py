@@ -6,14 +6,23 @@ from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
+from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.compensation import DenseRun, refit_readers
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan
-from lightning_softprune.surgery import Surgery, Transaction, repair_optimizers
-from lightning_softprune.trainer import forget_compiled, record_new_parameters, wrap_again
+from lightning_softprune.surgery import References, Surgery, Transaction, inner_optimizers, repair_optimizers
+from lightning_softprune.trainer import (
+    ModuleRunner,
+    forget_compiled,
+    other_callbacks,
+    record_new_parameters,
+    wrap_again,
+)
 
 
 def rehearse_plan(
@@ -38,19 +47,53 @@ def rehearse_plan(
     for averaged in copies:
         problem.prune(averaged, best.plan)
     surgery = problem.prune(module, best.plan)
-    repair_optimizers(trainer.optimizers, surgery)
+    repair_optimizers(all_optimizers(trainer, module), surgery)
     if dense is not None:
         best = _refined(evaluator, surgery, dense, best)
     runner.rehearse()
     return best, surgery
 
 
-def commit(trainer: pl.Trainer, module: pl.LightningModule, transaction: Transaction, surgery: Surgery) -> None:
-    """Keep what was rehearsed."""
-    forget_compiled()
-    wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
+def commit(
+    runner: ModuleRunner, copies: Sequence[nn.Module], transaction: Transaction, surgery: Surgery, dense: ModelShapes
+) -> None:
+    """Keep what was rehearsed; whatever else points at parameters follows.
+
+    Args:
+        runner: Has the trainer and the module.
+        copies: Averaged copies of the module, which were pruned alike.
+        transaction: Is committed.
+        surgery: What was done to the module.
+        dense: The shapes of the module before that.
+    """
+    trainer, module = runner.trainer, runner.module
+    references = References(module, surgery, dense.shapes, copies)
+    listeners = [module, *other_callbacks(trainer)]
+    try:
+        references.carry_hooks()
+        for holder in (*listeners, *all_optimizers(trainer, module)):
+            name = "self" if holder is module else type(holder).__name__
+            references.carry(name, holder, companions=not hasattr(holder, "on_softprune"))
+        if references.left:
+            rank_zero_warn(
+                f"SoftPruning: {', '.join(references.left[:8])}: of the shape of a pruned parameter, and cannot "
+                "follow it by itself; give its owner (the module or a callback) a method `on_softprune(self, surgery)`"
+            )
+        for listener in listeners:
+            if callable(hook := getattr(listener, "on_softprune", None)):
+                hook(surgery)
+        forget_compiled()
+        wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
+    except BaseException:
+        references.undo()
+        raise
     record_new_parameters(trainer, [bias for _, _, bias in surgery.created])
     transaction.commit()
+
+
+def all_optimizers(trainer: pl.Trainer, module: nn.Module) -> list[Optimizer]:
+    """The trainer's optimizers, those inside of them, and those that the module and callbacks keep."""
+    return [*trainer.optimizers, *inner_optimizers(trainer.optimizers, [module, *other_callbacks(trainer)])]
 
 
 def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: ScoredPlan) -> ScoredPlan:

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
-from lightning_softprune.round.commit import commit, rehearse_plan
+from lightning_softprune.round.commit import all_optimizers, commit, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import monitored
@@ -52,11 +53,11 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
     """
     started = time.monotonic()
     seed = int(np.random.SeedSequence([settings.seed, goal.epoch]).generate_state(1)[0])
-    copies = averaged_copies(trainer)
+    copies, form = averaged_copies(trainer), ModelShapes.of(module)
     with (
         isolated_rng(seed),
         torch.inference_mode(False),
-        Transaction(module, *copies, optimizers=trainer.optimizers) as transaction,
+        Transaction(module, *copies, optimizers=all_optimizers(trainer, module)) as transaction,
         ModuleRunner(
             trainer,
             module,
@@ -88,7 +89,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
             best, surgery = rehearse_plan(evaluator, settings, copies, best)
             if goal.commit:
-                commit(trainer, module, transaction, surgery)
+                commit(runner, copies, transaction, surgery, form)
         found = _Found(before, dense, strategy, outcome, decision, best)
         result = _result(settings, goal, evaluator, stopwatch, found)
     return replace(result, seconds=time.monotonic() - started)

@@ -3,12 +3,15 @@
 from lightning_softprune.surgery.apply import Surgery, apply_plan
 from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
 from lightning_softprune.surgery.probe import probe_groups
+from lightning_softprune.surgery.references import References, inner_optimizers
 from lightning_softprune.surgery.transaction import Transaction
 
 __all__ = [
+    "References",
     "Surgery",
     "Transaction",
     "apply_plan",
+    "inner_optimizers",
     "probe_groups",
     "repair_optimizers",
     "weights_without_bias",

@@ -50,6 +50,15 @@ class Surgery:
         """The parameter whose place this one has taken; ``None`` if it is none of the new ones."""
         return self._replaced.get(id(parameter))
 
+    def slice(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """What is left of a tensor that has the shape which a parameter or buffer had before.
+
+        Args:
+            name: The parameter's or buffer's full name in the module.
+            tensor: Any tensor of its former shape: an average of it, a mask.
+        """
+        return slice_tensor(tensor, self.kept.get(name, {}))
+
     def undo(self) -> None:
         """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
         for mapping, items in reversed(self._contents):  # what was noted first is how it was
@@ -59,6 +68,7 @@ class Surgery:
     def replace(self, module: nn.Module, attribute: str, name: str, new: nn.Parameter) -> None:
         """Put a parameter of the same shape in the place of one that was not sliced: the old one has to survive."""
         old = module.get_parameter(attribute)
+        _share_hooks(old, new)
         module._parameters[attribute] = new
         self.add(old, new, {})
         self.kept[name] = {}
@@ -208,9 +218,17 @@ def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> to
     return result
 
 
+def _share_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
+    """Give a parameter the attributes of another, and its hooks: the same dictionaries, so that handles remove them."""
+    new.__dict__.update(old.__dict__)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks, None):
+            setattr(new, hooks, getattr(old, hooks))
+
+
 def _slice_parameter(parameter: nn.Parameter, by_dim: KeptByDim) -> nn.Parameter:
     new = nn.Parameter(slice_tensor(parameter, by_dim), requires_grad=parameter.requires_grad)
-    new.__dict__.update(parameter.__dict__)
+    _share_hooks(parameter, new)
     if parameter.grad is not None:
         new.grad = slice_tensor(parameter.grad, by_dim)
     return new

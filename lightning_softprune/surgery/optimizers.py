@@ -50,17 +50,21 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
                 if id(parameter) not in replaced:
                     continue
                 touched = True
-                old, new, by_dim = replaced[id(parameter)]
+                _, new, _ = replaced[id(parameter)]
                 group["params"][position] = new
-                if old in optimizer.state and not isinstance(optimizer, LBFGS):
-                    state = optimizer.state.pop(old)
-                    optimizer.state[new] = _slice_state(optimizer, state, old, by_dim)
+        for old in [key for key in optimizer.state if id(key) in replaced]:  # a wrapper may share its groups' lists
+            touched = True
+            if not isinstance(optimizer, LBFGS):
+                before_it, new, by_dim = replaced[id(old)]
+                optimizer.state[new] = _slice_state(optimizer, optimizer.state.pop(old), before_it, by_dim)
         if touched and isinstance(optimizer, LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
     for home, (name, weight, bias) in zip(homes, surgery.created, strict=True):
         for group in home:
             ids = [id(parameter) for parameter in group["params"]]
+            if id(bias) in ids:  # of a wrapper that shares its groups
+                continue
             if id(weight) in ids:
                 place = ids.index(id(weight)) + 1
                 name = group.get("param_names", [name] * place)[place - 1].removesuffix("weight") + "bias"

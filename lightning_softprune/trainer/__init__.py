@@ -24,6 +24,7 @@ from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of,
 from lightning_softprune.trainer.other_callbacks import (
     averaged_copies,
     forget_compiled,
+    other_callbacks,
     record_new_parameters,
     reset_monitors,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "logging_step",
     "metrics_in",
     "one_epoch_more",
+    "other_callbacks",
     "record_new_parameters",
     "refuse_schedule",
     "refuse_sharded_optimizers",

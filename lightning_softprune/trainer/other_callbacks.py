@@ -55,6 +55,13 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
     return stay
 
 
+def other_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The callbacks that users have written: Lightning's own, and this package's, are known."""
+    known = ("lightning", "pytorch_lightning", "lightning_softprune")
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in known]
+
+
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     """The copies of the module that averaging callbacks keep; they have to be pruned by the same plan."""
     copies: list[nn.Module] = []

@@ -1,0 +1,320 @@
+"""Whatever else points at parameters: hooks, lists, dictionaries, averages, optimizers inside of optimizers.
+
+A committed plan replaces parameters by smaller ones. Layers hold the new ones, and so do optimizers (`optimizers`).
+Here everything else follows that can be found from the *holders*: the modules of the model, the optimizers, and the
+run's other callbacks.
+
+- A *reference* is a parameter itself, in whatever container: the new parameter takes its place.
+- A *companion* has one tensor per parameter: a dictionary by parameters' names (a shadow of the weights), a list in
+  their order, a module with the same parameters. Its tensors are sliced as the parameters were.
+
+What has the shape of a sliced parameter and is neither is named in a warning: its owner has to see to it, which is what
+`on_softprune(surgery)` is for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_softprune.graph import Layout, Shape, layer_type, layout_of, set_sizes
+from lightning_softprune.surgery.apply import Surgery, slice_tensor
+from lightning_softprune.utilities.snapshot import ATOMS
+
+_DEPTH, _MOST = 6, 20_000
+_REGISTRIES = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
+
+
+class References:
+    """Carries all that points at the parameters of a model over to the pruned one.
+
+    Args:
+        model: The pruned model.
+        surgery: What was done to it.
+        shapes: Shapes of its parameters and buffers before that, by name.
+        alone: Objects that are not looked into: those with their own way to follow.
+    """
+
+    def __init__(
+        self, model: nn.Module, surgery: Surgery, shapes: Mapping[str, Shape], alone: Sequence[object] = ()
+    ) -> None:
+        self.model, self.surgery, self.shapes = model, surgery, shapes
+        self.new = {id(old): new for old, new, _ in surgery.parameters}
+        self.left: list[str] = []
+        created = {name for name, *_ in surgery.created}
+        self._names = [name for name, _ in model.named_parameters() if name not in created]
+        self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
+        self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
+        self._undo: list[Callable[[], None]] = []
+        self._companions = True
+        self._own = {id(module) for module in model.modules()}
+        self._seen = {id(value) for value in alone}
+        self._alone = [*alone, model]
+
+    def undo(self) -> None:
+        """Put back what was carried over."""
+        for step in reversed(self._undo):
+            step()
+        self._undo.clear()
+
+    # ------------------------------------------------------------------------------------------------------- walking
+
+    def carry(self, name: str, holder: object, *, companions: bool = True) -> None:
+        """Look into an object, and let all that points at parameters follow.
+
+        Args:
+            name: What people call it; `left` then has the places of what does not follow.
+            holder: The object.
+            companions: Whether its companions follow too; they are not, where it sees to them itself.
+        """
+        self._companions = companions
+        if isinstance(holder, nn.Module):
+            for path, module in holder.named_modules():
+                self._attributes(f"{name}.{path}".rstrip("."), module, _DEPTH)
+        else:
+            self._attributes(name, holder, _DEPTH)
+
+    def _attributes(self, place: str, owner: object, depth: int) -> None:
+        mapping = getattr(owner, "__dict__", None)
+        if not isinstance(mapping, dict) or id(mapping) in self._seen or len(self._seen) > _MOST:
+            return
+        self._seen.add(id(mapping))
+        for key, value in list(mapping.items()):
+            if key not in _REGISTRIES and not (isinstance(owner, Optimizer) and key in ("param_groups", "state")):
+                followed = self._followed(f"{place}.{key}", value, depth)
+                if followed is not value:
+                    self._set(mapping, key, followed)
+
+    def _set(self, mapping: Any, key: Any, value: Any) -> None:
+        before = mapping[key]
+        self._undo.append(lambda: mapping.__setitem__(key, before))
+        mapping[key] = value
+
+    def _refill(self, container: Any, add: Callable[[Any], None], before: Any, after: Any) -> None:
+        """Give a container other contents; the object stays the same."""
+
+        def fill(content: Any) -> None:
+            container.clear()
+            add(content)
+
+        self._undo.append(lambda: fill(before))
+        fill(after)
+
+    def _followed(self, place: str, value: Any, depth: int) -> Any:
+        """What takes a value's place: itself, if it is none of ours or was changed as the object that it is."""
+        if isinstance(value, nn.Parameter) and id(value) in self.new:
+            return self.new[id(value)]
+        if isinstance(value, torch.Tensor):
+            strange = tuple(value.shape) in self._sliced and not isinstance(value, nn.Parameter)
+            if strange and value.ndim and self._companions:
+                self.left.append(place)
+            return value
+        if depth == 0 or type(value) in ATOMS or id(value) in self._seen or isinstance(value, type):
+            return value
+        if isinstance(value, nn.Module):
+            if id(value) not in self._own:
+                self._seen.add(id(value))
+                self._module(place, value, depth)
+            return value
+        if isinstance(value, (tuple, frozenset)):
+            return self._immutable(place, value, depth)
+        self._seen.add(id(value))
+        if isinstance(value, dict):
+            self._mapping(place, value, depth)
+        elif isinstance(value, (list, deque)):
+            self._sequence(place, value, depth)
+        elif isinstance(value, set):
+            after = {self._followed(place, item, depth - 1) for item in value}
+            if after != value:
+                before = set(value)
+                self._refill(value, value.update, before, after)
+        elif isinstance(value, functools.partial):
+            self._followed(place, value.keywords, depth - 1)
+        elif not _is_foreign(value):
+            self._attributes(place, value, depth - 1)
+        return value
+
+    def _immutable(self, place: str, value: Any, depth: int) -> Any:
+        companion = self._in_order(list(value)) if isinstance(value, tuple) else None
+        after = companion or [self._followed(f"{place}[{n}]", item, depth - 1) for n, item in enumerate(value)]
+        if len(after) == len(value) and all(a is b for a, b in zip(after, value, strict=True)):
+            return value
+        return type(value)(*after) if hasattr(value, "_fields") else type(value)(after)
+
+    def _sequence(self, place: str, value: Any, depth: int) -> None:
+        items = list(value)
+        after = self._in_order(items) or [
+            self._followed(f"{place}[{n}]", item, depth - 1) for n, item in enumerate(items)
+        ]
+        if len(after) != len(items) or any(a is not b for a, b in zip(after, items, strict=True)):
+            self._refill(value, value.extend, items, after)
+
+    def _mapping(self, place: str, value: dict[Any, Any], depth: int) -> None:
+        before = dict(value)
+        prefix = self._prefix({key: item for key, item in value.items() if isinstance(item, torch.Tensor)})
+        after: dict[Any, Any] = {}
+        for key, item in before.items():
+            name = f"{prefix}{key}"
+            if prefix is not None and isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
+                after[key] = self._sliced_as(name, item)
+                if name in self._created:
+                    bias, tensor = self._created[name]
+                    after[bias[len(prefix) :]] = self._beside(tensor, item)
+            else:
+                new_key = self.new.get(id(key), key) if isinstance(key, nn.Parameter) else key
+                after[new_key] = self._followed(f"{place}[{key!r:.40}]", item, depth - 1)
+        if list(after) != list(before) or any(after[key] is not before[key] for key in before):
+            self._refill(value, value.update, before, after)
+
+    # ----------------------------------------------------------------------------------------------------- companions
+
+    def _sliced_as(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        by_dim = self.surgery.kept.get(name) or {}
+        return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad) if by_dim else tensor
+
+    def _beside(self, bias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        return bias.detach().clone().to(tensor.device, tensor.dtype)
+
+    def _prefix(self, tensors: Mapping[Any, torch.Tensor]) -> str | None:
+        """The module whose parameters' names a dictionary has as keys, with a dot behind; `None` if there is none."""
+        if not self._companions or not tensors or not all(isinstance(key, str) for key in tensors):
+            return None
+        for path, _ in self.model.named_modules():
+            prefix = f"{path}." if path else ""
+            if all(self.shapes.get(f"{prefix}{key}") == tuple(item.shape) for key, item in tensors.items()):
+                return prefix
+        return None
+
+    def _in_order(self, items: list[Any]) -> list[Any] | None:
+        """The list for the pruned model, if this one has one tensor for each parameter; `None` if it has not."""
+        if not self._companions or not items or not all(type(item) is torch.Tensor for item in items):
+            return None
+        parameters = dict(self.model.named_parameters())
+        trained = [name for name in self._names if parameters[name].requires_grad]
+        for path, _ in self.model.named_modules():
+            for names in (self._names, trained):
+                own = [name for name in names if not path or name.startswith(f"{path}.")]
+                if [self.shapes[name] for name in own] == [tuple(item.shape) for item in items]:
+                    after = []
+                    for name, item in zip(own, items, strict=True):
+                        after.append(self._sliced_as(name, item))
+                        if name in self._created:
+                            after.append(self._beside(self._created[name][1], item))
+                    return after
+        return None
+
+    def _module(self, place: str, copy: nn.Module, depth: int) -> None:
+        """A module outside of the model: a copy of a part of it follows; in any other, parameters of ours may be."""
+        inner: dict[str, torch.Tensor] = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
+        strange = not inner or any(id(parameter) in self.new for parameter in copy.parameters())
+        prefix = None if strange else self._prefix(inner)
+        if prefix is None:
+            for path, module in copy.named_modules():
+                for key, parameter in module._parameters.items():
+                    if id(parameter) in self.new:
+                        self._set(module._parameters, key, self.new[id(parameter)])
+                    elif parameter is not None and tuple(parameter.shape) in self._sliced:
+                        self.left.append(f"{place}.{path}.{key}".replace("..", "."))
+                if not isinstance(module, torch.jit.ScriptModule):
+                    self._attributes(f"{place}.{path}".rstrip("."), module, depth - 1)
+            return
+        for path, module in copy.named_modules():
+            layer = self.model.get_submodule(f"{prefix}{path}".rstrip("."))
+            before = [(held, dict(held)) for held in (module._parameters, module._buffers, module.__dict__)]
+            self._undo.append(functools.partial(_refill, before))
+            layout = layout_of(layer)
+            if layer_type(module) is not None and isinstance(layout, Layout):
+                set_sizes(module, layout.slots)
+            for held in (module._parameters, module._buffers):
+                for key, tensor in list(held.items()):
+                    if tensor is None:
+                        continue
+                    name = f"{prefix}{path}.{key}".replace("..", ".").lstrip(".")
+                    sliced = self._sliced_as(name, tensor)
+                    if sliced is not tensor and isinstance(tensor, nn.Parameter):
+                        sliced = nn.Parameter(sliced.detach(), requires_grad=tensor.requires_grad)
+                    held[key] = sliced
+                    if name in self._created:
+                        bias = self._beside(self._created[name][1], tensor)
+                        module._parameters["bias"] = nn.Parameter(bias, requires_grad=tensor.requires_grad)
+
+    # ---------------------------------------------------------------------------------------------------------- hooks
+
+    def carry_hooks(self) -> None:
+        """Tensors in the hooks of parameters (a mask of a gradient) follow; the hooks themselves have followed."""
+        for old, new, by_dim in self.surgery.parameters:
+            for hooks in (new._backward_hooks, getattr(new, "_post_accumulate_grad_hooks", None)):
+                for hook in list((hooks or {}).values()):
+                    self._hook(hook, old, by_dim)
+
+    def _hook(self, hook: Any, old: nn.Parameter, by_dim: Mapping[int, torch.Tensor]) -> None:
+        if isinstance(hook, functools.partial):
+            for key, value in list(hook.keywords.items()):
+                if _fits(value, old):
+                    self._set(hook.keywords, key, slice_tensor(value, by_dim))
+            self.left += [f"an argument of {hook!r:.60}" for value in hook.args if by_dim and _fits(value, old)]
+            hook = hook.func
+        for cell in getattr(hook, "__closure__", None) or ():
+            try:
+                value = cell.cell_contents
+            except ValueError:  # empty
+                continue
+            if isinstance(value, nn.Parameter) and id(value) in self.new:
+                after: Any = self.new[id(value)]
+            elif by_dim and _fits(value, old):
+                after = slice_tensor(value, by_dim)
+            else:
+                continue
+            self._undo.append(functools.partial(setattr, cell, "cell_contents", value))
+            cell.cell_contents = after
+        owner = getattr(hook, "__self__", None)
+        for key, value in list(getattr(owner, "__dict__", {}).items()):
+            if by_dim and _fits(value, old) and not isinstance(owner, nn.Module):
+                self._set(owner.__dict__, key, slice_tensor(value, by_dim))
+
+
+def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:
+    """Optimizers that others wrap, and those that holders keep as attributes, apart from the given ones."""
+    found: list[Optimizer] = []
+
+    def note(value: Any) -> Iterator[Any]:
+        mapping = vars(value) if hasattr(value, "__dict__") else {}
+        for item in list(mapping.values()):
+            yield from item if isinstance(item, (list, tuple)) and len(item) < 64 else (item,)
+
+    stack: list[Any] = [*optimizers, *holders]
+    while stack:
+        for item in note(stack.pop()):
+            known = any(item is other for other in (*found, *optimizers))
+            if isinstance(item, Optimizer) and not known:
+                found.append(item)
+                stack.append(item)
+    return found
+
+
+def _fits(value: object, parameter: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape
+
+
+def _refill(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+    for held, content in before:
+        held.clear()
+        held.update(content)
+
+
+def _is_foreign(value: object) -> bool:
+    """Whether an object is of the standard library or of a framework: it keeps no parameters of ours by itself."""
+    module = type(value).__module__.partition(".")[0]
+    return module in _FRAMEWORKS and not isinstance(value, Optimizer)
+
+
+_FRAMEWORKS = frozenset(
+    {"builtins", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "logging", "threading"}
+    | {"lightning_softprune", "io", "pathlib", "argparse", "datetime", "random", "functools", "weakref", "types"}
+)
