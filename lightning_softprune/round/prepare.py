@@ -85,13 +85,8 @@ class PruningProblem:
         """
         module = runner.module
         judged, outside = runner.broadcast(judged), runner.left_alone
-        found = prepare_groups(
-            module,
-            StepsToTrace(runner.tracing(), judged, outside, runner.probing(PROBE_SAMPLES), settings.round_to),
-            settings.components,
-            settings.ignore,
-            settings.twins,
-        )
+        how = StepsToTrace(runner.tracing(), judged, outside, runner.probing(PROBE_SAMPLES), settings.round_to)
+        found = prepare_groups(module, how, settings.components, settings.ignore, settings.twins)
         found = runner.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
         if not groups:
@@ -108,11 +103,7 @@ class PruningProblem:
             rank(settings.importance, module, groups, calibration, statistics, rng)
         )
         statistics = _seen_by_twins(statistics, settings.twins or {})
-        intercepts = Intercepts()
-        if settings.compensation != "none":
-            steps = [*runner.tracing(), *calibration]
-            found_here = find_intercepts(module, groups, steps, runner.trainer.optimizers, settings.twins)
-            intercepts = runner.broadcast(found_here)
+        intercepts = _intercepts(runner, settings, groups, calibration)
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
         with record_macs(module, outside) as applications:
             runner.validation_step()()
@@ -130,9 +121,7 @@ class PruningProblem:
             compensation=compensation,
             calibration=calibration,
             samples=samples,
-            identity=runner.broadcast(
-                digest([(group.name, group.num_channels) for group in groups], rankings, batches)
-            ),
+            identity=runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches)),
         )
 
     def plan_of(self, x: FloatArray) -> Plan:
@@ -236,6 +225,17 @@ def prepare_groups(
     groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
     groups = assign_components(model, groups, components, twins)
     return probe_groups(model, groups, run, lambda: run(1), how.round_to)
+
+
+def _intercepts(
+    runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup], calibration: Steps
+) -> Intercepts:
+    """Where readers without a bias put what compensation adds to their outputs."""
+    if settings.compensation == "none":
+        return Intercepts()
+    steps = [*runner.tracing(), *calibration]
+    found = find_intercepts(runner.module, groups, steps, runner.trainer.optimizers, settings.twins)
+    return runner.broadcast(found)
 
 
 def _seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:

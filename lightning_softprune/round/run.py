@@ -110,9 +110,14 @@ def _search(
     strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, runner.seed, before)
     if trials.failure is not None and all(scored.trial.reason for scored in trials.done):
         raise trials.failure
+    if failed := [scored.trial.reason for scored in trials.done if scored.trial.reason]:
+        rank_zero_info(f"SoftPruning: {len(failed)} of {len(trials.done)} plans could not be scored: {failed[0]}")
     if goal.rehearse:
         return strategy, outcome, Decision(trials.done[-1], Verdict.FEASIBLE)  # feasible or not
-    return strategy, outcome, decide(runner, settings, evaluator.problem, trials, stopwatch)
+    decision = decide(runner, settings, evaluator.problem, trials, stopwatch)
+    if trials.failure is not None and decision.verdict is Verdict.NOT_A_NUMBER:
+        raise trials.failure  # the user's own, which is why there is no score
+    return strategy, outcome, decision
 
 
 def _journal(runner: ModuleRunner, settings: RoundSettings, goal: Goal) -> Journal:

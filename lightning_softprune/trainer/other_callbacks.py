@@ -86,7 +86,7 @@ def record_new_parameters(trainer: pl.Trainer, created: Sequence[nn.Parameter]) 
     names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
     new = {id(parameter) for parameter in created}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(callback, BaseFinetuning):
+        if not isinstance(callback, counterparts(BaseFinetuning)):
             continue
         for number, recorded in callback._internal_optimizer_metadata.items():
             if number >= len(trainer.optimizers):

@@ -152,43 +152,47 @@ class ModuleRunner:
 
     # ------------------------------------------------------------------------------------------------------ steps
 
-    def validation_step(self, samples: int | None = None, loader: int | None = None) -> Step:
+    def validation_step(self, samples: int | None = None, loader: int | None = None, shown: bool = False) -> Step:
         """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind.
 
         Args:
             samples: Only so many of the batch's samples.
             loader: The loader whose first batch it is; `None`: the first that gives any.
+            shown: Whether it returns all that the step shows, by name, and not what the step returns.
         """
 
         def step() -> Any:
-            return self._shown("validation_step", self._scorer.first_batch(loader), samples)
+            ran = self._ran("validation_step", self._scorer.first_batch(loader), samples)
+            return ran[1] if shown else ran[0]
 
         return step
 
-    def training_step(self, raw: Any, number: int = 0, samples: int | None = None) -> Step:
+    def training_step(self, raw: Any, number: int = 0, samples: int | None = None, shown: bool = False) -> Step:
         """The module's `training_step` on one training batch, in eval mode, leaving nothing behind.
 
         Args:
             raw: The batch as the loader yields it.
             number: Its index.
             samples: Only so many of the batch's samples.
+            shown: Whether it returns all that the step shows, by name, and not what the step returns.
         """
 
         def step() -> Any:
             batch = transfer(self.trainer, self.module, raw, step="training_step")
-            return self._shown("training_step", LoadedBatch(batch, number), samples)
+            ran = self._ran("training_step", LoadedBatch(batch, number), samples)
+            return ran[1] if shown else ran[0]
 
         return step
 
-    def _shown(self, name: str, batch: LoadedBatch, samples: int | None) -> dict[str, list[torch.Tensor]]:
-        """Run a step, and return all that it shows."""
+    def _ran(self, name: str, batch: LoadedBatch, samples: int | None) -> tuple[Any, dict[str, list[torch.Tensor]]]:
+        """Run a step: what it returns, and all that it shows."""
         with untouched(self.trainer, self.module):
             clone_inference_tensors_and_reset_metrics(self.module)
             self.module.eval()
             batch = batch._replace(data=head_of_batch(batch.data, samples))
             before = attributes_of(self.module)
             returned, logged = run_step(self.trainer, self.module, name, batch)
-            return what_a_step_shows(self.module, name, returned, logged, before)
+            return returned, what_a_step_shows(self.module, name, returned, logged, before)
 
     @property
     def trains_by_itself(self) -> bool:
@@ -268,7 +272,7 @@ class ModuleRunner:
 
 
 def _on_samples(make: Callable[..., Step], samples: int | None) -> Step:
-    return make(samples=samples)
+    return make(samples=samples, shown=True)
 
 
 def _repeatable(step: Step, seed: int) -> Step:

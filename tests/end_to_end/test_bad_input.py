@@ -4,7 +4,6 @@ import copy
 import inspect
 import itertools
 import signal
-import typing
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +15,7 @@ from torch import nn
 import lightning_softprune.round.commit as round_module
 import lightning_softprune.round.prepare as network_module
 from lightning_softprune import GradientSearch, GridSearch, RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.trainer import ModuleRunner
 from support.modules import (
     FEATURES,
@@ -350,21 +350,23 @@ class OopsError(Exception):
     """The user's own."""
 
 
+CALLS: dict[str, list[str]] = {}  # what the round was doing when a step was called
+DOING = ["else"]
+
+
 class Trap(AutoEncoder):
     """Raises at one of the steps that a round runs; they are numbered out of the module's reach."""
 
     where, at, error = "validation_step", -1, OopsError
-    calls: typing.ClassVar[dict] = {}
-    probing = False
 
     def __init__(self):
         super().__init__()
-        Trap.calls = {"validation_step": [], "training_step": []}
+        CALLS.update(validation_step=[], training_step=[])
 
     def _step(self, name):
         if self.trainer.current_epoch == 1 and self.trainer.global_step == 4:
-            Trap.calls[name].append(Trap.probing)
-            if name == self.where and len(Trap.calls[name]) == self.at:
+            CALLS[name].append(DOING[-1])
+            if name == self.where and len(CALLS[name]) == self.at:
                 self.encoder[0].train(not self.encoder[0].training)  # and it leaves a mess
                 self.losses.append(float("nan"))
                 torch.rand(3)
@@ -381,29 +383,34 @@ class Trap(AutoEncoder):
 
 @pytest.fixture
 def trap(monkeypatch, tmp_path):
-    """Numbers of the calls to a step that a round makes, but for those whose failure makes a group not prunable."""
-    original = network_module.probe_groups
+    """Numbers of the calls to a step that a round makes: while it probes, while it scores a trial, or else."""
 
-    def probe(*arguments, **more):
-        Trap.probing = True
-        try:
-            return original(*arguments, **more)
-        finally:
-            Trap.probing = False
+    def noted(owner, name, what):
+        original = getattr(owner, name)
 
-    def calls(step, **arguments):
+        def run(*arguments, **more):
+            DOING.append(what)
+            try:
+                return original(*arguments, **more)
+            finally:
+                DOING.pop()
+
+        monkeypatch.setattr(owner, name, run)
+
+    def calls(step, what="else", **arguments):
         found = []
 
         class Count(Callback):
             def on_train_epoch_start(self, trainer, pl_module):
                 if trainer.current_epoch == 1:
-                    found.extend(n + 1 for n, probing in enumerate(Trap.calls[step]) if not probing)
+                    found.extend(n + 1 for n, doing in enumerate(CALLS[step]) if doing == what)
 
         fit(tmp_path, made(Trap), softpruning(**arguments), Count(), num_sanity_val_steps=0, max_epochs=2)
         monkeypatch.setattr(Trap, "where", step)
         return found
 
-    monkeypatch.setattr(network_module, "probe_groups", probe)
+    noted(network_module, "probe_groups", "probing")
+    noted(Evaluator, "score", "trial")
     monkeypatch.setattr(Trap, "at", -1)
     return calls
 
@@ -411,7 +418,7 @@ def trap(monkeypatch, tmp_path):
 @pytest.mark.parametrize("step", ["validation_step", "training_step"])
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 def test_the_users_exception_reaches_the_user_with_everything_as_before(tmp_path, monkeypatch, trap, step, share):
-    """From the first step of the round to the last, which is in the rehearsal of the pruned model."""
+    """From the first step of the round to the last, in the rehearsal of the pruned model; but for probes and trials."""
     arguments = {"search": RandomSearch(num_candidates=3), "calibration_batches": 2}
     calls = trap(step, **arguments)
     assert len(calls) >= 4
@@ -458,10 +465,24 @@ def test_a_failure_inside_the_commit_rolls_back_weights_and_optimizers(tmp_path,
     fails(tmp_path, made(ConvClassifier), softpruning(), MemoryError)
 
 
+def test_a_step_that_fails_in_one_trial_makes_it_infeasible_and_leaves_no_mess(tmp_path, monkeypatch, trap):
+    arguments = {"search": RandomSearch(num_candidates=6)}
+    calls = trap("validation_step", "trial", **arguments)
+    monkeypatch.setattr(Trap, "at", calls[4])
+    module, callback = made(Trap), softpruning(**arguments)
+    trainer = fit(tmp_path, module, callback, num_sanity_val_steps=0)
+    reasons = [trial.reason for trial in callback.results[0].trials]
+    assert sum("the user's own" in reason for reason in reasons) == 1
+    assert callback.results[0].applied
+    assert all(part.training for part in module.modules())
+    assert float("nan") not in module.losses
+    assert_optimizers_hold_live_parameters(trainer, module)
+
+
 def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, monkeypatch, trap):
-    calls = trap("validation_step", search=RandomSearch(num_candidates=6))
+    calls = trap("validation_step", "trial", search=RandomSearch(num_candidates=6))
     monkeypatch.setattr(Trap, "error", KeyboardInterrupt)
-    monkeypatch.setattr(Trap, "at", calls[-8])  # the trials come last: three batches each
+    monkeypatch.setattr(Trap, "at", calls[-8])
     handler = signal.getsignal(signal.SIGINT)
     module, before, callback = made(Trap), Before(), softpruning(search=RandomSearch(num_candidates=6))
     pl.seed_everything(7, verbose=False)

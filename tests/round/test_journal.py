@@ -32,8 +32,8 @@ SEARCHES = {
 # --------------------------------------------------------------------------------------------- a fit that can be killed
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
-    pass
+class Stopped(BaseException):
+    """Not an error of a step, which would make a trial infeasible."""
 
 
 class Passes:
