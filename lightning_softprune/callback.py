@@ -195,7 +195,7 @@ class SoftPruning(pl.Callback):
         self.verbose = checks.instance_of("verbose", verbose, bool)
         self.results: list[PruningResult] = []
         self._earlier: list[PruningResult] = []  # rounds of earlier fits, which the module remembers
-        self._as_given = False  # whether such rounds count for nothing
+        self.as_given = False  # whether such rounds count for nothing
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
         self._evaluating = False
@@ -282,7 +282,7 @@ class SoftPruning(pl.Callback):
 
     def _remember(self, pl_module: pl.LightningModule) -> None:
         """Ask the module for the rounds of earlier fits: what these have removed is gone already."""
-        self._earlier = [] if self._as_given else rounds_of(pl_module)
+        self._earlier = [] if self.as_given else rounds_of(pl_module)
         own = [result.to_dict() for result in self._real_results()]
         if own and [result.to_dict() for result in self._earlier[-len(own) :]] == own:  # a fit that goes on
             self._earlier = self._earlier[: -len(own)]

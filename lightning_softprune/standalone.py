@@ -205,7 +205,7 @@ def prune(
         )
     flags = {name: module.training for name, module in model.named_modules()}
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
-    callback._as_given = True
+    callback.as_given = True
     try:
         with one_epoch_more(trainer, callback):
             if has_inference_tensors(model):

@@ -19,8 +19,8 @@ from lightning_softprune.surgery import References, Surgery, Transaction, inner_
 from lightning_softprune.trainer import (
     ModuleRunner,
     forget_compiled,
-    other_callbacks,
     record_new_parameters,
+    users_callbacks,
     wrap_again,
 )
 
@@ -68,7 +68,7 @@ def commit(
     """
     trainer, module = runner.trainer, runner.module
     references = References(module, surgery, dense.shapes, copies)
-    listeners = [module, *other_callbacks(trainer)]
+    listeners = [module, *users_callbacks(trainer)]
     try:
         references.carry_hooks()
         for holder in (*listeners, *all_optimizers(trainer, module)):
@@ -93,7 +93,7 @@ def commit(
 
 def all_optimizers(trainer: pl.Trainer, module: nn.Module) -> list[Optimizer]:
     """The trainer's optimizers, those inside of them, and those that the module and callbacks keep."""
-    return [*trainer.optimizers, *inner_optimizers(trainer.optimizers, [module, *other_callbacks(trainer)])]
+    return [*trainer.optimizers, *inner_optimizers(trainer.optimizers, [module, *users_callbacks(trainer)])]
 
 
 def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: ScoredPlan) -> ScoredPlan:

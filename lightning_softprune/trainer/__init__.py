@@ -24,9 +24,9 @@ from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of,
 from lightning_softprune.trainer.other_callbacks import (
     averaged_copies,
     forget_compiled,
-    other_callbacks,
     record_new_parameters,
     reset_monitors,
+    users_callbacks,
 )
 from lightning_softprune.trainer.processes import wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
@@ -55,7 +55,6 @@ __all__ = [
     "logging_step",
     "metrics_in",
     "one_epoch_more",
-    "other_callbacks",
     "record_new_parameters",
     "refuse_schedule",
     "refuse_sharded_optimizers",
@@ -66,6 +65,7 @@ __all__ = [
     "run_steps",
     "take_epoch_back",
     "take_epoch_back_in",
+    "users_callbacks",
     "what_a_step_shows",
     "why_training_ended",
     "wrap_again",

@@ -55,7 +55,7 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
     return stay
 
 
-def other_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     """The callbacks that users have written: Lightning's own, and this package's, are known."""
     known = ("lightning", "pytorch_lightning", "lightning_softprune")
     callbacks = trainer.callbacks  # type: ignore[attr-defined]

@@ -111,7 +111,8 @@ class Snapshot:
                         self._seen[id(value)] = value
                         inner = self._known(value, kind, limited=queue is objects)
                         if issubclass(kind, torch.jit.ScriptModule):  # keeps its mode where nobody else does
-                            self.attribute(value, "training")
+                            for part in value.modules():
+                                self.attribute(part, "training")
                         if issubclass(kind, nn.Module) or (kind not in _EXACT and self._is_open(kind)):
                             objects.extend(self._of_classes(kind))
                             if not issubclass(kind, _HAVE_ATTRIBUTES):
