@@ -2,7 +2,6 @@
 
 import itertools
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
@@ -370,4 +369,3 @@ def test_where_every_trial_fails_the_users_own_exception_goes_on(tmp_path):
 def test_find_groups_of_a_plain_module_judges_all_that_it_runs():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     assert [group.prunable for group in find_groups(model, torch.randn(3, 4))] == [True, False]
-    assert issubclass(pl.LightningModule, nn.Module)

@@ -1,0 +1,394 @@
+"""What surrounds a model follows its parameters: hooks, lists, averages, wrapped optimizers; teachers are declared."""
+
+import copy
+import functools
+from collections import OrderedDict
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from lightning_softprune import load_from_checkpoint, prune
+from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+def named(module):
+    return dict(module.named_parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------- hooks
+
+
+class Hooked(AutoEncoder):
+    """Hooks on parameters: values are clipped, a mask is applied, accumulated gradients are counted."""
+
+    def __init__(self, how="closure"):
+        super().__init__()
+        self.largest, self.accumulated, self.handles = [], 0, []
+        for parameter in self.parameters():
+            self.handles.append(parameter.register_hook(lambda gradient: gradient.clamp(-1e-4, 1e-4)))
+            parameter.register_post_accumulate_grad_hook(self.count)
+        weight = self.encoder[0].weight
+        self.mask = mask = (torch.arange(weight.numel()).reshape(weight.shape) % 3 > 0).float()
+        if how == "closure":
+            weight.register_hook(lambda gradient: gradient * mask)
+        else:
+            weight.register_hook(functools.partial(lambda gradient, mask: gradient * mask, mask=mask))
+
+    def count(self, _):
+        self.accumulated += 1
+
+    def on_after_backward(self):
+        self.largest.append(max(float(parameter.grad.abs().max()) for parameter in self.parameters()))
+        self.blocked = self.encoder[0].weight.grad == 0
+
+
+@pytest.mark.filterwarnings("ignore:SoftPruning.*self.mask.*on_softprune")
+@pytest.mark.parametrize("how", ["closure", "partial"])
+def test_hooks_on_parameters_go_on(tmp_path, how):
+    module, callback = made(Hooked, how=how), softpruning(compensation="none")
+    fit(tmp_path, module, callback, max_epochs=3)
+    assert callback.results[0].applied
+    assert max(module.largest) <= 1e-4 + 1e-9
+    assert module.accumulated == 3 * 4 * len(named(module))
+    rows = callback.results[0].groups[0].channels_after
+    assert module.blocked.shape == (rows, FEATURES)
+    columns = torch.arange(FEATURES) % 3  # FEATURES is a multiple of 3, so that every row has the same mask
+    assert module.blocked[:, columns == 0].all()
+    for handle in module.handles:
+        handle.remove()
+    assert all(len(parameter._backward_hooks or ()) <= 1 for parameter in module.parameters())
+
+
+# ---------------------------------------------------------------------------------------- containers of the user's own
+
+
+class Containers(AutoEncoder):
+    """Keeps its parameters in a list, a tuple, a dictionary, a set, an object, and a child's list."""
+
+    def __init__(self):
+        super().__init__()
+        weights = [p for n, p in self.named_parameters() if n.endswith("weight")]
+        self.listed, self.pair, self.table = list(weights), (weights[0], weights[-1]), {"first": weights[0]}
+        self.nested = {"groups": [{"params": list(weights)}]}
+        self.unique = set(weights)
+        self.helper = Helper(weights)
+        self.decoder.kept = list(self.decoder.parameters())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + 1e-3 * sum(p.square().sum() for p in self.listed)
+
+
+class Helper:
+    def __init__(self, weights):
+        self.weights, self.notes = weights, ["nothing of ours"]
+
+
+def test_parameters_in_the_users_containers_are_the_live_ones(tmp_path):
+    module, callback = made(Containers), softpruning()
+    listed, nested = module.listed, module.nested
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    live = {id(parameter) for parameter in module.parameters()}
+    held = [*module.listed, *module.pair, *module.table.values(), *module.nested["groups"][0]["params"]]
+    held += [*module.unique, *module.helper.weights, *module.decoder.kept]
+    assert {id(parameter) for parameter in held} <= live
+    assert module.listed is listed
+    assert module.nested is nested
+    assert module.pair[0] is module.encoder[0].weight
+
+
+# ------------------------------------------------------------------------------------------------------------- averages
+
+
+class Shadow(Callback):
+    """An average of the user's own, in one of several forms."""
+
+    def __init__(self, form, part=""):
+        self.form, self.part = form, part
+
+    def on_train_start(self, trainer, pl_module):
+        source = pl_module.get_submodule(self.part)
+        if self.form == "dict":
+            self.shadow = {n: p.detach().clone() for n, p in source.named_parameters()}
+        elif self.form == "state":
+            self.shadow = OrderedDict((n, t.clone()) for n, t in source.state_dict().items())
+        elif self.form == "list":
+            self.shadow = [p.detach().clone() for p in source.parameters()]
+        else:
+            self.shadow = copy.deepcopy(source).requires_grad_(False)
+
+    def pairs(self, pl_module):
+        source = pl_module.get_submodule(self.part)
+        if self.form == "dict":
+            return [(self.shadow[n], p) for n, p in source.named_parameters()]
+        if self.form == "state":
+            return [(self.shadow[n], t) for n, t in source.state_dict().items() if t.is_floating_point()]
+        theirs = self.shadow if self.form == "list" else self.shadow.parameters()
+        return list(zip(theirs, source.parameters(), strict=True))
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for average, tensor in self.pairs(pl_module):
+            average.lerp_(tensor, 0.3)
+
+
+@pytest.mark.parametrize("form", ["dict", "state", "list", "module"])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
+    """Without compensation, the average is the slice of what it was, by the indices that the weights keep."""
+    shadow, oracle = Shadow(form, part), {}
+
+    class Look(Callback):
+        def __init__(self, when):
+            self.when = when
+
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                oracle[self.when] = [average.clone() for average, _ in shadow.pairs(pl_module)]
+                oracle["names"] = [name for name, _ in pl_module.get_submodule(part).named_parameters()]
+
+        def on_softprune(self, surgery):
+            oracle["surgery"] = surgery
+
+    module, callback = made(AutoEncoder, bias=bias), softpruning(compensation="none")
+    fit(tmp_path, module, Look("before"), callback, Look("after"), shadow, max_epochs=3)
+    assert callback.results[0].applied
+    assert len(oracle["names"]) == len(oracle["before"]) == len(oracle["after"])
+    for name, before, after in zip(oracle["names"], oracle["before"], oracle["after"], strict=True):
+        assert torch.equal(oracle["surgery"].slice(f"{part}.{name}", before), after)
+        assert after.shape == named(module)[f"{part}.{name}"].shape
+
+
+def test_a_created_bias_gets_its_average(tmp_path):
+    module, shadow = made(AutoEncoder, bias=False), Shadow("dict")
+    fit(tmp_path, module, softpruning(), shadow, max_epochs=3)
+    created = set(named(module)) - set(named(made(AutoEncoder, bias=False)))
+    assert created
+    assert {name: t.shape for name, t in shadow.shadow.items()} == {n: p.shape for n, p in named(module).items()}
+
+
+class Unfollowable(Callback):
+    """Something in the shape of a weight that belongs to no known place."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.importance = {"of the first": torch.ones_like(pl_module.encoder[0].weight)}
+
+
+def test_what_cannot_follow_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"Unfollowable\.importance.*on_softprune"):
+        fit(tmp_path, made(), softpruning(), Unfollowable(), max_epochs=2)
+
+
+class Listening(Unfollowable):
+    """Follows by itself."""
+
+    def on_softprune(self, surgery):
+        self.importance["of the first"] = surgery.slice("encoder.0.weight", self.importance["of the first"])
+
+
+class Listens(AutoEncoder):
+    told = 0
+
+    def on_softprune(self, surgery):
+        self.told += 1
+        assert set(surgery.kept) >= {"encoder.0.weight"}
+
+
+def test_modules_and_callbacks_are_told(tmp_path):
+    module, listening = made(Listens), Listening()
+    fit(tmp_path, module, softpruning(), listening, max_epochs=2)
+    assert module.told == 1
+    assert listening.importance["of the first"].shape == module.encoder[0].weight.shape
+
+
+class Refusing(Shadow):
+    def on_softprune(self, surgery):
+        raise ZeroDivisionError("not now")
+
+
+def test_an_exception_in_a_listener_rolls_everything_back(tmp_path):
+    first, refusing, module = Shadow("dict"), Refusing("dict"), made(Containers)
+    before = {name: parameter.shape for name, parameter in module.named_parameters()}
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(), first, refusing)
+    assert before == {name: parameter.shape for name, parameter in module.named_parameters()}
+    assert {name: tensor.shape for name, tensor in first.shadow.items()} == before
+    assert {id(parameter) for parameter in module.listed} <= {id(parameter) for parameter in module.parameters()}
+
+
+# ---------------------------------------------------------------------------------------------------- optimizers inside
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Wraps another optimizer and shares its parameter groups; every few steps it goes back halfway."""
+
+    def __init__(self, inner):
+        self.inner, self.calls = inner, 0
+        super().__init__(inner.param_groups, dict(inner.defaults))
+        self.param_groups = inner.param_groups
+
+    def step(self, closure=None):
+        loss = self.inner.step(closure)
+        self.calls += 1
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                slow = self.state[parameter].setdefault("slow", parameter.detach().clone())
+                if self.calls % 2 == 0:
+                    slow.lerp_(parameter.detach(), 0.5)
+                    parameter.data.copy_(slow)
+        return loss
+
+
+class Wrapped(AutoEncoder):
+    def configure_optimizers(self):
+        return Lookahead(torch.optim.Adam(self.parameters(), lr=1e-2))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_an_optimizer_inside_of_another_follows(tmp_path, bias):
+    module = made(Wrapped, bias=bias)
+    before = {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                before.update({n: p.detach().clone() for n, p in pl_module.named_parameters()})
+
+    trainer = fit(tmp_path, module, softpruning(), Look(), max_epochs=3)
+    (outer,) = trainer.optimizers
+    live = {id(parameter) for parameter in module.parameters()}
+    for optimizer in (outer, outer.inner):
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(held) == len(live)
+        assert {id(p) for p in held} == live
+        assert {id(p) for p in optimizer.state} == live
+        for parameter, state in optimizer.state.items():
+            assert all(v.shape == parameter.shape for v in state.values() if isinstance(v, torch.Tensor) and v.ndim)
+    assert all(not torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+class Teacher(AutoEncoder):
+    """A mean teacher of the encoder, in one of several forms."""
+
+    def __init__(self, how="frozen"):
+        super().__init__()
+        self.how = how
+        if how == "siblings":
+            self.encoder = nn.ModuleList([self.encoder, copy.deepcopy(self.encoder).requires_grad_(False)])
+        elif how != "two":
+            self.momentum = copy.deepcopy(self.encoder)
+        if how == "frozen":
+            self.momentum.requires_grad_(False)
+        if how == "two":
+            critics = {name: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 1)) for name in "ab"}
+            self.critics = nn.ModuleDict(critics)
+
+    def forward(self, x):
+        encoder = self.encoder[0] if self.how == "siblings" else self.encoder
+        h = encoder(x)
+        extra = sum(critic(h) for critic in self.critics.values()) * 1e-3 if self.how == "two" else 0.0
+        return self.decoder(h) + extra
+
+    def configure_optimizers(self):
+        skipped = "momentum" if self.how == "not in an optimizer" else "nothing"
+        return torch.optim.Adam([p for n, p in self.named_parameters() if not n.startswith(skipped)], lr=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("frozen", "twins={'momentum': 'encoder'}"),
+        ("not in an optimizer", "twins={'momentum': 'encoder'}"),
+        ("siblings", "twins={'encoder.1': 'encoder.0'}"),
+    ],
+)
+def test_a_teacher_that_nobody_declared_is_an_error_before_training(tmp_path, how, line):
+    module = made(Teacher, how=how)
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, module, softpruning())
+    assert line in str(caught.value)
+    assert module.losses == []
+
+
+@pytest.mark.parametrize("arguments", [{"twins": {"momentum": "encoder"}}, {"ignore": ["momentum"]}], ids=str)
+def test_a_teacher_that_is_declared_or_ignored_is_none_of_these(tmp_path, arguments):
+    module, callback = made(Teacher), softpruning(**arguments)
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert callback.results[0].costs_before.params == count(made(AutoEncoder)), "it does not count"
+    same = module.momentum[0].out_features == module.encoder[0].out_features
+    assert same == ("twins" in arguments)
+
+
+def test_two_trained_copies_are_no_twins(tmp_path):
+    callback = softpruning()
+    fit(tmp_path, made(Teacher, how="two"), callback)
+    assert callback.results[0].applied
+
+
+class Stack(AutoEncoder):
+    """Blocks that look alike, the first of which is frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)) for _ in range(3)))
+        self.blocks[0].requires_grad_(False)
+
+    def forward(self, x):
+        return self.decoder(self.blocks(self.encoder(x)))
+
+
+def test_a_frozen_block_of_a_stack_is_no_teacher(tmp_path):
+    callback = softpruning()
+    fit(tmp_path, made(Stack), callback)
+    assert callback.results[0].applied
+
+
+# ---------------------------------------------------------------------------------------------------------- second fits
+
+
+def test_a_second_fit_does_not_prune_again_what_is_pruned(tmp_path):
+    module, callback = made(), softpruning(target_sparsity=0.5)
+    dense = count(module)
+    fit(tmp_path, module, callback)
+    size = count(module)
+    first = callback.results[0]
+    for again in (callback, softpruning(target_sparsity=0.5)):
+        fit(tmp_path, module, again)
+        assert count(module) == size
+        assert not again.results[-1].applied
+        assert again.results[-1].sparsity == pytest.approx(1 - size / dense)
+        assert "pruned before" in again.results[-1].reason
+    assert first.sparsity == pytest.approx(1 - size / dense)
+
+
+def test_a_second_fit_may_go_on_from_there_against_the_first_dense_model(tmp_path):
+    module = made()
+    dense = count(module)
+    loaded_from = tmp_path / "pruned.ckpt"
+    fit(tmp_path, module, softpruning(target_sparsity=0.4)).save_checkpoint(loaded_from)
+    for again in (module, load_from_checkpoint(AutoEncoder, loaded_from)):
+        callback = softpruning(target_sparsity=0.6)
+        fit(tmp_path, again, callback)
+        (result,) = callback.results
+        assert result.applied
+        assert result.sparsity == pytest.approx(1 - count(again) / dense, abs=1e-6)
+        assert abs(result.sparsity - 0.6) <= 0.03
+
+
+def test_prune_measures_against_the_module_as_given(tmp_path):
+    module = made()
+    fit(tmp_path, module, softpruning(target_sparsity=0.4))
+    size = count(module)
+    result = prune(module, **loaders(module), target_sparsity=0.3, tolerance=0.05, verbose=False, report=False,
+                   search=softpruning().search)  # fmt: skip
+    assert result.sparsity == pytest.approx(1 - count(module) / size, abs=1e-6)
