@@ -95,8 +95,8 @@ class SoftPruning(pl.Callback):
         components: Component name -> module-name patterns; ``None``: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
         twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the
-            module): a twin gets the same plan and has no coefficients of its own. A module that is not trained and looks
-            like a trained one has to be named here or in `ignore`.
+            module): a twin gets the same plan and has no coefficients of its own. What is not trained and looks like
+            something that is has to be named here or in `ignore`.
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
         importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
             selection of the channels from which the consumers' outputs are best rebuilt) or "random".
