@@ -390,7 +390,7 @@ class SoftPruning(pl.Callback):
         self._dense = self._dense or result.costs_before
         self.results.append(result)
         if self._earlier or any(done.applied for done in self.results):
-            keep_record(pl_module, before, [*self._earlier, *self.results])
+            keep_record(pl_module, before, self.results, self._earlier)
         dense = reset_monitors(trainer) if self.reset_monitors and result.applied else ()
         notes = dense_checkpoints_stay(dense)
         for note in notes:

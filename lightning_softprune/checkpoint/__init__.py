@@ -8,6 +8,7 @@ A pruned model's checkpoint is an ordinary one with one more entry, ``checkpoint
 - ``created_biases``: names of the biases that compensation added; the class itself does not make them;
 - ``dense``: ``layers`` and ``shapes`` of the model before its first round;
 - ``results``: the rounds, as :meth:`PruningResult.to_dict` writes them;
+- ``earlier``: those of the fits before, if the module was pruned in any;
 - ``optimizers``: in full checkpoints, the parameters of each group of each optimizer by name, in order.
 
 Sizes and shapes are read off the live module whenever it is saved, so they are right also after further rounds, and in

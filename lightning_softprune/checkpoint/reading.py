@@ -33,11 +33,13 @@ class Record:
         form: The form of the model that was saved.
         dense: Its form before its first round. No more than a claim: nothing else in a file shows it.
         results: The rounds, in plain types.
+        earlier: Those of the fits before.
     """
 
     form: ModelShapes
     dense: ModelShapes
     results: list[dict[str, Any]]
+    earlier: list[dict[str, Any]]
 
 
 def is_record(source: Mapping[Any, Any]) -> bool:
@@ -60,6 +62,8 @@ def read_record(record: Any, checkpoint: Mapping[str, Any]) -> Record:
     form = ModelShapes.from_dict(record)
     dense = ModelShapes.from_dict(_field(record, "dense"), "dense.")
     recorded_rounds(record)
+    if "earlier" in record:
+        recorded_rounds(record, "earlier")
     _check_biases(record, form, dense)
     state = checkpoint.get("state_dict")
     tensors = tensor_shapes(state) if isinstance(state, Mapping) else {}
@@ -69,24 +73,28 @@ def read_record(record: Any, checkpoint: Mapping[str, Any]) -> Record:
                 f"shapes[{shown(name)}]: {shown(form.shapes[name])} is not {shape}, the shape of the tensor beside it"
             )
     _check_optimizers(record, {*form.shapes, *(state if isinstance(state, Mapping) else ())}, checkpoint)
-    return Record(form, dense, list(record["results"]))
+    return Record(form, dense, list(record["results"]), list(record.get("earlier", ())))
 
 
-def recorded_rounds(record: Any) -> list[PruningResult]:
+def recorded_rounds(record: Any, field: str = "results") -> list[PruningResult]:
     """The rounds of a record; its sizes are not looked at.
+
+    Args:
+        record: The record.
+        field: Which of them: `"results"`, or the `"earlier"` ones.
 
     Raises:
         ValueError: The record is damaged here, or of a newer format.
     """
     _check_format(record)
-    results = _list(_field(record, "results"), "results")
+    results = _list(_field(record, field), field)
     read: dict[int, PruningResult] = {}  # a pickled list may hold one object a thousand times
     for index, result in enumerate(results):
         if id(result) not in read:
             try:
                 read[id(result)] = PruningResult.from_dict(result)
             except ValueError as error:
-                raise damaged(f"results[{index}]: {error}") from error
+                raise damaged(f"{field}[{index}]: {error}") from error
     return [read[id(result)] for result in results]
 
 

@@ -54,6 +54,7 @@ class SaveHook(InstanceHook):
 
     def __init__(self, module: pl.LightningModule, dense: ModelShapes, results: list[dict[str, Any]]) -> None:
         self.module, self.dense, self.results = module, dense, results
+        self.earlier: list[dict[str, Any]] = []
         self.before = module.__dict__.get(self.name)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
@@ -67,12 +68,17 @@ class SaveHook(InstanceHook):
             "dense": self.dense.to_dict(),
             "results": list(self.results),
         }
+        if self.earlier:
+            checkpoint[RECORD]["earlier"] = list(self.earlier)
         if "optimizer_states" in checkpoint:
             checkpoint[RECORD]["optimizers"] = _parameter_names(self.module, self.module.trainer.optimizers)
 
 
 def keep_record(
-    module: pl.LightningModule, dense: ModelShapes, results: Iterable[PruningResult | dict[str, Any]]
+    module: pl.LightningModule,
+    dense: ModelShapes,
+    results: Iterable[PruningResult | dict[str, Any]],
+    earlier: Iterable[PruningResult | dict[str, Any]] = (),
 ) -> None:
     """From now on, write the record into every checkpoint of this module.
 
@@ -80,19 +86,25 @@ def keep_record(
         module: A pruned module.
         dense: Its form before the first round; ignored where an earlier round has left one.
         results: The rounds so far.
+        earlier: The rounds of the fits before.
     """
-    plain = [result.to_dict() if isinstance(result, PruningResult) else result for result in results]
     hook = save_hook(module)
     if hook is None:
-        module.__dict__[SaveHook.name] = SaveHook(module, dense, plain)
-    else:
-        hook.results = plain
+        hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
+    hook.results, hook.earlier = _plain(results), _plain(earlier)
+
+
+def _plain(results: Iterable[PruningResult | dict[str, Any]]) -> list[dict[str, Any]]:
+    return [result.to_dict() if isinstance(result, PruningResult) else result for result in results]
 
 
 def rounds_of(module: nn.Module) -> list[PruningResult]:
     """The rounds that have made this module what it is, as far as it remembers; the first knows the dense costs."""
     hook = save_hook(module)
-    return [] if hook is None else [PruningResult.from_dict(result) for result in hook.results]
+    if hook is None:
+        return []
+    earlier = getattr(hook, "earlier", [])  # one that was pickled by 0.1.0 has none
+    return [PruningResult.from_dict(result) for result in (*earlier, *hook.results)]
 
 
 def is_recorded(module: nn.Module) -> bool:

@@ -115,7 +115,7 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
             if hook is not None and exact:
                 hook.remove()  # what it knows of rounds is not this file's history
             if record is not None:
-                keep_record(model, record.dense, record.results)
+                keep_record(model, record.dense, record.results, record.earlier)
 
     return PlannedResize(model, do)
 

@@ -6,7 +6,9 @@ run's other callbacks.
 
 - A *reference* is a parameter itself, in whatever container: the new parameter takes its place.
 - A *companion* has one tensor per parameter: a dictionary by parameters' names (a shadow of the weights), a list in
-  their order, a module with the same parameters. Its tensors are sliced as the parameters were.
+  their order, a module with the same parameters. Its tensors are sliced as the parameters were. It is an attribute of
+  its holder, or one of several alike in a container: deeper down, and among other things, lie records of how the model
+  was, which nobody goes on with.
 
 What has the shape of a sliced parameter and is neither is named in a warning: its owner has to see to it, which is what
 `on_softprune(surgery)` is for.
@@ -52,7 +54,8 @@ class References:
         self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
         self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
         self._undo: list[Callable[[], None]] = []
-        self._companions = True
+        self._asked = self._companions = True
+        self._level = 0  # of containers around what is looked at
         self._own = {id(module) for module in model.modules()}
         self._seen = {id(value) for value in alone}
         self._alone = [*alone, model]
@@ -73,7 +76,7 @@ class References:
             holder: The object.
             companions: Whether its companions follow too; they are not, where it sees to them itself.
         """
-        self._companions = companions
+        self._asked = self._companions = companions
         if isinstance(holder, nn.Module):
             for path, module in holder.named_modules():
                 self._attributes(f"{name}.{path}".rstrip("."), module, _DEPTH)
@@ -85,11 +88,23 @@ class References:
         if not isinstance(mapping, dict) or id(mapping) in self._seen or len(self._seen) > _MOST:
             return
         self._seen.add(id(mapping))
+        outside = self._companions, self._level
+        self._companions, self._level = self._asked, 0
         for key, value in list(mapping.items()):
             if key not in _REGISTRIES and not (isinstance(owner, Optimizer) and key in ("param_groups", "state")):
                 followed = self._followed(f"{place}.{key}", value, depth)
                 if followed is not value:
                     self._set(mapping, key, followed)
+        self._companions, self._level = outside
+
+    def _items(self, places: Sequence[str], items: Sequence[Any], depth: int) -> list[Any]:
+        """What takes the place of the items of a container."""
+        outside = self._companions, self._level
+        self._level += 1
+        self._companions = self._companions and self._level == 1 and len({type(item) for item in items}) == 1
+        after = [self._followed(place, item, depth - 1) for place, item in zip(places, items, strict=True)]
+        self._companions, self._level = outside
+        return after
 
     def _set(self, mapping: Any, key: Any, value: Any) -> None:
         before = mapping[key]
@@ -130,7 +145,7 @@ class References:
         elif isinstance(value, (list, deque)):
             self._sequence(place, value, depth)
         elif isinstance(value, set):
-            after = {self._followed(place, item, depth - 1) for item in value}
+            after = set(self._items([place] * len(value), list(value), depth))
             if after != value:
                 before = set(value)
                 self._refill(value, value.update, before, after)
@@ -142,33 +157,37 @@ class References:
 
     def _immutable(self, place: str, value: Any, depth: int) -> Any:
         companion = self._in_order(list(value)) if isinstance(value, tuple) else None
-        after = companion or [self._followed(f"{place}[{n}]", item, depth - 1) for n, item in enumerate(value)]
+        after = companion or self._items([f"{place}[{n}]" for n in range(len(value))], list(value), depth)
         if len(after) == len(value) and all(a is b for a, b in zip(after, value, strict=True)):
             return value
         return type(value)(*after) if hasattr(value, "_fields") else type(value)(after)
 
     def _sequence(self, place: str, value: Any, depth: int) -> None:
         items = list(value)
-        after = self._in_order(items) or [
-            self._followed(f"{place}[{n}]", item, depth - 1) for n, item in enumerate(items)
-        ]
+        after = self._in_order(items) or self._items([f"{place}[{n}]" for n in range(len(items))], items, depth)
         if len(after) != len(items) or any(a is not b for a, b in zip(after, items, strict=True)):
             self._refill(value, value.extend, items, after)
 
     def _mapping(self, place: str, value: dict[Any, Any], depth: int) -> None:
         before = dict(value)
         prefix = self._prefix({key: item for key, item in value.items() if isinstance(item, torch.Tensor)})
+        held = {
+            key: item
+            for key, item in before.items()
+            if prefix is None or not isinstance(item, torch.Tensor) or isinstance(item, nn.Parameter)
+        }
+        places = [f"{place}[{key!r:.40}]" for key in held]
+        followed = dict(zip(held, self._items(places, list(held.values()), depth), strict=True))
         after: dict[Any, Any] = {}
         for key, item in before.items():
+            if key in followed:
+                after[self.new.get(id(key), key) if isinstance(key, nn.Parameter) else key] = followed[key]
+                continue
             name = f"{prefix}{key}"
-            if prefix is not None and isinstance(item, torch.Tensor) and not isinstance(item, nn.Parameter):
-                after[key] = self._sliced_as(name, item)
-                if name in self._created:
-                    bias, tensor = self._created[name]
-                    after[bias[len(prefix) :]] = self._beside(tensor, item)
-            else:
-                new_key = self.new.get(id(key), key) if isinstance(key, nn.Parameter) else key
-                after[new_key] = self._followed(f"{place}[{key!r:.40}]", item, depth - 1)
+            after[key] = self._sliced_as(name, item)
+            if name in self._created:
+                bias, tensor = self._created[name]
+                after[bias.removeprefix(prefix or "")] = self._beside(tensor, item)
         if list(after) != list(before) or any(after[key] is not before[key] for key in before):
             self._refill(value, value.update, before, after)
 
@@ -219,7 +238,7 @@ class References:
                 for key, parameter in module._parameters.items():
                     if id(parameter) in self.new:
                         self._set(module._parameters, key, self.new[id(parameter)])
-                    elif parameter is not None and tuple(parameter.shape) in self._sliced:
+                    elif self._companions and parameter is not None and tuple(parameter.shape) in self._sliced:
                         self.left.append(f"{place}.{path}.{key}".replace("..", "."))
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._attributes(f"{place}.{path}".rstrip("."), module, depth - 1)

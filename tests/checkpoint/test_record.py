@@ -213,12 +213,15 @@ def test_history_after_another_round_is_that_of_the_new_run_and_dense_stays_dens
     folder, *_ = uninterrupted
     loaded = load_from_checkpoint(Scheduled, file_of(folder, "epochs", epoch=4))
     before = count(loaded)
-    callback = softpruning(epochs=1, target_sparsity=0.3)
+    callback = softpruning(epochs=1, target_sparsity=0.8, tolerance=0.1)
     trainer = run(tmp_path, loaded, callback, max_epochs=2)
     assert callback.results[0].costs_before.params == before
+    assert callback.results[0].sparsity == pytest.approx(1 - count(loaded) / count(Scheduled()))
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     record = torch.load(tmp_path / "again.ckpt", weights_only=True)["softprune"]
     assert [result["epoch"] for result in record["results"]] == [1]
+    assert len(record["earlier"]) >= 1
+    assert record["earlier"][0]["costs_before"]["params"] == count(Scheduled())
     assert ModelShapes.from_dict(record["dense"]) == ModelShapes.of(Scheduled())
     again = load_from_checkpoint(Scheduled, tmp_path / "again.ckpt").eval()
     (x,) = next(iter(loaders(None)["val_dataloaders"]))

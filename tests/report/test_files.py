@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -287,3 +288,4 @@ def test_folders_nested_more_deeply_than_calls_can_be_are_searched(tmp_path: Pat
         assert round_folders(tmp_path) == []
     finally:
         os.chdir(before)
+        subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # more deeply nested than pytest can remove

@@ -428,7 +428,9 @@ def test_without_twins_a_target_network_is_in_the_way(tmp_path):
         def on_train_batch_end(self, *_):
             """The target stays as it is: it could not follow a network of another shape."""
 
-    callback = pruning(epochs=1, target_sparsity=0.3)
+    with pytest.raises(MisconfigurationException, match=r"twins=\{'target': 'model'\}"):
+        fit(Fixed(), tmp_path, pruning(epochs=1, target_sparsity=0.3), max_epochs=3)
+    callback = pruning(epochs=1, target_sparsity=0.3, ignore=["target"])
     fit(Fixed(), tmp_path, callback, max_epochs=3)
     assert "encoder" not in {group.name for group in callback.results[0].groups}
 
