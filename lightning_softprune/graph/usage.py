@@ -56,10 +56,11 @@ def record_usage(model: nn.Module, outside: Collection[str] = ()) -> Iterator[Us
 
     def hooks() -> Iterator[RemovableHandle]:
         for name, module in model.named_modules():
-            if name in left_alone or not any(True for _ in module.parameters(recurse=False)):
-                continue
             entry = layer_type(module)
-            whole = entry is not None and entry.owns_children
+            # nobody calls the hooks of what is inside of TorchScript
+            whole = isinstance(module, torch.jit.ScriptModule) or (entry is not None and entry.owns_children)
+            if name in left_alone or not any(True for _ in module.parameters(recurse=whole)):
+                continue
 
             def note(module: nn.Module, *_: Any, name: str = name, whole: bool = whole) -> None:
                 usage.layers.add(name)

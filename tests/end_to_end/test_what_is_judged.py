@@ -315,6 +315,7 @@ def test_torchscript_is_left_alone_and_the_rest_is_pruned(tmp_path):
     fit(tmp_path, module, callback)
     assert callback.results[0].applied
     assert count(module) < size
+    assert callback.results[0].costs_before.params == size
     assert module.decoder[0].out_features == 24, "it feeds TorchScript"
     assert all(part.training for part in module.modules())
 
