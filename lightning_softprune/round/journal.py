@@ -35,7 +35,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.passes import BASELINE, Key, Pass, lines_of, near, parse_pass, read_json, told
-from lightning_softprune.utilities.files import being_replaced, remove_leftovers, sync_file
+from lightning_softprune.utilities.files import being_replaced, open_to_append, remove_leftovers, sync_file
 
 __all__ = ["BASELINE", "Journal", "Key", "Pass", "journal_path", "open_journal"]
 
@@ -319,7 +319,7 @@ class Journal:
                 os.fsync(folder)
             finally:
                 os.close(folder)
-        file = path.open("ab")
+        file = open_to_append(path)
         if _identity(path) != self._identity:
             file.close()
             raise FileExistsError(f"another run writes {path}")

@@ -45,7 +45,8 @@ BASELINE = Key("baseline")
 def lines_of(path: Path | None) -> Iterator[bytes]:
     """The lines of a file, as far as it can be read; what is longer than any line of ours comes in pieces."""
     with contextlib.suppress(OSError):
-        if path is not None and path.is_file():  # a folder cannot be read, and a pipe would be waited for
+        # a link may lead anywhere, a folder cannot be read, and a pipe would be waited for
+        if path is not None and not path.is_symlink() and path.is_file():
             with path.open("rb") as file:
                 yield from iter(lambda: file.readline(_LONGEST_LINE), b"")
 

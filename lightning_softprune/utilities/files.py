@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 __all__ = [
     "being_replaced",
+    "open_to_append",
     "read_file",
     "refuse_link",
     "refuse_other_than_file",
@@ -107,6 +108,16 @@ def refuse_link(path: Path) -> None:
 
 def _no_file(path: Path) -> OSError:
     return OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a file that is there, to write on at its end.
+
+    Raises:
+        OSError: It is not there, or is a link.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | getattr(os, "O_BINARY", 0) | getattr(os, "O_NOFOLLOW", 0)
+    return open(os.open(path, flags), "ab")
 
 
 def remove_leftovers(path: Path) -> None:

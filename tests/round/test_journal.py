@@ -216,6 +216,21 @@ def test_a_stopped_search_with_optuna_goes_on_in_the_study_it_began(tmp_path, mo
     assert [trial.user_attrs["sparsity"] for trial in trials()] == [t.sparsity for t in result.trials[:13]]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_link_in_the_place_of_the_journal_is_neither_read_nor_written_to(tmp_path, uninterrupted):
+    expected = uninterrupted("random")
+    stopped_fit(tmp_path, 4)
+    journal, elsewhere = journal_of(tmp_path), tmp_path / "elsewhere"
+    journal.rename(elsewhere)
+    content = elsewhere.read_bytes()
+    journal.symlink_to(elsewhere)
+    (tmp_path / "passes").unlink()
+    _, result = fragile_fit(tmp_path)
+    assert without_times(result) == expected[1]
+    assert Passes.finished() == expected[2], "nothing was taken over"
+    assert elsewhere.read_bytes() == content
+
+
 def test_a_search_that_is_stopped_again_and_again_gets_there(tmp_path, uninterrupted):
     expected = uninterrupted("random")
     for stop_at in (3, 5, 7):
