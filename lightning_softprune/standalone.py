@@ -76,7 +76,7 @@ def find_groups(
     if not steps:
         steps = {"": lambda: model(*batch) if isinstance(batch, tuple) else model(batch)}
     runs = {name: _put_back(model, step) for name, step in steps.items()}
-    outside = {name: f"it is inside of {name}, a metric" for name in metrics_in(model)}
+    outside = metrics_in(model)
     with isolated_rng(0), torch.inference_mode(False):
         with record_usage(model, outside) as judged:
             run_steps([runs.get("validation_step", next(iter(runs.values())))])

@@ -51,10 +51,10 @@ class SaveHook(InstanceHook):
     """
 
     name = "on_save_checkpoint"
+    earlier: Sequence[dict[str, Any]] = ()  # of the class: one that 0.1.0 has pickled has none of its own
 
     def __init__(self, module: pl.LightningModule, dense: ModelShapes, results: list[dict[str, Any]]) -> None:
         self.module, self.dense, self.results = module, dense, results
-        self.earlier: list[dict[str, Any]] = []
         self.before = module.__dict__.get(self.name)
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
@@ -103,8 +103,7 @@ def rounds_of(module: nn.Module) -> list[PruningResult]:
     hook = save_hook(module)
     if hook is None:
         return []
-    earlier = getattr(hook, "earlier", [])  # one that was pickled by 0.1.0 has none
-    return [PruningResult.from_dict(result) for result in (*earlier, *hook.results)]
+    return [PruningResult.from_dict(result) for result in (*hook.earlier, *hook.results)]
 
 
 def is_recorded(module: nn.Module) -> bool:

@@ -30,9 +30,7 @@ class Component:
 
     def contains(self, module: str) -> bool:
         """Whether a module lies in this component."""
-        parents = module.split(".")
-        names = [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]
-        return any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in self.patterns)
+        return any(fnmatch.fnmatchcase(n, pattern) for n in self_and_parents(module) for pattern in self.patterns)
 
 
 def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, list[str]]:
@@ -149,6 +147,12 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
     return mirrored
 
 
+def self_and_parents(name: str) -> list[str]:
+    """The names of a module and of all modules around it, from the outside in."""
+    parents = name.split(".")
+    return [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]
+
+
 def is_inside(name: str, module: str) -> bool:
     """Whether a module lies inside another, or is it."""
     return name == module or name.startswith(f"{module}.")
@@ -188,7 +192,7 @@ def undeclared_twins(
     for name, form in untrained:
         if any(is_inside(name, other) for other in found):
             continue
-        if any(fnmatch.fnmatchcase(part, pattern) for part in _self_and_parents(name) for pattern in patterns):
+        if any(fnmatch.fnmatchcase(part, pattern) for part in self_and_parents(name) for pattern in patterns):
             continue
         alike = [other for other in forms.get(form, ()) if not is_inside(name, other) and not is_inside(other, name)]
         same = [other for other in alike if _same_values(whole[name], whole[other])]
@@ -197,11 +201,6 @@ def undeclared_twins(
         if candidates := same or apart:
             found[name] = max(candidates, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
     return found
-
-
-def _self_and_parents(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def _without_digits(name: str) -> str:

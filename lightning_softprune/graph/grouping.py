@@ -15,10 +15,10 @@ from dataclasses import replace
 import numpy as np
 from torch import nn
 
-from lightning_softprune.graph.components import match_modules
+from lightning_softprune.graph.components import match_modules, self_and_parents
 from lightning_softprune.graph.groups import Member, PruningGroup
 from lightning_softprune.graph.layers import layer_type
-from lightning_softprune.graph.left_out import left_alone, refuse_torn_parameters, self_and_parents
+from lightning_softprune.graph.left_out import left_alone, refuse_torn_parameters
 from lightning_softprune.graph.trace import Step, trace_model
 from lightning_softprune.graph.walk import Walked, Walker
 from lightning_softprune.utilities.arrays import IntArray

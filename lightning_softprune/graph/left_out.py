@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch import nn
 
+from lightning_softprune.graph.components import self_and_parents
 from lightning_softprune.graph.groups import Member, PruningGroup
 from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.trace import Trace
@@ -76,9 +77,3 @@ def _is_part(name: str, covered: set[str], model: nn.Module) -> bool:
     parent = name.rpartition(".")[0]
     entry = layer_type(model.get_submodule(parent)) if parent in covered else None
     return entry is not None and entry.owns_children
-
-
-def self_and_parents(name: str) -> list[str]:
-    """The names of a module and of all modules around it, from the outside in."""
-    parents = name.split(".")
-    return [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]

@@ -18,6 +18,9 @@ from lightning_softprune.graph.components import is_inside
 from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.graph.layers import Layout, layout_of, tensor_at
 
+_Need = tuple[str, str, int, bool]
+"""A layer, whether it takes or gives, how many channels, and whether these may be an image's, flattened."""
+
 
 def refuse_unseen_readers(
     model: nn.Module, groups: Sequence[PruningGroup], seen: Set[str], known: Collection[str] = ()
@@ -41,25 +44,23 @@ def refuse_unseen_readers(
         flat = {len(member.owner) for member in group.members if _is_spatial(model, member.module)}
         hit = next(
             (
-                (name, size)
-                for name, size, flattens in needs
+                (name, does, size)
+                for name, does, size, flattens in needs
                 if size > 1 and (size in sizes or (flattens and any(n > 1 and size % n == 0 for n in flat)))
             ),
             None,
         )
         if group.prunable and hit is not None:
             group = group.refuse(
-                f"{hit[0]}, which no traced batch ran, could read its channels (it takes {hit[1]}); have the first "
-                "batches of training or validation run it"
+                f"{hit[0]}, which no traced batch ran, may be coupled to its channels (it {hit[1]} {hit[2]}); have the "
+                "first batches of training or validation run it"
             )
         checked.append(group)
     return checked
 
 
-def _needs(
-    model: nn.Module, seen: Set[str], known: Collection[str], covered: Set[str]
-) -> Iterator[tuple[str, int, bool]]:
-    """The layers in unseen modules, the sizes they need from outside, and whether they may read something flattened."""
+def _needs(model: nn.Module, seen: Set[str], known: Collection[str], covered: Set[str]) -> Iterator[_Need]:
+    """What the layers in unseen modules take from outside and give to it."""
     used = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in seen}
     done: list[str] = []
     for name, module in model.named_modules():
@@ -73,14 +74,14 @@ def _needs(
     for name, parameter in model.named_parameters():
         outer = [*done, *known, *covered]
         if name not in seen and not any(is_inside(name, other) for other in outer) and _is_bare(model, name):
-            yield from ((name, size, False) for size in parameter.shape)
+            yield from ((name, "takes", size, False) for size in parameter.shape)
 
 
 def _is_bare(model: nn.Module, name: str) -> bool:
     return layout_of(model.get_submodule(name.rpartition(".")[0])) is None
 
 
-def _needs_of(name: str, module: nn.Module) -> Iterator[tuple[str, int, bool]]:
+def _needs_of(name: str, module: nn.Module) -> Iterator[_Need]:
     found: list[tuple[str, int | None, int | None, bool]] = []
     for inner, layer in module.named_modules():
         full = f"{name}.{inner}".rstrip(".")
@@ -94,12 +95,12 @@ def _needs_of(name: str, module: nn.Module) -> Iterator[tuple[str, int, bool]]:
     given: set[int] = set()
     for full, takes, gives, flat in found:
         if takes is not None and not any(takes == n or (flat and n > 1 and takes % n == 0) for n in given):
-            yield full, takes, flat
+            yield full, "takes", takes, flat
         given |= {gives} if gives is not None else set()
     taken: set[int] = set()
     for full, takes, gives, _ in reversed(found):
         if gives is not None and not any(size == gives or (gives > 1 and size % gives == 0) for size in taken):
-            yield full, gives, False
+            yield full, "gives", gives, False
         taken |= {takes} if takes is not None else set()
 
 

@@ -103,7 +103,7 @@ class PruningProblem:
             rank(settings.importance, module, groups, calibration, statistics, rng)
         )
         statistics = _seen_by_twins(statistics, settings.twins or {})
-        intercepts = _intercepts(runner, settings, groups, calibration)
+        intercepts = _intercepts(runner, settings, groups)
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
         with record_macs(module, outside) as applications:
             runner.validation_step()()
@@ -227,14 +227,11 @@ def prepare_groups(
     return probe_groups(model, groups, run, lambda: run(1), how.round_to)
 
 
-def _intercepts(
-    runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup], calibration: Steps
-) -> Intercepts:
+def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:
     """Where readers without a bias put what compensation adds to their outputs."""
     if settings.compensation == "none":
         return Intercepts()
-    steps = [*runner.tracing(), *calibration]
-    found = find_intercepts(runner.module, groups, steps, runner.trainer.optimizers, settings.twins)
+    found = find_intercepts(runner.module, groups, runner.tracing(), runner.trainer.optimizers, settings.twins)
     return runner.broadcast(found)
 
 

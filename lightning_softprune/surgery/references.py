@@ -40,11 +40,11 @@ class References:
         model: The pruned model.
         surgery: What was done to it.
         shapes: Shapes of its parameters and buffers before that, by name.
-        alone: Objects that are not looked into: those with their own way to follow.
+        alone: Copies of the model that were pruned alike: they, and what wraps them, are not looked into.
     """
 
     def __init__(
-        self, model: nn.Module, surgery: Surgery, shapes: Mapping[str, Shape], alone: Sequence[object] = ()
+        self, model: nn.Module, surgery: Surgery, shapes: Mapping[str, Shape], alone: Sequence[nn.Module] = ()
     ) -> None:
         self.model, self.surgery, self.shapes = model, surgery, shapes
         self.new = {id(old): new for old, new, _ in surgery.parameters}
@@ -56,9 +56,8 @@ class References:
         self._undo: list[Callable[[], None]] = []
         self._asked = self._companions = True
         self._level = 0  # of containers around what is looked at
-        self._own = {id(module) for module in model.modules()}
-        self._seen = {id(value) for value in alone}
-        self._alone = [*alone, model]
+        self._own = {id(module) for part in (model, *alone) for module in part.modules()}
+        self._seen: set[int] = set()
 
     def undo(self) -> None:
         """Put back what was carried over."""
@@ -133,7 +132,7 @@ class References:
         if depth == 0 or type(value) in ATOMS or id(value) in self._seen or isinstance(value, type):
             return value
         if isinstance(value, nn.Module):
-            if id(value) not in self._own:
+            if not any(id(module) in self._own for module in value.modules()):
                 self._seen.add(id(value))
                 self._module(place, value, depth)
             return value
@@ -212,7 +211,9 @@ class References:
 
     def _in_order(self, items: list[Any]) -> list[Any] | None:
         """The list for the pruned model, if this one has one tensor for each parameter; `None` if it has not."""
-        if not self._companions or not items or not all(type(item) is torch.Tensor for item in items):
+        if not self._companions or not 0 < len(items) <= len(self._names):
+            return None
+        if not all(type(item) is torch.Tensor for item in items):
             return None
         parameters = dict(self.model.named_parameters())
         trained = [name for name in self._names if parameters[name].requires_grad]

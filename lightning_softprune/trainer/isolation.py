@@ -139,13 +139,13 @@ def has_inference_tensors(module: nn.Module) -> bool:
     return any(isinstance(v, Tensor) and v.is_inference() for holder in holders for v in holder.values())
 
 
-def metrics_in(module: nn.Module) -> list[str]:
-    """Names of the metrics in a module that have parameters (the network of a perceptual metric)."""
-    return [
-        name
+def metrics_in(module: nn.Module) -> dict[str, str]:
+    """The metrics in a module that have parameters (the network of a perceptual metric) -> why they are left alone."""
+    return {
+        name: f"it is inside of {name}, a metric"
         for name, child in module.named_modules()
         if isinstance(child, Metric) and any(True for _ in child.parameters())
-    ]
+    }
 
 
 def _reset_metrics(module: nn.Module) -> None:

@@ -162,8 +162,7 @@ class ModuleRunner:
         """
 
         def step() -> Any:
-            ran = self._ran("validation_step", self._scorer.first_batch(loader), samples)
-            return ran[1] if shown else ran[0]
+            return self._ran("validation_step", self._scorer.first_batch(loader), samples, shown)
 
         return step
 
@@ -179,20 +178,19 @@ class ModuleRunner:
 
         def step() -> Any:
             batch = transfer(self.trainer, self.module, raw, step="training_step")
-            ran = self._ran("training_step", LoadedBatch(batch, number), samples)
-            return ran[1] if shown else ran[0]
+            return self._ran("training_step", LoadedBatch(batch, number), samples, shown)
 
         return step
 
-    def _ran(self, name: str, batch: LoadedBatch, samples: int | None) -> tuple[Any, dict[str, list[torch.Tensor]]]:
-        """Run a step: what it returns, and all that it shows."""
+    def _ran(self, name: str, batch: LoadedBatch, samples: int | None, shown: bool) -> Any:
+        """Run a step: what it returns, or all that it shows."""
         with untouched(self.trainer, self.module):
             clone_inference_tensors_and_reset_metrics(self.module)
             self.module.eval()
             batch = batch._replace(data=head_of_batch(batch.data, samples))
             before = attributes_of(self.module)
             returned, logged = run_step(self.trainer, self.module, name, batch)
-            return returned, what_a_step_shows(self.module, name, returned, logged, before)
+            return what_a_step_shows(self.module, name, returned, logged, before) if shown else returned
 
     @property
     def trains_by_itself(self) -> bool:
@@ -202,7 +200,7 @@ class ModuleRunner:
     @property
     def left_alone(self) -> dict[str, str]:
         """Modules that are no part of the network, with the reason: metrics are neither pruned nor counted."""
-        return {name: f"it is inside of {name}, a metric" for name in metrics_in(self.module)}
+        return metrics_in(self.module)
 
     def tracing(self, samples: int | None = None) -> Steps:
         """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic.
@@ -222,13 +220,15 @@ class ModuleRunner:
         kept: list[Callable[[int | None], Step]] = []
         used: set[str] = set()
         for kind in (validation, training):
-            for make in kind if len(kind) > 1 else ():
-                with record_usage(self.module) as usage:
-                    run_steps([make(samples=None)])
-                if make is kind[0] or not (usage.parameters | usage.layers) <= used:
+            for number, make in enumerate(kind):
+                found: set[str] = set()
+                if len(kind) > 1:
+                    with record_usage(self.module) as usage:
+                        run_steps([make(samples=None)])
+                    found = usage.parameters | usage.layers
+                if number == 0 or not found <= used:
                     kept.append(partial(_on_samples, make))
-                used |= usage.parameters | usage.layers
-            kept += [partial(_on_samples, make) for make in kind] if len(kind) == 1 else []
+                used |= found
         return kept
 
     def probing(self, samples: int) -> Steps:
