@@ -252,8 +252,8 @@ class Wrapped(AutoEncoder):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_optimizer_inside_of_another_follows(tmp_path, bias):
-    module = made(Wrapped, bias=bias)
-    before = {}
+    module = made(Wrapped, bias=bias, norm=True)  # vectors in the group, so that biases may join it
+    names, before = set(named(module)), {}
 
     class Look(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -270,7 +270,8 @@ def test_an_optimizer_inside_of_another_follows(tmp_path, bias):
         assert {id(p) for p in optimizer.state} == live
         for parameter, state in optimizer.state.items():
             assert all(v.shape == parameter.shape for v in state.values() if isinstance(v, torch.Tensor) and v.ndim)
-    assert all(not torch.equal(before[name], parameter) for name, parameter in module.named_parameters())
+    assert bool(set(named(module)) - names) == (not bias), "biases were created"
+    assert all(not torch.equal(before[name], named(module)[name]) for name in names)
 
 
 # ------------------------------------------------------------------------------------------------------------- teachers
