@@ -9,12 +9,13 @@ from lightning_softprune.graph.components import assign_components, match_module
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import trace_groups
-from lightning_softprune.graph.groups import Member, PruningGroup
+from lightning_softprune.graph.groups import Count, Member, PruningGroup
 from lightning_softprune.graph.layer_types import LAYER_TYPES
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
     Layout,
+    Port,
     Shape,
     Sizes,
     TensorAxis,
@@ -34,10 +35,12 @@ __all__ = [
     "LAYER_TYPES",
     "Applications",
     "CostModel",
+    "Count",
     "Kernel",
     "LayerType",
     "Layout",
     "Member",
+    "Port",
     "PruningGroup",
     "Shape",
     "Sizes",

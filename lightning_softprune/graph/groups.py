@@ -37,6 +37,22 @@ class Member:
 
 
 @dataclass(frozen=True)
+class Count:
+    """An integer attribute of a module that counts channels of a group: it shrinks with the plan.
+
+    Attributes:
+        module: Name of the module.
+        attribute: Name of the attribute (``num_heads``).
+        per_channel: By how much it falls with every channel that goes (1 for heads, the width of a head for all of
+            them together).
+    """
+
+    module: str
+    attribute: str
+    per_channel: int
+
+
+@dataclass(frozen=True)
 class PruningGroup:
     """Channels that must be removed together, because layers depend on each other.
 
@@ -45,9 +61,11 @@ class PruningGroup:
         component: The component the members lie in; several are joined by ``+``.
         kind: ``"intra"`` (one component) or ``"inter"`` (the group couples several).
         num_channels: Number of removable units.
-        members: The coupled slots.
+        members: The coupled slots. Beside layers' these are ``"dim<k>"`` of bare parameters, of buffers, and of tensors
+            that a module keeps as plain attributes.
         prunable: Whether the group takes part in a search.
         reason: Why it does not; empty exactly when it does.
+        counts: Attributes that count its channels.
     """
 
     name: str
@@ -57,6 +75,7 @@ class PruningGroup:
     members: tuple[Member, ...]
     prunable: bool = True
     reason: str = ""
+    counts: tuple[Count, ...] = ()
 
     def refuse(self, reason: str) -> PruningGroup:
         """Return this group as not prunable."""

@@ -7,11 +7,12 @@ and values), or by one of its equal parts (the input dimension of a grouped conv
 
 This table is the single place that knows layer types. Slicing, the geometry of weights, counting of
 multiply-accumulates and the sizes in checkpoints are all derived from it, so a layer type that is added here
-(`layer_types.py` has the entries) works everywhere.
+(`layer_types/` has the entries) works everywhere.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_softprune.graph.geometry import WeightGeometry
-from lightning_softprune.utilities.nested import attribute_at
+from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
 Sizes = dict[str, int]
 Shape = tuple[int, ...]
@@ -69,6 +70,23 @@ class Layout:
     def slot(self, side: str) -> str:
         """Return the slot at a side: ``"both"`` where the layer does not tell its sides apart."""
         return "both" if "both" in self.slots else side
+
+
+@dataclass(frozen=True)
+class Port:
+    """Dimension ``dim`` of a tensor that a layer takes or gives holds the channels of a slot.
+
+    Attributes:
+        tensor: What the layer was called with, or returned.
+        slot: The slot.
+        dim: The dimension, not negative.
+        repeat: It holds so many copies of the slot one after another (both directions of a recurrent layer).
+    """
+
+    tensor: torch.Tensor
+    slot: str
+    dim: int
+    repeat: int = 1
 
 
 @dataclass
@@ -122,6 +140,32 @@ class LayerType:
     def resize(self, module: Any, sizes: Mapping[str, int]) -> None:
         """Write new slot sizes into the layer's integer attributes; its tensors are not touched."""
         raise NotImplementedError
+
+    def refresh(self, module: Any) -> None:
+        """Renew what the layer keeps of its tensors beside them, after they were replaced."""
+
+    def channel_dim(self, module: Any, tensor: torch.Tensor) -> int:
+        """Which dimension of what the layer takes and gives holds the channels; not negative."""
+        return tensor.ndim - 1
+
+    def taken(self, module: Any, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
+        """Where in a call's arguments the channels of a slot are.
+
+        Args:
+            module: The layer.
+            inputs: The arguments, by position and by name.
+        """
+        layout = self.layout(module)
+        tensors = [tensor for value in inputs.values() for tensor in tensors_in(value)][:1]
+        if isinstance(layout, Layout) and layout.slot("in") in layout.slots:
+            yield from (Port(t, layout.slot("in"), self.channel_dim(module, t)) for t in tensors if t.ndim)
+
+    def given(self, module: Any, output: Any) -> Iterator[Port]:
+        """Where in what a call returned the channels of a slot are."""
+        layout = self.layout(module)
+        if isinstance(layout, Layout) and layout.slot("out") in layout.slots:
+            found = (Port(t, layout.slot("out"), self.channel_dim(module, t)) for t in tensors_in(output) if t.ndim)
+            yield from itertools.islice(found, 1)
 
     def geometry(self, module: Any) -> WeightGeometry | None:
         """How its weight reads its inputs; ``None`` for a layer that does not mix channels."""

@@ -101,6 +101,10 @@ class ConvolutionType(LayerType):
         module.in_channels = sizes.get("in", module.in_channels)
         module.out_channels = sizes.get("out", module.out_channels)
 
+    def channel_dim(self, module: _ConvNd, tensor: torch.Tensor) -> int:
+        """In front of the positions."""
+        return tensor.ndim - len(module.kernel_size) - 1
+
     def geometry(self, module: _ConvNd) -> WeightGeometry:
         """See `LayerType`."""
         transposed = isinstance(module, _ConvTransposeNd)
@@ -207,12 +211,20 @@ class PassingOn(LayerType):
             setattr(module, self.attribute, sizes["both"])
 
 
+_INSTANCE_NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
 class NormalisationType(PassingOn):
     """BatchNorm and InstanceNorm of any dimension."""
 
     types = (_BatchNorm, _InstanceNorm)
     tensors = ("weight", "bias", "running_mean", "running_var")
     attribute = "num_features"
+
+    def channel_dim(self, module: _BatchNorm | _InstanceNorm, tensor: torch.Tensor) -> int:
+        """The first, where there is no batch (InstanceNorm takes that); else the second."""
+        dims = next((n for n, kind in _INSTANCE_NORMS.items() if isinstance(module, kind)), None)
+        return 1 if dims is None else tensor.ndim - dims - 1
 
     def mean_buffer(self, module: _BatchNorm | _InstanceNorm) -> str | None:
         """The running mean of a BatchNorm; in training it subtracts the batch's, which follows whatever is added."""
@@ -225,6 +237,10 @@ class GroupNormType(PassingOn):
 
     types = (nn.GroupNorm,)
     attribute = "num_channels"
+
+    def channel_dim(self, module: nn.GroupNorm, tensor: torch.Tensor) -> int:
+        """The second."""
+        return 1
 
     def describe(self, module: nn.GroupNorm) -> Layout:
         """See `LayerType`."""
@@ -264,6 +280,10 @@ class PReLUType(PassingOn):
     types = (nn.PReLU,)
     tensors = ("weight",)
     attribute = "num_parameters"
+
+    def channel_dim(self, module: nn.PReLU, tensor: torch.Tensor) -> int:
+        """The second."""
+        return min(1, tensor.ndim - 1)
 
     def describe(self, module: nn.PReLU) -> Layout | str:
         """See `LayerType`."""
