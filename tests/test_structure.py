@@ -166,10 +166,6 @@ def importers(*names):
     return {unit(path) for path in FILES for module, _ in imports(path) if module.split(".")[0] in names}
 
 
-def test_torch_pruning_has_one_importer():
-    assert importers("torch_pruning") == {"graph"}
-
-
 def test_private_names_of_lightning_have_one_importer():
     users = set()
     for path in FILES:

@@ -1,8 +1,8 @@
 """The dependency graph of a network: its layers, its pruning groups, what is left alone and why, and what plans cost.
 
-torch-pruning (DepGraph, arXiv 2301.12900) is used in this folder alone, and only its dependency graph. A module is
-traced by running its own steps (`trace`), each layer's output channels are followed to all that depends on them
-(`walk`), and what was found is sorted into groups (`grouping`). `layers` is the one table of layer types.
+A module is traced by running its own steps (`trace`), its channels are followed through everything that is computed
+(`flow`), and what was found is sorted into groups (`grouping`; the idea of groups is DepGraph's, arXiv 2301.12900).
+`layers` is the one table of layer types.
 """
 
 from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins, undeclared_twins

@@ -1,27 +1,45 @@
 """Every group of a model, found by running it.
 
 A *group* is a set of coupled slots (see `layers`) together with its *channels*: the smallest sets of indices that can
-go at once. Indices that share a slot position are united, and so are the equal parts of grouped layers. A group that
-reaches a marker is not prunable, for the marker's reason. Whatever the graph gets wrong (a ``view`` with a constant, a
-tensor added to the raw input) is found later by a probe: remove one channel, run, undo.
+go at once. It starts at a slot that produces channels, and takes in all that they are united with (`flow`). A group one
+of whose channels is pinned is not prunable, for the pin's reason. Whatever is not seen here (a ``view`` with a
+constant, a width that is written down) is found later by a probe: remove some channels, run, undo.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.components import match_modules, self_and_parents
-from lightning_softprune.graph.groups import Member, PruningGroup
+from lightning_softprune.graph.flow import Couplings
+from lightning_softprune.graph.groups import Count, Member, PruningGroup
 from lightning_softprune.graph.layers import layer_type
-from lightning_softprune.graph.left_out import left_alone, refuse_torn_parameters
-from lightning_softprune.graph.trace import Step, trace_model
-from lightning_softprune.graph.walk import Walked, Walker
+from lightning_softprune.graph.left_out import left_alone
+from lightning_softprune.graph.trace import Step, Trace, trace_model
 from lightning_softprune.utilities.arrays import IntArray
+
+_OUTPUT = "produces an output of the network"
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """The groups of one way to read a trace.
+
+    Attributes:
+        groups: In the order in which the model runs them; then what is in no group.
+        splits: Name of a group -> places in the code at which its channels were laid out over several dimensions, and
+            how many alternatives each has.
+        counts: Name of a group -> integer attributes of modules that may count its channels.
+    """
+
+    groups: list[PruningGroup]
+    splits: dict[str, dict[str, int]]
+    counts: dict[str, tuple[Count, ...]]
 
 
 def trace_groups(
@@ -30,8 +48,8 @@ def trace_groups(
     """Find every group of a model by running it.
 
     Args:
-        model: The model; its layers are run by ``steps`` under grad mode, in eval mode, and are not changed.
-        steps: Functions that run the model (its ``validation_step`` on a batch, ...). What they return is not used.
+        model: The model; its layers are run by ``steps`` under grad mode, and are not changed.
+        steps: Functions that run the model (its ``validation_step`` on a batch, ...). What they return counts as read.
         ignore: Patterns of modules that must keep their outputs and inputs.
         outside: Modules that are to be left alone with all that is in them -> why.
 
@@ -42,94 +60,165 @@ def trace_groups(
     Raises:
         ValueError: A pattern of ``ignore`` matches nothing.
     """
-    ignored = {n: p for p, names in match_modules(model, ignore, "ignore").items() for n in names}
-    trace = trace_model(model, steps, outside)
-    walker = Walker(trace)
+    match_modules(model, ignore, "ignore")
+    return group(trace_model(model, steps, outside), ignore).groups
+
+
+def group(trace: Trace, ignore: Sequence[str] = (), choices: Mapping[str, int] | None = None) -> Grouping:
+    """Sort what a trace tells into groups.
+
+    Args:
+        trace: The trace.
+        ignore: Patterns of modules that must keep their outputs and inputs.
+        choices: Place in the code -> which alternative is tried there.
+
+    Raises:
+        ValueError: A pattern of ``ignore`` matches nothing.
+    """
+    ignored = {n: p for p, names in match_modules(trace.model, ignore, "ignore").items() for n in names}
+    table = _Table(trace, trace.couplings(choices))
     groups: list[PruningGroup] = []
+    classes: list[IntArray] = []
     seen: set[tuple[str, str]] = set()
-    for module in trace.order:
-        name = trace.names[module]
-        layout = trace.layouts[module]
-        slot = layout.slot("out")
-        if slot not in layout.slots or (name, slot) in seen:
+    for name, slot, label in _roots(trace, table):
+        if (name, slot) in seen:
             continue
-        if module not in trace.graph.module2node:
-            continue  # it ran without gradients, and nothing is known of what it is coupled to
-        entry = layer_type(module)
-        if entry is None or not (entry.produces or slot != "both"):
-            continue  # it only passes on what another layer produces
-        walked = walker.walk(module)
-        group = _build(name, walked, ignored)
-        seen |= group.slots()
-        groups.append(group)
-    groups = refuse_torn_parameters(model, groups, trace)
-    return _unique_names(groups) + list(left_alone(model, groups, trace))
+        found = table.classes_of(name, slot)
+        if slot.startswith("dim") and (found == -1).all():
+            continue
+        members = table.members(found)
+        if slot.startswith("dim") and len(members) < 2:
+            continue
+        built = _build(label, table, found, members, ignored)
+        seen |= built.slots()
+        groups.append(built)
+        classes.append(np.unique(found[found >= 0]))
+    named = _unique_names(groups)
+    splits = {g.name: table.splits(own) for g, own in zip(named, classes, strict=True)}
+    counts = {g.name: table.counts(g, own) for g, own in zip(named, classes, strict=True)}
+    alone = left_alone(trace.model, named, trace, table.reason_of)
+    return Grouping([*named, *alone], splits, counts)
 
 
-def _build(name: str, walked: Walked, ignored: Mapping[str, str]) -> PruningGroup:
-    roots = _Union(walked.num_roots)
-    at: dict[tuple[str, str], dict[int, int]] = {}
-    for key, pairs in walked.pairs.items():
-        place: dict[int, int] = {}
-        for index, root in pairs:
-            roots.unite(place.setdefault(index, root), root)
-        at[key] = place
-    reason = walked.reasons[0] if walked.reasons else ""
-    for key, place in at.items():
-        parts, size = walked.parts[key], walked.sizes[key]
-        if parts == 1:
-            continue
-        if len(place) != size:
-            reason = reason or f"{key[0] or 'a chunk'} has {parts} parts, which channels of several groups share"
-            continue
-        width = size // parts
-        for index, root in place.items():
-            roots.unite(place[index % width], root)
-    channel = roots.numbers()
-    members = []
-    for key, place in at.items():
-        if not key[0]:
-            continue  # a chunk
-        owner = np.full(walked.sizes[key], -1, dtype=np.int64)
-        for index, root in place.items():
-            owner[index] = channel[root]
-        members.append(Member(*key, owner))
-    num_channels = int(channel.max(initial=-1)) + 1
-    if not reason and num_channels < 2:
-        reason = "it has a single channel" if num_channels else "it has no channels"
+def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
+    """Slots that produce channels, and the name of the group that starts there: layers first, in order."""
+    slots: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # by layer, or by the module that holds them
+    parameters = dict(trace.model.named_parameters())
+    for name, slot in table.couplings.slots:
+        if name in trace.layouts:
+            entry = layer_type(trace.model.get_submodule(name))
+            made = slot != "both" or (entry is not None and entry.produces)
+            if made and not slot.startswith("in"):
+                slots[name].append((name, slot, name if slot in ("out", "both") else f"{name}.{slot}"))
+        elif name in parameters:
+            owner = name.rpartition(".")[0]
+            slots[owner].append((name, slot, owner or name))
+    for owner in dict.fromkeys([*trace.tape.order, *slots]):
+        yield from slots[owner]
+
+
+class _Table:
+    """Atoms by class, and the slots that they lie in."""
+
+    def __init__(self, trace: Trace, couplings: Couplings) -> None:
+        self.trace, self.couplings = trace, couplings
+        self.all = couplings.classes()
+        self.keys = list(couplings.slots)
+        self.starts = np.array([first for first, _ in couplings.slots.values()], dtype=np.int64)
+        self.order = np.argsort(self.all, kind="stable")
+        self.bounds = np.searchsorted(self.all[self.order], np.arange(self.all.max(initial=-1) + 2))
+        self.soft: set[int] = set()
+        self.reasons: dict[int, str] = {}
+        for atoms, reason, whole in couplings.pins:
+            for number in np.unique(self.all[atoms]):
+                if not whole:
+                    self.soft.add(int(number))
+                elif _OUTPUT in reason or int(number) not in self.reasons:
+                    self.reasons[int(number)] = reason
+
+    def classes_of(self, name: str, slot: str) -> IntArray:
+        """The class of each index of a slot; -1 for those that have a fixed place."""
+        first, size = self.couplings.slots[name, slot]
+        found: IntArray = self.all[first : first + size].copy()
+        kept = [number for number in np.unique(found) if number in self.soft and number not in self.reasons]
+        found[np.isin(found, kept)] = -1
+        return found
+
+    def members(self, found: IntArray) -> tuple[Member, ...]:
+        """The slots that hold the atoms of some classes; a group's channel number for each class."""
+        numbers = list(dict.fromkeys(found[found >= 0].tolist()))
+        result: dict[int, IntArray] = {}
+        for channel, number in enumerate(numbers):
+            atoms = self.order[self.bounds[number] : self.bounds[number + 1]]
+            places = np.searchsorted(self.starts, atoms, side="right") - 1
+            for place in np.unique(places):
+                key = self.keys[place]
+                owner = result.setdefault(place, np.full(self.couplings.slots[key][1], -1, dtype=np.int64))
+                owner[atoms[places == place] - self.starts[place]] = channel
+        return tuple(Member(*self.keys[place], owner) for place, owner in sorted(result.items()))
+
+    def reason_of(self, name: str) -> str:
+        """Why a layer or tensor has pinned atoms; empty where it has none."""
+        for other, slot in self.keys:
+            if other == name:
+                for number in np.unique(self.classes_of(other, slot)):
+                    if int(number) in self.reasons:
+                        return self.reasons[int(number)]
+        return ""
+
+    def splits(self, own: IntArray) -> dict[str, int]:
+        """Places in the code at which these classes were laid out over several dimensions -> alternatives."""
+        return {
+            split.site: len(split.sizes)
+            for split in self.couplings.splits
+            if len(split.atoms) and np.isin(self.all[split.atoms], own).any()
+        }
+
+    def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
+        """Integer attributes that may count these classes, of modules that lay them out or hold members."""
+        sizes: dict[int, int] = {}
+        modules = {member.module.rpartition(".")[0] for member in group.members}
+        extents = [*((np.arange(f, f + n), "") for f, n in (self.couplings.slots[k] for k in group.slots()))]
+        for atoms, module in (*extents, *self.couplings.extents):
+            inside = np.isin(self.all[atoms[atoms >= 0]], own)
+            if not len(inside) or not inside.all() or (atoms < 0).any():
+                continue
+            modules.add(module)
+            if group.num_channels and len(atoms) % group.num_channels == 0:
+                sizes.setdefault(len(atoms), len(atoms) // group.num_channels)
+        found = []
+        known = dict(self.trace.model.named_modules())
+        for module in sorted(modules):
+            for key, value in (
+                vars(known[module]).items() if module in known and module not in self.trace.layouts else ()
+            ):
+                if type(value) is int and value in sizes and not key.startswith("_"):
+                    found.append(Count(module, key, sizes[value]))
+        return tuple(found)
+
+
+def _build(
+    name: str, table: _Table, found: IntArray, members: tuple[Member, ...], ignored: Mapping[str, str]
+) -> PruningGroup:
+    numbers = list(dict.fromkeys(found[found >= 0].tolist()))
+    pinned = [table.reasons[number] for number in numbers if number in table.reasons]
+    reason = min(pinned, key=lambda text: _OUTPUT not in text) if pinned else ""
+    if not reason and len(numbers) < 2:
+        reason = "it has a single channel" if numbers else "it has no channels that can go"
+    if not len(found):
+        reason = "it has no channels"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:
                 reason = f"ignored: {member.module} matches {ignored[hit]!r}"
-    return PruningGroup(name, "", "intra", num_channels, tuple(members), not reason, reason)
-
-
-class _Union:
-    """Union-find over root indices; a set's number follows its smallest index."""
-
-    def __init__(self, size: int) -> None:
-        self.parent = list(range(size))
-
-    def find(self, item: int) -> int:
-        while self.parent[item] != item:
-            self.parent[item] = self.parent[self.parent[item]]
-            item = self.parent[item]
-        return item
-
-    def unite(self, one: int, other: int) -> None:
-        one, other = self.find(one), self.find(other)
-        self.parent[max(one, other)] = min(one, other)
-
-    def numbers(self) -> IntArray:
-        heads = np.array([self.find(item) for item in range(len(self.parent))], dtype=np.int64)
-        return np.unique(heads, return_inverse=True)[1].astype(np.int64)
+    return PruningGroup(name, "", "intra", len(numbers), members, not reason, reason)
 
 
 def _unique_names(groups: Sequence[PruningGroup]) -> list[PruningGroup]:
     """One producer may lead two groups (disjoint channels); number them."""
     count: dict[str, int] = defaultdict(int)
     named = []
-    for group in groups:
-        count[group.name] += 1
-        named.append(replace(group, name=f"{group.name}#{count[group.name]}") if count[group.name] > 1 else group)
+    for one in groups:
+        count[one.name] += 1
+        named.append(replace(one, name=f"{one.name}#{count[one.name]}") if count[one.name] > 1 else one)
     return named

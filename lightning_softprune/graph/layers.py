@@ -123,6 +123,7 @@ class LayerType:
         types: The classes that the entry is for, with their subclasses.
         produces: Whether its outputs are channels of its own; otherwise it passes on those of another layer.
         owns_children: Whether modules inside it are parts of it, which are not looked at by themselves.
+        mixes_positions: Whether it does more with the dimensions beside the channels than go through them.
         takes_bias: Whether it computes with an attribute ``bias`` that may be ``None``, and can be given one.
         weight: Name of the tensor without which it cannot be sliced.
     """
@@ -130,6 +131,7 @@ class LayerType:
     types: ClassVar[tuple[type[nn.Module], ...]] = ()
     produces: ClassVar[bool] = True
     owns_children: ClassVar[bool] = False
+    mixes_positions: ClassVar[bool] = True
     takes_bias: ClassVar[bool] = False
     weight: ClassVar[str] = "weight"
 

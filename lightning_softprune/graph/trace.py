@@ -1,53 +1,56 @@
-"""One run of a module as a dependency graph: torch-pruning's nodes and edges, with index mappings of our own.
+"""A model traced by running its own steps, so that no example input is asked for; and the couplings that follow.
 
-The module is traced by running its steps, so no example input is asked for.
+The steps run once. What follows from them is worked out as often as there are alternatives to try: which of the
+dimensions behind a reshape carries the channels (whole heads, or one dimension of every head).
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import nn
-from torch_pruning import ops
-from torch_pruning.dependency import index_mapping
 
-from lightning_softprune.graph.index_maps import map_indices
-from lightning_softprune.graph.layers import Layout, layout_of, parts_of_layers
-from lightning_softprune.graph.recorder import Recorder
+from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape
+from lightning_softprune.graph.layers import Layout, layer_type, layout_of, parts_of_layers
 
 Step = Callable[[], Any]
 
 
 @dataclass
 class Trace:
-    """One run of a module, as a graph and as what was noted beside it."""
+    """One run of a model.
 
-    graph: Any  # torch_pruning.DependencyGraph
-    names: dict[Any, str]  # layer or bare parameter -> name
-    layouts: dict[nn.Module, Layout]
-    order: list[nn.Module]  # sliceable layers in the order in which they first ran
-    ran: set[str]  # names of the layers that ran, sliceable or not
-    reasons: dict[str, str]  # names of layers that cannot be sliced -> why
-    markers: dict[Any, str]  # autograd node -> why a group that reaches it is not prunable
-    owners: dict[nn.Parameter, nn.Module]  # parameters of the sliceable layers
+    Attributes:
+        model: The model.
+        tape: What it computed.
+        layouts: Its sliceable layers by name.
+        reasons: Names of the modules that cannot be looked into -> why.
+    """
+
+    model: nn.Module
+    tape: Tape
+    layouts: dict[str, Layout]
+    reasons: dict[str, str]
+
+    def couplings(self, choices: Mapping[str, int] | None = None) -> Couplings:
+        """What follows, with other choices than the first where given."""
+        return Flow(self.model, self.tape, self.layouts, self.reasons, choices or {}).run()
 
 
 def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, str] | None = None) -> Trace:
-    """Run the model and build the graph of what ran.
+    """Run the model and note what it computes.
 
     Args:
         model: The model.
         steps: Functions that run it.
         outside: Modules that are to be left alone with all that is in them -> why.
     """
-    names: dict[Any, str] = {module: name for name, module in model.named_modules()}
-    layouts: dict[nn.Module, Layout] = {}
+    layouts: dict[str, Layout] = {}
+    whole: dict[str, Layout] = {}
     reasons: dict[str, str] = {}
     inside = set(parts_of_layers(model))
     for name, module in model.named_modules():
@@ -57,26 +60,25 @@ def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, s
         if isinstance(module, torch.jit.ScriptModule):  # its children are run by no one who calls hooks
             inside.update(child for child in module.modules() if child is not module)
         if isinstance(found, Layout):
-            layouts[module] = found
+            layouts[name] = found
+            if _is_forward_known(module):
+                whole[name] = found
         elif found is not None:
             reasons[name] = found
+    recorder = Recorder(model, whole, reasons)
+    with _modes_kept(model), recorder.recording():
+        for step in steps:
+            recorder.show(step())
+    return Trace(model, recorder.tape, layouts, reasons)
 
-    recorder = Recorder(names, layouts, reasons)
 
-    def run(_: nn.Module, __: Any) -> list[torch.Tensor]:
-        with recorder.hooks(model), recorder:
-            for step in steps:
-                step()
-        return recorder.finish()
-
-    graph = _Graph()
-    with _traceable(model), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch-pruning announces bare parameters and operators it does not know
-        graph.build(model, run)
-        map_indices(graph, recorder)
-    names.update({p: n for n, p in model.named_parameters()})
-    owners = {parameter: layer for layer in layouts for parameter in layer.parameters(recurse=False)}
-    return Trace(graph, names, layouts, recorder.order, recorder.ran, reasons, recorder.markers, owners)
+def _is_forward_known(module: nn.Module) -> bool:
+    """Whether a layer computes what its entry in the table says: subclasses may do something else."""
+    entry = layer_type(module)
+    if entry is None or "forward" in vars(module):
+        return False
+    defining = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
+    return defining.__module__.partition(".")[0] == "torch" or defining in entry.types
 
 
 def _left_alone(name: str, module: nn.Module, outside: Mapping[str, str]) -> str | None:
@@ -87,40 +89,12 @@ def _left_alone(name: str, module: nn.Module, outside: Mapping[str, str]) -> str
     return found if any(True for _ in module.parameters(recurse=False)) else None
 
 
-class _Graph(tp.DependencyGraph):  # type: ignore[misc]
-    """torch-pruning's dependency graph, without its index mappings: it guesses them, and stumbles over some."""
-
-    def build(self, model: nn.Module, run: Callable[[nn.Module, Any], list[torch.Tensor]]) -> None:
-        """Trace the model; every step but the mapping of indices is torch-pruning's."""
-        self.verbose = False
-        self.model = model
-        self.ignored_params: list[nn.Parameter] = []
-        self._module2name = {module: name for name, module in model.named_modules()}
-        self._param_to_name, self.unwrapped_parameters = self._detect_unwrapped_parameters(None)
-        self.module2node = self._trace(model, (), run, None)
-        self._build_dependency(self.module2node)
-        for node in self.module2node.values():
-            if node.type == ops.OPTYPE.UNBIND:
-                index_mapping.update_unbind_index_mapping(self, node)
-            elif node.type == ops.OPTYPE.EXPAND:
-                index_mapping.update_expand_index_mapping(self, node)
-
-
 @contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Grad mode on, every floating-point parameter asks for gradients (frozen ones would vanish from the graph)."""
-    flags = [(p, p.requires_grad) for p in model.parameters()]
-    modules = [(module, module.training, set(module._forward_hooks)) for module in model.modules()]
+def _modes_kept(model: nn.Module) -> Iterator[None]:
+    """Every module is in the mode, training or not, in which it was."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
-        for parameter, _ in flags:
-            if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode, hooks in modules:
+        for module, mode in modes:
             module.training = mode
-            for handle in set(module._forward_hooks) - hooks:  # torch-pruning leaves its own when a step raises
-                del module._forward_hooks[handle]

@@ -7,7 +7,7 @@ not counted, as is the field's habit.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from lightning_softprune.graph.layers import (
     LayerType,
     Layout,
     MacTerm,
+    Port,
     Shape,
     Sizes,
     TensorAxis,
@@ -39,6 +40,7 @@ class LinearType(LayerType):
     """``nn.Linear``."""
 
     types = (nn.Linear,)
+    mixes_positions = False
     takes_bias = True
 
     def describe(self, module: nn.Linear) -> Layout:
@@ -196,6 +198,7 @@ class PassingOn(LayerType):
     """
 
     produces = False
+    mixes_positions = False
     tensors: tuple[str, ...] = ("weight", "bias")
     attribute: str
 
@@ -302,6 +305,10 @@ class EmbeddingType(PassingOn):
     produces = True
     attribute = "embedding_dim"
 
+    def taken(self, module: nn.Embedding, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
+        """Nothing: it is given numbers."""
+        return iter(())
+
     def describe(self, module: nn.Embedding) -> Layout:
         """See `LayerType`."""
         return Layout({"both": module.embedding_dim}, (TensorAxis("weight", 1, "both"),))
@@ -330,6 +337,12 @@ class AttentionType(LayerType):
             TensorAxis("out_proj.bias", 0, "both"),
         )
         return Layout({"both": module.embed_dim}, axes, {"both": module.num_heads})
+
+    def taken(self, module: nn.MultiheadAttention, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
+        """Queries, keys and values."""
+        for place, name in enumerate(("query", "key", "value")):
+            tensor = _argument(inputs, place, name)
+            yield Port(tensor, "both", tensor.ndim - 1)
 
     def resize(self, module: nn.MultiheadAttention, sizes: Mapping[str, int]) -> None:
         """See `LayerType`."""

@@ -1,0 +1,11 @@
+"""How channels flow through a model: its steps on a tape, and labels carried along it.
+
+`tape` records what runs, `labels` says what a dimension's indices belong to, `rules` and its tables tell what each
+operator does to them, `propagate` puts it together.
+"""
+
+from lightning_softprune.graph.flow.labels import Couplings, Split
+from lightning_softprune.graph.flow.propagate import Flow
+from lightning_softprune.graph.flow.tape import Recorder, Tape
+
+__all__ = ["Couplings", "Flow", "Recorder", "Split", "Tape"]

@@ -1,0 +1,191 @@
+"""Labels: which atoms the indices of a tensor's dimensions belong to, and how they move.
+
+An *atom* is one index of one slot of a layer, or of one dimension of a bare parameter or buffer. A dimension's *label*
+is an array that gives the atom of each of its indices (-1 for an index of a fixed place, as of a padding), or `FIXED`
+where the whole dimension has a size that is given from outside (a batch, positions, raw data), or `FREE` where
+nothing is known against any size (zeros made to fit). Atoms that have to go together are *united*; atoms that cannot go
+are *pinned*, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from lightning_softprune.utilities.arrays import IntArray
+
+FREE, FIXED = "free", "fixed"
+Label = Any  # FREE, FIXED or an array
+Labels = list[Label]
+
+
+def is_atoms(label: Label) -> bool:
+    """Whether a label names atoms."""
+    return isinstance(label, np.ndarray)
+
+
+@dataclass
+class Split:
+    """A dimension that was laid out over several: which of them carries the atoms is a choice.
+
+    Attributes:
+        site: Tells it from others; calls from the same line share their choice.
+        sizes: Of the dimensions that the atoms vary along.
+        chosen: Which of these carries them.
+        atoms: The atoms.
+    """
+
+    site: str
+    sizes: tuple[int, ...]
+    chosen: int
+    atoms: IntArray
+
+
+@dataclass
+class Couplings:
+    """What has been found out of atoms.
+
+    Attributes:
+        count: Atoms so far.
+        slots: Layer or tensor name and slot -> its first atom, its size.
+        pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
+        splits: Dimensions that were laid out over several.
+        extents: Sizes of dimensions that hold atoms where the user's code names sizes: atoms, module.
+    """
+
+    count: int = 0
+    slots: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+    pins: list[tuple[IntArray, str, bool]] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
+    extents: list[tuple[IntArray, str]] = field(default_factory=list)
+    _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
+    _known: set[tuple[int, int]] = field(default_factory=set)
+    _held: list[IntArray] = field(default_factory=list)
+
+    def slot(self, name: str, slot: str, size: int) -> IntArray:
+        """The atoms of a slot."""
+        first, _ = self.slots.setdefault((name, slot), (self.count, size))
+        self.count = max(self.count, first + size)
+        return np.arange(first, first + size)
+
+    def unite(self, one: IntArray, other: IntArray) -> None:
+        """Atoms at the same place go together; what meets a fixed place stays."""
+        if (id(one), id(other)) in self._known:
+            return
+        self._known.add((id(one), id(other)))
+        self._held += [one, other]  # their identities stay taken
+        both = (one >= 0) & (other >= 0)
+        if both.all():
+            self._edges.append((one, other))
+            return
+        self._edges.append((one[both], other[both]))
+        for atoms, there in ((one, other), (other, one)):
+            lonely = atoms[(atoms >= 0) & (there < 0)]
+            if len(lonely):
+                self.pins.append((lonely, "it is added to a place whose size is fixed", False))
+
+    def pin(self, label: Label, reason: str) -> None:
+        """The atoms of a label cannot go, and no others of their group."""
+        if is_atoms(label) and (label >= 0).any():
+            self.pins.append((label[label >= 0], reason, True))
+
+    def merge(self, one: Label, other: Label, reason: str) -> Label:
+        """The label of a dimension that two tensors meet in, index by index.
+
+        Args:
+            one: The label of the one's dimension.
+            other: The other's, of the same size.
+            reason: Why atoms that meet a fixed size cannot go.
+        """
+        if is_atoms(one) and is_atoms(other):
+            if one is not other:
+                self.unite(one, other)
+                if (one < 0).any() and len(one) == len(other):
+                    return np.where(one >= 0, one, other)
+            return one
+        for label, there in ((one, other), (other, one)):
+            if is_atoms(label):
+                if there == FIXED:
+                    self.pin(label, reason)
+                return label
+        return FIXED if FIXED in (one, other) else FREE
+
+    def classes(self) -> IntArray:
+        """The class of each atom: those that go together have the same."""
+        if not self.count:
+            return np.zeros(0, dtype=np.int64)
+        one = np.concatenate([edge[0] for edge in self._edges] or [np.zeros(0, np.int64)])
+        other = np.concatenate([edge[1] for edge in self._edges] or [np.zeros(0, np.int64)])
+        graph = coo_matrix((np.ones(len(one), dtype=np.int8), (one, other)), shape=(self.count, self.count))
+        return np.asarray(connected_components(graph, directed=False)[1], dtype=np.int64)
+
+
+@dataclass
+class Moved:
+    """What a reshape does to the labels of some neighbouring dimensions.
+
+    Attributes:
+        before, after: The dimensions.
+        elements: The atom of each element of these dimensions, in the shape of ``after``; ``None`` without atoms.
+        rest: What the dimensions are that carry no atoms.
+        crossed: Labels that could not be followed, because another dimension with atoms is laid out with them.
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    elements: IntArray | None
+    rest: Label
+    crossed: list[Label]
+
+
+def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """The dimensions of two shapes with the same number of elements, in blocks of the same size.
+
+    >>> list(blocks((2, 6, 5), (2, 2, 3, 5)))
+    [([0], [0]), ([1], [1, 2]), ([2], [3])]
+    """
+    i = j = 0
+    while i < len(before) or j < len(after):
+        mine, theirs = [], []
+        left = right = 1
+        if i < len(before):
+            mine, left, i = [i], before[i], i + 1
+        if j < len(after):
+            theirs, right, j = [j], after[j], j + 1
+        while left != right or not mine or not theirs:
+            if (left < right or not mine) and i < len(before):
+                mine, left, i = [*mine, i], left * before[i], i + 1
+            elif j < len(after):
+                theirs, right, j = [*theirs, j], right * after[j], j + 1
+            else:
+                break
+        # dimensions of one element go where they fall
+        yield mine, theirs
+
+
+def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterator[Moved]:
+    """Follow labels through a reshape, block by block."""
+    for mine, theirs in blocks(before, after):
+        large = [dim for dim in mine if before[dim] > 1]
+        atoms = [dim for dim in large if is_atoms(labels[dim])]
+        rest = FIXED if any(isinstance(labels[dim], str) and labels[dim] == FIXED for dim in large) else FREE
+        if not atoms:
+            yield Moved(tuple(mine), tuple(theirs), None, rest, [])
+            continue
+        carrier = max(atoms, key=lambda dim: before[dim])
+        shape = [before[dim] for dim in mine]
+        view = [1] * len(mine)
+        view[mine.index(carrier)] = before[carrier]
+        elements = np.broadcast_to(labels[carrier].reshape(view), shape).reshape([after[dim] for dim in theirs])
+        crossed = [labels[dim] for dim in atoms if dim != carrier]
+        yield Moved(tuple(mine), tuple(theirs), elements, rest, crossed)
+
+
+def varies(elements: IntArray, axis: int) -> bool:
+    """Whether the atoms of an array differ along an axis."""
+    return elements.shape[axis] > 1 and bool((elements != elements.take([0], axis=axis)).any())

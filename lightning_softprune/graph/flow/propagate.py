@@ -1,0 +1,258 @@
+"""From a tape to couplings: labels are carried through all operations that anything shown depends on.
+
+What nobody reads is left out: a tensor that a step computes and drops pins nothing. Everything else that leaves the
+steps pins its atoms, and so do layers that no later layer reads: they produce the network's outputs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
+from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
+from lightning_softprune.graph.flow.rules import RULES
+from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
+from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
+from lightning_softprune.utilities.arrays import IntArray
+
+_PRODUCTS = rules_of_products.__name__
+_HEADS = ("head", "group", "expert")
+
+
+@dataclass
+class Flow:
+    """Labels of all values of a tape, and what couples their atoms.
+
+    Attributes:
+        model: The model.
+        tape: What it computed.
+        layouts: Its layers, by name.
+        reasons: Modules that cannot be looked into -> why.
+        choices: Split -> which alternative is tried.
+        couplings: What has been found.
+    """
+
+    model: nn.Module
+    tape: Tape
+    layouts: Mapping[str, Layout]
+    reasons: Mapping[str, str]
+    choices: Mapping[str, int] = field(default_factory=dict)
+    couplings: Couplings = field(default_factory=Couplings)
+
+    def __post_init__(self) -> None:
+        self._labels: dict[int, Labels] = {}
+        self._modules = dict(self.model.named_modules())
+        self._slots: dict[tuple[str, str], IntArray] = {}
+        self._owned: dict[int, list[tuple[str, TensorAxis]]] = defaultdict(list)
+        for name, layout in self.layouts.items():
+            for axis in layout.axes:
+                tensor = tensor_at(self._modules[name], axis.tensor)
+                if tensor is not None:
+                    self._owned[id(tensor)].append((name, axis))
+        self._tensors = dict(named_tensors(self.model))
+        for owners in self._owned.values():
+            self._tie(owners)
+
+    # ------------------------------------------------------------------------------------------------------- labels
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """A value's shape."""
+        return self.tape.shapes[value.number]
+
+    def labels(self, value: Value) -> Labels:
+        """The labels of a value's dimensions."""
+        known = self._labels.get(value.number)
+        if known is None:
+            source = self.tape.sources.get(value.number)
+            if source is not None:
+                known = self._labels_of_source(source)
+            else:
+                known = [FREE if value.number in self.tape.fresh or n == 1 else FIXED for n in self.shape(value)]
+            self._labels[value.number] = known
+        custom = self.tape.custom.get(value.number)
+        if custom is not None:
+            for label in known:
+                self.couplings.pin(label, f"goes through {custom}, an autograd function of the model's own")
+        return known
+
+    def atoms(self, layer: str, slot: str) -> IntArray:
+        """The atoms of a layer's slot; equal parts of it lose the same channels."""
+        if (layer, slot) not in self._slots:
+            layout = self.layouts[layer]
+            size, parts = layout.slots[slot], layout.parts.get(slot, 1)
+            found = self._slots[layer, slot] = self.couplings.slot(layer, slot, size)
+            if parts > 1:
+                rules_of_shape.alike(self, found, size // parts)
+        return self._slots[layer, slot]
+
+    def _labels_of_source(self, name: str) -> Labels:
+        tensor = self._tensors[name]
+        owners = self._owned.get(id(tensor))
+        if not owners:
+            return [
+                FREE if size == 1 else self.couplings.slot(name, f"dim{dim}", size)
+                for dim, size in enumerate(tensor.shape)
+            ]
+        labels: Labels = [FREE if size == 1 else FIXED for size in tensor.shape]
+        for layer, axis in owners:
+            labels[axis.dim] = self._along(layer, axis)
+        return labels
+
+    def _along(self, layer: str, axis: TensorAxis) -> IntArray:
+        atoms = self.atoms(layer, axis.slot)
+        if axis.parts > 1:
+            return atoms[: len(atoms) // axis.parts]
+        return np.tile(atoms, axis.repeat) if axis.repeat > 1 else atoms
+
+    def _tie(self, owners: Sequence[tuple[str, TensorAxis]]) -> None:
+        """Layers that share a tensor lose the same of it."""
+        by_dim: dict[int, tuple[str, TensorAxis]] = {}
+        if len({layer for layer, _ in owners}) < 2:
+            return
+        for layer, axis in owners:
+            first = by_dim.setdefault(axis.dim, (layer, axis))
+            if first != (layer, axis):
+                self.couplings.unite(self._along(*first), self._along(layer, axis))
+        sided = defaultdict(set)
+        for layer, axis in owners:
+            sided[layer].add(axis.dim)
+        for dim, (layer, axis) in by_dim.items():
+            others = [other for other, dims in sided.items() if dim not in dims]
+            if others:
+                reason = f"{layer} shares its {axis.tensor} with {others[0]}, which needs all of it"
+                self.couplings.pin(self._along(layer, axis), reason)
+
+    def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
+        """Which of some dimensions the modules around count as heads."""
+        name = operation.site.module
+        for module in (name, name.rpartition(".")[0]):
+            found = vars(self._modules[module]) if module in self._modules else {}
+            counts = {v for k, v in found.items() if type(v) is int and any(word in k for word in _HEADS)}
+            counts -= {v for k, v in found.items() if type(v) is int and ("dim" in k or "size" in k)}
+            places = [place for place, size in enumerate(sizes) if size in counts]
+            if places:
+                return places[-1] if len(sizes) > 2 and len(places) > 1 else places[0]
+        return None
+
+    # -------------------------------------------------------------------------------------------------- propagation
+
+    def run(self) -> Couplings:
+        """Carry the labels through everything that anything shown depends on."""
+        live, feeding = self._live()
+        for operation, alive, feeds in zip(self.tape.operations, live, feeding, strict=True):
+            if not alive:
+                continue
+            if operation.name == "layer":
+                results = self._through_layer(operation)
+            elif operation.name == "cut":
+                results = self._into_cut(operation)
+            elif operation.name in RULES:
+                results = RULES[operation.name](self, operation)
+            elif operation.pointwise:
+                results = rules_of_numbers.pointwise(self, operation)
+            elif operation.inputs:
+                results = rules_of_numbers.unknown(self, operation)
+            else:
+                results = [[FREE] * len(self.shape(value)) for value in operation.outputs if value is not None]
+            outputs = [value for value in operation.outputs if value is not None]
+            if len(results) == len(operation.outputs):
+                results = [r for r, value in zip(results, operation.outputs, strict=True) if value is not None]
+            for value, labels in zip(outputs, results, strict=True):
+                if len(labels) != len(self.shape(value)):  # an operator in a form that its rule does not know
+                    labels = rules_of_numbers.unknown(self, operation)[0]
+                    labels = [FIXED] * len(self.shape(value))
+                self._labels[value.number] = labels
+            if not feeds and self._mixes(operation):
+                self._pin_outputs(operation)
+        for number in sorted(self.tape.shown):
+            for label in self.labels(Value(number)):
+                self.couplings.pin(label, "is what a step returns, logs, keeps or hands to Python")
+        return self.couplings
+
+    def _mixes(self, operation: Operation) -> bool:
+        if operation.name == "layer":
+            return any(True for _ in operation.given)
+        rule = RULES.get(operation.name)
+        return rule is not None and rule.__module__ == _PRODUCTS and self._has_parameters(operation)
+
+    def _has_parameters(self, operation: Operation) -> bool:
+        return any(value.number in self.tape.sources for value in operation.inputs)
+
+    def _pin_outputs(self, operation: Operation) -> None:
+        name = operation.layer or operation.site.module or operation.name
+        labels = [self.labels(value)[dim] for value, _, dim, _ in operation.given]
+        if not operation.layer:
+            labels = [label for value in operation.outputs if value is not None for label in self.labels(value)]
+        for label in labels:
+            self.couplings.pin(label, f"{name} produces an output of the network")
+
+    def _live(self) -> tuple[list[bool], list[bool]]:
+        """For each operation: whether anything shown depends on it, and whether a later layer does."""
+        tape = self.tape
+        made = {tape.aliases[v.number] for o in tape.operations for v in o.outputs if v is not None}
+        made -= {tape.aliases[number] for number in tape.sources}
+        outside = {tape.aliases[v.number] for o in tape.operations for v in o.inputs} - made
+        needed = {tape.aliases[number] for number in tape.shown}
+        everything = not needed
+        read: set[int] = set()
+        live, feeding = [], []
+        for operation in reversed(tape.operations):
+            outputs = {tape.aliases[value.number] for value in operation.outputs if value is not None}
+            inputs = {tape.aliases[value.number] for value in operation.inputs}
+            alive = everything or bool(outputs & needed) or bool(outputs & outside) or not outputs
+            feeds = bool(outputs & read)
+            if alive:
+                needed |= inputs
+                if self._mixes(operation) or operation.name == "cut" or feeds:
+                    read |= inputs
+            live.append(alive)
+            feeding.append(feeds)
+        return live[::-1], feeding[::-1]
+
+    def _through_layer(self, operation: Operation) -> list[Labels]:
+        name = operation.layer
+        entry = layer_type(self._modules[name])
+        passes = entry is not None and not entry.mixes_positions
+        if passes and not operation.taken and not operation.given and operation.inputs:
+            return [list(self.labels(operation.inputs[0])) for _ in operation.outputs]  # one slope for all channels
+        ports = {(value.number, dim) for value, _, dim, _ in operation.taken}
+        leading: dict[int, Label] = {}
+        first = operation.taken[0] if operation.taken else None
+        for value, slot, dim, repeat in operation.taken:
+            atoms = self.atoms(name, slot)
+            atoms = np.tile(atoms, repeat) if repeat > 1 else atoms
+            label = self.labels(value)[dim]
+            if is_atoms(label):
+                self.couplings.unite(atoms, label)
+            elif label == FIXED:
+                self.couplings.pin(atoms, f"{name} reads a tensor whose width is fixed")
+        for value in operation.inputs:
+            for dim, label in enumerate(self.labels(value)):
+                if (value.number, dim) in ports:
+                    continue
+                if passes and first is not None and value.number == first[0].number:
+                    leading[dim] = label
+                elif is_atoms(label):
+                    self.couplings.pin(label, f"{name} takes it where it expects no channels")
+        labels: dict[int, Labels] = {}
+        rank = len(self.shape(first[0])) if first is not None else -1
+        for output in operation.outputs:
+            if output is not None:
+                dims = range(len(self.shape(output)))
+                labels[output.number] = [leading.get(d, FIXED) if len(dims) == rank else FIXED for d in dims]
+        for value, slot, dim, repeat in operation.given:
+            atoms = self.atoms(name, slot)
+            labels[value.number][dim] = np.tile(atoms, repeat) if repeat > 1 else atoms
+        return [labels[value.number] for value in operation.outputs if value is not None]
+
+    def _into_cut(self, operation: Operation) -> list[Labels]:
+        reason = self.reasons.get(operation.layer, "it cannot be looked into")
+        for value in operation.inputs:
+            for label in self.labels(value):
+                self.couplings.pin(label, f"feeds {operation.layer}: {reason}")
+        return [[FIXED] * len(self.shape(value)) for value in operation.outputs if value is not None]

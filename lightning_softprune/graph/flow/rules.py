@@ -1,0 +1,78 @@
+"""The table of rules: how each elementary operator moves and unites labels.
+
+A rule is called with the flow and an operation and returns the labels of the outputs. An operator without a rule pins
+all that it is given. `rules_of_shape`, `rules_of_products` and `rules_of_numbers` hold the entries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from lightning_softprune.graph.flow.labels import Couplings, Label, Labels
+from lightning_softprune.graph.flow.tape import Operation, Value
+
+
+class Flow(Protocol):
+    """What rules may ask of what calls them."""
+
+    couplings: Couplings
+    choices: Mapping[str, int]
+
+    def labels(self, value: Value) -> Labels:
+        """Labels of a value's dimensions."""
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """Its shape."""
+
+    def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
+        """Which of some dimensions the code around counts as heads."""
+
+
+Rule = Callable[[Flow, Operation], "list[Labels]"]
+
+RULES: dict[str, Rule] = {}
+"""By the operator's name, without the underscore of in-place variants."""
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Enter a function into the table."""
+
+    def enter(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return enter
+
+
+def argument(operation: Operation, name: str, default: Any = None) -> Any:
+    """An argument of an operation; the default where it was not given."""
+    value = operation.arguments.get(name, default)
+    return default if value is None else value
+
+
+def dim_of(operation: Operation, rank: int, name: str = "dim", default: int = 0) -> int:
+    """An argument that is a dimension, not negative."""
+    return int(argument(operation, name, default)) % max(rank, 1)
+
+
+def said(operation: Operation, text: str) -> str:
+    """A reason that names the operation and where it is."""
+    return f"{operation.name} {operation.site} {text}"
+
+
+def aligned(flow: Flow, values: Sequence[Value], rank: int, operation: Operation) -> Labels:
+    """The labels of a result of this rank that tensors broadcast to, index by index."""
+    result: list[Label] = ["free"] * rank
+    sizes = [1] * rank
+    reason = said(operation, "meets a tensor whose width is fixed")
+    for value in values:
+        shape, labels = flow.shape(value), flow.labels(value)
+        for dim, (size, label) in enumerate(zip(shape, labels, strict=True), rank - len(shape)):
+            if dim < 0 or (size == 1 and sizes[dim] != 1):
+                continue
+            if size != 1 and sizes[dim] == 1:
+                result[dim], sizes[dim] = label, size
+            else:
+                result[dim] = flow.couplings.merge(result[dim], label, reason)
+    return result

@@ -1,0 +1,250 @@
+"""Rules of operators that compute along dimensions: sums, norms, softmax, pooling, indexing, losses."""
+
+from __future__ import annotations
+
+from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
+from lightning_softprune.graph.flow.rules import Flow, aligned, argument, dim_of, rule, said
+from lightning_softprune.graph.flow.rules_of_shape import alike
+from lightning_softprune.graph.flow.tape import Operation, Value
+
+
+def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
+    """Element by element, with broadcasting."""
+    result = operation.outputs[0]
+    rank = len(flow.shape(result)) if result is not None else 0
+    labels = aligned(flow, operation.inputs, rank, operation)
+    return [labels if value is not None else [] for value in operation.outputs]
+
+
+@rule(
+    "where",
+    "masked_fill",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "copy",
+    "clamp",
+    "maximum",
+    "minimum",
+    "prelu",
+    "_prelu_kernel",
+)
+def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
+    return pointwise(flow, operation)
+
+
+@rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm")
+@rule("prod", "any", "all", "nansum", "count_nonzero", "median", "nanmedian", "aminmax", "max", "min", "mode")
+@rule("argmax", "argmin")
+def _reduction(flow: Flow, operation: Operation) -> list[Labels]:
+    source = operation.inputs[0]
+    if operation.name in ("max", "min") and "other" in operation.arguments:
+        return pointwise(flow, operation)
+    labels = flow.labels(source)
+    dims = operation.arguments.get("dim", operation.arguments.get("dims"))
+    dims = (dims,) if isinstance(dims, int) else dims
+    over = {int(dim) % max(len(labels), 1) for dim in dims} if dims else set(range(len(labels)))
+    numbers = operation.name in ("argmax", "argmin") or (dims and operation.name in ("max", "min", "median", "mode"))
+    for dim in over if numbers else ():
+        flow.couplings.pin(labels[dim], said(operation, "tells which of its channels is the largest, by number"))
+    keep = bool(argument(operation, "keepdim", False))
+    kept = [FREE if dim in over else label for dim, label in enumerate(labels) if keep or dim not in over]
+    return [list(kept) for _ in operation.outputs]
+
+
+@rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "renorm")
+def _softmax(flow: Flow, operation: Operation) -> list[Labels]:
+    return [list(flow.labels(operation.inputs[0]))]
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "flip", "roll", "kthvalue")
+def _ordered(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = list(flow.labels(operation.inputs[0]))
+    dims = operation.arguments.get("dim", operation.arguments.get("dims", -1))
+    dims = (dims,) if isinstance(dims, int) else dims or range(len(labels))
+    for dim in dims:
+        if labels and is_atoms(labels[int(dim)]):
+            flow.couplings.pin(labels[int(dim)], said(operation, "tells its channels apart by their place"))
+            labels[int(dim)] = FIXED
+    return [labels[: len(flow.shape(value))] for value in operation.outputs if value is not None]
+
+
+@rule("glu")
+def _glu(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = list(flow.labels(operation.inputs[0]))
+    dim = dim_of(operation, len(labels), default=-1)
+    if is_atoms(labels[dim]):
+        half = len(labels[dim]) // 2
+        alike(flow, labels[dim], half)
+        labels[dim] = labels[dim][:half]
+    return [labels]
+
+
+@rule("native_layer_norm", "_fused_rms_norm", "rms_norm", "layer_norm")
+def _layer_norm(flow: Flow, operation: Operation) -> list[Labels]:
+    source = operation.inputs[0]
+    values = [source, *(operation.arguments[n] for n in ("weight", "bias") if operation.arguments.get(n) is not None)]
+    labels = aligned(flow, values, len(flow.shape(source)), operation)
+    inner = len(argument(operation, "normalized_shape"))
+    for label in labels[len(labels) - inner :]:
+        if is_atoms(label):
+            flow.couplings.extents.append((label, operation.site.module))
+    moments = [*labels[: len(labels) - inner], *[FREE] * inner]
+    return [labels, *[list(moments) for _ in operation.outputs[1:]]]
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
+@rule("batch_norm", "_batch_norm_with_update", "native_group_norm", "miopen_batch_norm")
+def _channel_norm(flow: Flow, operation: Operation) -> list[Labels]:
+    source = operation.inputs[0]
+    labels = list(flow.labels(source))
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = operation.arguments.get(name)
+        if value is not None:
+            labels[1] = flow.couplings.merge(
+                labels[1], flow.labels(value)[0], said(operation, "meets a tensor whose width is fixed")
+            )
+    groups = operation.arguments.get("group")
+    if groups and is_atoms(labels[1]):
+        alike(flow, labels[1], len(labels[1]) // int(groups))
+    return [labels, *[[FIXED] * len(flow.shape(v)) for v in operation.outputs[1:] if v is not None]]
+
+
+_SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
+
+
+@rule("max_pool2d_with_indices", "max_pool3d_with_indices", "max_pool1d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
+@rule(
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_avg_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"
+)
+@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
+@rule("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d")
+@rule("fractional_max_pool2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
+@rule("grid_sampler_2d", "grid_sampler_3d", "im2col", "max_unpool2d")
+def _pool(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = flow.labels(operation.inputs[0])
+    dims = next((n for name, n in _SPATIAL.items() if name in operation.name.replace("_", "")), 2)
+    for label in labels[len(labels) - dims :]:
+        flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
+    if operation.name == "im2col":
+        flow.couplings.pin(labels[1], said(operation, "unfolds its channels"))
+        return [[FIXED] * 3]
+    kept = [*labels[: len(labels) - dims], *[FIXED] * dims]
+    return [list(kept) for _ in operation.outputs]
+
+
+@rule("index", "_unsafe_index")
+def _index(flow: Flow, operation: Operation) -> list[Labels]:
+    source, result = operation.inputs[0], operation.outputs[0]
+    assert result is not None
+    labels, indices = list(flow.labels(source)), argument(operation, "indices")
+    used = [dim for dim, index in enumerate(indices) if isinstance(index, Value)]
+    for dim in used:
+        flow.couplings.pin(labels[dim], said(operation, "picks channels by their numbers"))
+    for index in (index for index in indices if isinstance(index, Value)):
+        for label in flow.labels(index):
+            flow.couplings.pin(label, said(operation, "picks by an index that has its width"))
+    new = len(flow.shape(result)) - (len(labels) - len(used))
+    if used and used != list(range(used[0], used[0] + len(used))):
+        return [[FIXED] * new + [label for dim, label in enumerate(labels) if dim not in used]]
+    first = used[0] if used else 0
+    return [[*labels[:first], *[FIXED] * new, *labels[first + len(used) :]]]
+
+
+@rule("index_select", "gather", "take_along_dim")
+def _gather(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = list(flow.labels(operation.arguments["self"]))
+    dim = dim_of(operation, len(labels))
+    flow.couplings.pin(labels[dim], said(operation, "picks channels by their numbers"))
+    labels[dim] = FIXED
+    if operation.name == "gather":
+        return [_with_index(flow, operation, labels, dim)]
+    return [labels]
+
+
+def _with_index(flow: Flow, operation: Operation, labels: Labels, dim: int) -> Labels:
+    """Labels that an index of the same rank goes along with, but in the dimension that it picks from."""
+    index = operation.arguments["index"]
+    for other, label in enumerate(flow.labels(index)):
+        if other != dim:
+            labels[other] = flow.couplings.merge(
+                labels[other], label, said(operation, "picks by an index whose width is fixed")
+            )
+    return labels
+
+
+@rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "select_scatter")
+@rule("slice_scatter", "index_reduce", "index_put", "_index_put_impl", "masked_scatter")
+def _scatter(flow: Flow, operation: Operation) -> list[Labels]:
+    target = operation.inputs[0]
+    labels = list(flow.labels(target))
+    rest = [value for value in operation.inputs[1:] if value.number != target.number]
+    if operation.name in ("index_put", "_index_put_impl"):
+        indexed = [d for d, i in enumerate(argument(operation, "indices")) if isinstance(i, Value)]
+    elif operation.name == "masked_scatter":
+        indexed = list(range(len(labels)))
+    else:
+        indexed = [dim_of(operation, len(labels))] if labels else []
+    for dim in indexed:
+        flow.couplings.pin(labels[dim], said(operation, "writes channels by their numbers"))
+    for value in rest:
+        shape = flow.shape(value)
+        for dim, label in enumerate(flow.labels(value), len(labels) - len(shape)):
+            same = 0 <= dim < len(labels) and dim not in indexed and flow.shape(target)[dim] == shape[dim - len(labels)]
+            if same and is_atoms(label):
+                labels[dim] = flow.couplings.merge(labels[dim], label, said(operation, "writes into a fixed width"))
+            else:
+                flow.couplings.pin(label, said(operation, "writes it to places by their numbers"))
+    return [labels]
+
+
+@rule("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "soft_margin_loss", "l1_loss")
+def _loss(flow: Flow, operation: Operation) -> list[Labels]:
+    result = operation.outputs[0]
+    rank = max((len(flow.shape(value)) for value in operation.inputs), default=0)
+    labels = aligned(flow, operation.inputs, rank, operation)
+    return [labels if result is not None and len(flow.shape(result)) == rank else []]
+
+
+@rule("nll_loss_forward", "nll_loss2d_forward", "nll_loss", "multi_margin_loss", "multilabel_margin_loss_forward")
+def _class_loss(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = flow.labels(operation.inputs[0])
+    if labels:
+        flow.couplings.pin(labels[min(1, len(labels) - 1)], said(operation, "reads classes by their numbers"))
+    return [_sized(flow, value) for value in operation.outputs if value is not None]
+
+
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def _fft(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = list(flow.labels(operation.inputs[0]))
+    for dim in argument(operation, "dim", ()):
+        flow.couplings.pin(labels[int(dim)], said(operation, "transforms along its channels"))
+        labels[int(dim)] = FIXED
+    return [labels]
+
+
+@rule("view_as_real", "view_as_complex")
+def _complex(flow: Flow, operation: Operation) -> list[Labels]:
+    labels = list(flow.labels(operation.inputs[0]))
+    if operation.name == "view_as_real":
+        return [[*labels, FIXED]]
+    flow.couplings.pin(labels[-1], said(operation, "makes complex numbers of it"))
+    return [labels[:-1]]
+
+
+@rule("_local_scalar_dense", "equal", "is_nonzero", "sym_size", "_assert_async", "_assert_scalar", "is_same_size")
+@rule("resize_as", "set", "record_stream")
+def _nothing(flow: Flow, operation: Operation) -> list[Labels]:
+    return [_sized(flow, value) for value in operation.outputs if value is not None]
+
+
+def _sized(flow: Flow, value: Value) -> Labels:
+    return [FIXED] * len(flow.shape(value))
+
+
+def unknown(flow: Flow, operation: Operation) -> list[Labels]:
+    """An operator without a rule: it pins all that it is given."""
+    for value in operation.inputs:
+        for label in flow.labels(value):
+            flow.couplings.pin(label, said(operation, "is an operator that is not known here"))
+    return [_sized(flow, value) for value in operation.outputs if value is not None]
