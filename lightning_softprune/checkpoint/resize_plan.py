@@ -25,7 +25,7 @@ from lightning_softprune.checkpoint.shapes import (
     tensor_sites,
     tensor_sites_by_name,
 )
-from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, shape_mismatch
+from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
 
 
@@ -363,6 +363,8 @@ class _ResizePlan:
             layer._parameters["bias"] = bias
         for layer in self.removed:
             layer._parameters["bias"] = None
+        for module in {id(place.module): place.module for _, owners in made for place in owners}.values():
+            refresh(module)
 
 
 def _of_shape(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:

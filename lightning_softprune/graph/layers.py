@@ -268,7 +268,7 @@ class LayerType:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 _TABLE: list[LayerType] = []
-_NEVER = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.EmbeddingBag)
+_NEVER = (nn.Bilinear, nn.EmbeddingBag)
 """Layers whose parameters no slot describes. Other modules with parameters of their own are traced through."""
 
 
@@ -312,6 +312,13 @@ def set_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
     if entry is None:
         raise TypeError(f"{type(module).__name__} is not a layer that can be sliced")
     entry.resize(module, sizes)
+
+
+def refresh(module: nn.Module) -> None:
+    """Renew what a layer keeps of its tensors beside them, after they were replaced; other modules keep nothing."""
+    entry = layer_type(module)
+    if entry is not None:
+        entry.refresh(module)
 
 
 def parts_of_layers(model: nn.Module) -> Iterator[nn.Module]:

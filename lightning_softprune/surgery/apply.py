@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.graph import Layout, PruningGroup, layout_of, set_sizes
+from lightning_softprune.graph import Layout, PruningGroup, layout_of, refresh, set_sizes
 from lightning_softprune.search import Plan
 
 KeptByDim = dict[int, torch.Tensor]
@@ -70,6 +70,7 @@ class Surgery:
         old = module.get_parameter(attribute)
         _share_hooks(old, new)
         module._parameters[attribute] = new
+        refresh(module)
         self.add(old, new, {})
         self.kept[name] = {}
 
@@ -203,6 +204,8 @@ class _Cut:
                 record.kept[full] = by_dim
             if isinstance(new, nn.Parameter):
                 record.add(tensor, new, by_dim)  # type: ignore[arg-type]
+        for module in touched.values():
+            refresh(module)
         return record
 
 

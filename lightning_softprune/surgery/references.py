@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.graph import Layout, Shape, layer_type, layout_of, set_sizes
+from lightning_softprune.graph import Layout, Shape, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
 from lightning_softprune.utilities.snapshot import ATOMS
 
@@ -263,6 +263,7 @@ class References:
                     if name in self._created:
                         bias = self._beside(self._created[name][1], tensor)
                         module._parameters["bias"] = nn.Parameter(bias, requires_grad=tensor.requires_grad)
+            refresh(module)
 
     # ---------------------------------------------------------------------------------------------------------- hooks
 

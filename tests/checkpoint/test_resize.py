@@ -244,7 +244,8 @@ OTHERS = {
         "1",
     ),
     "groups": (nn.Sequential(nn.GroupNorm(4, 8)), nn.Sequential(nn.GroupNorm(3, 6)), "0"),
-    "recurrent": (nn.Sequential(nn.LSTM(4, 8)), nn.Sequential(nn.LSTM(4, 6)), "0"),
+    "recurrent": (nn.Sequential(nn.LSTM(4, 8)), nn.Sequential(nn.GRU(4, 6)), "0"),
+    "projections": (nn.Sequential(nn.LSTM(4, 8, proj_size=3)), nn.Sequential(nn.LSTM(4, 8)), "0"),
     "computed weight": (
         nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))),
         nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))),

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ("Autoencoder", "classifier", "classifier produces an output of the network"),
         ("Autoencoder", "decoder.2", "decoder.2 produces an output of the network"),
-        ("Recurrent", "inner", "feeds gru: GRU layers cannot be sliced"),
-        ("Recurrent", "gru", "GRU layers cannot be sliced"),
         ("WeightNormed", "body", "feeds normed: the weights of this Linear are computed"),
         ("WeightNormed", "normed", "the weights of this Linear are computed"),
         ("DepthwiseMultiplier", "stem", "feeds multiplied: a depthwise convolution with a channel multiplier"),

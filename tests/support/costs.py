@@ -26,4 +26,6 @@ def _layer_macs(module, seen):
         return seen.applied * module.in_channels * module.out_channels / module.groups
     if isinstance(module, nn.Linear):
         return seen.applied * module.in_features * module.out_features
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):  # what each time step multiplies, once
+        return seen.applied * sum(p.numel() for p in module.parameters() if p.ndim == 2)
     return 0.0

@@ -1,5 +1,9 @@
 """The entries of the table of layer types; importing this folder puts them into the table (`layers.py`)."""
 
-from lightning_softprune.graph.layer_types.common import LAYER_TYPES
+from lightning_softprune.graph.layer_types.common import LAYER_TYPES as COMMON_TYPES
+from lightning_softprune.graph.layer_types.recurrent import RECURRENT_TYPES
+
+LAYER_TYPES = (*COMMON_TYPES, *RECURRENT_TYPES)
+"""All entries."""
 
 __all__ = ["LAYER_TYPES"]
