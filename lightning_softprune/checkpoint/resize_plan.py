@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,7 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     else:
         target, dense, exact = ModelShapes({}, shapes), live, False
     if exact and hook is not None:  # what this file does not know of was never pruned there
-        counts, unsaved = {**hook.dense.counts, **target.counts}, {**hook.dense.unsaved, **target.unsaved}
-        target = replace(target, counts=counts, unsaved=unsaved)
+        target = target.completed(hook.dense)
     if strict:
         _check_names(model, live, target, exact)
     plan = _ResizePlan(model, live, target, dense, exact)
@@ -424,7 +423,7 @@ class _ResizePlan:
 
 
 def _of_shape(tensor: torch.Tensor, shape: Shape, values: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor of this shape like the given one: with these values, or its own as far as they go and zeros elsewhere."""
+    """A tensor of this shape like the given one: with these values, or its own as far as they go, and zeros beyond."""
     new = tensor.detach().new_zeros(shape)
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         new = new.contiguous(memory_format=torch.channels_last)

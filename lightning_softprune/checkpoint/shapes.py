@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -110,6 +110,15 @@ class ModelShapes:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             **{field: items for field, items in later.items() if items},
         }
+
+    def completed(self, other: ModelShapes) -> ModelShapes:
+        """This form, with the counts and tensors that only another form of the model knows and that fit here."""
+        fitting = {
+            name: value
+            for name, value in other.unsaved.items()
+            if self.shapes.get(name, value.shape) == tuple(value.shape)
+        }
+        return replace(self, counts={**other.counts, **self.counts}, unsaved={**fitting, **self.unsaved})
 
     def has(self, state: Mapping[str, Shape]) -> bool:
         """Whether a state dict of these shapes is of this form, as far as both name the same tensors."""
