@@ -6,7 +6,10 @@ A pruned model's checkpoint is an ordinary one with one more entry, ``checkpoint
 - ``layers``: module name -> its slot sizes, for every layer that has slots (convolutions: ``in``, ``out``, ``groups``);
 - ``shapes``: name of every parameter and buffer -> its shape, bare parameters included;
 - ``created_biases``: names of the biases that compensation added; the class itself does not make them;
-- ``dense``: ``layers`` and ``shapes`` of the model before its first round;
+- ``counts``: attributes that count pruned channels (``num_heads``), by name, and their values;
+- ``unsaved``: pruned tensors that no state dict has (plain attributes, buffers that are not persistent), by name: these
+  are tensors;
+- ``dense``: ``layers``, ``shapes``, ``counts`` and ``unsaved`` of the model before its first round;
 - ``results``: the rounds, as :meth:`PruningResult.to_dict` writes them;
 - ``earlier``: those of the fits before, if the module was pruned in any;
 - ``optimizers``: in full checkpoints, the parameters of each group of each optimizer by name, in order.
@@ -19,7 +22,14 @@ layers that keep a tensor along each of their slots.
 
 from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
 from lightning_softprune.checkpoint.reading import recorded_rounds
-from lightning_softprune.checkpoint.record import FORMAT, is_recorded, keep_record, order_parameters, rounds_of
+from lightning_softprune.checkpoint.record import (
+    FORMAT,
+    is_recorded,
+    keep_dense,
+    keep_record,
+    order_parameters,
+    rounds_of,
+)
 from lightning_softprune.checkpoint.resize_plan import resize
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 
@@ -30,6 +40,7 @@ __all__ = [
     "ModelShapes",
     "PrunedCheckpointMixin",
     "is_recorded",
+    "keep_dense",
     "keep_record",
     "load_from_checkpoint",
     "order_parameters",

@@ -65,6 +65,7 @@ def read_record(record: Any, checkpoint: Mapping[str, Any]) -> Record:
     if "earlier" in record:
         recorded_rounds(record, "earlier")
     _check_biases(record, form, dense)
+    _check_counts(form, dense)
     state = checkpoint.get("state_dict")
     tensors = tensor_shapes(state) if isinstance(state, Mapping) else {}
     for name, shape in tensors.items():
@@ -108,23 +109,6 @@ def tensor_shapes(state: Mapping[Any, Any]) -> dict[str, Shape]:
     }
 
 
-def stored_elements(state: Mapping[Any, Any]) -> int:
-    """How many numbers a state dict's tensors hold: a few that are expanded to a large shape are a few.
-
-    What shares its memory counts once, and what has none to look at (sparse, not initialised) not at all.
-    """
-    found: dict[tuple[str, int], int] = {}
-    for value in state.values():
-        if isinstance(value, torch.Tensor):
-            try:
-                storage = value.untyped_storage()
-                place = id(value) if value.is_meta else storage.data_ptr()
-                found[str(value.device), place] = storage.nbytes() // value.element_size()
-            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
-                continue
-    return sum(found.values())
-
-
 def _field(record: Mapping[str, Any], name: str) -> Any:
     if name not in record:
         raise damaged(f"{name}: it is missing")
@@ -162,6 +146,18 @@ def _check_biases(record: Mapping[str, Any], form: ModelShapes, dense: ModelShap
         name = min(created ^ set(names))
         here, there = ("has", "do not") if name in names else ("has not", "do")
         raise damaged(f"created_biases: it {here} {shown(name)}, shapes and dense.shapes {there} tell that it is new")
+
+
+def _check_counts(form: ModelShapes, dense: ModelShapes) -> None:
+    """Both forms have to name the same, and counts only fall."""
+    for name, value in form.counts.items():
+        if name not in dense.counts:
+            raise damaged(f"dense.counts: it has not {shown(name)}, counts has")
+        if value > dense.counts[name]:
+            raise damaged(f"counts[{shown(name)}]: {value} is more than the {dense.counts[name]} of dense.counts")
+    for name in form.unsaved:
+        if name not in dense.unsaved:
+            raise damaged(f"dense.unsaved: it has not {shown(name)}, unsaved has")
 
 
 def _check_optimizers(record: Mapping[str, Any], names: set[Any], checkpoint: Mapping[str, Any]) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied
 from lightning_softprune.results import PruningResult
 
-FORMAT = 1
-"""Version of the record."""
+FORMAT = 2
+"""Version of the record: 2 where it has counts or tensors, which older versions would pass over; else 1."""
 
 
 class InstanceHook:
@@ -60,9 +62,9 @@ class SaveHook(InstanceHook):
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         """Let the user's own hook write, then write the record."""
         self.call_before(checkpoint)
-        form = ModelShapes.of(self.module)
+        form = ModelShapes.of(self.module, like=self.dense)
         checkpoint[RECORD] = {
-            "format": FORMAT,
+            "format": FORMAT if form.counts or form.unsaved else 1,
             **form.to_dict(),
             "created_biases": [name for name in form.shapes if name not in self.dense.shapes],
             "dense": self.dense.to_dict(),
@@ -72,6 +74,24 @@ class SaveHook(InstanceHook):
             checkpoint[RECORD]["earlier"] = list(self.earlier)
         if "optimizer_states" in checkpoint:
             checkpoint[RECORD]["optimizers"] = _parameter_names(self.module, self.module.trainer.optimizers)
+
+
+def keep_dense(
+    module: pl.LightningModule, dense: ModelShapes, counts: Mapping[str, int], unsaved: Mapping[str, torch.Tensor]
+) -> None:
+    """Remember what a module was before a round; what an earlier round has left stays as it is.
+
+    Args:
+        module: A pruned module. From now on it writes the record into its checkpoints.
+        dense: Its form before the round.
+        counts: The attributes that the round has changed, and the values before.
+        unsaved: The tensors of no state dict that the round has changed, before it.
+    """
+    hook = save_hook(module)
+    if hook is None:
+        hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
+    before = hook.dense
+    hook.dense = replace(before, counts={**counts, **before.counts}, unsaved={**copied(unsaved), **before.unsaved})
 
 
 def keep_record(

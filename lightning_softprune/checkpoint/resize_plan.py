@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from lightning_softprune.checkpoint.reading import Record, is_record, read_record, stored_elements, tensor_shapes
+from lightning_softprune.checkpoint.reading import Record, is_record, read_record, tensor_shapes
 from lightning_softprune.checkpoint.record import keep_record, save_hook
 from lightning_softprune.checkpoint.shapes import (
     RECORD,
@@ -21,12 +22,15 @@ from lightning_softprune.checkpoint.shapes import (
     TensorSite,
     damaged,
     number_of_elements,
+    owner_of,
     recorded_sizes,
+    stored_elements,
     tensor_sites,
     tensor_sites_by_name,
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.nested import integer_of
 
 
 def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
@@ -34,7 +38,8 @@ def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
 
     The module may be dense, pruned further or pruned less. New tensors keep dtype, device, memory format,
     `requires_grad` and attributes, and what overlaps with the old values; tied weights stay one tensor; biases that
-    compensation created are made. Optimizers have to be built afterwards.
+    compensation created are made. What no state dict has comes from the record with its values: attributes that count
+    channels, tensors in plain attributes, buffers that are not persistent. Optimizers have to be built afterwards.
 
     Args:
         model: A module of the architecture that was saved.
@@ -104,6 +109,8 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
         target = dense = hook.dense
     else:
         target, dense, exact = ModelShapes({}, shapes), live, False
+    if exact and hook is not None:  # what this file does not know of was never pruned there
+        target = target.completed(hook.dense)
     if strict:
         _check_names(model, live, target, exact)
     plan = _ResizePlan(model, live, target, dense, exact)
@@ -168,8 +175,10 @@ def _check_amount(plan: _ResizePlan, state: Mapping[str, Any], what: str) -> Non
     """
     wanted = {owners[0].name: shape for _, shape, owners in plan.tensors}
     wanted |= {f"the bias {number}": (size,) for number, (_, size) in enumerate(plan.created)}
+    wanted |= {name: tuple(value.shape) for name, (*_, value) in plan.missing.items()}
     total = sum(map(number_of_elements, wanted.values()))
-    own, stored = sum({id(p.tensor): p.tensor.numel() for p in plan.places}.values()), stored_elements(state)
+    own = sum({id(p.tensor): p.tensor.numel() for p in plan.places}.values())
+    stored = stored_elements([*state.values(), *plan.target.unsaved.values()])
     if total > _BELIEVED + max(_GROWTH * own, stored):
         name = max(wanted, key=lambda name: number_of_elements(wanted[name]))
         raise ValueError(
@@ -183,7 +192,7 @@ def _check_names(model: nn.Module, live: ModelShapes, target: ModelShapes, exact
     places = tensor_sites_by_name(model)
     own = {*live.shapes, *model.state_dict(), *places}
     for name in target.shapes:
-        if name not in own and _missing_bias(model, name) is None:
+        if name not in own and name not in target.unsaved and _missing_bias(model, name) is None:
             raise ValueError(f"{_owner(name)}: the checkpoint has {name!r}, {type(model).__name__} has not")
     named = {
         id(place.tensor) for name, place in places.items() if name in target.shapes
@@ -225,20 +234,30 @@ class _ResizePlan:
         self, model: nn.Module, live: ModelShapes, target: ModelShapes, dense: ModelShapes, exact: bool
     ) -> None:
         self.live, self.target, self.dense, self.exact = live, target, dense, exact
-        self.places = [place for place in tensor_sites(model) if not place.lazy]
+        self.places = [place for place in tensor_sites(model, target.unsaved) if not place.lazy]
         self.shapes = self._with_aliases()
         self.resized: list[tuple[LayerType, nn.Module, Sizes]] = []
         self.created: list[tuple[nn.Module, int]] = []
         self.removed: list[nn.Module] = []
+        self.counted: list[tuple[nn.Module, str, int]] = []
+        self.missing: dict[str, tuple[nn.Module, str, torch.Tensor]] = {}
         self.wanted: dict[str, Shape] = {}
         self.refused: dict[str, str] = {}
         self._plan_layers(model)
         self._plan_bare()
+        self._plan_counts(model)
+        self._plan_missing(model)
+        self.values = {
+            id(place.tensor): target.unsaved[place.name]
+            for place in self.places
+            if place.name in target.unsaved and not isinstance(place.tensor, nn.Parameter)
+        }
         self.tensors = self._by_tensor()
 
     def _with_aliases(self) -> dict[str, Shape]:
         """The file's shapes; a tied tensor that it names once has the same shape under its other names."""
-        shapes, named = dict(self.target.shapes), {}
+        unsaved = {name: tuple(value.shape) for name, value in self.target.unsaved.items()}
+        shapes, named = {**unsaved, **self.target.shapes}, {}
         for place in self.places:
             if place.name in shapes:
                 named[id(place.tensor)] = shapes[place.name]
@@ -335,6 +354,34 @@ class _ResizePlan:
                 raise ValueError(f"{owner}: {shape_mismatch(shape, now)}")
             self.wanted[place.name] = shape
 
+    def _plan_counts(self, model: nn.Module) -> None:
+        """Attributes that count channels."""
+        for name, value in self.target.counts.items():
+            module, attribute = owner_of(model, name)
+            now = integer_of(module, attribute)
+            if module is None or now is None:
+                raise ValueError(
+                    f"{_owner(name)}: the checkpoint has {name!r}, which counts channels, and this model has no such "
+                    "integer attribute"
+                )
+            if now != value:
+                self.counted.append((module, attribute, value))
+
+    def _plan_missing(self, model: nn.Module) -> None:
+        """Tensors that no state dict has, and that this model has not made yet."""
+        known = {place.name for place in self.places}
+        for name, value in self.target.unsaved.items():
+            if name in known:
+                continue
+            module, attribute = owner_of(model, name)
+            taken = (
+                module is None or attribute in {*module._parameters, *module._modules} or hasattr(nn.Module, attribute)
+            )
+            taken = taken or inspect.getattr_static(module, attribute, None) is not None
+            if module is None or taken or not attribute.isidentifier():
+                raise ValueError(f"{_owner(name)}: the checkpoint has the tensor {name!r}, this model cannot have it")
+            self.missing[name] = module, attribute, value
+
     def _by_tensor(self) -> list[tuple[torch.Tensor, Shape, list[TensorSite]]]:
         found: dict[int, tuple[torch.Tensor, Shape, list[TensorSite]]] = {}
         for place in self.places:
@@ -344,12 +391,17 @@ class _ResizePlan:
                 other = owners[0].name
                 raise ValueError(f"{_owner(place.name)}: {place.name} is one tensor with {other}, which has {known}")
             owners.append(place)
-        return [item for item in found.values() if tuple(item[0].shape) != item[1]]
+        return [item for key, item in found.items() if tuple(item[0].shape) != item[1] or key in self.values]
 
     def apply(self) -> None:
         """Do it."""
         with torch.inference_mode(False), torch.no_grad():
-            made = [(_of_shape(tensor, shape), owners) for tensor, shape, owners in self.tensors]
+            made = [
+                (_of_shape(tensor, shape, self.values.get(id(tensor))), owners)
+                for tensor, shape, owners in self.tensors
+            ]
+            device = next((place.tensor.device for place in self.places), torch.device("cpu"))
+            unsaved = {id(value): value.detach().to(device, copy=True) for *_, value in self.missing.values()}
             biases = []
             for layer, size in self.created:
                 weight = layer.get_parameter("weight")
@@ -359,6 +411,11 @@ class _ResizePlan:
         for new, owners in made:
             for place in owners:
                 place.container[place.attribute] = new
+        for module, attribute, value in self.missing.values():
+            holder = module._buffers if attribute in module._buffers else module.__dict__
+            holder[attribute] = unsaved[id(value)]
+        for module, attribute, count in self.counted:
+            module.__dict__[attribute] = count
         for layer, bias in biases:
             layer._parameters["bias"] = bias
         for layer in self.removed:
@@ -367,14 +424,18 @@ class _ResizePlan:
             refresh(module)
 
 
-def _of_shape(tensor: torch.Tensor, shape: Shape) -> torch.Tensor:
-    """A tensor of this shape like the given one, with the values where both have any, and zeros elsewhere."""
+def _of_shape(tensor: torch.Tensor, shape: Shape, values: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor of this shape like the given one: with these values, or its own as far as they go, and zeros beyond."""
     new = tensor.detach().new_zeros(shape)
     if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         new = new.contiguous(memory_format=torch.channels_last)
-    common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
-    new[common].copy_(tensor.detach()[common])
+    if values is None:
+        common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
+        new[common].copy_(tensor.detach()[common])
+    else:
+        new.copy_(values)
     if isinstance(tensor, nn.Parameter):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         new.__dict__.update(tensor.__dict__)
-    return new
+        return new
+    return new.requires_grad_(tensor.requires_grad and tensor.is_leaf)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_softprune.graph import Shape, Sizes, layer_type
+from lightning_softprune.utilities.nested import integer_of
 from lightning_softprune.utilities.plain_types import LARGEST_INTEGER, shown
 
 RECORD = "softprune"
@@ -26,19 +27,42 @@ class ModelShapes:
     Attributes:
         layers: Module name -> slot sizes. A layer has an entry under each of its names.
         shapes: Parameter or buffer name -> shape. A tied tensor has an entry under each of its names.
+        counts: Name of an attribute that counts pruned channels (``"attention.num_heads"``) -> its value.
+        unsaved: Name of a pruned tensor that no state dict has (a plain attribute, a buffer that is not persistent) ->
+            its value. The one exception: these values are nowhere else. They are not compared.
     """
 
     layers: Mapping[str, Sizes]
     shapes: Mapping[str, Shape]
+    counts: Mapping[str, int] = field(default_factory=dict)
+    unsaved: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What 0.1.0 has pickled lacks the fields that came later."""
+        self.__dict__.update({"counts": {}, "unsaved": {}, **state})
 
     @classmethod
-    def of(cls, model: nn.Module) -> ModelShapes:
-        """Read the form off a live module."""
+    def of(cls, model: nn.Module, like: ModelShapes | None = None) -> ModelShapes:
+        """Read the form off a live module.
+
+        Args:
+            model: The module.
+            like: An earlier form of it: which attributes and tensors to read, beside layers, parameters and buffers.
+                What the module has no longer is left out.
+        """
         layers = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if sizes := recorded_sizes(module):
                 layers[name] = sizes
-        return cls(layers, {place.name: tuple(place.tensor.shape) for place in tensor_sites(model) if not place.lazy})
+        shapes = {place.name: tuple(place.tensor.shape) for place in tensor_sites(model) if not place.lazy}
+        if like is None:
+            return cls(layers, shapes)
+        found = {name: integer_of(*owner_of(model, name)) for name in like.counts}
+        counts = {name: value for name, value in found.items() if value is not None}
+        tensors = {
+            place.name: place.tensor for place in tensor_sites(model, like.unsaved) if place.name in like.unsaved
+        }
+        return cls(layers, shapes, counts, copied(tensors))
 
     @classmethod
     def from_dict(cls, data: Any, where: str = "") -> ModelShapes:
@@ -67,14 +91,34 @@ class ModelShapes:
             shapes[name] = tuple(_count(n, f"{place}[{dim}]") for dim, n in enumerate(shape))
             if number_of_elements(shapes[name]) > LARGEST_INTEGER:
                 raise damaged(f"{place}: {shown(shape)} is larger than any tensor")
-        return cls(layers, shapes)
+        counts = {}
+        for name, value in _items(data, "counts", where) if "counts" in data else ():
+            counts[name] = _count(value, f"{where}counts[{shown(name)}]", least=1)
+        unsaved = {}
+        for name, value in _items(data, "unsaved", where) if "unsaved" in data else ():
+            unsaved[name] = _values(value, f"{where}unsaved[{shown(name)}]")
+            if shapes.get(name, value.shape) != value.shape:
+                problem = f"a tensor of shape {tuple(value.shape)}, in shapes it is {shapes[name]}"
+                raise damaged(f"{where}unsaved[{shown(name)}]: {problem}")
+        return cls(layers, shapes, counts, unsaved)
 
     def to_dict(self) -> dict[str, Any]:
-        """The form in plain types."""
+        """The form in plain types, and tensors; the later fields only where there is something in them."""
+        later = {"counts": dict(self.counts), "unsaved": dict(self.unsaved)}
         return {
             "layers": {name: dict(sizes) for name, sizes in self.layers.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            **{field: items for field, items in later.items() if items},
         }
+
+    def completed(self, other: ModelShapes) -> ModelShapes:
+        """This form, with the counts and tensors that only another form of the model knows and that fit here."""
+        fitting = {
+            name: value
+            for name, value in other.unsaved.items()
+            if self.shapes.get(name, value.shape) == tuple(value.shape)
+        }
+        return replace(self, counts={**other.counts, **self.counts}, unsaved={**fitting, **self.unsaved})
 
     def has(self, state: Mapping[str, Shape]) -> bool:
         """Whether a state dict of these shapes is of this form, as far as both name the same tensors."""
@@ -96,6 +140,30 @@ def number_of_elements(shape: Shape) -> int:
     return math.prod(max(n, 1) for n in shape)
 
 
+def stored_elements(tensors: Iterable[Any]) -> int:
+    """How many numbers tensors hold: a few that are expanded to a large shape are a few.
+
+    What shares its memory counts once, and what has none to look at (sparse, not initialised) not at all.
+    """
+    found: dict[tuple[str, int], int] = {}
+    for value in tensors:
+        if isinstance(value, torch.Tensor):
+            try:
+                storage = value.untyped_storage()
+                place = id(value) if value.is_meta else storage.data_ptr()
+                found[str(value.device), place] = storage.nbytes() // value.element_size()
+            except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+                continue
+    return sum(found.values())
+
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the memory of the host that hold no more than themselves; what is one tensor stays one."""
+    with torch.inference_mode(False), torch.no_grad():
+        made = {id(tensor): tensor.detach().cpu().clone() for tensor in tensors.values()}
+    return {name: made[id(tensor)] for name, tensor in tensors.items()}
+
+
 _MOST_DIMENSIONS = 64  # PyTorch's own limit
 
 
@@ -113,13 +181,25 @@ def _name(name: Any, where: str) -> str:
     return name
 
 
-def _count(value: Any, where: str) -> int:
+def _values(value: Any, where: str) -> torch.Tensor:
+    """A tensor that a file has in full; what it claims to be large is large there."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+        raise damaged(f"{where}: {shown(value)} is not a tensor")
+    if value.layout is not torch.strided or value.is_meta or value.is_nested or value.is_quantized:
+        raise damaged(f"{where}: this is no dense tensor with values")
+    if value.numel() > (stored := stored_elements([value])):
+        raise damaged(f"{where}: a tensor of shape {tuple(value.shape)} with {stored} numbers in the file")
+    return value
+
+
+def _count(value: Any, where: str, least: int = 0) -> int:
     """A size; widths that a user computed with NumPy are whole numbers too."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise damaged(f"{where}: {shown(value)} is not a whole number")
     number = int(value)
-    if not 0 <= number <= LARGEST_INTEGER:
-        raise damaged(f"{where}: {shown(number)} is {'less than 0' if number < 0 else 'larger than any tensor'}")
+    if not least <= number <= LARGEST_INTEGER:
+        problem = f"less than {least}" if number < least else "larger than any tensor"
+        raise damaged(f"{where}: {shown(number)} is {problem}")
     return number
 
 
@@ -141,22 +221,42 @@ class TensorSite:
     @property
     def container(self) -> dict[str, Any]:
         """The dictionary that holds it."""
-        return self.module._parameters if self.is_parameter else self.module._buffers
+        if self.attribute in self.module._buffers:
+            return self.module._buffers
+        return self.module._parameters if self.is_parameter else self.module.__dict__
 
 
-def tensor_sites(model: nn.Module) -> Iterator[TensorSite]:
-    """All parameters and buffers, under each of their names."""
+def tensor_sites(model: nn.Module, plain: Container[str] = ()) -> Iterator[TensorSite]:
+    """All parameters and buffers, under each of their names.
+
+    Args:
+        model: The model.
+        plain: Names of tensors that are plain attributes, and are to be among them.
+    """
     for prefix, module in model.named_modules(remove_duplicate=False):
         for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for attribute, tensor in tensors.items():
                 if tensor is not None:
                     name = f"{prefix}.{attribute}" if prefix else attribute
                     yield TensorSite(name, module, attribute, tensor, is_parameter)
+        for attribute, tensor in list(vars(module).items()) if plain else ():
+            name = f"{prefix}.{attribute}".lstrip(".")
+            if isinstance(tensor, torch.Tensor) and name in plain:
+                yield TensorSite(name, module, attribute, tensor, is_parameter=False)
 
 
 def tensor_sites_by_name(model: nn.Module) -> dict[str, TensorSite]:
     """The sites by name."""
     return {place.name: place for place in tensor_sites(model)}
+
+
+def owner_of(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
+    """The module that has the tensor or attribute of this name, if there is one, and the name's last part."""
+    path, _, attribute = name.rpartition(".")
+    try:
+        return model.get_submodule(path), attribute
+    except AttributeError:
+        return None, attribute
 
 
 def recorded_sizes(module: nn.Module) -> Sizes:

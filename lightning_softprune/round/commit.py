@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint import ModelShapes
+from lightning_softprune.checkpoint import ModelShapes, keep_dense
 from lightning_softprune.compensation import DenseRun, refit_readers
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
@@ -82,6 +82,7 @@ def commit(
         for listener in listeners:
             if callable(hook := getattr(listener, "on_softprune", None)):
                 hook(surgery)
+        keep_dense(module, dense, {name: before for name, (before, _) in surgery.counts.items()}, surgery.unsaved)
         forget_compiled()
         wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
     except BaseException:

@@ -15,9 +15,11 @@ from torch import nn
 
 from lightning_softprune.graph import Layout, PruningGroup, layout_of, refresh, set_sizes
 from lightning_softprune.search import Plan
+from lightning_softprune.utilities.nested import integer_of
 
 KeptByDim = dict[int, torch.Tensor]
 _Site = tuple[nn.Module, str, str]  # who holds a tensor, as which attribute, under which full name
+_NO_COUNTS: Mapping[tuple[str, str], int] = {}
 
 
 @dataclass
@@ -26,7 +28,11 @@ class Surgery:
 
     Attributes:
         parameters: Pairs of (old, new) parameter with the kept indices of every sliced dimension.
-        kept: Name of every sliced parameter and buffer -> kept indices by dimension, in the numbering before.
+        kept: Name of every sliced parameter, buffer and plain tensor attribute -> kept indices by dimension, in the
+            numbering before.
+        counts: Name of every attribute that counts channels -> what it was, and what it is.
+        unsaved: Name of every sliced tensor that no state dict has (a plain attribute, a buffer that is not persistent)
+            -> the tensor before.
         created: Biases that compensation had to create: name, the weight beside it, the bias.
         order: The pruned model's parameters in its order, where biases were created.
         shifted: Readers without a bias whose BatchNorm took what compensation adds to their outputs -> its running mean
@@ -38,6 +44,8 @@ class Surgery:
     created: list[tuple[str, nn.Parameter, nn.Parameter]] = field(default_factory=list)
     order: list[nn.Parameter] = field(default_factory=list)
     shifted: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    unsaved: dict[str, torch.Tensor] = field(default_factory=dict)
     _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     _replaced: dict[int, nn.Parameter] = field(default_factory=dict)
 
@@ -85,7 +93,8 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
 
     Each tensor is sliced once, from the indices that all groups remove together, in the numbering before the plan.
     New parameters keep ``requires_grad``, dtype, memory format, attributes and the slice of a pending gradient;
-    tied parameters stay one tensor.
+    tied parameters stay one tensor. So do buffers, and tensors that modules keep as plain attributes. Attributes that
+    count channels fall.
 
     Args:
         model: The model whose modules the groups name.
@@ -96,18 +105,47 @@ def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> 
         The record of what was sliced.
 
     Raises:
-        ValueError: Groups do not fit the model, or the plan the groups.
+        ValueError: Groups do not fit the model, or the plan the groups; or an attribute that counts channels is no
+            integer, or would fall below 1. Nothing is changed then.
     """
     removed = _removed_by_slot(groups, plan)
+    counts = counts_after(model, groups, [len(channels) for channels in plan.removed])
     return select_channels(
         model,
         {name: {slot: _kept(m) for slot, m in slots.items()} for name, slots in removed.items()},
         {(name, slot): len(mask) for name, slots in removed.items() for slot, mask in slots.items()},
+        counts,
     )
 
 
+def counts_after(model: nn.Module, groups: Sequence[PruningGroup], lost: Sequence[int]) -> dict[tuple[str, str], int]:
+    """What attributes that count channels have to be when every group has lost so many.
+
+    Args:
+        model: The model as it is.
+        groups: The groups.
+        lost: How many channels each of them loses.
+
+    Returns:
+        Module and attribute -> its new value.
+
+    Raises:
+        ValueError: There is no such attribute, or it is no integer.
+    """
+    after: dict[tuple[str, str], int] = {}
+    for group, number in zip(groups, lost, strict=True):
+        for count in group.counts if number else ():
+            place = (count.module, count.attribute)
+            now = after[place] if place in after else _count_of(_module_of(model, count.module, place), place)
+            after[place] = now - number * count.per_channel
+    return after
+
+
 def select_channels(
-    model: nn.Module, selected: Mapping[str, Mapping[str, torch.Tensor]], expected: Mapping[tuple[str, str], int]
+    model: nn.Module,
+    selected: Mapping[str, Mapping[str, torch.Tensor]],
+    expected: Mapping[tuple[str, str], int],
+    counts: Mapping[tuple[str, str], int] = _NO_COUNTS,
 ) -> Surgery:
     """Make every slot hold the given indices of what it holds now.
 
@@ -115,21 +153,25 @@ def select_channels(
         model: The model.
         selected: Indices to keep, in their new order, by module and slot.
         expected: How many each slot should hold now.
+        counts: New values of attributes that count channels, by module and attribute.
 
     Returns:
         The record of what was sliced.
 
     Raises:
-        ValueError: A slot holds another number, or two layers would keep different channels of one tensor.
+        ValueError: A slot holds another number, or two layers would keep different channels of one tensor, or there is
+            no such tensor or attribute, or the attribute would be less than 1. Nothing is changed then.
     """
     modules = dict(model.named_modules())
     cut = _Cut(model)
     for name, slots in selected.items():
         module = modules.get(name)
         if module is None:
-            cut.add_bare(modules[name.rpartition(".")[0]], name, slots)
+            cut.add_bare(name, slots, expected)
         else:
             cut.add_layer(module, name, slots, expected)
+    for place, value in counts.items():
+        cut.add_count(place, value)
     return cut.made()
 
 
@@ -140,11 +182,29 @@ class _Cut:
         self.model = model
         self.slices: dict[int, tuple[torch.Tensor, KeptByDim, list[_Site]]] = {}
         self.resized: list[tuple[nn.Module, dict[str, int]]] = []
+        self.counted: list[tuple[nn.Module, tuple[str, str], int, int]] = []
 
-    def add_bare(self, parent: nn.Module, name: str, slots: Mapping[str, torch.Tensor]) -> None:
-        """Slice a parameter that belongs to no layer."""
+    def add_bare(self, name: str, slots: Mapping[str, torch.Tensor], expected: Mapping[tuple[str, str], int]) -> None:
+        """Slice a parameter, a buffer or a plain tensor attribute that belongs to no layer."""
+        path, _, attribute = name.rpartition(".")
+        parent = _module_of(self.model, path, (name,))
+        tensor = _holder(parent, attribute).get(attribute)
+        if not isinstance(tensor, torch.Tensor):
+            raise ValueError(f"{name}: the group expects a tensor here, there is none")
         for slot, kept in slots.items():
-            self._add(parent, name, int(slot.removeprefix("dim")), kept)
+            dim = int(slot.removeprefix("dim"))
+            size = tensor.shape[dim] if dim < tensor.ndim else 0
+            if size != expected[name, slot]:
+                raise ValueError(f"{name}: the group expects {expected[name, slot]} channels, there are {size}")
+            self._add(parent, name, dim, kept)
+
+    def add_count(self, place: tuple[str, str], value: int) -> None:
+        """Give an attribute that counts channels a new value."""
+        module = _module_of(self.model, place[0], place)
+        now = _count_of(module, place)
+        if value < 1:
+            raise ValueError(f"{_full(place)}: it counts channels, and would fall from {now} to {value}")
+        self.counted.append((module, place, now, value))
 
     def add_layer(
         self,
@@ -182,13 +242,14 @@ class _Cut:
         """Slice everything, and put it in its place."""
         _complete_tied(self.model, self.slices)
         sliced = {
-            key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else slice_tensor(tensor, by_dim)
+            key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else _slice_plain(tensor, by_dim)
             for key, (tensor, by_dim, _) in self.slices.items()
         }
         # Nothing has been written so far; from here on nothing can fail.
         record = Surgery()
         touched = {id(module): module for module, _ in self.resized}
         touched |= {id(owner): owner for *_, sites in self.slices.values() for owner, *_ in sites}
+        touched |= {id(module): module for module, *_ in self.counted}
         for outer in touched.values():
             for inner in outer.modules():
                 record.remember(inner)
@@ -197,15 +258,19 @@ class _Cut:
         for key, (tensor, by_dim, sites) in self.slices.items():
             new = sliced[key]
             for owner, attribute, full in sites:
-                if isinstance(new, nn.Parameter):
-                    owner._parameters[attribute] = new
-                else:
-                    owner._buffers[attribute] = new
+                holder = _holder(owner, attribute)
+                holder[attribute] = new
                 record.kept[full] = by_dim
+                unsaved = holder is owner.__dict__ or attribute in owner._non_persistent_buffers_set
+                if unsaved and not isinstance(new, nn.Parameter):
+                    record.unsaved[full] = tensor
             if isinstance(new, nn.Parameter):
                 record.add(tensor, new, by_dim)  # type: ignore[arg-type]
         for module in touched.values():
             refresh(module)
+        for module, place, now, value in self.counted:  # last: a layer's own sizes are written by its type
+            module.__dict__[place[1]] = value
+            record.counts[_full(place)] = (now, value)
         return record
 
 
@@ -219,6 +284,31 @@ def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> to
         if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
             result = result.contiguous(memory_format=last)
     return result
+
+
+def _full(place: Sequence[str]) -> str:
+    return ".".join(place).lstrip(".")
+
+
+def _module_of(model: nn.Module, path: str, place: Sequence[str]) -> nn.Module:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"{_full(place)}: the group names it, and there is no module {path!r}") from None
+
+
+def _count_of(module: nn.Module, place: tuple[str, str]) -> int:
+    """The value of an attribute that counts channels."""
+    value = integer_of(module, place[1])
+    if value is None:
+        raise ValueError(f"{_full(place)}: the group counts its channels by it, and it is no integer attribute")
+    return value
+
+
+def _holder(module: nn.Module, attribute: str) -> dict[str, Any]:
+    """The dictionary in which a module has a tensor; that of plain attributes, where it is neither of the others."""
+    holders: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    return next((held for held in holders if attribute in held), module.__dict__)
 
 
 def _share_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
@@ -237,12 +327,16 @@ def _slice_parameter(parameter: nn.Parameter, by_dim: KeptByDim) -> nn.Parameter
     return new
 
 
+def _slice_plain(tensor: torch.Tensor, by_dim: KeptByDim) -> torch.Tensor:
+    return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
 def _complete_tied(model: nn.Module, slices: Mapping[int, tuple[Any, Any, list[tuple[nn.Module, str, str]]]]) -> None:
     """Every module that holds a sliced tensor gets the new one, also under names that no group knows."""
     for prefix, module in model.named_modules(remove_duplicate=False):
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        for name, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             full = f"{prefix}.{name}".lstrip(".")
-            if tensor is not None and id(tensor) in slices:
+            if isinstance(tensor, torch.Tensor) and id(tensor) in slices:
                 owners = slices[id(tensor)][2]
                 if not any(known == full for *_, known in owners):
                     owners.append((module, name, full))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_softprune.graph import Layout, PruningGroup, layout_of
-from lightning_softprune.surgery.apply import Surgery, select_channels
+from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import forward_hook, registered
 from lightning_softprune.utilities.nested import tensors_in
@@ -247,7 +247,8 @@ def _rearrange(
     selected: dict[str, dict[str, torch.Tensor]] = {}
     for (module, side), moved in content.items():
         selected.setdefault(module, {})[side] = torch.from_numpy(moved[~gone[module, side]])
-    return select_channels(model, selected, {place: len(moved) for place, moved in content.items()})
+    counts = counts_after(model, list(groups.values()), [len(cuts[i]) for i in groups])
+    return select_channels(model, selected, {place: len(moved) for place, moved in content.items()}, counts)
 
 
 def _deranged(items: IntArray, rng: np.random.Generator) -> IntArray:

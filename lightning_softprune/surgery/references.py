@@ -251,11 +251,13 @@ class References:
             layout = layout_of(layer)
             if layer_type(module) is not None and isinstance(layout, Layout):
                 set_sizes(module, layout.slots)
-            for held in (module._parameters, module._buffers):
+            for held in (module._parameters, module._buffers, module.__dict__):
                 for key, tensor in list(held.items()):
-                    if tensor is None:
-                        continue
                     name = f"{prefix}{path}.{key}".replace("..", ".").lstrip(".")
+                    if name in self.surgery.counts and held is module.__dict__:
+                        held[key] = self.surgery.counts[name][1]
+                    if not isinstance(tensor, torch.Tensor):
+                        continue
                     sliced = self._sliced_as(name, tensor)
                     if sliced is not tensor and isinstance(tensor, nn.Parameter):
                         sliced = nn.Parameter(sliced.detach(), requires_grad=tensor.requires_grad)

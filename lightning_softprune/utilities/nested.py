@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["attribute_at", "is_container", "map_tensors", "rebuild", "tensors_in"]
+__all__ = ["attribute_at", "integer_of", "is_container", "map_tensors", "rebuild", "tensors_in"]
 
 
 def attribute_at(owner: Any, path: str) -> Any:
@@ -21,6 +22,16 @@ def attribute_at(owner: Any, path: str) -> Any:
     for part in path.split("."):
         owner = getattr(owner, part, None)
     return owner
+
+
+def integer_of(owner: object, name: str) -> int | None:
+    """An integer that an object or its class has as this attribute; ``None`` for anything else, also if computed.
+
+    >>> integer_of(torch.nn.Linear(2, 3), "in_features"), integer_of(torch.nn.Linear(2, 3), "training")
+    (2, None)
+    """
+    value = inspect.getattr_static(owner, name, None)  # a property computes, and takes no new value
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def is_container(value: Any) -> bool:

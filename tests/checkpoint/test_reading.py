@@ -200,7 +200,7 @@ def test_what_stands_in_the_place_of_the_record_and_is_none_is_said_to_be_damage
 
 
 def test_a_newer_format_is_named_however_large(saved):
-    with pytest.raises(ValueError, match=r"has format an integer of about 5001 digits; this version .* up to 1"):
+    with pytest.raises(ValueError, match=r"has format an integer of about 5001 digits; this version .* up to 2"):
         resize(Net(), damaged(saved, "format", value=10**5000))
 
 

@@ -289,7 +289,7 @@ def test_what_is_no_checkpoint_is_refused(source):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": 99}, "has format 99; this version of lightning-softprune reads formats up to 1"),
+        ({"format": 99}, "has format 99; this version of lightning-softprune reads formats up to 2"),
         ({"format": None}, "it has no format version"),
         ({"layers": None}, "record is damaged"),
         ({"shapes": {"0.weight": "wide"}}, "record is damaged"),
