@@ -5,10 +5,17 @@ A module is traced by running its own steps (`trace`), its channels are followed
 `layers` is the one table of layer types.
 """
 
-from lightning_softprune.graph.components import assign_components, match_modules, mirror_twins, undeclared_twins
+from lightning_softprune.graph.components import (
+    assign_components,
+    match_modules,
+    mirror_counts,
+    mirror_twins,
+    undeclared_twins,
+)
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
+from lightning_softprune.graph.coverage import Coverage, coverage
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
-from lightning_softprune.graph.grouping import trace_groups
+from lightning_softprune.graph.grouping import Grouping, groups_of, trace_groups
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
 from lightning_softprune.graph.layer_types import LAYER_TYPES
 from lightning_softprune.graph.layers import (
@@ -28,6 +35,7 @@ from lightning_softprune.graph.layers import (
     shape_mismatch,
     tensor_at,
 )
+from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
 
@@ -37,6 +45,8 @@ __all__ = [
     "Applications",
     "CostModel",
     "Count",
+    "Coverage",
+    "Grouping",
     "Kernel",
     "LayerType",
     "Layout",
@@ -50,10 +60,13 @@ __all__ = [
     "WeightGeometry",
     "add_layer_type",
     "assign_components",
+    "coverage",
     "geometry_of",
+    "groups_of",
     "layer_type",
     "layout_of",
     "match_modules",
+    "mirror_counts",
     "mirror_twins",
     "record_macs",
     "record_usage",
@@ -64,5 +77,6 @@ __all__ = [
     "shape_mismatch",
     "tensor_at",
     "trace_groups",
+    "trace_model",
     "undeclared_twins",
 ]

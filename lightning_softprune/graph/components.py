@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from lightning_softprune.graph.groups import PruningGroup
+from lightning_softprune.graph.groups import Count, PruningGroup
 from lightning_softprune.graph.layers import Shape
 from lightning_softprune.utilities.patterns import no_match
 
@@ -145,6 +145,18 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
         ]
         mirrored.append(replace(group, members=(*own, *added)))
     return mirrored
+
+
+def mirror_counts(model: nn.Module, counts: Sequence[Count], twins: Mapping[str, str]) -> tuple[Count, ...]:
+    """The attributes, with those of the twins of their modules."""
+    added = (
+        replace(count, module=twin + count.module[len(original) :])
+        for count in counts
+        for twin, original in twins.items()
+        if is_inside(count.module, original)
+    )
+    modules = dict(model.named_modules())
+    return (*counts, *(count for count in added if hasattr(modules.get(count.module), count.attribute)))
 
 
 def self_and_parents(name: str) -> list[str]:

@@ -61,10 +61,10 @@ def trace_groups(
         ValueError: A pattern of ``ignore`` matches nothing.
     """
     match_modules(model, ignore, "ignore")
-    return group(trace_model(model, steps, outside), ignore).groups
+    return groups_of(trace_model(model, steps, outside), ignore).groups
 
 
-def group(trace: Trace, ignore: Sequence[str] = (), choices: Mapping[str, int] | None = None) -> Grouping:
+def groups_of(trace: Trace, ignore: Sequence[str] = (), choices: Mapping[str, int] | None = None) -> Grouping:
     """Sort what a trace tells into groups.
 
     Args:

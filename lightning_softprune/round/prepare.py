@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,14 +13,18 @@ from lightning_softprune.calibration import InputStatistics, collect_statistics,
 from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts
 from lightning_softprune.graph import (
     CostModel,
+    Grouping,
     PruningGroup,
     assign_components,
+    coverage,
+    groups_of,
+    mirror_counts,
     mirror_twins,
     record_macs,
     record_usage,
     refuse_unjudged,
     refuse_unseen_readers,
-    trace_groups,
+    trace_model,
 )
 from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.round.fingerprint import digest
@@ -34,9 +38,12 @@ from lightning_softprune.search import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.surgery import Surgery, apply_plan, probe_groups
+from lightning_softprune.surgery import Surgery, apply_plan, probe_with_counts
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
+
+_MOST_READINGS = 3
+"""So many ways to take a reshape are tried where the first does not work."""
 
 PROBE_SAMPLES = 32
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
@@ -215,16 +222,44 @@ def prepare_groups(
 ) -> list[PruningGroup]:
     """Trace, name components and probe: the groups as the user sees them."""
     twins = twins or {}
+    with record_usage(model) as used:
+        trace = trace_model(model, how.steps, how.outside)
 
     def run(seed: int = 0) -> list[Any]:
         return run_steps(how.probing or how.steps, seed)
 
-    with record_usage(model) as used:
-        traced = trace_groups(model, how.steps, ignore, how.outside)
-    groups = refuse_unjudged(mirror_twins(model, traced, twins), how.judged)
-    groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
-    groups = assign_components(model, groups, components, twins)
-    return probe_groups(model, groups, run, lambda: run(1), how.round_to)
+    def read(choices: Mapping[str, int]) -> tuple[list[PruningGroup], Grouping]:
+        grouping = groups_of(trace, ignore, choices)
+        groups = refuse_unjudged(mirror_twins(model, grouping.groups, twins), how.judged)
+        groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
+        groups = assign_components(model, groups, components, twins)
+        counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
+        return probe_with_counts(model, groups, counts, run, lambda: run(1), how.round_to), grouping
+
+    return _best_reading(model, read)
+
+
+def _best_reading(
+    model: nn.Module, read: Callable[[Mapping[str, int]], tuple[list[PruningGroup], Grouping]]
+) -> list[PruningGroup]:
+    """The groups, with other dimensions of a reshape tried where those that were taken first do not work."""
+    best, grouping = read({})
+    choices: dict[str, int] = {}
+    for attempt in range(1, _MOST_READINGS):
+        working = {site for g in best if g.prunable for site in grouping.splits.get(g.name, ())}
+        failing = {
+            site: attempt
+            for g in best
+            if not g.prunable
+            for site, alternatives in grouping.splits.get(g.name, {}).items()
+            if site not in working and attempt < alternatives
+        }
+        if not failing:
+            break
+        found, other = read({**choices, **failing})
+        if coverage(model, found).share > coverage(model, best).share:
+            best, grouping, choices = found, other, {**choices, **failing}
+    return best
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:

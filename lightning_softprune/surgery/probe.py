@@ -13,6 +13,7 @@ Groups are probed together, each with a pattern of its own, and apart where some
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_softprune.graph import Layout, PruningGroup, layout_of
+from lightning_softprune.graph import Layout, Member, PruningGroup, layout_of, tensor_at
 from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import forward_hook, registered
@@ -79,6 +80,72 @@ def probe_groups(
         if found and len(found) == len(patterns[i]) - _NARROW:
             reasons.setdefault(i, found[0])
     return [group.refuse(reasons[i]) if i in reasons else group for i, group in enumerate(groups)]
+
+
+def differs_from_masked(
+    model: nn.Module,
+    group: PruningGroup,
+    run: Callable[[], Any],
+    run_otherwise: Callable[[], Any] | None = None,
+) -> bool:
+    """Whether the model without half of a group's channels computes something else than with them set to zero.
+
+    That is so where a number that counts channels is used for more than shapes (a scale), and where removed channels
+    are missed by a mean or a norm: a group like that is not to get counts that nobody can confirm.
+    """
+    probe = _Probe(model, [group], run, run_otherwise)
+    cut = tuple(range(0, group.num_channels, 2))[: group.num_channels - 1]
+    try:
+        pruned = probe.look_at({0: cut})
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # whatever the user's code says to fewer channels
+        return True
+    with mask_channels(model, group, cut):
+        masked = probe.look_at({})
+    own = {member.module for member in group.members}
+    for steady, (one, tolerance), (two, _) in zip(probe.steady[:2], pruned.parts(), masked.parts(), strict=False):
+        for name in one:
+            if name in steady and name not in own and not _alike(one[name], two.get(name, []), 10 * tolerance):
+                return True
+    return False
+
+
+@contextmanager
+def mask_channels(model: nn.Module, group: PruningGroup, channels: Sequence[int]) -> Iterator[None]:
+    """While this lasts, everything that produces or reads these channels of a group is zero."""
+    modules = dict(model.named_modules())
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for member in group.members:
+            gone = torch.from_numpy(np.flatnonzero(np.isin(member.owner, list(channels))))
+            for tensor, dim, indices in _held(modules, member, gone):
+                saved.append((tensor, tensor.detach().clone()))
+                with torch.no_grad():
+                    tensor.index_fill_(dim, indices.to(tensor.device), 0)
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, values in reversed(saved):
+                tensor.copy_(values)
+
+
+def _held(
+    modules: Mapping[str, nn.Module], member: Member, gone: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, int, torch.Tensor]]:
+    """The tensors that follow a member's slot, with the dimension and the indices of what is gone."""
+    module = modules.get(member.module)
+    layout = None if module is None else layout_of(module)
+    if module is None or not isinstance(layout, Layout):
+        owner, _, attribute = member.module.rpartition(".")
+        found = getattr(modules[owner], attribute, None)
+        if isinstance(found, torch.Tensor) and found.is_floating_point():
+            yield found, int(member.slot.removeprefix("dim")), gone
+        return
+    for axis in layout.axes:
+        tensor = tensor_at(module, axis.tensor)
+        if axis.slot == member.slot and tensor is not None and axis.tensor not in ("running_var",):
+            yield tensor, axis.dim, axis.expand(gone, len(member.owner))
 
 
 def _patterns(channels: int, round_to: int) -> list[tuple[int, ...]]:
@@ -178,6 +245,10 @@ class _Probe:
                 if name in steady and not same and not (word is words[0] and name in own):
                     return _Problem(word.format(name or "the module"), False)
         return None
+
+    def look_at(self, cuts: Mapping[int, tuple[int, ...]]) -> _Seen:
+        """What the model computes without these channels of its groups."""
+        return self._look_at(cuts, shuffled=False)
 
     def _look_at(self, cuts: Mapping[int, tuple[int, ...]], *, shuffled: bool) -> _Seen:
         surgery = _rearrange(self.model, {i: self.groups[i] for i in cuts}, cuts, self.rng if shuffled else None)
