@@ -11,6 +11,7 @@ import warnings
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_softprune import PruningGroup, UniformBaseline, find_groups, prune, record, resize
@@ -93,28 +94,22 @@ def largest_left_out(task: Task, groups) -> str:
     return f"{group.name.removeprefix('net.')}: {group.reason.replace('net.', '')}"
 
 
-def reached(result) -> float:
-    return float(result.sparsity)
-
-
-def pruned(architecture: Architecture, target: float = 0.5, **arguments) -> tuple[Task, float]:
-    """A module that was pruned by the same coefficient everywhere; the highest sparsity that can be had, if it is less.
+def pruned(architecture: Architecture, target: float = 0.5, tolerance: float = 0.05, **arguments) -> tuple[Task, float]:
+    """A module that was pruned by the same coefficient everywhere: at this sparsity, or the highest that can be had.
 
     Returns:
-        The module, and the sparsity that was reached.
+        The module, in eval mode, and the sparsity that was reached.
     """
     task = architecture.make()
-    how = {"search": UniformBaseline(), "tolerance": 0.05, "calibration_batches": 1, **arguments}
-    for attempt in range(2):
-        try:
-            result = prune(task, **architecture.loaders(), target_sparsity=target, report=False, verbose=False, **how)
-            return task.eval(), reached(result)
-        except Exception as error:
-            nearest = re.search(r"highest that can be reached is (0\.\d+)|nearest[^0-9]*(0\.\d+)", str(error))
-            if attempt or nearest is None:
-                raise
-            target, how["tolerance"] = float(nearest[1] or nearest[2]), 0.5
-    raise AssertionError("not reached")
+    how = {"search": UniformBaseline(), "calibration_batches": 1, "report": False, "verbose": False, **arguments}
+    try:
+        result = prune(task, **architecture.loaders(), target_sparsity=target, tolerance=tolerance, **how)
+    except MisconfigurationException as error:
+        nearest = re.search(r"target_sparsity: .*?(0\.\d+)\D*$", str(error).splitlines()[0])
+        if nearest is None or float(nearest[1]) >= target:
+            raise
+        return pruned(architecture, float(nearest[1]), 0.5, **arguments)
+    return task.eval(), float(result.sparsity)
 
 
 def outputs_of(task: nn.Module, inputs) -> list[torch.Tensor]:
