@@ -3,7 +3,8 @@
 from typing import TYPE_CHECKING
 
 from lightning_softprune.callback import SoftPruning
-from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
+from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize, resizing
+from lightning_softprune.checkpoint import record_of as record
 from lightning_softprune.graph import PruningGroup
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 from lightning_softprune.search import (
@@ -38,7 +39,9 @@ __all__ = [
     "find_groups",
     "load_from_checkpoint",
     "prune",
+    "record",
     "resize",
+    "resizing",
 ]
 
 if not TYPE_CHECKING:  # to a type checker it would say that every name is there

@@ -20,6 +20,8 @@ wholly (`reading.py`) before anything is allocated or changed. Where a file has 
 layers that keep a tensor along each of their slots.
 """
 
+from lightning_softprune.checkpoint.anywhere import record as record_of
+from lightning_softprune.checkpoint.anywhere import resizing
 from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
 from lightning_softprune.checkpoint.reading import recorded_rounds
 from lightning_softprune.checkpoint.record import (
@@ -44,7 +46,9 @@ __all__ = [
     "keep_record",
     "load_from_checkpoint",
     "order_parameters",
+    "record_of",
     "recorded_rounds",
     "resize",
+    "resizing",
     "rounds_of",
 ]

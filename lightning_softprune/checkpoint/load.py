@@ -88,11 +88,14 @@ _PATCHING = threading.RLock()
 
 
 @contextmanager
-def _resizing(module_class: type[pl.LightningModule]) -> Iterator[None]:
+def resizing_class(module_class: type[pl.LightningModule]) -> Iterator[None]:
     """While this lasts, modules of this class and of its subclasses take the shape of the checkpoint they load.
 
     Lightning builds the module and loads its weights in one call; between the two it calls the module's
     `on_load_checkpoint`, and which subclass it builds may be written in the checkpoint.
+
+    Args:
+        module_class: The LightningModule's class.
     """
     name = LoadHook.name
     classes = [module_class]
@@ -170,7 +173,7 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, *args
         ValueError: The file is no Lightning checkpoint, or does not fit the class; the message names the file or the
             module.
     """
-    with _resizing(module_class), _naming(checkpoint_path):
+    with resizing_class(module_class), _naming(checkpoint_path):
         return module_class.load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
@@ -185,5 +188,5 @@ class PrunedCheckpointMixin:
         """Load a module from a checkpoint, pruned or dense; see `LightningModule.load_from_checkpoint`."""
         if not issubclass(cls, counterparts(pl.LightningModule)):
             raise TypeError(f"{cls.__name__} is not a LightningModule")
-        with _resizing(cls), _naming(checkpoint_path):
+        with resizing_class(cls), _naming(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]

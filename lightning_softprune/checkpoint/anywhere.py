@@ -1,0 +1,150 @@
+"""Pruned modules in files of anybody's own format: their record, and loading that resizes first.
+
+A *record* says in plain types what shape a pruned module has; it can stand beside weights in any format. Where another
+library builds a module and loads its weights in one call, :func:`resizing` steps in between the two.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from torch import nn
+
+from lightning_softprune.checkpoint.load import resizing_class
+from lightning_softprune.checkpoint.reading import read_record, tensor_shapes
+from lightning_softprune.checkpoint.record import SaveHook, save_hook
+from lightning_softprune.checkpoint.resize_plan import plan_resize, resize_together
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
+from lightning_softprune.utilities.libraries import counterparts
+
+
+def record(module: nn.Module) -> dict[str, Any]:
+    """The record of a module, to keep beside weights in a format of one's own; `resize(module, record)` reads it back.
+
+    It is what the checkpoints of a pruned LightningModule hold. A part of one (a network that is saved by itself), and
+    a module that was never pruned, have a record too: it tells the shape, and knows of no rounds.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The record in plain types (JSON takes them); it is a copy.
+
+    >>> record(nn.Linear(4, 3))["shapes"]
+    {'weight': [3, 4], 'bias': [3]}
+    """
+    hook = save_hook(module)
+    if hook is None:
+        hook = SaveHook(cast(pl.LightningModule, module), ModelShapes.of(module), [])
+    silent = copy.copy(hook)
+    silent.before = lambda _: None  # nobody saves a checkpoint: the module's own hook is not called
+    checkpoint: dict[str, Any] = {}
+    silent(checkpoint)
+    found: dict[str, Any] = copy.deepcopy(checkpoint[RECORD])
+    return found
+
+
+@contextmanager
+def resizing(record: Mapping[str, Any] | None = None) -> Iterator[None]:
+    """While this lasts, modules take the shape of the weights that they are given to load.
+
+    It works inside of other libraries' own functions, as far as they end in `load_state_dict`; with Lightning's
+    `load_from_checkpoint` the record in the file counts too. What other threads load with `load_state_dict` is not
+    resized. Optimizers have to be built afterwards.
+
+    Args:
+        record: The record of the module that is loaded, for what shapes do not tell (heads of attention). It is used
+            where a module is given weights of the shapes that are in it. ``None``: shapes have to do.
+
+    Raises:
+        ValueError: The record is damaged; the message names the field. Or, from within the block, the weights are not
+            of the module's architecture; the message names the module. See :func:`resize`.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> pruned = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)).state_dict()
+    >>> with resizing():
+    ...     model.load_state_dict(pruned)
+    <All keys matched successfully>
+    """
+    if record is not None:
+        read_record(record, {})
+    with ExitStack() as stack:
+        for lightning_module in counterparts(pl.LightningModule):
+            stack.enter_context(resizing_class(lightning_module))
+        stack.enter_context(_PATCH)
+        token = _ACTIVE.set((*_ACTIVE.get(), record))
+        try:
+            yield
+        finally:
+            _ACTIVE.reset(token)
+
+
+_ACTIVE: ContextVar[tuple[Mapping[str, Any] | None, ...]] = ContextVar("records", default=())
+"""The records of the blocks that this thread is in."""
+
+
+class _Patch:
+    """`nn.Module.load_state_dict` that resizes in threads which asked for it; in place while any thread does."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks = 0
+        self._original: Callable[..., Any] = nn.Module.load_state_dict
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._blocks:
+                self._original = nn.Module.load_state_dict
+                nn.Module.load_state_dict = _resizing_first(self._original)  # type: ignore[method-assign]
+            self._blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._blocks -= 1
+            if not self._blocks:
+                nn.Module.load_state_dict = self._original  # type: ignore[method-assign]
+
+
+_PATCH = _Patch()
+
+
+def _resizing_first(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        problem = _resize_for(self, state_dict) if _ACTIVE.get() else None
+        try:
+            return original(self, state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            if problem is None:
+                raise
+            raise problem from error  # tensors do not fit: why the module was not resized says more
+
+    return load_state_dict
+
+
+def _resize_for(module: nn.Module, state: Mapping[str, Any]) -> ValueError | None:
+    """Resize a module for a state dict; or say why it was not.
+
+    It may fit all the same: modules can change what they are given before they load it (older names, a larger
+    vocabulary).
+    """
+    shapes = tensor_shapes(state)
+    if not shapes:
+        return None
+    source: Mapping[str, Any] = state
+    for given in reversed(_ACTIVE.get()):
+        if given is not None and shapes.items() <= ModelShapes.from_dict(given).shapes.items():
+            source = {"state_dict": state, RECORD: given}
+            break
+    try:
+        resize_together([plan_resize(module, source, strict=False)])
+    except ValueError as error:
+        return error
+    return None

@@ -1,0 +1,180 @@
+"""Networks of many architectures: how much of each is found, and that it works when half of it is gone.
+
+`python tests/support_table.py` shows the same as a table, with the reasons for what is left out.
+"""
+
+import functools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import support_table
+from lightning_softprune import find_groups
+from support.architectures import measure
+from support.architectures.table import ARCHITECTURES, BY_NAME
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:transformers"),
+    pytest.mark.filterwarnings("ignore:.*:FutureWarning:transformers"),
+]
+
+# The least share of parameters, in percent, whose tensors prunable groups slice; and the least sparsity that is reached
+# when half is asked for. Raise them when more is found.
+FOUND = {
+    "MLP": (99, 47),
+    "residual CNN with BatchNorm": (99, 47),
+    "CIFAR ResNet, zero-padded shortcuts": (97, 47),
+    "DenseNet": (99, 47),
+    "MobileNet, depthwise": (99, 47),
+    "U-Net": (99, 47),
+    "Inception, concatenation": (99, 47),
+    "ShuffleNet, channel shuffle": (66, 47),
+    "super-resolution, PixelShuffle": (96, 47),
+    "gated linear units, F.glu": (0, 0),
+    "CBAM, channel and spatial gates": (7, 5),
+    "ViT, fused qkv": (98, 47),
+    "decoder: grouped queries, rotary, causal": (99, 47),
+    "cross-attention encoder-decoder": (98, 47),
+    "nn.TransformerEncoder": (99, 47),
+    "nn.Transformer": (37, 35),
+    "MLP-Mixer": (82, 47),
+    "patch merging": (82, 47),
+    "stacked experts, einsum": (0, 0),
+    "LoRA adapters": (99, 47),
+    "attention pooling": (99, 47),
+    "LSTM tagger": (8, 7),
+    "GRU classifier, 2 layers, both directions": (8, 7),
+    "variational autoencoder": (98, 47),
+    "normalising flow, couplings": (98, 47),
+    "Siamese, contrastive": (99, 47),
+    "BERT (eager)": (98, 47),
+    "BERT (sdpa)": (98, 47),
+    "DistilBERT": (98, 47),
+    "GPT-2": (0, 0),
+    "Llama (eager)": (99, 47),
+    "Llama (sdpa)": (99, 47),
+    "Qwen2": (99, 47),
+    "Mixtral": (0, 0),
+    "T5": (30, 28),
+    "ViT": (98, 47),
+    "Swin": (89, 47),
+    "Segformer": (60, 47),
+    "ConvNeXt": (99, 47),
+    "Whisper encoder": (51, 47),
+    "Wav2Vec2": (42, 40),
+}
+
+every_architecture = pytest.mark.parametrize("name", [a.name for a in ARCHITECTURES])
+every_prunable_one = pytest.mark.parametrize("name", [name for name, (share, _) in FOUND.items() if share])
+
+
+def architecture_of(name):
+    architecture = BY_NAME[name]
+    if not architecture.available:
+        pytest.skip(f"{architecture.library} is not installed")
+    return architecture
+
+
+@functools.cache
+def groups_of(name):
+    architecture = architecture_of(name)
+    return measure.groups_of(architecture.make(), architecture)
+
+
+@functools.cache
+def pruned(name):
+    return measure.pruned(architecture_of(name))
+
+
+def test_every_architecture_has_its_least_share():
+    assert list(FOUND) == [architecture.name for architecture in ARCHITECTURES]
+
+
+@every_architecture
+def test_no_less_is_found_than_ever(name):
+    architecture, groups = architecture_of(name), groups_of(name)
+    share = measure.share_in_groups(architecture.make(), architecture, groups)
+    assert 100 * share >= FOUND[name][0]
+    assert share <= 1
+    assert all(group.prunable == (not group.reason) for group in groups)
+
+
+@every_prunable_one
+def test_without_compensation_it_is_the_masked_network(name):
+    architecture = architecture_of(name)
+    error = measure.difference_to_masking(architecture, groups_of(name))
+    assert error is None or error <= 1e-5
+
+
+@every_prunable_one
+def test_half_of_it_goes_and_it_trains_on(name):
+    task, sparsity = pruned(name)
+    dense = sum(p.numel() for p in BY_NAME[name].make().parameters())
+    assert 100 * sparsity >= FOUND[name][1]
+    assert sum(p.numel() for p in task.parameters()) < dense
+    measure.train_a_step(task, BY_NAME[name].batch(4))
+
+
+@every_prunable_one
+def test_the_pruned_network_comes_back_from_a_file(name):
+    task, _ = pruned(name)
+    fresh, x = measure.saved_and_loaded(task, BY_NAME[name]), BY_NAME[name].example(3)
+    assert measure.difference(measure.outputs_of(fresh, x), measure.outputs_of(task, x)) == 0
+    smaller = {group.name for group in find_groups(fresh, BY_NAME[name].batch()) if group.prunable}
+    assert smaller <= {group.name for group in groups_of(name) if group.prunable}
+
+
+# ----------------------------------------------------------------------------------------------------------- the table
+
+
+def test_the_command_prints_a_row_whose_cells_are_measured(tmp_path, capsys):
+    support_table.main(["--only", "attention pooling", "--json", str(tmp_path / "cells.json")])
+    head, _, row = capsys.readouterr().out.strip().splitlines()
+    assert head.count("|") == row.count("|") == len(support_table.COLUMNS) + 2
+    assert row.startswith("| attention pooling | 100 % | 2 |")
+    assert '"onnx"' in (tmp_path / "cells.json").read_text()
+
+
+def test_a_cell_that_fails_says_so_and_the_others_are_measured(monkeypatch, capsys):
+    def broken(*_):
+        raise RuntimeError("no luck\nat all")
+
+    monkeypatch.setattr(measure, "exported", broken)
+    monkeypatch.setattr(measure, "groups_of", broken)
+    support_table.main(["--only", "LoRA"])
+    row = capsys.readouterr().out.strip().splitlines()[-1]
+    assert row.count("RuntimeError: no luck") == 2
+    assert "at all" not in row
+    assert "| 50 % |" in row or "| 51 % |" in row
+
+
+def test_the_tables_that_are_kept_have_every_architecture():
+    root = Path(support_table.__file__).parent.parent
+    for file in (root / "tests" / "SUPPORT.md", root / "README.md"):
+        text = file.read_text(encoding="utf-8")
+        assert re.findall(r"^\| (.+?) \| \d+ %", text, flags=re.MULTILINE) == [a.name for a in ARCHITECTURES], file
+
+
+def test_a_readme_without_the_markers_is_left_alone():
+    with pytest.raises(SystemExit, match="support table: begin"):
+        support_table.with_table("no table", {})
+    text = f"a\n{support_table.BEGIN}\nold\n{support_table.END}\nb"
+    assert "old" not in support_table.with_table(text, {"MLP": {"share": 1.0}})
+
+
+def test_masking_would_notice_a_wrong_removal(monkeypatch):
+    """The comparison is an oracle only as long as it can fail."""
+    architecture = BY_NAME["U-Net"]
+    groups = measure.groups_of(architecture.make(), architecture)
+    outputs = measure.outputs_of
+    monkeypatch.setattr(
+        measure,
+        "outputs_of",
+        lambda task, x: outputs(architecture.make() if task.net.down1[0].out_channels == 8 else task, x),
+    )
+    assert measure.difference_to_masking(architecture, groups) > 1e-2
+    assert torch.get_num_threads() == 1
