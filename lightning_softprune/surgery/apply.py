@@ -20,6 +20,7 @@ from lightning_softprune.utilities.nested import integer_of
 KeptByDim = dict[int, torch.Tensor]
 _Site = tuple[nn.Module, str, str]  # who holds a tensor, as which attribute, under which full name
 _NO_COUNTS: Mapping[tuple[str, str], int] = {}
+_OF_THE_CLASS = object()  # an attribute that the instance has not
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Surgery:
     shifted: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     unsaved: dict[str, torch.Tensor] = field(default_factory=dict)
+    _counted: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     _replaced: dict[int, nn.Parameter] = field(default_factory=dict)
 
@@ -53,6 +55,12 @@ class Surgery:
         """Note that a parameter has taken another's place."""
         self.parameters.append((old, new, by_dim))
         self._replaced[id(new)] = old
+
+    def count(self, module: nn.Module, attribute: str, value: int) -> None:
+        """Give an attribute that counts channels a new value; of its module, nothing else is remembered for that."""
+        held = module.__dict__
+        self._counted.append((held, attribute, held.get(attribute, _OF_THE_CLASS)))
+        held[attribute] = value
 
     def before(self, parameter: nn.Parameter) -> nn.Parameter | None:
         """The parameter whose place this one has taken; ``None`` if it is none of the new ones."""
@@ -69,6 +77,11 @@ class Surgery:
 
     def undo(self) -> None:
         """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
+        for held, attribute, value in self._counted:
+            if value is _OF_THE_CLASS:
+                held.pop(attribute, None)
+            else:
+                held[attribute] = value
         for mapping, items in reversed(self._contents):  # what was noted first is how it was
             mapping.clear()
             mapping.update(items)
@@ -249,7 +262,6 @@ class _Cut:
         record = Surgery()
         touched = {id(module): module for module, _ in self.resized}
         touched |= {id(owner): owner for *_, sites in self.slices.values() for owner, *_ in sites}
-        touched |= {id(module): module for module, *_ in self.counted}
         for outer in touched.values():
             for inner in outer.modules():
                 record.remember(inner)
@@ -269,7 +281,7 @@ class _Cut:
         for module in touched.values():
             refresh(module)
         for module, place, now, value in self.counted:  # last: a layer's own sizes are written by its type
-            module.__dict__[place[1]] = value
+            record.count(module, place[1], value)
             record.counts[_full(place)] = (now, value)
         return record
 

@@ -91,6 +91,23 @@ def test_a_record_alone_shapes_a_module_wholly(kind, tmp_path):
     assert ModelShapes.of(fresh) == ModelShapes.of(model)
 
 
+class Plain(torch.nn.Module):
+    """The same parts in a module that knows nothing of Lightning."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.embed, self.pos, self.attn, self.head = reader.embed, reader.pos, reader.attn, reader.head
+        self.d_model, self.sizes = reader.d_model, reader.sizes
+
+    forward = Reader.forward
+
+
+@EVERY_KIND
+def test_a_module_that_is_not_lightnings_is_shaped_too(kind, tmp_path):
+    model = prune(made_reader(kind))
+    assert_equal(resized(Plain(made_reader(kind, seed=5)), in_memory(saved(model, tmp_path))), model)
+
+
 @pytest.mark.parametrize("seen", ["in this process", "in the file"])
 @EVERY_KIND
 def test_a_pruned_module_becomes_dense_again_by_a_dense_checkpoint(kind, seen, tmp_path):
@@ -121,12 +138,13 @@ def test_what_a_files_rounds_have_left_alone_is_dense_there(kind, tmp_path):
     assert_equal(resized(other, in_memory(tmp_path / "model.ckpt")), model)
 
 
-def test_a_second_round_adds_what_it_changes_and_dense_stays_dense(tmp_path):
+def test_a_later_round_adds_what_it_changes_and_dense_stays_dense(tmp_path):
     dense = made_reader("plain attribute")
-    model = prune(copy.deepcopy(dense), ONLY_HEADS)
-    prune(model, Plan(((4,), (0,))), [groups_of_reader()[0], groups_of_reader(heads=3)[1]])
+    model = prune(copy.deepcopy(dense), Plan(((), (0,))), groups_of_reader())
+    prune(model, Plan(((4,), (0,))), groups_of_reader(heads=3))
+    prune(model, Plan(((4,), ())), groups_of_reader(heads=2, width=11))
     record = in_memory(saved(model, tmp_path))["softprune"]
-    assert record["counts"] == {"attn.num_heads": 2, "attn.all_head_size": 6, "d_model": 11, "sizes": 17}
+    assert record["counts"] == {"attn.num_heads": 2, "attn.all_head_size": 6, "d_model": 10, "sizes": 16}
     assert record["dense"]["counts"] == {"attn.num_heads": 4, "attn.all_head_size": 12, "d_model": 12, "sizes": 24}
     assert torch.equal(record["dense"]["unsaved"]["pos.pe"], dense.pos.pe)
     assert torch.equal(record["unsaved"]["pos.pe"], model.pos.pe)
@@ -262,6 +280,15 @@ def test_a_fit_that_prunes_is_resumed_by_a_fresh_module(kind, tmp_path, monkeypa
     fit(fresh, 3, ckpt_path=tmp_path / "full.ckpt")
     fit(model, 3, ckpt_path=tmp_path / "full.ckpt")
     assert_equal(fresh, model)
+
+
+def test_a_large_tensor_is_loaded_by_what_the_record_holds_of_it():
+    model = made_reader("plain attribute")
+    model.pos.pe = torch.randn(1, 600_000, 12)  # more than what is believed without a tensor
+    prune(model)
+    checkpoint = {"state_dict": model.state_dict()}
+    model.on_save_checkpoint(checkpoint)
+    assert_equal(resized(made_reader("late"), checkpoint), model)
 
 
 # ------------------------------------------------------------------------------------------------------ damaged records

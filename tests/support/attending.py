@@ -98,12 +98,12 @@ def group(name, owner, *slots, counts=(), **fields):
     return PruningGroup(name, name, "intra", int(owner.max()) + 1, members, counts=counts, **fields)
 
 
-def groups_of_reader(heads=HEADS):
+def groups_of_reader(heads=HEADS, width=WIDTH):
     """The width that embedding, positions and attention share; and the heads. Both count in `sizes`."""
     return [
         group(
             "embed",
-            np.arange(WIDTH),
+            np.arange(width),
             *(("embed", "out"), ("pos.pe", "dim2"), ("attn.q", "in"), ("attn.k", "in"), ("attn.v", "in")),
             *(("attn.out", "out"), ("head", "in")),
             counts=(Count("", "d_model", 1), Count("", "sizes", 1)),

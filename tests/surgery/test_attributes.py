@@ -18,6 +18,7 @@ from support.plans import assert_same, snapshot
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PLAN = Plan(((0, 5, 6, 11), (1, 2)))
+ONLY_HEADS = Plan(((), (0,)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,6 +82,15 @@ def test_a_tensor_under_several_names_stays_one(kind):
     surgery.undo()
     assert model.pos.pe is model.pos.again is model.spare.pe
     assert model.pos.pe.shape[-1] == 12
+
+
+def test_undo_leaves_the_rest_of_a_module_that_counts_alone():
+    model = made_reader()
+    surgery = apply_plan(model, groups_of_reader(), ONLY_HEADS)
+    model.notes = ["a trial"]
+    model.attn.calls = 1
+    surgery.undo()
+    assert (model.notes, model.attn.calls, model.sizes, model.attn.num_heads) == (["a trial"], 1, 24, 4)
 
 
 def test_a_parameter_that_is_also_a_plain_attribute_stays_one():
