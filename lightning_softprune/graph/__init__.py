@@ -15,7 +15,7 @@ from lightning_softprune.graph.components import (
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.coverage import Coverage, coverage
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
-from lightning_softprune.graph.grouping import Grouping, groups_of, trace_groups
+from lightning_softprune.graph.grouping import Grouping, Place, groups_of, trace_groups
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
 from lightning_softprune.graph.layer_types import LAYER_TYPES
 from lightning_softprune.graph.layers import (
@@ -51,6 +51,7 @@ __all__ = [
     "LayerType",
     "Layout",
     "Member",
+    "Place",
     "Port",
     "PruningGroup",
     "Shape",

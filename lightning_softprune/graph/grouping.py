@@ -23,6 +23,9 @@ from lightning_softprune.graph.left_out import left_alone
 from lightning_softprune.graph.trace import Step, Trace, trace_model
 from lightning_softprune.utilities.arrays import IntArray
 
+Place = tuple[str, str]
+"""Layer or tensor, and slot."""
+
 _OUTPUT = "produces an output of the network"
 
 
@@ -64,19 +67,28 @@ def trace_groups(
     return groups_of(trace_model(model, steps, outside), ignore).groups
 
 
-def groups_of(trace: Trace, ignore: Sequence[str] = (), choices: Mapping[str, int] | None = None) -> Grouping:
+def groups_of(
+    trace: Trace,
+    ignore: Sequence[str] = (),
+    choices: Mapping[str, int] | None = None,
+    united: Sequence[tuple[Place, Place]] = (),
+) -> Grouping:
     """Sort what a trace tells into groups.
 
     Args:
         trace: The trace.
         ignore: Patterns of modules that must keep their outputs and inputs.
         choices: Place in the code -> which alternative is tried there.
+        united: Pairs of slots of one size that are to lose the same of it.
 
     Raises:
         ValueError: A pattern of ``ignore`` matches nothing.
     """
     ignored = {n: p for p, names in match_modules(trace.model, ignore, "ignore").items() for n in names}
-    table = _Table(trace, trace.couplings(choices))
+    couplings = trace.couplings(choices)
+    for one, other in united:
+        couplings.unite(couplings.slot(*one, 0), couplings.slot(*other, 0))
+    table = _Table(trace, couplings)
     groups: list[PruningGroup] = []
     classes: list[IntArray] = []
     seen: set[tuple[str, str]] = set()
@@ -177,7 +189,7 @@ class _Table:
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""
         sizes: dict[int, int] = {}
-        modules = {member.module.rpartition(".")[0] for member in group.members}
+        modules = {parent for member in group.members for parent in ["", *self_and_parents(member.module)[:-1]]}
         extents = [*((np.arange(f, f + n), "") for f, n in (self.couplings.slots[k] for k in group.slots()))]
         for atoms, module in (*extents, *self.couplings.extents):
             inside = np.isin(self.all[atoms[atoms >= 0]], own)

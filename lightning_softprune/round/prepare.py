@@ -14,6 +14,7 @@ from lightning_softprune.compensation import Compensation, Intercepts, find_inte
 from lightning_softprune.graph import (
     CostModel,
     Grouping,
+    Place,
     PruningGroup,
     assign_components,
     coverage,
@@ -41,6 +42,8 @@ from lightning_softprune.search import (
 from lightning_softprune.surgery import Surgery, apply_plan, probe_with_counts
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
+
+_DOES_NOT_RUN = "the model does not run with fewer channels"
 
 _MOST_READINGS = 3
 """So many ways to take a reshape are tried where the first does not work."""
@@ -228,8 +231,8 @@ def prepare_groups(
     def run(seed: int = 0) -> list[Any]:
         return run_steps(how.probing or how.steps, seed)
 
-    def read(choices: Mapping[str, int]) -> tuple[list[PruningGroup], Grouping]:
-        grouping = groups_of(trace, ignore, choices)
+    def read(choices: Mapping[str, int], united: Sequence[tuple[Place, Place]]) -> tuple[list[PruningGroup], Grouping]:
+        grouping = groups_of(trace, ignore, choices, united)
         groups = refuse_unjudged(mirror_twins(model, grouping.groups, twins), how.judged)
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
         groups = assign_components(model, groups, components, twins)
@@ -240,10 +243,15 @@ def prepare_groups(
 
 
 def _best_reading(
-    model: nn.Module, read: Callable[[Mapping[str, int]], tuple[list[PruningGroup], Grouping]]
+    model: nn.Module,
+    read: Callable[[Mapping[str, int], Sequence[tuple[Place, Place]]], tuple[list[PruningGroup], Grouping]],
 ) -> list[PruningGroup]:
-    """The groups, with other dimensions of a reshape tried where those that were taken first do not work."""
-    best, grouping = read({})
+    """The groups, with alternatives tried where what was taken first does not work.
+
+    These are other dimensions of a reshape; and groups of one width together, which code that gives the output of one
+    the shape of another couples without a trace (``y.view(x.shape)``).
+    """
+    best, grouping = read({}, ())
     choices: dict[str, int] = {}
     for attempt in range(1, _MOST_READINGS):
         working = {site for g in best if g.prunable for site in grouping.splits.get(g.name, ())}
@@ -256,10 +264,34 @@ def _best_reading(
         }
         if not failing:
             break
-        found, other = read({**choices, **failing})
+        found, other = read({**choices, **failing}, ())
         if coverage(model, found).share > coverage(model, best).share:
             best, grouping, choices = found, other, {**choices, **failing}
+    united = _of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
+    if united:
+        found, _ = read(choices, united)
+        if coverage(model, found).share > coverage(model, best).share:
+            best = found
     return best
+
+
+def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
+    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
+    united: list[tuple[Place, Place]] = []
+    done: set[str] = set()
+    for lead in sorted(failing, key=lambda g: -len(g.members)):
+        if lead.name in done:
+            continue
+        widths = {
+            len(member.owner): (member.module, member.slot) for member in lead.members if (member.owner >= 0).all()
+        }
+        for other in failing:
+            places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
+            if other.name != lead.name and other.name not in done and places:
+                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
+                done.add(other.name)
+        done.add(lead.name)
+    return united
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:

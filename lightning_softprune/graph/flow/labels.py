@@ -69,7 +69,7 @@ class Couplings:
 
     def slot(self, name: str, slot: str, size: int) -> IntArray:
         """The atoms of a slot."""
-        first, _ = self.slots.setdefault((name, slot), (self.count, size))
+        first, size = self.slots.setdefault((name, slot), (self.count, size))
         self.count = max(self.count, first + size)
         return np.arange(first, first + size)
 

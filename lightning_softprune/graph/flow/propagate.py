@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import RULES
+from lightning_softprune.graph.flow.rules import RULES, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
 from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
@@ -156,7 +156,7 @@ class Flow:
             elif operation.pointwise:
                 results = rules_of_numbers.pointwise(self, operation)
             elif operation.inputs:
-                results = rules_of_numbers.unknown(self, operation)
+                results = unknown(self, operation)
             else:
                 results = [[FREE] * len(self.shape(value)) for value in operation.outputs if value is not None]
             outputs = [value for value in operation.outputs if value is not None]
@@ -164,7 +164,7 @@ class Flow:
                 results = [r for r, value in zip(results, operation.outputs, strict=True) if value is not None]
             for value, labels in zip(outputs, results, strict=True):
                 if len(labels) != len(self.shape(value)):  # an operator in a form that its rule does not know
-                    labels = rules_of_numbers.unknown(self, operation)[0]
+                    labels = unknown(self, operation)[0]
                     labels = [FIXED] * len(self.shape(value))
                 self._labels[value.number] = labels
             if not feeds and self._mixes(operation):

@@ -76,3 +76,16 @@ def aligned(flow: Flow, values: Sequence[Value], rank: int, operation: Operation
             else:
                 result[dim] = flow.couplings.merge(result[dim], label, reason)
     return result
+
+
+def sized(flow: Flow, value: Value) -> Labels:
+    """Labels of a tensor about whose dimensions nothing can be said."""
+    return ["fixed"] * len(flow.shape(value))
+
+
+def unknown(flow: Flow, operation: Operation) -> list[Labels]:
+    """An operator without a rule: it pins all that it is given."""
+    for value in operation.inputs:
+        for label in flow.labels(value):
+            flow.couplings.pin(label, said(operation, "is an operator that is not known here"))
+    return [sized(flow, value) for value in operation.outputs if value is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import Flow, aligned, argument, dim_of, rule, said
+from lightning_softprune.graph.flow.rules import Flow, aligned, argument, dim_of, rule, said, sized
 from lightning_softprune.graph.flow.rules_of_shape import alike
 from lightning_softprune.graph.flow.tape import Operation, Value
 
@@ -211,7 +211,7 @@ def _class_loss(flow: Flow, operation: Operation) -> list[Labels]:
     labels = flow.labels(operation.inputs[0])
     if labels:
         flow.couplings.pin(labels[min(1, len(labels) - 1)], said(operation, "reads classes by their numbers"))
-    return [_sized(flow, value) for value in operation.outputs if value is not None]
+    return [sized(flow, value) for value in operation.outputs if value is not None]
 
 
 @rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
@@ -235,16 +235,4 @@ def _complex(flow: Flow, operation: Operation) -> list[Labels]:
 @rule("_local_scalar_dense", "equal", "is_nonzero", "sym_size", "_assert_async", "_assert_scalar", "is_same_size")
 @rule("resize_as", "set", "record_stream")
 def _nothing(flow: Flow, operation: Operation) -> list[Labels]:
-    return [_sized(flow, value) for value in operation.outputs if value is not None]
-
-
-def _sized(flow: Flow, value: Value) -> Labels:
-    return [FIXED] * len(flow.shape(value))
-
-
-def unknown(flow: Flow, operation: Operation) -> list[Labels]:
-    """An operator without a rule: it pins all that it is given."""
-    for value in operation.inputs:
-        for label in flow.labels(value):
-            flow.couplings.pin(label, said(operation, "is an operator that is not known here"))
-    return [_sized(flow, value) for value in operation.outputs if value is not None]
+    return [sized(flow, value) for value in operation.outputs if value is not None]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import Flow, argument, rule, said
+from lightning_softprune.graph.flow.rules import Flow, argument, rule, said, unknown
 from lightning_softprune.graph.flow.rules_of_shape import alike
 from lightning_softprune.graph.flow.tape import Operation, Value
 
@@ -47,6 +47,17 @@ def _bmm(flow: Flow, operation: Operation) -> list[Labels]:
     batch = flow.couplings.merge(one[0], other[0], said(operation, "multiplies it by a tensor whose width is fixed"))
     _contract(flow, operation, one[2], other[1])
     return _added(flow, operation, [batch, one[1], other[2]], arguments[added] if added else None)
+
+
+@rule("_grouped_mm", "transformers::grouped_mm_fallback")
+def _grouped_mm(flow: Flow, operation: Operation) -> list[Labels]:
+    """Rows, each by the matrix of its expert."""
+    rows, weight = (flow.labels(value) for value in operation.inputs[:2])
+    if len(rows) != 2 or len(weight) != 3:
+        return unknown(flow, operation)
+    flow.couplings.pin(weight[0], said(operation, "picks experts by their numbers"))
+    _contract(flow, operation, rows[1], weight[1])
+    return [[rows[0], weight[2]]]
 
 
 @rule("mv", "addmv")
