@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from lightning_softprune import resize
-from lightning_softprune.graph import CostModel, Member, PruningGroup, layer_type, layout_of, record_macs
+from lightning_softprune.graph import (
+    CostModel,
+    Member,
+    PruningGroup,
+    layer_type,
+    layout_of,
+    record_macs,
+    refuse_unjudged,
+)
 from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
@@ -177,3 +185,11 @@ def test_the_tokens_of_a_bag_are_no_channels():
     assert list(entry.taken(layer, {0: tokens, 1: offsets})) == []
     assert [(id(p.tensor), p.slot, p.dim) for p in entry.given(layer, output)] == [(id(output), "both", 1)]
     assert dict(layout_of(layer).slots) == {"both": 6}
+
+
+def test_a_bilinear_layer_that_reads_a_group_does_not_produce_it():
+    judged = {"pair.weight", "pair.bias"}
+    (found,) = refuse_unjudged(PAIR[:1], judged)
+    assert found.reason.startswith("validation does not use left")
+    (found,) = refuse_unjudged(PAIR[2:], judged)
+    assert found.prunable
