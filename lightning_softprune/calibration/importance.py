@@ -213,9 +213,10 @@ def _sum_members(model: nn.Module, group: PruningGroup, value: Callable[[nn.Para
         layout = layout_of(module) if module is not None else None
         for axis in layout.axes if isinstance(layout, Layout) else ():
             tensor = module.get_parameter(axis.tensor) if module is not None and _has(module, axis.tensor) else None
-            if axis.slot != member.slot or tensor is None or tensor.ndim < 2 or axis.repeat > 1:
+            if axis.slot != member.slot or tensor is None or tensor.ndim < 2:
                 continue
-            indices = value(tensor).transpose(0, axis.dim).flatten(1).sum(1).cpu().numpy()
+            along = value(tensor).transpose(0, axis.dim).flatten(1).sum(1)
+            indices = along.reshape(axis.repeat, -1).sum(0).cpu().numpy()
             shares = np.tile(indices / axis.parts, axis.parts)  # the parts of a grouped layer lose the same channels
             score += _per_channel(member, shares, group)
     return score

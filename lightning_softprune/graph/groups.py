@@ -15,7 +15,7 @@ class Member:
 
     Attributes:
         module: Name of the layer or parameter, as in ``named_modules()`` / ``named_parameters()``.
-        slot: ``"in"``, ``"out"``, ``"both"``, or ``"dim<k>"`` for a bare parameter.
+        slot: A slot of the layer (``"in"``, ``"out"``, ``"both"``, ...), or ``"dim<k>"`` for a bare parameter.
         owner: The group's channel that each index of the slot belongs to, -1 for indices of other groups; shape
             ``(slot size,)``.
     """

@@ -268,8 +268,7 @@ class LayerType:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 _TABLE: list[LayerType] = []
-_NEVER = (nn.Bilinear, nn.EmbeddingBag)
-"""Layers whose parameters no slot describes. Other modules with parameters of their own are traced through."""
+"""Modules of other types that have parameters of their own are traced through."""
 
 
 def add_layer_type(entry: LayerType) -> None:
@@ -289,8 +288,6 @@ def layout_of(module: nn.Module) -> Layout | str | None:
         Its layout; or, as a string, why a layer of this type cannot be sliced; or ``None`` for a module that is not
         a layer (a container, an activation, a module with bare parameters of its own).
     """
-    if isinstance(module, _NEVER):
-        return f"{type(module).__name__} layers cannot be sliced"
     entry = layer_type(module)
     return None if entry is None else entry.layout(module)
 

@@ -88,6 +88,8 @@ def _needs_of(name: str, module: nn.Module) -> Iterator[_Need]:
         layout = layout_of(layer)
         if isinstance(layout, Layout):
             both = layout.slots.get("both")
+            others = [size for slot, size in layout.slots.items() if slot not in ("in", "out", "both")]
+            found.extend((full, size, None, False) for size in others)
             found.append((full, layout.slots.get("in", both), layout.slots.get("out", both), _is_flat(layer)))
         else:
             sizes = {size for parameter in layer.parameters(recurse=False) for size in parameter.shape}

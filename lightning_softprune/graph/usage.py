@@ -114,7 +114,7 @@ def refuse_unjudged(groups: Sequence[PruningGroup], judged: Set[str]) -> list[Pr
     used = {name.rpartition(".")[0] for name in judged} | judged
     kept = []
     for group in groups:
-        producers = [member.module for member in group.members if member.slot != "in"]
+        producers = [member.module for member in group.members if not member.slot.startswith("in")]
         if group.prunable and not any(name in used for name in producers):
             group = group.refuse(
                 f"validation does not use {producers[0] if producers else group.name}, so no score would see the damage"

@@ -231,7 +231,7 @@ class _Probe:
         except Exception as error:  # whatever the user's code says to fewer channels is the reason
             line = (str(error).splitlines() or [""])[0]
             return _Problem(f"the model does not run with fewer channels: {type(error).__name__}: {line}", True)
-        own = {member.module for i in cuts for member in self.groups[i].members if member.slot != "in"}
+        own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
         words = (
             "its channels are reordered, or told apart by their number, on the way to {}",
             "its channels are told apart by their number: {} depends on their order",

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
+from lightning_softprune.graph import Member, PruningGroup
 from support.zoo import PRUNABLE, prunable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -284,3 +285,23 @@ def test_an_unknown_importance_names_the_known_ones():
     model, batches, groups = make(MLP)
     with pytest.raises(ValueError, match=r"importance: 'size' is not one of .*'magnitude'"):
         ranked("size", model, groups, batches)
+
+
+def test_the_magnitude_of_a_hidden_unit_is_that_of_all_its_gates_and_of_all_that_reads_it():
+    """Directions lie side by side in what the layer above reads, gates one upon another."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(3, 5, num_layers=2, bidirectional=True).requires_grad_(False)
+    group = PruningGroup("0", "", "intra", 5, (Member("0", "out", np.arange(5)),))
+    expected = np.zeros(5)
+    for name, weight in lstm.named_parameters():
+        for unit in range(5):
+            if weight.ndim == 2:
+                expected[unit] += sum(float(weight[gate * 5 + unit].square().sum()) for gate in range(4))
+            if name.startswith("weight_hh"):
+                expected[unit] += float(weight[:, unit].square().sum())
+            if name.startswith("weight_ih_l1"):
+                expected[unit] += float(weight[:, unit].square().sum() + weight[:, 5 + unit].square().sum())
+    model = nn.Sequential(lstm)
+    found = rank("magnitude", model, [group], [], {}, np.random.default_rng(0))
+    assert [ranking.tolist() for ranking in found] == order([expected])
+    np.testing.assert_allclose(norms(model, [group]), np.sqrt(expected).mean(), rtol=1e-6)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import pickle
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_softprune import resize
+from lightning_softprune.checkpoint import ModelShapes, keep_record
 from lightning_softprune.graph import (
     Applications,
     CostModel,
@@ -375,6 +377,27 @@ def test_a_state_dict_shapes_a_network_of_another_size(case, fresh_first):
     other.load_state_dict(model.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(other(inputs()), model(inputs()), strict=True))
     assert str(other) == str(model)
+
+
+class Wrapped(pl.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+
+@every_kind
+def test_the_record_in_a_checkpoint_alone_shapes_a_network(case):
+    dense, module = Wrapped(make(case)), Wrapped(make(case))
+    prune(module.net)
+    keep_record(module, ModelShapes.of(dense), [])
+    checkpoint = {}
+    module.on_save_checkpoint(checkpoint)
+    other = Wrapped(make(case, seed=1))
+    resize(other, checkpoint["softprune"])
+    if isinstance(other.net, Stack):
+        assert_flat(other.net.recurrent)
+    other.load_state_dict(module.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(other.net(inputs()), module.net(inputs()), strict=True))
 
 
 def test_a_state_dict_of_another_number_of_gates_is_refused():
