@@ -124,6 +124,7 @@ class LayerType:
         produces: Whether its outputs are channels of its own; otherwise it passes on those of another layer.
         owns_children: Whether modules inside it are parts of it, which are not looked at by themselves.
         mixes_positions: Whether it does more with the dimensions beside the channels than go through them.
+        averages_channels: Whether it misses channels that go, by a mean, a norm or a scale: masking is another thing.
         takes_bias: Whether it computes with an attribute ``bias`` that may be ``None``, and can be given one.
         weight: Name of the tensor without which it cannot be sliced.
     """
@@ -132,6 +133,7 @@ class LayerType:
     produces: ClassVar[bool] = True
     owns_children: ClassVar[bool] = False
     mixes_positions: ClassVar[bool] = True
+    averages_channels: ClassVar[bool] = False
     takes_bias: ClassVar[bool] = False
     weight: ClassVar[str] = "weight"
 

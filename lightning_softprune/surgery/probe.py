@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_softprune.graph import Layout, Member, PruningGroup, layout_of, tensor_at
+from lightning_softprune.graph import Layout, Member, PruningGroup, layer_type, layout_of, tensor_at
 from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import forward_hook, registered
@@ -90,9 +90,13 @@ def differs_from_masked(
 ) -> bool:
     """Whether the model without half of a group's channels computes something else than with them set to zero.
 
-    That is so where a number that counts channels is used for more than shapes (a scale), and where removed channels
-    are missed by a mean or a norm: a group like that is not to get counts that nobody can confirm.
+    That is so where a number that counts channels is used for more than shapes (a scale). Groups that a layer averages
+    over (LayerNorm) cannot be compared.
     """
+    modules = dict(model.named_modules())
+    entries = [layer_type(modules[member.module]) for member in group.members if member.module in modules]
+    if any(entry is not None and entry.averages_channels for entry in entries):
+        return False  # masking is not defined
     probe = _Probe(model, [group], run, run_otherwise)
     cut = tuple(range(0, group.num_channels, 2))[: group.num_channels - 1]
     try:

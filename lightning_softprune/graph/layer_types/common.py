@@ -239,6 +239,7 @@ class GroupNormType(PassingOn):
     """``nn.GroupNorm``: every group loses the same channels."""
 
     types = (nn.GroupNorm,)
+    averages_channels = True
     attribute = "num_channels"
 
     def channel_dim(self, module: nn.GroupNorm, tensor: torch.Tensor) -> int:
@@ -255,6 +256,7 @@ class LayerNormType(PassingOn):
     """``nn.LayerNorm`` over the last dimension."""
 
     types: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
+    averages_channels = True
     named = "a LayerNorm"
 
     def describe(self, module: nn.LayerNorm | nn.RMSNorm) -> Layout | str:
@@ -318,6 +320,7 @@ class AttentionType(LayerType):
     """``nn.MultiheadAttention``: one dimension of every head, at all sides alike."""
 
     types = (nn.MultiheadAttention,)
+    averages_channels = True
     produces = False
     owns_children = True
     weight = "in_proj_weight"
