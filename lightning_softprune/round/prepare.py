@@ -17,7 +17,6 @@ from lightning_softprune.graph import (
     Place,
     PruningGroup,
     assign_components,
-    coverage,
     groups_of,
     mirror_counts,
     mirror_twins,
@@ -239,11 +238,15 @@ def prepare_groups(
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
         return probe_with_counts(model, groups, counts, run, lambda: run(1), how.round_to), grouping
 
-    return _best_reading(model, read)
+    return _best_reading(read)
+
+
+def _reached(groups: Sequence[PruningGroup]) -> int:
+    """How many slots of layers can lose something."""
+    return len(set().union(*(group.slots() for group in groups if group.prunable)))
 
 
 def _best_reading(
-    model: nn.Module,
     read: Callable[[Mapping[str, int], Sequence[tuple[Place, Place]]], tuple[list[PruningGroup], Grouping]],
 ) -> list[PruningGroup]:
     """The groups, with alternatives tried where what was taken first does not work.
@@ -265,12 +268,12 @@ def _best_reading(
         if not failing:
             break
         found, other = read({**choices, **failing}, ())
-        if coverage(model, found).share > coverage(model, best).share:
+        if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
     united = _of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
     if united:
         found, _ = read(choices, united)
-        if coverage(model, found).share > coverage(model, best).share:
+        if _reached(found) > _reached(best):
             best = found
     return best
 

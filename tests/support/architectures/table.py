@@ -198,7 +198,14 @@ FROM_TRANSFORMERS = (
     Architecture("Qwen2", text("Qwen2ForCausalLM", config=DECODER), SENTENCES, head=8, **LIBRARY),
     Architecture(
         "Mixtral",
-        text("MixtralForCausalLM", "eager", config=DECODER, num_local_experts=3, num_experts_per_tok=2),
+        text(
+            "MixtralForCausalLM",
+            "eager",
+            config=DECODER,
+            num_local_experts=3,
+            num_experts_per_tok=2,
+            experts_implementation="eager",
+        ),
         SENTENCES,
         head=8,
         **LIBRARY,
