@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize
-from lightning_softprune.graph import PruningGroup
+from lightning_softprune.graph import LayerSpec, PruningGroup, register_layer
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 from lightning_softprune.search import (
     GradientSearch,
@@ -24,6 +24,7 @@ __all__ = [
     "GradientSearch",
     "GridSearch",
     "GroupResult",
+    "LayerSpec",
     "NormBaseline",
     "OptunaSearch",
     "PrunedCheckpointMixin",
@@ -38,6 +39,7 @@ __all__ = [
     "find_groups",
     "load_from_checkpoint",
     "prune",
+    "register_layer",
     "resize",
 ]
 

@@ -352,7 +352,7 @@ class _ResizePlan:
             made = [(_of_shape(tensor, shape), owners) for tensor, shape, owners in self.tensors]
             biases = []
             for layer, size in self.created:
-                weight = layer.get_parameter("weight")
+                weight = next(layer.parameters(recurse=False))
                 biases.append((layer, nn.Parameter(weight.new_zeros(size), requires_grad=weight.requires_grad)))
         for entry, module, sizes in self.resized:
             entry.restore(module, sizes)

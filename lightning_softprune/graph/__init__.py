@@ -10,7 +10,14 @@ from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
-from lightning_softprune.graph.layer_types import LAYER_TYPES
+from lightning_softprune.graph.layer_types import (
+    LAYER_TYPES,
+    LayerSpec,
+    check_layers,
+    checked_layers,
+    register_layer,
+    register_layers,
+)
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
@@ -25,6 +32,7 @@ from lightning_softprune.graph.layers import (
     layout_of,
     set_sizes,
     shape_mismatch,
+    takes_bias,
     tensor_at,
 )
 from lightning_softprune.graph.unseen import refuse_unseen_readers
@@ -37,6 +45,7 @@ __all__ = [
     "CostModel",
     "Count",
     "Kernel",
+    "LayerSpec",
     "LayerType",
     "Layout",
     "Member",
@@ -49,6 +58,8 @@ __all__ = [
     "WeightGeometry",
     "add_layer_type",
     "assign_components",
+    "check_layers",
+    "checked_layers",
     "geometry_of",
     "layer_type",
     "layout_of",
@@ -58,8 +69,11 @@ __all__ = [
     "record_usage",
     "refuse_unjudged",
     "refuse_unseen_readers",
+    "register_layer",
+    "register_layers",
     "set_sizes",
     "shape_mismatch",
+    "takes_bias",
     "tensor_at",
     "trace_groups",
     "undeclared_twins",
