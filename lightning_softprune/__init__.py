@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lightning_softprune.callback import SoftPruning
 from lightning_softprune.checkpoint import PrunedCheckpointMixin, load_from_checkpoint, resize, resizing
 from lightning_softprune.checkpoint import record_of as record
-from lightning_softprune.graph import PruningGroup
+from lightning_softprune.graph import LayerSpec, PruningGroup, register_layer
 from lightning_softprune.results import Costs, GroupResult, PruningResult, Trial
 from lightning_softprune.search import (
     GradientSearch,
@@ -25,6 +25,7 @@ __all__ = [
     "GradientSearch",
     "GridSearch",
     "GroupResult",
+    "LayerSpec",
     "NormBaseline",
     "OptunaSearch",
     "PrunedCheckpointMixin",
@@ -40,6 +41,7 @@ __all__ = [
     "load_from_checkpoint",
     "prune",
     "record",
+    "register_layer",
     "resize",
     "resizing",
 ]

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, order_parameters, rounds_of
 from lightning_softprune.compensation import COMPENSATIONS
-from lightning_softprune.graph import COSTS, match_modules
+from lightning_softprune.graph import COSTS, LayerSpec, check_layers, checked_layers, match_modules, register_layers
 from lightning_softprune.report import (
     dense_checkpoints_stay,
     log_figures,
@@ -94,6 +94,7 @@ class SoftPruning(pl.Callback):
             coefficient all groups inside it share; groups that couple several components keep their own.
         components: Component name -> module-name patterns; ``None``: the top-level children of the module.
         ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
+        layers: Layer types of your own, as for :func:`register_layer`; they are known from here on.
         twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the
             module): a twin gets the same plan and has no coefficients of its own. What is not trained and looks like
             something that is has to be named here or in `ignore`.
@@ -143,6 +144,7 @@ class SoftPruning(pl.Callback):
         granularity: Literal["group", "component"] = "group",
         components: dict[str, list[str]] | None = None,
         ignore: list[str] | None = None,
+        layers: list[LayerSpec] | None = None,
         twins: dict[str, str] | None = None,
         bounds: dict[str, list[float]] | None = None,
         importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
@@ -183,6 +185,8 @@ class SoftPruning(pl.Callback):
         self.granularity = checks.one_of("granularity", granularity, ("group", "component"))
         self.components = checked_patterns("components", components)
         self.ignore = tuple(checks.strings("ignore", ignore))
+        self.layers = checked_layers("layers", layers)
+        register_layers(self.layers)
         self.twins: dict[str, str] | None = checks.mapping("twins", twins, partial(checks.instance_of, kind=str))
         self.bounds = checked_bounds(bounds)
         self.importance = checks.one_of("importance", importance, IMPORTANCES)
@@ -223,6 +227,7 @@ class SoftPruning(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what cannot work with this trainer."""
+        register_layers(self.layers)  # in a process of its own, or after another callback's
         self._evaluating = stage != "fit"
         if self._evaluating:
             if stage == "validate":
@@ -291,6 +296,7 @@ class SoftPruning(pl.Callback):
 
     def _check_names(self, pl_module: pl.LightningModule) -> None:
         try:
+            check_layers(pl_module)
             match_modules(pl_module, self.ignore, "ignore")
             match_modules(pl_module, [*(self.twins or {}), *(self.twins or {}).values()], "twins")
             for name, patterns in (self.components or {}).items():

@@ -16,7 +16,14 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import nn
 
 from lightning_softprune.callback import SoftPruning
-from lightning_softprune.graph import PruningGroup, record_usage
+from lightning_softprune.graph import (
+    LayerSpec,
+    PruningGroup,
+    check_layers,
+    checked_layers,
+    record_usage,
+    register_layers,
+)
 from lightning_softprune.results import PruningResult
 from lightning_softprune.round import StepsToTrace, prepare_groups
 from lightning_softprune.surgery import Transaction
@@ -42,6 +49,7 @@ def find_groups(
     *,
     components: dict[str, list[str]] | None = None,
     ignore: Sequence[str] | None = None,
+    layers: Sequence[LayerSpec] | None = None,
 ) -> list[PruningGroup]:
     """List the pruning groups of a model, and everything that is left alone with the reason.
 
@@ -52,12 +60,14 @@ def find_groups(
             inputs. ``None``: the LightningModule's `example_input_array`.
         components: Component name -> module-name patterns.
         ignore: Patterns of modules that must keep their outputs and inputs.
+        layers: Layer types of your own, as for :func:`register_layer`; they are known from here on.
 
     Returns:
         The groups in the order in which the model runs them.
 
     Raises:
-        ValueError: No batch and no `example_input_array`; or a pattern that matches nothing.
+        ValueError: No batch and no `example_input_array`; a pattern that matches nothing; or a layer type of your own
+            that does not fit the layers.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -66,6 +76,8 @@ def find_groups(
     0 8 prunable
     2 2 2 produces an output of the network
     """
+    register_layers(checked_layers("layers", layers))
+    check_layers(model)
     if isinstance(model, counterparts(pl.LightningModule)) and batch is not None:
         steps = _module_steps(model, batch)
     else:

@@ -59,7 +59,7 @@ def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:
     geometry = None if module is None else geometry_of(module)
     if module is None or geometry is None or member.slot != geometry.slot:
         return False
-    weight = tensor_at(module, "weight")
+    weight = tensor_at(module, geometry.weight)
     return weight is None or weight.numel() > 0  # a layer without outputs mixes nothing
 
 

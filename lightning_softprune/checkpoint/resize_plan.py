@@ -404,7 +404,7 @@ class _ResizePlan:
             unsaved = {id(value): value.detach().to(device, copy=True) for *_, value in self.missing.values()}
             biases = []
             for layer, size in self.created:
-                weight = layer.get_parameter("weight")
+                weight = next(layer.parameters(recurse=False))
                 biases.append((layer, nn.Parameter(weight.new_zeros(size), requires_grad=weight.requires_grad)))
         for entry, module, sizes in self.resized:
             entry.restore(module, sizes)

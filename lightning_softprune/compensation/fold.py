@@ -17,7 +17,7 @@ from lightning_softprune.calibration import InputStatistics, Reader, find_reader
 from lightning_softprune.compensation.intercepts import Intercepts
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, Moments
 from lightning_softprune.compensation.weights import PrunedWeight
-from lightning_softprune.graph import PruningGroup, WeightGeometry, geometry_of, layer_type
+from lightning_softprune.graph import PruningGroup, WeightGeometry, geometry_of, layer_type, takes_bias
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -60,9 +60,11 @@ class Compensation:
                 continue
             order = _keep_order(reader, groups, rankings) if geometry.groups == 1 else None
             self._readers[reader.name] = reader
-            moments = Moments.of(known.unfolded or known, centred=reader.name not in intercepts.refused)
+            lacks = layer._parameters.get(geometry.bias) is None and reader.name not in intercepts.norms
+            centred = reader.name not in intercepts.refused and (takes_bias(layer) or not lacks)
+            moments = Moments.of(known.unfolded or known, centred=centred)
             self._regressions[reader.name] = _regression(mode, geometry, known, moments, order)
-            if layer.bias is None and reader.name not in intercepts.norms and moments.centred:
+            if lacks and centred:
                 self._without_bias.append(reader.name)
 
     @property
@@ -98,12 +100,12 @@ class Compensation:
             with torch.no_grad():
                 rows = pruned.rows().to(regression.mean.device, torch.float64)
                 folded, shift = regression.fold(rows, pruned.kept_inputs().to(rows.device))
-                weight = layer.get_parameter("weight")
+                weight = layer.get_parameter(pruned.geometry.weight)
                 weight.copy_(pruned.geometry.from_rows(folded).to(weight.device, weight.dtype))
                 if name in self._intercepts.norms:
                     _take_from_mean(model.get_submodule(self._intercepts.norms[name]), name, shift, surgery)
                 elif regression.centred:
-                    _add_to_bias(layer, name, shift.to(weight.device), surgery)
+                    _add_to_bias(layer, name, pruned.geometry, shift.to(weight.device), surgery)
         if surgery.created:
             surgery.order = list(model.parameters())
 
@@ -138,9 +140,9 @@ def _keep_order(reader: Reader, groups: Sequence[PruningGroup], rankings: Sequen
     return np.argsort(-place[owner], kind="stable").astype(np.int64)
 
 
-def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surgery) -> None:
-    weight = layer.get_parameter("weight")
-    bias = layer._parameters.get("bias")
+def _add_to_bias(layer: nn.Module, name: str, geometry: WeightGeometry, shift: torch.Tensor, surgery: Surgery) -> None:
+    weight = layer.get_parameter(geometry.weight)
+    bias = layer._parameters.get(geometry.bias)
     if bias is None:
         created = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
         layer._parameters["bias"] = created
@@ -150,7 +152,7 @@ def _add_to_bias(layer: nn.Module, name: str, shift: torch.Tensor, surgery: Surg
             old, bias = bias, nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
             bias.__dict__.update(old.__dict__)
             bias.grad = None if old.grad is None else old.grad.detach().clone()
-            surgery.replace(layer, "bias", f"{name}.bias", bias)
+            surgery.replace(layer, geometry.bias, f"{name}.{geometry.bias}", bias)
         bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))
 
 

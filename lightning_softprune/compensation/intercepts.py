@@ -6,8 +6,8 @@ Such a reader gets a bias, unless
   training it subtracts the batch's mean, to which ``b`` does not matter. So its running mean takes the constant, and
   the network keeps its parameters and the names in its state dict. Only where this BatchNorm alone reads the outputs,
   and nothing else; that is found by watching every function that is called with them while the steps run.
-- no optimizer could train a bias there (`surgery/optimizers.py`): the reader gets no constant, and its regressions have
-  no intercept.
+- no optimizer could train a bias there (`surgery/optimizers.py`), or the layer computes with none: the reader gets no
+  constant, and its regressions have no intercept.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_softprune.calibration import find_readers, weight_geometry
-from lightning_softprune.graph import PruningGroup, layer_type
+from lightning_softprune.graph import PruningGroup, layer_type, takes_bias
 from lightning_softprune.surgery import weights_without_bias
 from lightning_softprune.utilities.distributed import sum_over_processes
 from lightning_softprune.utilities.hooks import registered
@@ -64,7 +64,7 @@ def find_intercepts(
         twins: Module name -> the module it mirrors.
     """
     layers = {reader.name: model.get_submodule(reader.name) for reader in find_readers(model, groups)}
-    layers = {name: layer for name, layer in layers.items() if layer._parameters.get("bias", layer) is None}
+    layers = {name: layer for name, layer in layers.items() if _lacks_bias(layer)}
     if not layers:
         return Intercepts()
     uses = _Uses(model, layers)
@@ -87,11 +87,21 @@ def find_intercepts(
     for twin, original, *_ in pairs:
         if not {twin, original} <= norms.keys():
             norms = {name: norm for name, norm in norms.items() if name not in (twin, original)}
-    weights = {name: layer.get_parameter("weight") for name, layer in layers.items() if name not in norms}
+    weights = {
+        name: layer.get_parameter(weight_geometry(layer).weight)
+        for name, layer in layers.items()
+        if name not in norms and takes_bias(layer)
+    }
     refused = weights_without_bias(optimizers, weights)
+    refused |= {name for name, layer in layers.items() if name not in norms and not takes_bias(layer)}
     for twin, original, *_ in pairs:
         refused |= {twin, original} if refused & {twin, original} else set()
     return Intercepts(norms, frozenset(refused))
+
+
+def _lacks_bias(layer: nn.Module) -> bool:
+    geometry = weight_geometry(layer)
+    return geometry.is_whole and layer._parameters.get(geometry.bias) is None
 
 
 def _pairs(names: Mapping[str, Any], twins: Mapping[str, str]) -> Iterator[tuple[str, str, str, str]]:

@@ -107,10 +107,10 @@ def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: 
     geometry = weight_geometry(layer)
     rows = in_double(unfold_inputs(geometry, source, CHECKED_ROWS))
     wanted = in_double(outputs_at_rows(geometry, output, CHECKED_ROWS))
-    weight = geometry.to_rows(layer.get_parameter("weight").detach()).to(rows).flatten(2)
+    weight = geometry.to_rows(layer.get_parameter(geometry.weight).detach()).to(rows).flatten(2)
     parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
     outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
-    bias = layer._parameters.get("bias")
+    bias = layer._parameters.get(geometry.bias)
     if bias is not None:
         outputs = outputs + bias.detach().to(rows)
     return len(outputs) == len(wanted) and bool((outputs - wanted).norm() <= 0.05 * wanted.norm() + 1e-6)
@@ -131,6 +131,7 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
         if pruned is None or (pruned.geometry.groups > 1 and isinstance(regression, ChannelRegression)):
             continue
+        parameter = layer.get_parameter(pruned.geometry.weight)
         read: Read = partial(_channels, pruned.geometry)
         if name in dense.most:
             read = partial(unfold_inputs, pruned.geometry, most=dense.most[name])
@@ -145,16 +146,15 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
             wanted = wanted if kept is None else wanted[:, kept.to(device)]
             activation = dense.activations.get(name)
             activation = activation if activation is None or kept is None else activation.of(kept)
-            now = pruned.geometry.to_rows(layer.get_parameter("weight").detach()).to(device, torch.float64)
+            now = pruned.geometry.to_rows(parameter.detach()).to(device, torch.float64)
             weight, bias = _fit_features(now, wanted, given, activation, centred=regression.centred)
         else:
             rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
             weight, shift = _fit_channels(regression, rows, stays, wanted, given)
-            bias = _bias_before(layer, name, surgery).to(device, torch.float64) + shift
+            bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
         with torch.no_grad():
-            parameter = layer.get_parameter("weight")
             parameter.copy_(pruned.geometry.from_rows(weight).to(parameter.device, parameter.dtype))
-            _set_bias(layer, name, bias, surgery)
+            _set_bias(layer, name, pruned.geometry, bias, surgery)
 
 
 class _StopForward(BaseException):
@@ -267,19 +267,19 @@ def _fit_after_activation(
     return weight.double(), shift.double()
 
 
-def _bias_before(layer: nn.Module, name: str, surgery: Surgery) -> torch.Tensor:
+def _bias_before(layer: nn.Module, name: str, geometry: WeightGeometry, surgery: Surgery) -> torch.Tensor:
     """The bias from before the plan, for the outputs that stay; zero for a layer that had none."""
-    bias = layer._parameters.get("bias")
+    bias = layer._parameters.get(geometry.bias)
     before = None if bias is None else surgery.before(bias)
     if before is None:
         return torch.zeros(1)
-    rows = surgery.kept.get(f"{name}.bias", {}).get(0)
+    rows = surgery.kept.get(f"{name}.{geometry.bias}", {}).get(0)
     return before.detach() if rows is None else before.detach()[rows.to(before.device)]
 
 
-def _set_bias(layer: nn.Module, name: str, bias: torch.Tensor, surgery: Surgery) -> None:
+def _set_bias(layer: nn.Module, name: str, geometry: WeightGeometry, bias: torch.Tensor, surgery: Surgery) -> None:
     """Make this the constant in a layer's outputs, wherever compensation put it; some have no place for one."""
-    parameter = layer._parameters.get("bias")
+    parameter = layer._parameters.get(geometry.bias)
     if parameter is not None:
         parameter.copy_(bias.to(parameter.device, parameter.dtype))
     elif name in surgery.shifted:

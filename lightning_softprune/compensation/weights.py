@@ -31,10 +31,12 @@ class PrunedWeight:
     @classmethod
     def of(cls, layer: nn.Module, name: str, stride: int, surgery: Surgery) -> PrunedWeight | None:
         """Look a reader up in the record of a surgery; ``None`` where it has lost none of its inputs."""
-        geometry, weight = geometry_of(layer), layer.get_parameter("weight")
-        by_dim = surgery.kept.get(f"{name}.weight", {})
-        before = surgery.before(weight)
-        if geometry is None or before is None or geometry.input_dim not in by_dim:
+        geometry = geometry_of(layer)
+        if geometry is None:
+            return None
+        by_dim = surgery.kept.get(f"{name}.{geometry.weight}", {})
+        before = surgery.before(layer.get_parameter(geometry.weight))
+        if before is None or geometry.input_dim not in by_dim:
             return None
         return cls(geometry, before.detach(), by_dim, stride)
 

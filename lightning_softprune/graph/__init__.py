@@ -13,11 +13,17 @@ from lightning_softprune.graph.components import (
     undeclared_twins,
 )
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
-from lightning_softprune.graph.coverage import Coverage, coverage
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import Grouping, Place, groups_of, trace_groups
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
-from lightning_softprune.graph.layer_types import LAYER_TYPES
+from lightning_softprune.graph.layer_types import (
+    LAYER_TYPES,
+    LayerSpec,
+    check_layers,
+    checked_layers,
+    register_layer,
+    register_layers,
+)
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
@@ -33,8 +39,10 @@ from lightning_softprune.graph.layers import (
     refresh,
     set_sizes,
     shape_mismatch,
+    takes_bias,
     tensor_at,
 )
+from lightning_softprune.graph.reach import Coverage, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
@@ -48,6 +56,7 @@ __all__ = [
     "Coverage",
     "Grouping",
     "Kernel",
+    "LayerSpec",
     "LayerType",
     "Layout",
     "Member",
@@ -61,6 +70,8 @@ __all__ = [
     "WeightGeometry",
     "add_layer_type",
     "assign_components",
+    "check_layers",
+    "checked_layers",
     "coverage",
     "geometry_of",
     "groups_of",
@@ -74,8 +85,11 @@ __all__ = [
     "refresh",
     "refuse_unjudged",
     "refuse_unseen_readers",
+    "register_layer",
+    "register_layers",
     "set_sizes",
     "shape_mismatch",
+    "takes_bias",
     "tensor_at",
     "trace_groups",
     "trace_model",

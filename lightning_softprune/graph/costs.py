@@ -23,7 +23,16 @@ from torch import nn
 
 from lightning_softprune.graph.components import is_inside
 from lightning_softprune.graph.groups import PruningGroup
-from lightning_softprune.graph.layers import Applications, LayerType, Layout, MacTerm, layer_type, layout_of
+from lightning_softprune.graph.layers import (
+    Applications,
+    LayerType,
+    Layout,
+    MacTerm,
+    geometry_of,
+    layer_type,
+    layout_of,
+    parts_of_layers,
+)
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.nested import attribute_at
@@ -127,8 +136,9 @@ class CostModel:
         macs = _merge(list(_mac_terms(model, sizes, applications)))
         biases = []
         for name in new_biases:
-            layout = layout_of(model.get_submodule(name))
-            counts = judged is None or f"{name}.weight" in judged
+            layer = model.get_submodule(name)
+            layout, geometry = layout_of(layer), geometry_of(layer)
+            counts = judged is None or (geometry is not None and f"{name}.{geometry.weight}" in judged)
             if counts and isinstance(layout, Layout) and (name, "in") in sizes:
                 out = (name, "out")
                 term = Term(1.0, (out,)) if out in sizes else Term(float(layout.slots["out"]), ())
@@ -176,6 +186,7 @@ def record_macs(model: nn.Module, outside: Collection[str] = ()) -> Iterator[dic
         outside: Names of modules that do not count, with all that is in them.
     """
     seen: dict[str, Applications] = {}
+    parts = set(parts_of_layers(model))  # counted with the layer
 
     def hook_for(name: str, entry: LayerType) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -186,7 +197,8 @@ def record_macs(model: nn.Module, outside: Collection[str] = ()) -> Iterator[dic
     with registered(
         module.register_forward_hook(hook_for(name, entry), with_kwargs=True)
         for name, module in model.named_modules()
-        if not any(is_inside(name, other) for other in outside)
+        if module not in parts
+        and not any(is_inside(name, other) for other in outside)
         and (entry := layer_type(module)) is not None
         and entry.macs(module, Applications())
     ):

@@ -68,6 +68,7 @@ class WeightGeometry:
         slot: The layer's slot that it reads.
         is_whole: Whether outputs are nothing but this weight times the inputs, and a bias: only then can a prediction
             of inputs be folded into it.
+        bias: Name of the parameter that is added to the outputs, where the layer has it.
     """
 
     inputs: int
@@ -78,6 +79,7 @@ class WeightGeometry:
     weight: str = "weight"
     slot: str = "in"
     is_whole: bool = True
+    bias: str = "bias"
 
     @property
     def output_dim(self) -> int:

@@ -13,7 +13,8 @@ multiply-accumulates and the sizes in checkpoints are all derived from it, so a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -120,7 +121,7 @@ class LayerType:
     multiply-accumulates also :meth:`observe` and :meth:`macs`.
 
     Attributes:
-        types: The classes that the entry is for, with their subclasses.
+        types: The classes that the entry is for, with their subclasses. Where that is for :meth:`is_for` to say, none.
         produces: Whether its outputs are channels of its own; otherwise it passes on those of another layer.
         owns_children: Whether modules inside it are parts of it, which are not looked at by themselves.
         mixes_positions: Whether it does more with the dimensions beside the channels than go through them.
@@ -130,12 +131,16 @@ class LayerType:
     """
 
     types: ClassVar[tuple[type[nn.Module], ...]] = ()
-    produces: ClassVar[bool] = True
-    owns_children: ClassVar[bool] = False
-    mixes_positions: ClassVar[bool] = True
-    averages_channels: ClassVar[bool] = False
-    takes_bias: ClassVar[bool] = False
+    produces: bool = True
+    owns_children: bool = False
+    mixes_positions: bool = True
+    averages_channels: bool = False
+    takes_bias: bool = False
     weight: ClassVar[str] = "weight"
+
+    def is_for(self, kind: type) -> bool:
+        """Whether it is the entry for this very class; subclasses without an entry of their own follow."""
+        return kind in self.types
 
     def describe(self, module: Any) -> Layout | str:
         """The layer's layout; or, as a string, why this one cannot be sliced."""
@@ -270,17 +275,32 @@ class LayerType:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 _TABLE: list[LayerType] = []
-"""Modules of other types that have parameters of their own are traced through."""
+_FOUND: MutableMapping[type, LayerType | None] = weakref.WeakKeyDictionary()
+"""The entry for each class that was asked for; some classes are made on the fly, and are not to be held on to."""
 
 
 def add_layer_type(entry: LayerType) -> None:
     """Add an entry to the table; among entries for the same class the one that was added last counts."""
     _TABLE.insert(0, entry)
+    _FOUND.clear()
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
     """The entry for a layer; ``None`` where the table has none."""
-    return next((entry for entry in _TABLE if isinstance(module, entry.types)), None)
+    return entry_for(type(module))
+
+
+def entry_for(kind: type) -> LayerType | None:
+    """The entry for a class: its own, else that of the nearest class it inherits from; ``None`` without one."""
+    if kind not in _FOUND:
+        _FOUND[kind] = next((entry for base in kind.__mro__ for entry in _TABLE if entry.is_for(base)), None)
+    return _FOUND[kind]
+
+
+def takes_bias(module: nn.Module) -> bool:
+    """Whether a layer computes with a ``bias`` where it has one: a layer without can be given one."""
+    entry = layer_type(module)
+    return entry is not None and entry.takes_bias and "bias" in module._parameters
 
 
 def layout_of(module: nn.Module) -> Layout | str | None:
@@ -291,7 +311,9 @@ def layout_of(module: nn.Module) -> Layout | str | None:
         a layer (a container, an activation, a module with bare parameters of its own).
     """
     entry = layer_type(module)
-    return None if entry is None else entry.layout(module)
+    if entry is None:
+        return None
+    return entry.layout(module)
 
 
 def geometry_of(module: nn.Module) -> WeightGeometry | None:

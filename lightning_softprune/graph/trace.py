@@ -77,8 +77,12 @@ def _is_forward_known(module: nn.Module) -> bool:
     entry = layer_type(module)
     if entry is None or "forward" in vars(module):
         return False
-    defining = next((kind for kind in type(module).__mro__ if "forward" in vars(kind)), nn.Module)
-    return defining.__module__.partition(".")[0] == "torch" or defining in entry.types
+    for kind in type(module).__mro__:
+        if entry.is_for(kind):
+            return True
+        if "forward" in vars(kind):
+            return kind.__module__.partition(".")[0] == "torch"
+    return False
 
 
 def _left_alone(name: str, module: nn.Module, outside: Mapping[str, str]) -> str | None:

@@ -178,7 +178,7 @@ class _Reordered(nn.Module):
         (lambda y: y.softmax(1) - y.mean(1, keepdim=True), True),
         (lambda y: y.flip(1), False),
         (lambda y: y.roll(2, 1), False),
-        (lambda y: y.reshape(-1, 3, y.shape[1] // 3).transpose(1, 2).flatten(1), False),
+        (lambda y: y.reshape(-1, 3, y.shape[1] // 3).transpose(1, 2).flatten(1), True),
     ],
     ids=["nothing", "noise", "symmetric", "flip", "roll", "shuffle"],
 )

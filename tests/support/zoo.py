@@ -316,7 +316,7 @@ class Frozen(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A GRU cannot be sliced; what lies on either side of it can, unless the two touch."""
+    """A GRU between linear layers."""
 
     def __init__(self):
         super().__init__()
@@ -475,7 +475,7 @@ CASES = (
     Case(Critic, (3, 6), {"encoder": 8, "q": 10}),
     Case(Critic, (3, 2, 6), {"encoder": 8, "q": 10}),
     Case(Frozen, (3, 5), {"backbone.0": 8, "backbone.2": 6}),
-    Case(Recurrent, (2, 3, 4), {"body": 6, "after": 6}),
+    Case(Recurrent, (2, 3, 4), {"body": 6, "inner": 5, "gru": 7, "after": 6}),
     Case(WeightNormed, (3, 4), {"after": 6}),
     Case(DepthwiseMultiplier, (2, 1, 5, 5), {"inner": 5}),
     Case(ConstantView, (3, 4), {"inner": 5}),
