@@ -89,7 +89,8 @@ def find_groups(
         steps = {"": lambda: model(*batch) if isinstance(batch, tuple) else model(batch)}
     runs = {name: _put_back(model, step) for name, step in steps.items()}
     outside = metrics_in(model)
-    with isolated_rng(0), torch.inference_mode(False):
+    with isolated_rng(0), torch.inference_mode(False), Transaction(model):
+        _run_once(model, list(steps.values()))
         with record_usage(model, outside) as judged:
             run_steps([runs.get("validation_step", next(iter(runs.values())))])
         return prepare_groups(
@@ -118,6 +119,13 @@ def _module_steps(model: pl.LightningModule, batch: Any) -> dict[str, Step]:
             begin = True
         steps[name] = _plain_step(model, name, batch, begin)
     return steps
+
+
+def _run_once(model: nn.Module, steps: list[Step]) -> None:
+    """Let the model make what it makes when it first runs, as it has long done in a fit (a table of positions)."""
+    clone_inference_tensors_and_reset_metrics(model)
+    model.eval()
+    run_steps(steps)
 
 
 def _put_back(model: nn.Module, step: Step) -> Step:

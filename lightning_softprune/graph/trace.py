@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape
+from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, named_tensors
 from lightning_softprune.graph.layers import Layout, layer_type, layout_of, parts_of_layers
 
 Step = Callable[[], Any]
@@ -65,11 +65,18 @@ def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, s
                 whole[name] = found
         elif found is not None:
             reasons[name] = found
+    tape = _recorded(model, steps, whole, reasons)
+    if any(name not in tape.names for name, _ in named_tensors(model)):
+        tape = _recorded(model, steps, whole, reasons)  # it makes some of its tensors when it first runs
+    return Trace(model, tape, layouts, reasons)
+
+
+def _recorded(model: nn.Module, steps: Sequence[Step], whole: Mapping[str, Layout], reasons: Mapping[str, str]) -> Tape:
     recorder = Recorder(model, whole, reasons)
     with _modes_kept(model), recorder.recording():
         for step in steps:
             recorder.show(step())
-    return Trace(model, recorder.tape, layouts, reasons)
+    return recorder.tape
 
 
 def _is_forward_known(module: nn.Module) -> bool:

@@ -94,6 +94,7 @@ class Tape:
         operations: In the order in which they ran.
         shapes: Of each value.
         sources: Value -> name of the parameter, buffer or tensor attribute that it is.
+        names: Of all parameters, buffers and tensor attributes.
         fresh: Values that were made from sizes alone (`torch.zeros`), or by a backward pass.
         custom: Value -> name of the user's own autograd function that made it.
         aliases: Of each value, the number of the memory that it looks at.
@@ -105,6 +106,7 @@ class Tape:
     operations: list[Operation] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
     sources: dict[int, str] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
     fresh: set[int] = field(default_factory=set)
     custom: dict[int, str] = field(default_factory=dict)
     aliases: list[int] = field(default_factory=list)
@@ -135,6 +137,7 @@ class Recorder:
         self._whole: list[tuple[nn.Module, dict[str | int, Any]]] = []
         self._made: set[int] = set()  # aliases of what operations made
         for name, tensor in named_tensors(model):
+            self.tape.names.add(name)
             self.tape.sources.setdefault(self.value(tensor).number, name)
 
     @contextmanager
