@@ -547,6 +547,26 @@ def test_weights_that_are_computed_are_left_alone_and_counted():
     check_layers(model)
 
 
+def test_layers_without_a_shape_are_left_alone():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.UninitializedParameter()
+
+    register_layer(Lazy, inputs={"weight": 0}, outputs={"weight": 1})
+    check_layers(Lazy())
+    assert layout_of(Lazy()) == "this Lazy has no shape before it runs"
+
+
+def test_a_layer_without_any_of_its_tensors_is_left_alone():
+    register_layer(Scale, channels={"scale": 1, "mean": 0})
+    layer = Scale(4)
+    layer.scale = layer.mean = None
+    assert layout_of(layer) == "this Scale has none of the tensors that tell its channels"
+    register_layer(Scale, **SCALE)
+    assert layout_of(layer) == Layout({"both": 4}, ())
+
+
 # -------------------------------------------------------------------------------------------------------- registering
 
 

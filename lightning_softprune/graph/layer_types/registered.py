@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_softprune.graph.geometry import WeightGeometry
@@ -279,7 +279,7 @@ def _tensor(module: nn.Module, axis: TensorAxis) -> torch.Tensor | str | None:
     owner = attribute_at(module, path) if path else module
     found = getattr(owner, name, None)
     held = isinstance(owner, nn.Module) and (name in owner._parameters or name in owner._buffers)
-    if isinstance(found, UninitializedTensorMixin):
+    if isinstance(found, (UninitializedBuffer, UninitializedParameter)):
         return f"this {type(module).__name__} has no shape before it runs"
     if isinstance(found, torch.Tensor):
         return found if held else _computed(module)
