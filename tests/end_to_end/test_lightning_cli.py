@@ -21,7 +21,8 @@ pytest.importorskip("sklearn")
 
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_softprune import GridSearch, SensitivitySearch, SoftPruning, load_from_checkpoint
+from lightning_softprune import GridSearch, LayerSpec, SensitivitySearch, SoftPruning, load_from_checkpoint
+from lightning_softprune.graph import layout_of
 from lightning_softprune.parser import SuggestingParser
 
 ROOT = Path(__file__).parents[2]
@@ -250,6 +251,73 @@ def test_strategies_are_chosen_by_name_by_class_path_and_by_nesting(example, opt
     search = parsed(example, ADD, *options).search
     assert isinstance(search, SensitivitySearch)
     assert (search.levels, search.refine) == (5, 3)
+
+
+# a module that a configuration names
+OWN_LAYER = """
+import torch
+from torch import nn
+
+
+class Swapped(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.width = width
+        self.kernel, self.bias = nn.Parameter(torch.zeros(width, out)), nn.Parameter(torch.zeros(out))
+"""
+OWN_LAYERS = """
+trainer:
+  callbacks:
+    - class_path: lightning_softprune.SoftPruning
+      init_args:
+        layers:
+          - type: own_layers.Swapped
+            inputs: {kernel: 0}
+            outputs: {kernel: [1], bias: 0}
+            sizes: {in: [width]}
+            mixes: kernel
+"""
+
+
+@pytest.fixture
+def own_layers(tmp_path, monkeypatch):
+    (tmp_path / "own_layers.py").write_text(OWN_LAYER, encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(OWN_LAYERS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("own_layers")
+    sys.modules.pop("own_layers", None)
+
+
+def test_layers_of_ones_own_are_given_in_yaml(example, own_layers, tmp_path):
+    path = str(tmp_path / "own.yaml")
+    (spec,) = parsed(example, "--config", path).layers
+    expected = {"inputs": {"kernel": 0}, "outputs": {"kernel": [1], "bias": 0}, "sizes": {"in": ["width"]}}
+    assert spec == LayerSpec(own_layers.Swapped, **expected, mixes="kernel")
+    assert layout_of(own_layers.Swapped(4, 6)).slots == {"in": 4, "out": 6}
+    first = printed_config(example, "fit", "--config", path)
+    assert "type: own_layers.Swapped" in first
+    (tmp_path / "printed.yaml").write_text(first, encoding="utf-8")
+    assert printed_config(example, "fit", "--config", str(tmp_path / "printed.yaml")) == first
+
+
+def test_layers_of_ones_own_are_given_by_options(example, own_layers):
+    layers = '[{"type": "own_layers.Swapped", "channels": {"kernel": -1}, "macs": "outputs", "channel_dim": 1}]'
+    (spec,) = parsed(example, ADD, f"{CALLBACK}.layers={layers}").layers
+    assert spec == LayerSpec(own_layers.Swapped, channels={"kernel": -1}, macs="outputs", channel_dim=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("own_layers.Swapped", "own_layers.Swaped"), "type: 'own_layers.Swaped' is not the dotted path of a class"),
+        (("sizes: {in:", "sizes: {input:"), "sizes: 'input' is not one of 'in', 'out', 'both'"),
+        (("outputs: {kernel: [1]", "outputs: {kernel: [0]"), "outputs['kernel']: dimension 0 is given twice"),
+    ],
+)
+def test_a_layer_that_is_described_wrongly_is_refused_before_training(example, own_layers, tmp_path, change, message):
+    (tmp_path / "own.yaml").write_text(OWN_LAYERS.replace(*change), encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parsed(example, "--config", str(tmp_path / "own.yaml"))
 
 
 def cli_with_shorter_options(*args):

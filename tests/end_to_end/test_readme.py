@@ -1,15 +1,19 @@
 import os
 import re
+import sys
+import types
 import warnings
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import yaml
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from lightning_softprune import SensitivitySearch, SoftPruning, UniformBaseline
+from lightning_softprune import SensitivitySearch, SoftPruning, UniformBaseline, register_layer
+from lightning_softprune.graph import layer_type, layout_of
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +68,7 @@ def test_every_code_block_is_run_by_a_test():
     assert len(of_the_cli) == 2  # tests/test_lightning_cli.py
     others = [(language, block) for language, block in blocks if block not in of_the_cli]
     # the setup, the command that CI runs and the snippets: the tests of this file
-    assert sorted(language for language, _ in others) == ["bash", "bash", "bibtex", *["python"] * 4]
+    assert sorted(language for language, _ in others) == ["bash", "bash", "bibtex", *["python"] * 5, "yaml"]
 
 
 @pytest.fixture
@@ -84,7 +88,7 @@ def count(model):
 
 
 def test_the_first_snippet_prunes_the_model_it_is_given_and_the_last_one_loads_it(names, capsys):
-    first, _, _, last = code_blocks("python")
+    first, *_, last = code_blocks("python")
     dense = count(names["model"])
     exec(first, names)
     pruned = count(names["model"])
@@ -101,7 +105,7 @@ def test_the_first_snippet_prunes_the_model_it_is_given_and_the_last_one_loads_i
 
 
 def test_each_callback_of_the_second_snippet_prunes(names):
-    _, second, _, _ = code_blocks("python")
+    _, second, *_ = code_blocks("python")
     made = []
 
     class Kept(SoftPruning):
@@ -133,7 +137,7 @@ def test_each_callback_of_the_second_snippet_prunes(names):
 
 
 def test_the_third_snippet_tries_then_lists_then_prunes(names, capsys):
-    _, _, third, _ = code_blocks("python")
+    _, _, third, *_ = code_blocks("python")
     dense = count(names["model"])
     exec(third, names)
     assert names["plan"].results[0].is_dry_run
@@ -142,3 +146,17 @@ def test_the_third_snippet_tries_then_lists_then_prunes(names, capsys):
     assert "not applied (this was a dry run)" in printed
     assert names["result"].applied
     assert f"{dense:,} -> {count(names['model']):,} parameters" in printed
+
+
+def test_the_snippet_of_a_layer_of_ones_own_says_the_same_in_python_and_in_yaml(monkeypatch):
+    *_, fourth, _ = code_blocks("python")
+    (configuration,) = (block for block in code_blocks("yaml") if block.startswith("layers:"))
+    package = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", package)
+    exec(fourth, package.__dict__)
+    layer = package.Swapped(4, 6)
+    entry = layer_type(layer)
+    (given,) = yaml.safe_load(configuration)["layers"]
+    register_layer(**given)
+    assert layer_type(layer) is entry
+    assert layout_of(layer).slots == {"in": 4, "out": 6}

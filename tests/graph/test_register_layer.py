@@ -73,15 +73,15 @@ class Swapped(nn.Module):
 
 
 class OptionalBias(nn.Module):
-    """The other way round again, with PyTorch's names."""
+    """The other way round again, with PyTorch's name for the bias, which may come later."""
 
     def __init__(self, width, out, bias=True):
         super().__init__()
         self.register_parameter("bias", nn.Parameter(torch.zeros(out)) if bias else None)
-        self.weight = nn.Parameter(torch.randn(width, out))
+        self.matrix = nn.Parameter(torch.randn(width, out))
 
     def forward(self, x):
-        return F.linear(x, self.weight.t(), self.bias)
+        return F.linear(x, self.matrix.t(), self.bias)
 
 
 class WithoutBias(nn.Module):
@@ -101,7 +101,7 @@ SWAPPED = LayerSpec(
     mixes="kernel",
     bias="shift",
 )
-OPTIONAL_BIAS = LayerSpec(OptionalBias, inputs={"weight": 0}, outputs={"weight": 1, "bias": 0}, mixes="weight")
+OPTIONAL_BIAS = LayerSpec(OptionalBias, inputs={"matrix": 0}, outputs={"matrix": 1, "bias": 0}, mixes="matrix")
 WITHOUT_BIAS = LayerSpec(WithoutBias, inputs={"matrix": 1}, outputs={"matrix": 0}, mixes="matrix")
 
 
@@ -115,8 +115,8 @@ KINDS = {  # how it is made, its weight transposed or not, its bias
     "Conv1D": (lambda n, m: Conv1D(m, n), "weight", True, "bias"),
     "Swapped": (Swapped, "kernel", True, "shift"),
     "Swapped without bias": (lambda n, m: Swapped(n, m, bias=False), "kernel", True, None),
-    "OptionalBias": (OptionalBias, "weight", True, "bias"),
-    "OptionalBias without": (lambda n, m: OptionalBias(n, m, bias=False), "weight", True, None),
+    "OptionalBias": (OptionalBias, "matrix", True, "bias"),
+    "OptionalBias without": (lambda n, m: OptionalBias(n, m, bias=False), "matrix", True, None),
     "WithoutBias": (WithoutBias, "matrix", False, None),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -280,11 +280,15 @@ def test_a_bias_is_created_where_there_is_a_place_for_one_called_bias(kind, crea
     assert intercepts.refused == (set() if created else {"up", "down", "head"})
     assert compensation.new_biases == (["up", "down", "head"] if created else [])
     assert Compensation("bias", other, groups, rankings, statistics).new_biases == compensation.new_biases
+    fresh, judged = copy.deepcopy(other), {name for name, _ in other.named_parameters()}
     surgery = apply_plan(other, groups, Plan(((0,), (1,), (2,))))
     compensation.apply(other, surgery)
     assert [name for name, *_ in surgery.created] == [f"{name}.bias" for name in compensation.new_biases]
-    costs = CostModel.build(model, groups, rankings, {}, compensation.new_biases)
+    costs = CostModel.build(fresh, groups, rankings, {}, compensation.new_biases, judged)
     assert costs.count("params", np.array([1, 1, 1])) == count_parameters(other)
+    resize(fresh, other.state_dict())
+    fresh.load_state_dict(other.state_dict())
+    assert torch.equal(fresh(x), other(x))
 
 
 @every_kind
@@ -539,6 +543,26 @@ def test_weights_that_are_computed_are_left_alone_and_counted():
         assert geometry_of(layer) is None
     assert macs_of(model, torch.zeros(3, 4)) == 3 * (4 * 6 + 6 * 2)
     check_layers(model)
+
+
+def test_layers_without_a_shape_are_left_alone():
+    class Lazy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.UninitializedParameter()
+
+    register_layer(Lazy, inputs={"weight": 0}, outputs={"weight": 1})
+    check_layers(Lazy())
+    assert layout_of(Lazy()) == "this Lazy has no shape before it runs"
+
+
+def test_a_layer_without_any_of_its_tensors_is_left_alone():
+    register_layer(Scale, channels={"scale": 1, "mean": 0})
+    layer = Scale(4)
+    layer.scale = layer.mean = None
+    assert layout_of(layer) == "this Scale has none of the tensors that tell its channels"
+    register_layer(Scale, **SCALE)
+    assert layout_of(layer) == Layout({"both": 4}, ())
 
 
 # -------------------------------------------------------------------------------------------------------- registering
