@@ -38,7 +38,7 @@ from lightning_softprune.search import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.surgery import Surgery, apply_plan, probe_with_counts
+from lightning_softprune.surgery import Candidates, Surgery, apply_plan, probe_with_counts
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
@@ -236,7 +236,8 @@ def prepare_groups(
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
         groups = assign_components(model, groups, components, twins)
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
-        return probe_with_counts(model, groups, counts, run, lambda: run(1), how.round_to), grouping
+        candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits})
+        return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
 
     return _best_reading(read)
 

@@ -1,13 +1,14 @@
 """Surgery: make a plan true on the live model, undo it without a trace, or commit it with its optimizers."""
 
 from lightning_softprune.surgery.apply import Surgery, apply_plan
-from lightning_softprune.surgery.attempts import probe_with_counts
+from lightning_softprune.surgery.attempts import Candidates, probe_with_counts
 from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
 from lightning_softprune.surgery.probe import probe_groups
 from lightning_softprune.surgery.references import References, inner_optimizers
 from lightning_softprune.surgery.transaction import Transaction
 
 __all__ = [
+    "Candidates",
     "References",
     "Surgery",
     "Transaction",

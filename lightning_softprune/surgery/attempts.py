@@ -10,23 +10,41 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from lightning_softprune.graph import Count, PruningGroup
-from lightning_softprune.surgery.probe import differs_from_masked, probe_groups
+from lightning_softprune.surgery.probe import probe_groups, unlike_masked
+
+_UNLIKE = (
+    "without some of its channels the model computes something else than with them set to zero: their number is used "
+    "for more than shapes, as in the scale of attention"
+)
 
 _MOST_NAMES = 6
 """More attributes than that would make more than twenty choices."""
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What was chosen of several, by the groups' names.
+
+    Attributes:
+        counts: Attributes that could count a group's channels.
+        chosen_dims: Groups whose channels are one of several dimensions that a reshape has made of them.
+    """
+
+    counts: Mapping[str, Sequence[Count]] = field(default_factory=dict)
+    chosen_dims: Collection[str] = ()
+
+
 def probe_with_counts(
     model: nn.Module,
     groups: Sequence[PruningGroup],
-    candidates: Mapping[str, Sequence[Count]],
+    candidates: Candidates,
     run: Callable[[], Any],
     run_otherwise: Callable[[], Any] | None = None,
     round_to: int = 1,
@@ -36,7 +54,7 @@ def probe_with_counts(
     Args:
         model: The model; unchanged afterwards.
         groups: Traced groups.
-        candidates: Attributes that could count a group's channels, by the group's name.
+        candidates: What could be chosen otherwise.
         run: Runs the steps of the model once; see `probe_groups`.
         run_otherwise: The same with other random numbers.
         round_to: Kept channels are a multiple of it.
@@ -49,9 +67,10 @@ def probe_with_counts(
         return probe_groups(model, chosen, run, run_otherwise, round_to)
 
     found = probed(groups)
+    counts, chosen_dims = candidates.counts, candidates.chosen_dims
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, (group, after) in enumerate(zip(groups, found, strict=True)):
-        names = tuple(sorted({count.attribute for count in candidates.get(group.name, ())}))
+        names = tuple(sorted({count.attribute for count in counts.get(group.name, ())}))
         if group.prunable and not after.prunable and names:
             alike[names].append(i)
     counted = list(groups)
@@ -59,21 +78,22 @@ def probe_with_counts(
         left = list(members)
         for chosen in _choices(names):
             for i in (left[0], *left[1:2]):  # where the first has a reason of its own, another may not
-                trial = _with_counts(groups[i], candidates[groups[i].name], chosen)
-                if probed([trial])[0].prunable and not differs_from_masked(model, trial, run, run_otherwise):
+                trial = _with_counts(groups[i], counts[groups[i].name], chosen)
+                if probed([trial])[0].prunable and not unlike_masked(model, [trial], run, run_otherwise):
                     for other in left:
-                        counted[other] = _with_counts(groups[other], candidates[groups[other].name], chosen)
+                        counted[other] = _with_counts(groups[other], counts[groups[other].name], chosen)
                     left = [other for other in left if not probed([counted[other]])[0].prunable]
                     break
             if not left:
                 break
         for i in left:
             counted[i] = groups[i]
-    if not any(group.counts for group in counted):
-        return found
-    return probed(
-        [group if group.counts or after.prunable else after for group, after in zip(counted, found, strict=True)]
-    )
+    if any(group.counts for group in counted):
+        pairs = zip(counted, found, strict=True)
+        found = probed([group if group.counts or after.prunable else after for group, after in pairs])
+    sized = [group for group in found if group.prunable and group.name in chosen_dims]
+    unlike = {group.name for group in unlike_masked(model, sized, run, run_otherwise)}
+    return [group.refuse(_UNLIKE) if group.name in unlike else group for group in found]
 
 
 def _choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

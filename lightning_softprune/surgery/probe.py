@@ -13,7 +13,7 @@ Groups are probed together, each with a pattern of its own, and apart where some
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,37 +82,40 @@ def probe_groups(
     return [group.refuse(reasons[i]) if i in reasons else group for i, group in enumerate(groups)]
 
 
-def differs_from_masked(
+def unlike_masked(
     model: nn.Module,
-    group: PruningGroup,
+    groups: Sequence[PruningGroup],
     run: Callable[[], Any],
     run_otherwise: Callable[[], Any] | None = None,
-) -> bool:
-    """Whether the model without half of a group's channels computes something else than with them set to zero.
+) -> list[PruningGroup]:
+    """The groups without half of whose channels the model computes something else than with them set to zero.
 
-    That is so where a number that counts channels is used for more than shapes (a scale). Groups that a layer averages
-    over (LayerNorm) cannot be compared.
+    That is so where a number that counts channels is used for more than shapes (the scale of attention). Groups that a
+    layer averages over (LayerNorm) cannot be compared, and are not among them.
     """
     modules = dict(model.named_modules())
-    entries = [layer_type(modules[member.module]) for member in group.members if member.module in modules]
-    if any(entry is not None and entry.averages_channels for entry in entries):
-        return False  # masking is not defined
-    probe = _Probe(model, [group], run, run_otherwise)
-    cut = tuple(range(0, group.num_channels, 2))[: group.num_channels - 1]
-    try:
-        pruned = probe.look_at({0: cut})
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # whatever the user's code says to fewer channels
-        return True
-    with mask_channels(model, group, cut):
-        masked = probe.look_at({})
-    own = {member.module for member in group.members}
-    for steady, (one, tolerance), (two, _) in zip(probe.steady[:2], pruned.parts(), masked.parts(), strict=False):
-        for name in one:
-            if name in steady and name not in own and not _alike(one[name], two.get(name, []), 10 * tolerance):
-                return True
-    return False
+
+    def is_comparable(group: PruningGroup) -> bool:
+        entries = [layer_type(modules[member.module]) for member in group.members if member.module in modules]
+        return not any(entry is not None and entry.averages_channels for entry in entries)
+
+    compared = [group for group in groups if is_comparable(group)]
+    if not compared:
+        return []
+    probe = _Probe(model, compared, run, run_otherwise)
+    cuts = {i: tuple(range(0, g.num_channels, 2))[: g.num_channels - 1] for i, g in enumerate(compared)}
+    return [compared[i] for i in _unlike_masked(model, probe, cuts)]
+
+
+def _unlike_masked(model: nn.Module, probe: _Probe, cuts: Mapping[int, tuple[int, ...]]) -> list[int]:
+    """Numbers of the groups that differ: looked for together, then apart."""
+    if probe.is_as_masked(cuts):
+        return []
+    if len(cuts) == 1:
+        return list(cuts)
+    items = list(cuts.items())
+    half = len(items) // 2
+    return [*_unlike_masked(model, probe, dict(items[:half])), *_unlike_masked(model, probe, dict(items[half:]))]
 
 
 @contextmanager
@@ -252,9 +255,25 @@ class _Probe:
                     return _Problem(word.format(name or "the module"), False)
         return None
 
-    def look_at(self, cuts: Mapping[int, tuple[int, ...]]) -> _Seen:
-        """What the model computes without these channels of its groups."""
-        return self._look_at(cuts, shuffled=False)
+    def is_as_masked(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:
+        """Whether the model without these channels computes what it does with them set to zero."""
+        try:
+            pruned = self._look_at(cuts, shuffled=False)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # whatever the user's code says to fewer channels
+            return False
+        with ExitStack() as stack:
+            for i, channels in cuts.items():
+                stack.enter_context(mask_channels(self.model, self.groups[i], channels))
+            masked = self._look()
+        own = {member.module for i in cuts for member in self.groups[i].members}
+        for steady, (one, tolerance), (two, _) in zip(self.steady[:2], pruned.parts(), masked.parts(), strict=False):
+            for name in one:
+                same = name in own or _alike(one[name], two.get(name, []), 10 * tolerance)
+                if name in steady and not same:
+                    return False
+        return True
 
     def _look_at(self, cuts: Mapping[int, tuple[int, ...]], *, shuffled: bool) -> _Seen:
         surgery = _rearrange(self.model, {i: self.groups[i] for i in cuts}, cuts, self.rng if shuffled else None)

@@ -55,6 +55,7 @@ class Couplings:
         slots: Layer or tensor name and slot -> its first atom, its size.
         pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
         splits: Dimensions that were laid out over several.
+        pinning: Whether pins count now; they do not where nobody reads what is computed.
         extents: Sizes of dimensions that hold atoms where the user's code names sizes: atoms, module.
     """
 
@@ -63,6 +64,7 @@ class Couplings:
     pins: list[tuple[IntArray, str, bool]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
+    pinning: bool = True
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _known: set[tuple[int, int]] = field(default_factory=set)
     _held: list[IntArray] = field(default_factory=list)
@@ -86,12 +88,12 @@ class Couplings:
         self._edges.append((one[both], other[both]))
         for atoms, there in ((one, other), (other, one)):
             lonely = atoms[(atoms >= 0) & (there < 0)]
-            if len(lonely):
+            if len(lonely) and self.pinning:
                 self.pins.append((lonely, "it is added to a place whose size is fixed", False))
 
     def pin(self, label: Label, reason: str) -> None:
         """The atoms of a label cannot go, and no others of their group."""
-        if is_atoms(label) and (label >= 0).any():
+        if self.pinning and is_atoms(label) and (label >= 0).any():
             self.pins.append((label[label >= 0], reason, True))
 
     def merge(self, one: Label, other: Label, reason: str) -> Label:
@@ -173,11 +175,12 @@ def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterato
     for mine, theirs in blocks(before, after):
         large = [dim for dim in mine if before[dim] > 1]
         atoms = [dim for dim in large if is_atoms(labels[dim])]
-        rest = FIXED if any(isinstance(labels[dim], str) and labels[dim] == FIXED for dim in large) else FREE
+        free = any(isinstance(labels[dim], str) and labels[dim] == FREE for dim in large)
+        rest = FREE if free or not large else FIXED  # what is expanded along goes with anything
         if not atoms:
             yield Moved(tuple(mine), tuple(theirs), None, rest, [])
             continue
-        carrier = max(atoms, key=lambda dim: before[dim])
+        carrier = atoms[0]  # heads, rather than their widths
         shape = [before[dim] for dim in mine]
         view = [1] * len(mine)
         view[mine.index(carrier)] = before[carrier]

@@ -1,6 +1,6 @@
-"""From a tape to couplings: labels are carried through all operations that anything shown depends on.
+"""From a tape to couplings: labels are carried through all operations.
 
-What nobody reads is left out: a tensor that a step computes and drops pins nothing. Everything else that leaves the
+A tensor that a step computes and drops pins nothing, though its layers shrink with what they read. What leaves the
 steps pins its atoms, and so do layers that no later layer reads: they produce the network's outputs.
 """
 
@@ -142,11 +142,10 @@ class Flow:
     # -------------------------------------------------------------------------------------------------- propagation
 
     def run(self) -> Couplings:
-        """Carry the labels through everything that anything shown depends on."""
+        """Carry the labels through all operations; those that nothing shown depends on couple, and pin nothing."""
         live, feeding = self._live()
         for operation, alive, feeds in zip(self.tape.operations, live, feeding, strict=True):
-            if not alive:
-                continue
+            self.couplings.pinning = alive
             if operation.name == "layer":
                 results = self._through_layer(operation)
             elif operation.name == "cut":
@@ -169,6 +168,7 @@ class Flow:
                 self._labels[value.number] = labels
             if not feeds and self._mixes(operation):
                 self._pin_outputs(operation)
+        self.couplings.pinning = True
         for number in sorted(self.tape.shown):
             for label in self.labels(Value(number)):
                 self.couplings.pin(label, "is what a step returns, logs, keeps or hands to Python")

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import BackwardCFunction
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
@@ -196,9 +195,9 @@ class Recorder:
         """An argument, with values in the place of tensors."""
         if isinstance(argument, torch.Tensor):
             value = self.value(argument)
-            function = argument.grad_fn
-            if isinstance(function, BackwardCFunction) and not type(function).__module__.startswith("torch."):
-                self.tape.custom[value.number] = type(function).__name__.removesuffix("Backward")
+            kind = getattr(argument.grad_fn, "_forward_cls", None)  # a torch.autograd.Function
+            if kind is not None and not kind.__module__.startswith("torch."):
+                self.tape.custom[value.number] = kind.__name__
             return value
         if isinstance(argument, (list, tuple)):
             return tuple(self.given(item) for item in argument)
