@@ -28,6 +28,9 @@ from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import forward_hook, registered
 from lightning_softprune.utilities.nested import tensors_in
 
+_AS_MASKED = 2e-5
+"""Zeros in a sum change no more than rounding."""
+
 _NARROW = 3
 """Patterns of a group that remove as little as can be: the first channels, the last, those between."""
 
@@ -268,9 +271,9 @@ class _Probe:
                 stack.enter_context(mask_channels(self.model, self.groups[i], channels))
             masked = self._look()
         own = {member.module for i in cuts for member in self.groups[i].members}
-        for steady, (one, tolerance), (two, _) in zip(self.steady[:2], pruned.parts(), masked.parts(), strict=False):
+        for steady, (one, _), (two, _) in zip(self.steady[:2], pruned.parts(), masked.parts(), strict=False):
             for name in one:
-                same = name in own or _alike(one[name], two.get(name, []), 10 * tolerance)
+                same = name in own or _alike(one[name], two.get(name, []), _AS_MASKED)
                 if name in steady and not same:
                     return False
         return True
