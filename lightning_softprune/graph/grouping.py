@@ -37,12 +37,14 @@ class Grouping:
         groups: In the order in which the model runs them; then what is in no group.
         splits: Name of a group -> places in the code at which its channels were laid out over several dimensions, and
             how many alternatives each has.
+        averaged: Names of the groups over whose channels something is computed that misses those that go.
         counts: Name of a group -> integer attributes of modules that may count its channels.
     """
 
     groups: list[PruningGroup]
     splits: dict[str, dict[str, int]]
     counts: dict[str, tuple[Count, ...]]
+    averaged: set[str]
 
 
 def trace_groups(
@@ -109,7 +111,8 @@ def groups_of(
     splits = {g.name: table.splits(own) for g, own in zip(named, classes, strict=True)}
     counts = {g.name: table.counts(g, own) for g, own in zip(named, classes, strict=True)}
     alone = left_alone(trace.model, named, trace, table.reason_of)
-    return Grouping([*named, *alone], splits, counts)
+    averaged = {g.name for g, own in zip(named, classes, strict=True) if table.is_averaged(own)}
+    return Grouping([*named, *alone], splits, counts, averaged)
 
 
 def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
@@ -139,6 +142,7 @@ class _Table:
         self.starts = np.array([first for first, _ in couplings.slots.values()], dtype=np.int64)
         self.order = np.argsort(self.all, kind="stable")
         self.bounds = np.searchsorted(self.all[self.order], np.arange(self.all.max(initial=-1) + 2))
+        self._averaged = np.unique(self.all[np.concatenate([np.zeros(0, np.int64), *couplings.averaged])])
         self.soft: set[int] = set()
         self.reasons: dict[int, str] = {}
         for atoms, reason, whole in couplings.pins:
@@ -185,6 +189,10 @@ class _Table:
             for split in self.couplings.splits
             if len(split.atoms) and np.isin(self.all[split.atoms], own).any()
         }
+
+    def is_averaged(self, own: IntArray) -> bool:
+        """Whether something is computed over these classes that misses those that go."""
+        return bool(np.isin(self._averaged, own).any())
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""

@@ -236,7 +236,7 @@ def prepare_groups(
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
         groups = assign_components(model, groups, components, twins)
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
-        candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits})
+        candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits}, grouping.averaged)
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
 
     return _best_reading(read)

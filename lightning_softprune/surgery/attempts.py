@@ -34,11 +34,13 @@ class Candidates:
 
     Attributes:
         counts: Attributes that could count a group's channels.
+        averaged: Groups that cannot be compared with a masked network: something averages over their channels.
         chosen_dims: Groups whose channels are one of several dimensions that a reshape has made of them.
     """
 
     counts: Mapping[str, Sequence[Count]] = field(default_factory=dict)
     chosen_dims: Collection[str] = ()
+    averaged: Collection[str] = ()
 
 
 def probe_with_counts(
@@ -66,6 +68,10 @@ def probe_with_counts(
     def probed(chosen: Sequence[PruningGroup]) -> list[PruningGroup]:
         return probe_groups(model, chosen, run, run_otherwise, round_to)
 
+    def unlike(chosen: Sequence[PruningGroup]) -> list[PruningGroup]:
+        compared = [group for group in chosen if group.name not in candidates.averaged]
+        return unlike_masked(model, compared, run, run_otherwise)
+
     found = probed(groups)
     counts, chosen_dims = candidates.counts, candidates.chosen_dims
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
@@ -79,7 +85,7 @@ def probe_with_counts(
         for chosen in _choices(names):
             for i in (left[0], *left[1:2]):  # where the first has a reason of its own, another may not
                 trial = _with_counts(groups[i], counts[groups[i].name], chosen)
-                if probed([trial])[0].prunable and not unlike_masked(model, [trial], run, run_otherwise):
+                if probed([trial])[0].prunable and not unlike([trial]):
                     for other in left:
                         counted[other] = _with_counts(groups[other], counts[groups[other].name], chosen)
                     left = [other for other in left if not probed([counted[other]])[0].prunable]
@@ -92,8 +98,8 @@ def probe_with_counts(
         pairs = zip(counted, found, strict=True)
         found = probed([group if group.counts or after.prunable else after for group, after in pairs])
     sized = [group for group in found if group.prunable and group.name in chosen_dims]
-    unlike = {group.name for group in unlike_masked(model, sized, run, run_otherwise)}
-    return [group.refuse(_UNLIKE) if group.name in unlike else group for group in found]
+    wrong = {group.name for group in unlike(sized)}
+    return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
 
 
 def _choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

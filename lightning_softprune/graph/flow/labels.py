@@ -55,6 +55,7 @@ class Couplings:
         slots: Layer or tensor name and slot -> its first atom, its size.
         pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
         splits: Dimensions that were laid out over several.
+        averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
         pinning: Whether pins count now; they do not where nobody reads what is computed.
         extents: Sizes of dimensions that hold atoms where the user's code names sizes: atoms, module.
     """
@@ -64,6 +65,7 @@ class Couplings:
     pins: list[tuple[IntArray, str, bool]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
+    averaged: list[IntArray] = field(default_factory=list)
     pinning: bool = True
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _known: set[tuple[int, int]] = field(default_factory=set)
@@ -90,6 +92,11 @@ class Couplings:
             lonely = atoms[(atoms >= 0) & (there < 0)]
             if len(lonely) and self.pinning:
                 self.pins.append((lonely, "it is added to a place whose size is fixed", False))
+
+    def average(self, label: Label) -> None:
+        """Something is computed over the atoms of a label that zeros in their place would change."""
+        if is_atoms(label):
+            self.averaged.append(label[label >= 0])
 
     def pin(self, label: Label, reason: str) -> None:
         """The atoms of a label cannot go, and no others of their group."""

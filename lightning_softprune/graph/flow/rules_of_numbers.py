@@ -47,6 +47,8 @@ def _reduction(flow: Flow, operation: Operation) -> list[Labels]:
     numbers = operation.name in ("argmax", "argmin") or (dims and operation.name in ("max", "min", "median", "mode"))
     for dim in over if numbers else ():
         flow.couplings.pin(labels[dim], said(operation, "tells which of its channels is the largest, by number"))
+    for dim in over if operation.name not in ("sum", "nansum", "linalg_vector_norm", "norm", "any") else ():
+        flow.couplings.average(labels[dim])
     keep = bool(argument(operation, "keepdim", False))
     kept = [FREE if dim in over else label for dim, label in enumerate(labels) if keep or dim not in over]
     return [list(kept) for _ in operation.outputs]
@@ -54,7 +56,10 @@ def _reduction(flow: Flow, operation: Operation) -> list[Labels]:
 
 @rule("_softmax", "_log_softmax", "_safe_softmax", "softmax", "log_softmax", "renorm")
 def _softmax(flow: Flow, operation: Operation) -> list[Labels]:
-    return [list(flow.labels(operation.inputs[0]))]
+    labels = list(flow.labels(operation.inputs[0]))
+    if labels:
+        flow.couplings.average(labels[int(argument(operation, "dim", -1))])
+    return [labels]
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "flip", "roll", "kthvalue")
@@ -87,6 +92,7 @@ def _layer_norm(flow: Flow, operation: Operation) -> list[Labels]:
     labels = aligned(flow, values, len(flow.shape(source)), operation)
     inner = len(argument(operation, "normalized_shape"))
     for label in labels[len(labels) - inner :]:
+        flow.couplings.average(label)
         if is_atoms(label):
             flow.couplings.extents.append((label, operation.site.module))
     moments = [*labels[: len(labels) - inner], *[FREE] * inner]
@@ -106,6 +112,7 @@ def _channel_norm(flow: Flow, operation: Operation) -> list[Labels]:
             )
     groups = operation.arguments.get("group")
     if groups and is_atoms(labels[1]):
+        flow.couplings.average(labels[1])
         alike(flow, labels[1], len(labels[1]) // int(groups))
     return [labels, *[[FIXED] * len(flow.shape(v)) for v in operation.outputs[1:] if v is not None]]
 
