@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import UniformBaseline, load_from_checkpoint, resize
 from lightning_softprune.checkpoint import ModelShapes, keep_dense, keep_record
-from lightning_softprune.round import prepare
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 from support.attending import KINDS, Position, Reader, groups_of_reader, made_reader, sequences
@@ -257,9 +256,8 @@ def test_a_trainer_takes_dense_and_pruned_files_in_any_order(kind, tmp_path):
 
 @pytest.mark.slow
 @EVERY_KIND
-def test_a_fit_that_prunes_is_resumed_by_a_fresh_module(kind, tmp_path, monkeypatch):
-    """The whole way through the callback, with groups that are known beforehand."""
-    monkeypatch.setattr(prepare, "trace_groups", lambda *_: groups_of_reader())
+def test_a_fit_that_prunes_is_resumed_by_a_fresh_module(kind, tmp_path):
+    """The whole way through the callback."""
 
     def fit(model, epochs, **arguments):
         callback = softpruning(epochs=1, search=UniformBaseline(), report=False)

@@ -133,6 +133,7 @@ WRONG = {
     "search": ["GradientSearch", None, GradientSearch, 5],
     "components": [["encoder"], "encoder", {"a": "encoder"}, {"a": [5]}, {"a": 5}, {5: ["encoder"]}],
     "ignore": ["encoder", 5, [5], {"encoder": 1}, [["encoder"]]],
+    "layers": ["nn.Linear", 5, {"type": "torch.nn.Linear"}],
     "twins": [["a"], "a", 5, {"a": 5}, {5: "a"}],
     "bounds": [[0.1, 0.2], "encoder", {"a": ["0", "1"]}, {5: [0, 1]}, {"a": [None, 1]}, {"a": [float("nan"), 1]}],
     "importance": [5, None, ["taylor"]],
@@ -409,7 +410,7 @@ def trap(monkeypatch, tmp_path):
         monkeypatch.setattr(Trap, "where", step)
         return found
 
-    noted(network_module, "probe_groups", "probing")
+    noted(network_module, "probe_with_counts", "probing")
     noted(Evaluator, "score", "trial")
     monkeypatch.setattr(Trap, "at", -1)
     return calls

@@ -625,7 +625,8 @@ def test_readme_commands_do_what_it_says(run, example, capsys):
 
 
 def test_readme_yaml_is_a_config(example, tmp_path):
-    (block,) = re.findall(r"^```yaml\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    (block,) = (block for block in blocks if "SensitivitySearch" in block)
     (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
     callback = parsed(example, "--config", str(tmp_path / "config.yaml"))
     assert callback.targets == [0.7]

@@ -20,9 +20,9 @@ from lightning_softprune.trainer import ModuleRunner
 pytestmark = pytest.mark.slow
 
 STEPS = [
-    (prepare, "trace_groups"),
+    (prepare, "trace_model"),
     (prepare, "mirror_twins"),
-    (prepare, "probe_groups"),
+    (prepare, "probe_with_counts"),
     (prepare, "collect_statistics"),
     (prepare, "rank"),
     (prepare, "norms"),
@@ -114,7 +114,10 @@ FAULTS = [
     *((owner, name, RuntimeError) for owner, name in STEPS),
     (SearchLoop, "run", KeyboardInterrupt),
     (ModuleRunner, "rehearse", KeyboardInterrupt),
-    *((owner, name, torch.OutOfMemoryError) for owner, name in ((prepare, "probe_groups"), (commit, "refit_readers"))),
+    *(
+        (owner, name, torch.OutOfMemoryError)
+        for owner, name in ((prepare, "probe_with_counts"), (commit, "refit_readers"))
+    ),
 ]
 
 

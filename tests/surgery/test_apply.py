@@ -35,11 +35,15 @@ def mask_readers(model, groups, plan):
         for group, channels in zip(groups, plan.removed, strict=True):
             for member in group.members:
                 module = modules.get(member.module)
+                if isinstance(module, nn.RNNBase) and member.slot == "out":  # it reads its own units
+                    module.weight_hh_l0[:, np.isin(member.owner, channels)] = 0
                 if member.slot != "in":
                     continue
                 for index in np.flatnonzero(np.isin(member.owner, channels)).tolist():
                     if isinstance(module, _ConvTransposeNd):
                         module.weight[index] = 0
+                    elif isinstance(module, nn.RNNBase):
+                        module.weight_ih_l0[:, index] = 0
                     elif isinstance(module, _ConvNd):
                         width, height = module.in_channels // module.groups, module.out_channels // module.groups
                         part = index // width

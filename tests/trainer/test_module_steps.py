@@ -91,15 +91,16 @@ def round_of(module):
 
 def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
     seen = {}
-    original = network.probe_groups
+    original = network.probe_with_counts
 
-    def probe_groups(model, groups, run, *others):
+    def probe_with_counts(*given):
+        model = given[0]
         GIVEN.clear()
-        found = original(model, groups, run, *others)
+        found = original(*given)
         seen[model.whole, model.more] = set(GIVEN)
         return found
 
-    monkeypatch.setattr(network, "probe_groups", probe_groups)
+    monkeypatch.setattr(network, "probe_with_counts", probe_with_counts)
     results = {}
     for whole, more in ((False, False), (True, False), (False, True)):
         module = made(Counting, whole=whole, more=more)
