@@ -212,6 +212,7 @@ class PruningResult:
         shares: What remains after the round of the first dense model's `params`, `macs` and, where it was measured,
             `latency`: a fraction of each.
         left_out: Everything that takes no part in the search, and why.
+        coverage: How much of the model takes part, as one sentence.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
@@ -269,6 +270,7 @@ class PruningResult:
     configuration: dict[str, str] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     outcome: str = ""
+    coverage: str = ""
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, _MODES)

@@ -337,7 +337,8 @@ def _left_out(result: PruningResult) -> Markup:
         name = tag("span", tag("b", item.name), tag("span", where, class_="where"))
         items.append(tag("li", name, tag("span", item.reason)))
     box = _scrolling(tag("ul", *items, class_="reasons"), len(items), "Left out")
-    return _section("Left out", box, note="What the search leaves alone, and why.")
+    note = f"What the search leaves alone, and why. {result.coverage}".strip()
+    return _section("Left out", box, note=note)
 
 
 def _settings(result: PruningResult) -> Markup:

@@ -46,6 +46,8 @@ def print_round(
             console.print(_Printable(table), crop=False)
             if len(tables) > 1:
                 console.print()
+        if result.coverage:
+            print_line(console, result.coverage)
         print_line(console, result.summary)
         if folder is not None:
             print_line(console, f"Report: {folder / 'report.html'}")

@@ -17,6 +17,7 @@ from lightning_softprune.graph import (
     Place,
     PruningGroup,
     assign_components,
+    coverage,
     groups_of,
     mirror_counts,
     mirror_twins,
@@ -58,6 +59,7 @@ class PruningProblem:
     Attributes:
         groups: The prunable groups.
         left_out: Everything else, with the reason.
+        coverage: How much of the model is in prunable groups, as a sentence.
         realisation: From vectors of coefficients to plans.
         norms: Mean weight norm of each group.
         costs: Counts what plans cost.
@@ -69,6 +71,7 @@ class PruningProblem:
 
     groups: list[PruningGroup]
     left_out: tuple[LeftOut, ...]
+    coverage: str
     realisation: Realisation
     norms: FloatArray
     costs: CostModel
@@ -119,6 +122,7 @@ class PruningProblem:
         applications, samples = runner.broadcast((applications, runner.batch_size))
         return cls(
             groups=groups,
+            coverage=str(coverage(module, found)),
             left_out=tuple(
                 LeftOut(group.name, group.component, group.num_channels, group.reason)
                 for group in found

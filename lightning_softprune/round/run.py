@@ -202,4 +202,5 @@ def _result(
         latency_after=None if latencies is None else latencies[1],
         shares=shares,
         left_out=problem.left_out,
+        coverage=problem.coverage,
     )
