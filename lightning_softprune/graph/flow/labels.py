@@ -9,7 +9,7 @@ are *pinned*, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,8 +177,17 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[i
         yield mine, theirs
 
 
-def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterator[Moved]:
-    """Follow labels through a reshape, block by block."""
+def move(
+    labels: Labels, before: Sequence[int], after: Sequence[int], prefer: Callable[[list[int]], int | None]
+) -> Iterator[Moved]:
+    """Follow labels through a reshape, block by block.
+
+    Args:
+        labels: Of the dimensions before.
+        before: Their sizes.
+        after: Sizes of the dimensions after.
+        prefer: Which of some dimensions that are laid out together keeps its atoms; ``None`` for the largest.
+    """
     for mine, theirs in blocks(before, after):
         large = [dim for dim in mine if before[dim] > 1]
         atoms = [dim for dim in large if is_atoms(labels[dim])]
@@ -187,7 +196,8 @@ def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterato
         if not atoms:
             yield Moved(tuple(mine), tuple(theirs), None, rest, [])
             continue
-        carrier = atoms[0]  # heads, rather than their widths
+        preferred = prefer([before[dim] for dim in atoms]) if len(atoms) > 1 else 0
+        carrier = max(atoms, key=lambda dim: before[dim]) if preferred is None else atoms[preferred]
         shape = [before[dim] for dim in mine]
         view = [1] * len(mine)
         view[mine.index(carrier)] = before[carrier]

@@ -45,7 +45,7 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
         _pin_all(flow, operation, source, "has no elements")
         return [[FIXED] * len(after)]
     given = flow.labels(source)
-    for moved in move(given, before, after):
+    for moved in move(given, before, after, lambda sizes: flow.hint(operation, sizes)):
         mine = [dim for dim in moved.before if before[dim] > 1]
         theirs = [dim for dim in moved.after if after[dim] > 1]
         if len(mine) == len(theirs) == 1:
