@@ -1,0 +1,165 @@
+"""A small ViT and a small decoder, trained, without half of their heads and MLP units, without fine-tuning.
+
+    python tests/benchmarks/attention.py [--seeds 3] [--epochs 30]
+
+The ViT reads scikit-learn's digits in patches of 2 x 2; the decoder predicts the next character of the descriptions of
+scikit-learn's data sets, with two query heads to a key/value head. Accuracies are those of an independent validation.
+"""
+
+import argparse
+import logging
+import warnings
+
+import lightning as L
+import torch
+from sklearn import datasets
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_softprune import UniformBaseline, find_groups, prune
+
+WIDTH, HEADS, DEPTH = 64, 8, 2
+
+
+class Attention(nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.causal = HEADS, HEADS // 2 if causal else HEADS, causal
+        self.head_dim = WIDTH // HEADS
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.kv = nn.Linear(WIDTH, 2 * self.num_kv_heads * self.head_dim)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k, v = (t.unflatten(-1, (self.num_kv_heads, self.head_dim)).transpose(1, 2) for t in self.kv(x).chunk(2, -1))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=True)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, causal):
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(WIDTH), Attention(causal)
+        self.norm2, self.up, self.down = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        x = x + self.attention(self.norm1(x))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Transformer(L.LightningModule):
+    def __init__(self, embed, length, classes, causal):
+        super().__init__()
+        self.embed, self.position = embed, nn.Parameter(0.02 * torch.randn(length, WIDTH))
+        self.blocks = nn.Sequential(*(Block(causal) for _ in range(DEPTH)))
+        self.norm, self.head, self.causal = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, classes), causal
+
+    def forward(self, x):
+        x = self.norm(self.blocks(self.embed(x) + self.position))
+        return self.head(x if self.causal else x.mean(1))
+
+    def loss(self, batch):
+        out = self(batch[0])
+        self.log("accuracy", (out.argmax(-1) == batch[1]).float().mean())
+        return F.cross_entropy(out.flatten(0, -2), batch[1].flatten())
+
+    def training_step(self, batch, _):
+        return self.loss(batch)
+
+    def validation_step(self, batch, _):
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=2e-3)
+
+
+def digits():
+    images, labels = datasets.load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).reshape(-1, 4, 2, 4, 2).transpose(2, 3).reshape(-1, 16, 4) / 16
+    data = TensorDataset(images, torch.tensor(labels))
+    return *torch.utils.data.random_split(data, [1200, 597], torch.Generator().manual_seed(0)), 10
+
+
+def text():
+    loaders = (datasets.load_iris, datasets.load_wine, datasets.load_digits, datasets.load_diabetes)
+    characters = "".join(load().DESCR for load in (*loaders, datasets.load_breast_cancer, datasets.load_linnerud))
+    known = sorted(set(characters))
+    codes = torch.tensor([known.index(character) for character in characters])
+    windows = codes.unfold(0, 33, 8)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    train, held = windows[order[len(order) // 8 :]], windows[order[: len(order) // 8]]
+    return *(TensorDataset(part[:, :-1], part[:, 1:]) for part in (train, held)), len(known)
+
+
+def accuracy(module, data):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    return trainer.validate(module, DataLoader(data, 256), verbose=False)[0]["accuracy"]
+
+
+def run(kind, seed, epochs):
+    train, held, classes = digits() if kind == "ViT" else text()
+    row = [kind, seed]
+    for compensation in ("none", "least_squares"):
+        L.seed_everything(seed, verbose=False)
+        embed = nn.Linear(4, WIDTH) if kind == "ViT" else nn.Embedding(classes, WIDTH)
+        module = Transformer(embed, 16 if kind == "ViT" else 32, classes, kind != "ViT")
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(module, DataLoader(train, 64, shuffle=True))
+        dense = accuracy(module, held)
+        batch = next(iter(DataLoader(held, 8)))
+        inner = [g for g in find_groups(module, batch) if g.prunable and g.name != "embed"]
+        heads = [g for g in inner if "attention" in g.name]
+        before = sum(p.numel() for p in module.parameters())
+        result = prune(
+            module,
+            train_dataloaders=DataLoader(train, 64),
+            val_dataloaders=DataLoader(held, 256),
+            monitor="accuracy",
+            mode="max",
+            bounds={"embed": [0.0, 0.0], **{g.name: [0.5, 0.5] for g in inner}},
+            target_sparsity=0.35,
+            tolerance=0.2,
+            search=UniformBaseline(),
+            compensation=compensation,
+            importance="reconstruction" if compensation != "none" else "activation",
+            calibration_batches=16,
+            report=False,
+            verbose=False,
+        )
+        assert len(heads) == DEPTH
+        gone = 1 - sum(p.numel() for p in module.parameters()) / before
+        kept = {g.name: g.channels_after / g.channels_before for g in result.groups}
+        assert all(abs(kept[g.name] - 0.5) < 0.01 for g in inner)
+        row += [f"{dense:.3f}"] if compensation == "none" else []
+        row += [f"{accuracy(module, held):.3f}"]
+    print("|", " | ".join(map(str, [*row, f"{gone:.0%}"])), "|", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--kind", choices=["ViT", "decoder", "both"], default="both")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    torch.set_num_threads(2)
+    print(
+        "| network | seed | dense | half, none | half, least squares | parameters removed |\n|---|---|---|---|---|---|"
+    )
+    for kind in ("ViT", "decoder") if given.kind == "both" else (given.kind,):
+        for seed in range(given.seeds):
+            run(kind, seed, given.epochs)
+
+
+if __name__ == "__main__":
+    main()
