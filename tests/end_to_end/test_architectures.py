@@ -182,7 +182,7 @@ def test_a_cell_that_fails_says_so_and_the_others_are_measured(monkeypatch, caps
 def test_the_tables_that_are_kept_have_every_architecture():
     root = Path(support_table.__file__).parent.parent
     for file in (root / "tests" / "SUPPORT.md", root / "README.md"):
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8").rpartition(support_table.BEGIN)[2]
         assert re.findall(r"^\| (.+?) \| \d+ %", text, flags=re.MULTILINE) == [a.name for a in ARCHITECTURES], file
 
 
