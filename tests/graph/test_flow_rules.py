@@ -1,4 +1,4 @@
-"""Every operator carries channels where they go: small networks against the masked dense one, and against their code."""
+"""Every operator carries channels where they go: small networks against the masked dense one and their code."""
 
 import math
 
@@ -435,9 +435,7 @@ def test_projections_that_are_parameters_of_three_dimensions_lose_heads():
         return net.head(x + torch.einsum("bhtd,hdc->btc", mixed, net.out))
 
     parts = {name: nn.Parameter(torch.randn(H, C, D)) for name in "qkv"}
-    net = Net(
-        forward, stem=nn.Linear(3, C), **parts, out=nn.Parameter(torch.randn(H, D, C) / 4), head=nn.Linear(C, 2)
-    )
+    net = Net(forward, stem=nn.Linear(3, C), **parts, out=nn.Parameter(torch.randn(H, D, C) / 4), head=nn.Linear(C, 2))
     groups = check(net, torch.randn(B, T, 3), {"stem": C, "q": H})
     assert {str(member) for member in groups["q"].members} == {"q (dim0)", "k (dim0)", "v (dim0)", "out (dim0)"}
 
@@ -449,7 +447,10 @@ def test_the_attention_layer_of_torch_loses_heads_or_widths_of_all_heads(batch_f
         return net.head(x + net.attend(x, x, x)[0])
 
     net = Net(
-        forward, stem=nn.Linear(3, 12), attend=nn.MultiheadAttention(12, 3, batch_first=batch_first), head=nn.Linear(12, 2)
+        forward,
+        stem=nn.Linear(3, 12),
+        attend=nn.MultiheadAttention(12, 3, batch_first=batch_first),
+        head=nn.Linear(12, 2),
     )
     check(net, torch.randn(B, T, 3), {"stem": 4}, masked=False)
 
@@ -574,9 +575,7 @@ def test_three_gates_of_a_cell_by_hand_go_together():
         new = (ni + reset * nh).tanh()
         return net.head((1 - update) * new + update * h)
 
-    net = Net(
-        forward, state=nn.Linear(3, 5), inner=nn.Linear(4, 15), outer=nn.Linear(5, 15), head=nn.Linear(5, 2)
-    )
+    net = Net(forward, state=nn.Linear(3, 5), inner=nn.Linear(4, 15), outer=nn.Linear(5, 15), head=nn.Linear(5, 2))
     check(net, (torch.randn(3, 4), torch.randn(3, 3)), {"state": 5})
 
 

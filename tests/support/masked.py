@@ -67,7 +67,9 @@ def assert_pruned_is_masked(model, inputs, groups, chosen, masked=True, toleranc
         finally:
             surgery.undo()
         if masked:
-            torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance, msg=lambda m: f"{plan}: {m}")
+            torch.testing.assert_close(
+                result, expected, atol=tolerance, rtol=tolerance, msg=lambda m, plan=plan: f"{plan}: {m}"
+            )
         assert_same(model, before)
         assert torch.equal(run(model, inputs), dense)
 
