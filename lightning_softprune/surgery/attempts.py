@@ -97,9 +97,14 @@ def probe_with_counts(
     if any(group.counts for group in counted):
         pairs = zip(counted, found, strict=True)
         found = probed([group if group.counts or after.prunable else after for group, after in pairs])
-    sized = [group for group in found if group.prunable and group.name in chosen_dims]
+    sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
     return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+
+
+def _is_a_pair_of_blocks(group: PruningGroup) -> bool:
+    """Whether one channel is left when one goes, and holds several indices, whose order no reordering tests."""
+    return group.num_channels == 2 and any((member.owner == 0).sum() > 1 for member in group.members)
 
 
 def _choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -270,7 +270,7 @@ class _Probe:
             for i, channels in cuts.items():
                 stack.enter_context(mask_channels(self.model, self.groups[i], channels))
             masked = self._look()
-        own = {member.module for i in cuts for member in self.groups[i].members}
+        own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
         for steady, (one, _), (two, _) in zip(self.steady[:2], pruned.parts(), masked.parts(), strict=False):
             for name in one:
                 same = name in own or _alike(one[name], two.get(name, []), _AS_MASKED)

@@ -22,6 +22,8 @@ from lightning_softprune.utilities.arrays import IntArray
 
 _PRODUCTS = rules_of_products.__name__
 _HEADS = ("head", "group", "expert")
+_VIEWS = {"select", "slice", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "unfold"}
+"""Operators that look at a part of a tensor, and compute nothing."""
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Flow:
                 if tensor is not None:
                     self._owned[id(tensor)].append((name, axis))
         self._tensors = dict(named_tensors(self.model))
+        self._weights = self._made_of_sources()
         for owners in self._owned.values():
             self._tie(owners)
 
@@ -181,7 +184,16 @@ class Flow:
         return rule is not None and rule.__module__ == _PRODUCTS and self._has_parameters(operation)
 
     def _has_parameters(self, operation: Operation) -> bool:
-        return any(value.number in self.tape.sources for value in operation.inputs)
+        return any(value.number in self._weights for value in operation.inputs)
+
+    def _made_of_sources(self) -> set[int]:
+        """Values that are parameters, buffers or tensor attributes, or computed from such alone (a weight's view)."""
+        found = set(self.tape.sources)
+        for operation in self.tape.operations:
+            inputs = [value.number for value in operation.inputs if value.number not in self.tape.fresh]
+            if inputs and found.issuperset(inputs):
+                found.update(value.number for value in operation.outputs if value is not None)
+        return found
 
     def _pin_outputs(self, operation: Operation) -> None:
         name = operation.layer or operation.site.module or operation.name
@@ -200,14 +212,18 @@ class Flow:
         needed = {tape.aliases[number] for number in tape.shown}
         everything = not needed
         read: set[int] = set()
+        used = set(tape.shown)
         live, feeding = [], []
         for operation in reversed(tape.operations):
             outputs = {tape.aliases[value.number] for value in operation.outputs if value is not None}
             inputs = {tape.aliases[value.number] for value in operation.inputs}
             alive = everything or bool(outputs & needed) or bool(outputs & outside) or not outputs
+            if alive and not everything and operation.name in _VIEWS:  # the memory is read, but maybe not through it
+                alive = any(value.number in used for value in operation.outputs if value is not None)
             feeds = bool(outputs & read)
             if alive:
                 needed |= inputs
+                used.update(value.number for value in operation.inputs)
                 if self._mixes(operation) or operation.name == "cut" or feeds:
                     read |= inputs
             live.append(alive)

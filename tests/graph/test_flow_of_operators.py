@@ -1,0 +1,803 @@
+"""Reshapes, slices, products, buffers, norms and what is refused: as in `test_flow_rules`, one network each."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from support.masked import Net, check
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def between(operation, width, out=None, shape=(3, 5), buffers=None, **parts):
+    """Linear -> operation -> Linear, and an input."""
+    net = Net(
+        lambda net, x: net.head(operation(net, net.body(x))),
+        buffers,
+        body=nn.Linear(shape[-1], width),
+        head=nn.Linear(out or width, 2),
+        **parts,
+    )
+    return net, torch.randn(shape)
+
+
+def between_maps(operation, width, out=None, size=4, buffers=None, **parts):
+    """Conv -> operation -> Conv, and an input."""
+    net = Net(
+        lambda net, x: net.head(operation(net, net.body(x).relu())),
+        buffers,
+        body=nn.Conv2d(2, width, 3, padding=1),
+        head=nn.Conv2d(out or width, 2, 1),
+        **parts,
+    )
+    return net, torch.randn(2, 2, size, size)
+
+
+# ------------------------------------------------------------------------------------------------- splits and slices
+
+
+@pytest.mark.parametrize("sizes", [(2, 6), (1, 7), (5, 3), (3, 3, 2), (4, 2, 1, 1)])
+def test_a_split_by_the_widths_of_its_readers_hands_each_its_own(sizes):
+    def forward(net, x):
+        parts = net.body(x).split([reader.in_features for reader in net.readers], -1)
+        return net.head(sum(reader(part.tanh()) for reader, part in zip(net.readers, parts, strict=True)))
+
+    readers = nn.ModuleList(nn.Linear(size, 3) for size in sizes)
+    net = Net(forward, body=nn.Linear(5, 8), readers=readers, head=nn.Linear(3, 2))
+    check(net, torch.randn(4, 5), {"body": 8, "readers.0": 3})
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_a_split_by_constants_is_refused_where_it_does_not_run(dim):
+    def forward(net, x):
+        one, other = net.body(x).split([3, 5], dim)
+        return net.one(one) + net.other(other)
+
+    net = Net(forward, body=nn.Linear(5, 8), one=nn.Linear(3, 2), other=nn.Linear(5, 2))
+    check(net, torch.randn(4, 5), {}, {"body": "fewer channels"})
+
+
+def test_slices_by_constants_are_refused_where_readers_would_see_others():
+    def forward(net, x):
+        x = net.body(x)
+        return net.one(x[:, :3]) + net.other(x[:, 3:])
+
+    net = Net(forward, body=nn.Linear(5, 8), one=nn.Linear(3, 2), other=nn.Linear(5, 2))
+    check(net, torch.randn(4, 5), {})
+
+
+def test_a_constant_slice_of_raw_input_beside_channels_is_no_obstacle():
+    def forward(net, x):
+        h = torch.cat([x[..., 1:3], net.body(x[:, ::2]).relu(), x[:, -1:]], -1)
+        return net.head(h)
+
+    net = Net(forward, body=nn.Linear(3, 6), head=nn.Linear(9, 2))
+    check(net, torch.randn(4, 6), {"body": 6})
+
+
+def test_slices_with_steps_couple_what_they_step_over():
+    net, x = between(lambda net, x: x[:, 1::3], 12, 4)
+    groups = check(net, x, {"body": 4})
+    assert groups["body"].members[0].owner.tolist() == [n // 3 for n in range(12)]
+
+
+def test_a_shift_of_a_share_of_the_channels_over_time_never_differs_in_silence():
+    """Temporal shift: an eighth goes forward, an eighth back."""
+
+    def shift(net, x):
+        fold = x.shape[-1] // 4
+        ahead = F.pad(x[:, 1:, :fold], (0, 0, 0, 1))
+        back = F.pad(x[:, :-1, fold : 2 * fold], (0, 0, 1, 0))
+        return torch.cat([ahead, back, x[:, :, 2 * fold :]], -1)
+
+    net, x = between(shift, 8, shape=(2, 4, 5))
+    groups = check(net, x, {"body": 2})
+    assert groups["body"].members[0].owner.tolist() == [0, 1] * 4
+
+
+def test_chunks_that_change_places_and_repeat_stay_chunks():
+    def swap(net, x):
+        a, b, c = x.chunk(3, -1)
+        return torch.cat([c, a * b, b, a], -1)
+
+    net, x = between(swap, 9, 12)
+    check(net, x, {"body": 3})
+
+
+def test_unbind_select_and_python_loops_over_channels_are_refused():
+    net, x = between(lambda net, x: torch.stack(x.unbind(-1)[:4], -1), 8, 4)
+    check(net, x, {}, {"body": "channel"})
+    net, x = between(lambda net, x: x[..., 2:3] * x, 8)
+    check(net, x, {})
+    net, x = between(lambda net, x: torch.cat([x[:, i, None] for i in range(x.shape[1])], 1), 8)
+    check(net, x, {}, {"body": "by its number"})
+
+
+# ---------------------------------------------------------------------------------------------------------- reshapes
+
+
+@pytest.mark.parametrize("shuffle", [F.pixel_shuffle, nn.PixelShuffle(2)], ids=["function", "module"])
+def test_pixel_shuffle_takes_what_becomes_a_pixel_together(shuffle):
+    net, x = between_maps(lambda net, x: shuffle(x, 2) if shuffle is F.pixel_shuffle else shuffle(x), 12, 3)
+    groups = check(net, x, {"body": 3})
+    assert groups["body"].members[0].owner.tolist() == np.arange(3).repeat(4).tolist()
+
+
+def test_pixel_unshuffle_makes_several_of_each_channel():
+    net, x = between_maps(lambda net, x: F.pixel_unshuffle(x, 2), 5, 20)
+    groups = check(net, x, {"body": 5})
+    assert {str(m): m.owner.tolist() for m in groups["body"].members}["head (in)"] == np.arange(5).repeat(4).tolist()
+
+
+def test_space_to_depth_by_hand_with_pixels_in_front():
+    def fold(net, x):
+        b, c, h, w = x.shape
+        return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).reshape(b, -1, h // 2, w // 2)
+
+    net, x = between_maps(fold, 5, 20)
+    groups = check(net, x, {"body": 5})
+    assert {str(m): m.owner.tolist() for m in groups["body"].members}["head (in)"] == list(range(5)) * 4
+
+
+def test_depth_to_space_by_hand():
+    def unfold(net, x):
+        b, _, h, w = x.shape
+        return x.reshape(b, -1, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(b, -1, 2 * h, 2 * w)
+
+    net, x = between_maps(unfold, 12, 3)
+    check(net, x, {"body": 3})
+
+
+def shuffled_function(net, x):
+    return F.channel_shuffle(x, 2)
+
+
+def shuffled_by_hand(net, x):
+    b, c, h, w = x.shape
+    return x.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, -1, h, w)
+
+
+def shuffled_unflatten(net, x):
+    return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+@pytest.mark.parametrize("shuffle", [shuffled_function, shuffled_by_hand, shuffled_unflatten])
+def test_a_channel_shuffle_takes_one_of_every_part(shuffle):
+    net, x = between_maps(shuffle, 12)
+    groups = check(net, x, {"body": 6})
+    owners = {str(member): member.owner.tolist() for member in groups["body"].members}
+    assert owners == {"body (out)": list(range(6)) * 2, "head (in)": np.arange(6).repeat(2).tolist()}
+
+
+def test_channel_shuffle_between_grouped_convolutions():
+    def forward(net, x):
+        return net.head(net.second(shuffled_by_hand(net, net.first(net.stem(x)).relu())))
+
+    net = Net(
+        forward,
+        stem=nn.Conv2d(2, 4, 1),
+        first=nn.Conv2d(4, 12, 1, groups=2),
+        second=nn.Conv2d(12, 6, 3, padding=1, groups=2),
+        head=nn.Conv2d(6, 2, 1),
+    )
+    check(net, torch.randn(2, 2, 4, 4), {"stem": 2, "first": 3, "second": 3})
+
+
+RESHAPES = {
+    "flatten": (lambda net, x: x.flatten(1), 6 * 16),
+    "flatten channels last": (lambda net, x: x.permute(0, 2, 3, 1).flatten(1), 6 * 16),
+    "reshape": (lambda net, x: x.reshape(len(x), -1), 6 * 16),
+    "flatten rows": (lambda net, x: x.flatten(2).mean(-1), 6),
+    "to tokens": (lambda net, x: x.flatten(2).transpose(1, 2), 6),
+    "to tokens by permute": (lambda net, x: x.permute(0, 2, 3, 1).reshape(len(x), -1, x.shape[1]), 6),
+    "movedim": (lambda net, x: x.movedim(1, -1), 6),
+    "moveaxis and flatten": (lambda net, x: torch.moveaxis(x, 1, -1).flatten(0, 2), 6),
+    "columns into the batch": (lambda net, x: x.transpose(1, 3).reshape(-1, x.shape[1]), 6),
+    "rows beside channels": (lambda net, x: x.permute(0, 3, 1, 2).flatten(2), 24),
+    "unsqueeze and squeeze": (lambda net, x: x.mean((2, 3))[:, None, :, None].squeeze(-1).squeeze(1), 6),
+    "einsum": (lambda net, x: torch.einsum("bchw->bwhc", x), 6),
+    "negative dims": (lambda net, x: x.transpose(-3, -1).flatten(-3, -2), 6),
+    "windows": (
+        lambda net, x: x.view(len(x), x.shape[1], 2, 2, 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(-1, 4, x.shape[1]),
+        6,
+    ),
+    "windows of pixels in a row": (
+        lambda net, x: x.permute(0, 2, 3, 1).reshape(len(x), 2, 2, 2, 2, -1).transpose(2, 3).reshape(len(x) * 4, 4, -1),
+        6,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESHAPES)
+def test_a_reshape_carries_channels_to_a_linear_layer(name):
+    operation, width = RESHAPES[name]
+    net = Net(
+        lambda net, x: net.head(operation(net, net.body(x).relu())),
+        body=nn.Conv2d(2, 6, 3, padding=1),
+        head=nn.Linear(width, 2),
+    )
+    check(net, torch.randn(2, 2, 4, 4), {"body": 6})
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4, 5])
+def test_a_linear_layer_works_at_any_rank(rank):
+    shape = (2, 3, 2, 3)[: rank - 1]
+    net, x = between(lambda net, x: x.flatten(0, -2).unflatten(0, shape).relu(), 6, shape=(*shape, 5))
+    check(net, x, {"body": 6})
+
+
+def test_a_vector_becomes_a_map():
+    net = Net(
+        lambda net, x: net.head(net.body(x).view(len(x), -1, 2, 2).relu()),
+        body=nn.Linear(5, 24),
+        head=nn.ConvTranspose2d(6, 2, 2),
+    )
+    groups = check(net, torch.randn(3, 5), {"body": 6})
+    assert groups["body"].members[0].owner.tolist() == np.arange(6).repeat(4).tolist()
+
+
+def test_patch_merging_joins_four_neighbours():
+    def merge(net, x):
+        parts = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
+        return net.reduction(net.norm(torch.cat(parts, -1)))
+
+    def forward(net, x):
+        return net.head(merge(net, net.body(x)).relu())
+
+    net = Net(
+        forward, body=nn.Linear(3, 5), norm=nn.Identity(), reduction=nn.Linear(20, 6, bias=False), head=nn.Linear(6, 2)
+    )
+    groups = check(net, torch.randn(2, 4, 4, 3), {"body": 5, "reduction": 6})
+    assert {str(m): m.owner.tolist() for m in groups["body"].members}["reduction (in)"] == list(range(5)) * 4
+    net.norm = nn.LayerNorm(20)
+    check(net, torch.randn(2, 4, 4, 3), {"body": 5, "reduction": 6}, masked=False)
+
+
+def test_unfold_and_fold_are_refused_or_right():
+    net, x = between_maps(lambda net, x: F.unfold(x, 2).transpose(1, 2), 4, 16)
+    net.head = nn.Linear(16, 2)
+    check(net, x, {})
+
+
+# ------------------------------------------------------------------------------------------- joining and broadcasting
+
+
+def test_stacked_branches_share_their_channels():
+    def forward(net, x):
+        stacked = torch.stack([net.one(x), net.other(x), net.one(-x)], 1)
+        return net.head((stacked * torch.tensor([1.0, 2.0, 3.0])[:, None]).sum(1))
+
+    net = Net(forward, one=nn.Linear(5, 6), other=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"one": 6})
+
+
+@pytest.mark.parametrize("dim", [-1, 2])
+def test_stacked_in_the_last_dimension_and_flattened(dim):
+    net = Net(
+        lambda net, x: net.head(torch.stack([net.one(x), net.other(x)], dim).flatten(1)),
+        one=nn.Linear(5, 4),
+        other=nn.Linear(5, 4),
+        head=nn.Linear(8, 2),
+    )
+    groups = check(net, torch.randn(3, 5), {"one": 4})
+    assert {str(m): m.owner.tolist() for m in groups["one"].members}["head (in)"] == np.arange(4).repeat(2).tolist()
+
+
+def test_channels_of_several_producers_are_joined_and_split_again():
+    def forward(net, x):
+        joined = torch.cat([net.a(x), x.mean(-1, keepdim=True), net.b(x), net.a(x)], -1)
+        return net.head(joined.relu())
+
+    net = Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 4), head=nn.Linear(11, 2))
+    groups = check(net, torch.randn(3, 5), {"a": 3, "b": 4})
+    assert {str(m): m.owner.tolist() for m in groups["a"].members}["head (in)"] == [0, 1, 2, *[-1] * 5, 0, 1, 2]
+
+
+def test_joined_channels_meet_channels_of_one_producer():
+    """cat(a, b) + c: c's channels go with a's or b's."""
+
+    def forward(net, x):
+        return net.head(torch.cat([net.a(x), net.b(x)], -1) * net.c(x))
+
+    net = Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 4), c=nn.Linear(5, 7), head=nn.Linear(7, 2))
+    check(net, torch.randn(3, 5), {"a": 3, "b": 4})
+
+
+def test_channels_that_meet_raw_input_and_others_keep_what_meets_it():
+    """cat(x, b) + c: only those of c that b meets can go."""
+
+    def forward(net, x):
+        return net.head((torch.cat([x[:, :2], net.b(x)], -1) + net.c(x)).relu())
+
+    net = Net(forward, b=nn.Linear(5, 4), c=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"b": 4})
+
+
+def test_one_channel_is_broadcast_over_many():
+    def forward(net, x):
+        h = net.body(x)
+        return net.head(h * net.weight(x).softmax(1) + net.bias(x))
+
+    net = Net(forward, body=nn.Linear(5, 6), weight=nn.Linear(5, 1), bias=nn.Linear(5, 1), head=nn.Linear(6, 2))
+    check(net, torch.randn(2, 3, 5), {"body": 6})
+
+
+def test_outer_products_keep_both_widths_apart_or_refuse():
+    def forward(net, x):
+        product = net.a(x)[:, :, None] * net.b(x)[:, None, :]
+        return net.head(product.sum(-1) + 0 * product.amax((1, 2))[:, None]) + net.tail(
+            product.mean(1) * net.b.out_features
+        )
+
+    net = Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 4), head=nn.Linear(3, 2), tail=nn.Linear(4, 2))
+    check(net, torch.randn(3, 5), {"a": 3, "b": 4}, masked=False)
+
+
+def test_an_outer_product_that_is_summed_by_matmul():
+    def forward(net, x):
+        return net.head((net.a(x)[:, :, None] @ net.b(x)[:, None, :]).relu() @ net.w)
+
+    net = Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 4), w=nn.Parameter(torch.randn(4, 6)), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"b": 4, "w": 6}, {"a": ""})
+
+
+def test_a_flattened_outer_product_is_refused_or_right():
+    def forward(net, x):
+        return net.head(torch.einsum("bi,bj->bij", net.a(x), net.b(x)).flatten(1))
+
+    net = Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 4), head=nn.Linear(12, 2))
+    check(net, torch.randn(3, 5), {"b": 4}, {"a": "lays it out"})
+
+
+# ------------------------------------------------------------------------------------- buffers, attributes, in place
+
+
+@pytest.mark.parametrize("kind", ["buffer", "temporary", "attribute", "parameter"])
+def test_positions_and_scales_of_known_width_are_sliced(kind):
+    def forward(net, x):
+        h = net.body(x)
+        return net.head(((h + net.position[:, : h.shape[1]]) * net.scale).relu())
+
+    net = Net(forward, body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    for name, tensor in {"position": torch.randn(1, 9, 6), "scale": torch.rand(6)}.items():
+        if kind == "parameter":
+            setattr(net, name, nn.Parameter(tensor))
+        elif kind == "attribute":
+            setattr(net, name, tensor)
+        else:
+            net.register_buffer(name, tensor, persistent=kind == "buffer")
+    groups = check(net, torch.randn(2, 4, 5), {"body": 6})
+    assert {"position (dim2)", "scale (dim0)"} <= {str(member) for member in groups["body"].members}
+
+
+def test_a_boolean_mask_of_known_width_is_sliced():
+    mask = torch.tensor([True, False, True, True, False, True])
+    net, x = between(lambda net, x: x.masked_fill(~net.mask, 0.0) + x * net.mask, 6, buffers={"mask": mask})
+    groups = check(net, x, {"body": 6})
+    assert "mask (dim0)" in {str(member) for member in groups["body"].members}
+
+
+def test_statistics_of_known_width_normalise_by_hand():
+    buffers = {"mean": torch.randn(6, 1, 1), "std": torch.rand(1, 6, 1, 1) + 0.5}
+    net, x = between_maps(lambda net, x: (x - net.mean) / net.std, 6, buffers=buffers)
+    check(net, x, {"body": 6}, masked=False)
+    net, x = between_maps(lambda net, x: (x - net.mean) * net.std, 6, buffers=buffers)
+    check(net, x, {"body": 6})
+
+
+def test_a_buffer_that_several_layers_read_couples_them():
+    def forward(net, x):
+        return net.head(net.a(x) * net.scale) + net.tail(net.b(x) * net.scale)
+
+    net = Net(
+        forward,
+        {"scale": torch.rand(6)},
+        a=nn.Linear(5, 6),
+        b=nn.Linear(5, 6),
+        head=nn.Linear(6, 2),
+        tail=nn.Linear(6, 2),
+    )
+    check(net, torch.randn(3, 5), {"a": 6})
+
+
+def scaled_half(net, x):
+    x = x.clone()
+    half = x.shape[1] // 2
+    x[:, :half].mul_(2.0)
+    return x
+
+
+def written_half(net, x):
+    x = x.clone()
+    half = x.shape[1] // 2
+    x[:, half:] = x[:, :half].tanh() + 1
+    return x
+
+
+def added_in_place(net, x):
+    flat = x.view(-1)
+    flat.mul_(0.5).add_(1.0)
+    return x
+
+
+def half_in_place(net, x):
+    x = x * 1.0
+    half = x.shape[1] // 2
+    one, other = x.narrow(1, 0, half), x.narrow(1, half, half)
+    one.add_(other)
+    return x
+
+
+@pytest.mark.parametrize(
+    ("operation", "channels"),
+    [(scaled_half, 4), (written_half, 4), (added_in_place, 8), (half_in_place, 4)],
+)
+def test_what_is_written_in_place_through_a_view_is_followed(operation, channels):
+    net, x = between(operation, 8)
+    check(net, x, {"body": channels})
+
+
+def test_zeros_made_to_fit_and_filled_piece_by_piece():
+    def fill(net, x):
+        result = torch.zeros(len(x), x.shape[1] * 2)
+        result[:, : x.shape[1]] = x
+        result[:, x.shape[1] :] = -x
+        return result
+
+    net, x = between(fill, 6, 12)
+    groups = check(net, x, {})
+    assert groups["body"].reason
+
+
+@pytest.mark.parametrize("pad", [(0, 2), (1, 0), (2, 3)])
+def test_padded_channels_keep_their_zeros_at_their_place(pad):
+    net, x = between(lambda net, x: F.pad(x, pad), 6, 6 + sum(pad))
+    groups = check(net, x, {"body": 6})
+    expected = [-1] * pad[0] + list(range(6)) + [-1] * pad[1]
+    assert {str(m): m.owner.tolist() for m in groups["body"].members}["head (in)"] == expected
+
+
+def test_a_shortcut_that_pads_missing_channels():
+    """ResNets of CIFAR: zeros beside the channels of before; what was there can go, what is new keeps its place."""
+
+    def forward(net, x):
+        x = net.stem(x).relu()
+        y = net.down(x.relu())
+        return net.head(y + F.pad(x, (0, 0, 0, 0, 2, 2)))
+
+    net = Net(forward, stem=nn.Conv2d(2, 4, 1), down=nn.Conv2d(4, 8, 1), head=nn.Conv2d(8, 2, 1))
+    groups = check(net, torch.randn(2, 2, 4, 4), {"stem": 4})
+    assert {str(m): m.owner.tolist() for m in groups["stem"].members}["down (out)"] == [-1, -1, 0, 1, 2, 3, -1, -1]
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+def test_pixels_padded_by_reflection_are_no_obstacle(mode):
+    net, x = between_maps(lambda net, x: F.pad(x, (1, 1, 2, 0), mode=mode), 6)
+    check(net, x, {"body": 6})
+
+
+# ---------------------------------------------------------------------------------------------- parameters and products
+
+
+def test_a_parameter_scales_or_shifts_along_any_dimension():
+    net, x = between_maps(
+        lambda net, x: x * net.gamma[:, None, None] + net.beta + net.rows,
+        6,
+        gamma=nn.Parameter(torch.randn(6)),
+        beta=nn.Parameter(torch.randn(1, 6, 1, 1)),
+        rows=nn.Parameter(torch.randn(4, 1)),
+    )
+    groups = check(net, x, {"body": 6})
+    assert {"gamma (dim0)", "beta (dim1)"} <= {str(member) for member in groups["body"].members}
+
+
+def test_experts_of_stacked_parameters_lose_their_inner_widths():
+    def forward(net, x):
+        h = net.stem(x)
+        weights = net.router(h).softmax(-1)
+        inner = torch.einsum("bc,ecf->bef", h, net.up).relu()
+        return net.head(torch.einsum("bef,efc,be->bc", inner, net.down, weights))
+
+    net = Net(
+        forward,
+        stem=nn.Linear(5, 6),
+        router=nn.Linear(6, 3),
+        up=nn.Parameter(torch.randn(3, 6, 7)),
+        down=nn.Parameter(torch.randn(3, 7, 4)),
+        head=nn.Linear(4, 2),
+    )
+    check(net, torch.randn(4, 5), {"stem": 6, "up": 7, "down": 4})
+
+
+def test_experts_by_bmm_lose_their_inner_widths():
+    def forward(net, x):
+        h = net.stem(x)
+        tokens = h.expand(3, -1, -1)
+        inner = (torch.bmm(tokens, net.up) + net.bias[:, None]).relu()
+        return net.head(torch.bmm(inner, net.down).sum(0))
+
+    net = Net(
+        forward,
+        stem=nn.Linear(5, 6),
+        up=nn.Parameter(torch.randn(3, 6, 7)),
+        bias=nn.Parameter(torch.randn(3, 7)),
+        down=nn.Parameter(torch.randn(3, 7, 4)),
+        head=nn.Linear(4, 2),
+    )
+    check(net, torch.randn(4, 5), {"stem": 6, "up#2": 7, "down": 4}, {"up": "fewer channels"})
+
+
+def test_low_rank_adapters_lose_their_rank_beside_the_weight():
+    def forward(net, x):
+        h = net.body(x) + net.b(net.a(x)) * 0.5
+        return net.head(h.relu())
+
+    net = Net(
+        forward,
+        body=nn.Linear(5, 6),
+        a=nn.Linear(5, 3, bias=False),
+        b=nn.Linear(3, 6, bias=False),
+        head=nn.Linear(6, 2),
+    )
+    check(net, torch.randn(4, 5), {"body": 6, "a": 3})
+
+
+def test_low_rank_adapters_of_bare_parameters():
+    def forward(net, x):
+        weight = net.body.weight + net.b @ net.a
+        return net.head(F.linear(x, weight, net.body.bias).relu())
+
+    net = Net(
+        forward,
+        body=nn.Linear(5, 6),
+        a=nn.Parameter(torch.randn(3, 5)),
+        b=nn.Parameter(torch.randn(6, 3)),
+        head=nn.Linear(6, 2),
+    )
+    check(net, torch.randn(4, 5), {"a": 3, "b": 6})
+
+
+def test_a_layer_of_bare_parameters():
+    def forward(net, x):
+        h = (x @ net.w.T + net.b).relu()
+        return net.head(torch.addmm(net.c, h, net.v).relu())
+
+    net = Net(
+        forward,
+        w=nn.Parameter(torch.randn(6, 5)),
+        b=nn.Parameter(torch.randn(6)),
+        v=nn.Parameter(torch.randn(6, 4)),
+        c=nn.Parameter(torch.randn(4)),
+        head=nn.Linear(4, 2),
+    )
+    net_groups = check(net, torch.randn(3, 5), {"w": 6, "v": 4})
+    assert {str(m) for m in net_groups["w"].members} == {"w (dim0)", "b (dim0)", "v (dim0)"}
+
+
+def test_the_weight_of_another_layer_is_used_transposed():
+    """A tied autoencoder: the decoder is the encoder's transposed weight."""
+
+    def forward(net, x):
+        return F.linear(net.encoder(x).relu(), net.encoder.weight.t(), net.bias)
+
+    net = Net(forward, encoder=nn.Linear(5, 6), bias=nn.Parameter(torch.randn(5)))
+    check(net, torch.randn(3, 5), {"encoder": 6})
+
+
+def test_one_weight_in_two_layers():
+    def forward(net, x):
+        return net.head(net.a(x).relu()) + net.tail(net.b(x).tanh())
+
+    net = Net(forward, a=nn.Linear(5, 6), b=nn.Linear(5, 6), head=nn.Linear(6, 2), tail=nn.Linear(6, 2))
+    net.b.weight = net.a.weight
+    check(net, torch.randn(3, 5), {"a": 6})
+
+
+def test_a_bias_shared_by_two_layers():
+    net = Net(
+        lambda net, x: net.head(net.a(x).relu()) + net.tail(net.b(x).tanh()),
+        a=nn.Linear(5, 6),
+        b=nn.Linear(5, 6),
+        head=nn.Linear(6, 2),
+        tail=nn.Linear(6, 2),
+    )
+    net.b.bias = net.a.bias
+    check(net, torch.randn(3, 5), {"a": 6})
+
+
+def test_bilinear_and_distances_contract_both_sides():
+    def forward(net, x):
+        a, b = net.a(x), net.b(x)
+        return torch.cat([net.head((a * b).sum(-1, keepdim=True)), torch.cdist(a, b)], -1)
+
+    net = Net(forward, a=nn.Linear(5, 6), b=nn.Linear(5, 6), head=nn.Linear(1, 2))
+    check(net, torch.randn(3, 5), {"a": 6})
+
+
+# ------------------------------------------------------------------------------------------------------- norms, pooling
+
+
+def test_norms_by_function_with_bare_parameters():
+    def batch(net, x):
+        return F.batch_norm(x, net.mean, net.var, net.weight, net.bias, training=False)
+
+    parts = {"weight": nn.Parameter(torch.rand(6) + 0.5), "bias": nn.Parameter(torch.randn(6))}
+    net, x = between_maps(batch, 6, buffers={"mean": torch.randn(6), "var": torch.rand(6) + 0.5}, **parts)
+    check(net, x, {"body": 6})
+    net, x = between(lambda net, x: F.layer_norm(x, x.shape[-1:], net.weight, net.bias), 6, **parts)
+    check(net, x, {"body": 6}, masked=False)
+    net, x = between_maps(lambda net, x: F.group_norm(x, 2, net.weight, net.bias), 6, **parts)
+    groups = check(net, x, {"body": 3}, masked=False)
+    assert groups["body"].members[0].owner.tolist() == [0, 1, 2, 0, 1, 2]
+    net, x = between_maps(lambda net, x: F.instance_norm(x, weight=net.weight, bias=net.bias), 6, **parts)
+    check(net, x, {"body": 6})
+
+
+def test_a_layer_norm_whose_shape_is_a_constant_is_refused():
+    parts = {"weight": nn.Parameter(torch.rand(6)), "bias": nn.Parameter(torch.randn(6))}
+    net, x = between(lambda net, x: F.layer_norm(x, (6,), net.weight, net.bias), 6, **parts)
+    check(net, x, {}, {"body": "fewer channels"})
+
+
+def test_a_norm_by_hand_is_over_what_is_left():
+    def norm(net, x):
+        return (x - x.mean(-1, keepdim=True)) * (x.var(-1, keepdim=True, unbiased=False) + 1e-5).rsqrt() * net.gamma
+
+    net, x = between(norm, 6, gamma=nn.Parameter(torch.rand(6)))
+    check(net, x, {"body": 6}, masked=False)
+
+
+POOLS = {
+    "max": lambda net, x: F.max_pool2d(x, 2),
+    "average": lambda net, x: F.avg_pool2d(x, 2),
+    "adaptive": lambda net, x: F.adaptive_avg_pool2d(x, 2),
+    "adaptive max": lambda net, x: F.adaptive_max_pool2d(x, 2),
+    "nearest": lambda net, x: F.interpolate(x, scale_factor=2),
+    "bilinear": lambda net, x: F.interpolate(x, size=(3, 5), mode="bilinear", align_corners=False),
+    "bicubic": lambda net, x: F.interpolate(x, scale_factor=2, mode="bicubic"),
+    "lp": lambda net, x: F.lp_pool2d(x, 2, 2),
+    "grid": lambda net, x: F.grid_sample(x, torch.zeros(len(x), 2, 2, 2), align_corners=False),
+    "dropout": lambda net, x: F.dropout2d(x, 0.5, training=False),
+    "cumulative rows": lambda net, x: x.cumsum(2),
+    "rolled rows": lambda net, x: x.roll((1, 2), (2, 3)) + x.flip(-1),
+    "sorted rows": lambda net, x: x.sort(dim=-1).values,
+    "local": lambda net, x: x - F.avg_pool2d(x, 3, 1, 1),
+    "softmax of pixels": lambda net, x: x.flatten(2).softmax(-1).view_as(x),
+    "rows by number": lambda net, x: x[:, :, [0, 2]] + x.index_select(2, torch.tensor([1, 3])),
+    "fourier": lambda net, x: torch.fft.irfft2(torch.fft.rfft2(x) * 2, s=x.shape[-2:]),
+}
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_what_works_on_pixels_leaves_channels_free(name):
+    net, x = between_maps(POOLS[name], 6)
+    check(net, x, {"body": 6})
+
+
+PICKS = {
+    "gather": lambda net, x: x.gather(-1, net.index.expand(len(x), -1)),
+    "index_select": lambda net, x: x.index_select(1, net.index),
+    "fancy index": lambda net, x: x[:, net.index],
+    "topk": lambda net, x: x.topk(6, -1).values,
+    "sort": lambda net, x: x.sort(-1).values,
+    "flip": lambda net, x: x.flip(-1) + x,
+    "roll": lambda net, x: x.roll(1, -1) * x,
+    "cumsum": lambda net, x: x.cumsum(-1),
+    "argmax": lambda net, x: x + x.argmax(-1, keepdim=True),
+    "arange": lambda net, x: x * torch.arange(x.shape[-1]),
+    "triangle": lambda net, x: torch.tril(x),
+}
+
+
+@pytest.mark.parametrize("name", PICKS)
+def test_channels_that_are_told_apart_by_their_number_are_refused(name):
+    net, x = between(PICKS[name], 6, buffers={"index": torch.tensor([5, 1, 3, 0, 2, 4])}, shape=(7, 5))
+    check(net, x, {})
+
+
+def test_the_largest_channel_and_a_mean_over_channels_leave_them_free():
+    net, x = between(lambda net, x: x - x.mean(-1, keepdim=True) + x.amax(-1, keepdim=True), 6)
+    check(net, x, {"body": 6}, masked=False)
+    net, x = between(lambda net, x: x * x.sum(-1, keepdim=True) + x.norm(dim=-1, keepdim=True), 6)
+    check(net, x, {"body": 6})
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
+    def forward(net, x):
+        return net.head(net.core(net.body(x))[0])
+
+    net = Net(forward, body=nn.Linear(5, 6), core=kind(6, 7, batch_first=True), head=nn.Linear(7, 2))
+    check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
+
+
+def test_a_cell_in_a_loop_loses_its_state():
+    def forward(net, x):
+        state = torch.zeros(len(x), net.cell.hidden_size)
+        for t in range(x.shape[1]):
+            state = net.cell(net.body(x[:, t]), state)
+        return net.head(state)
+
+    net = Net(forward, body=nn.Linear(5, 6), cell=nn.GRUCell(6, 7), head=nn.Linear(7, 2))
+    check(net, torch.randn(2, 3, 5), {"body": 6, "cell": 7})
+
+
+# ------------------------------------------------------------------------------------------- what is refused, and not
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 2
+
+
+def test_an_autograd_function_of_the_users_own_is_refused_by_its_name():
+    net, x = between(lambda net, x: Doubled.apply(x), 6)
+    check(net, x, {}, {"body": "Doubled"})
+
+
+def test_an_output_that_nobody_uses_pins_nothing():
+    def forward(net, x):
+        h = net.body(x)
+        h.topk(1, -1)
+        net.head(h)[:, 0].sum()
+        h[:, 0] * 2
+        return net.head(h.relu())
+
+    net = Net(forward, body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"body": 6})
+
+
+def test_a_value_that_python_reads_is_an_output():
+    def forward(net, x):
+        h = net.body(x)
+        return net.head(h) * (1.0 + h[:, 0].sum().item())
+
+    net = Net(forward, body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {})
+
+
+@pytest.fixture(scope="module")
+def custom():
+    library = torch.library.Library("softprune_tests", "DEF")
+    library.define("twisted(Tensor x) -> Tensor")
+    library.impl("twisted", lambda x: x * torch.linspace(1, 2, x.shape[-1]), "CompositeExplicitAutograd")
+    yield torch.ops.softprune_tests.twisted
+    library._destroy()
+
+
+def test_an_operator_that_is_not_known_is_refused_by_its_name(custom):
+    net, x = between(lambda net, x: custom(x), 6)
+    check(net, x, {}, {"body": "softprune_tests::twisted"})
+
+
+def test_unknown_operators_on_something_else_pin_nothing(custom):
+    def forward(net, x):
+        return net.head(net.body(custom(x)).relu())
+
+    net = Net(forward, body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"body": 6})
+
+
+def test_a_scale_by_the_number_of_channels_is_not_followed_in_silence():
+    """`x / sqrt(C)`: the pruned network divides by the root of what is left, as the code says."""
+    net, x = between(lambda net, x: x / math.sqrt(x.shape[-1]), 6)
+    check(net, x, {"body": 6}, masked=False)
