@@ -7,19 +7,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
-from lightning_softprune.utilities.checks import one_of
+import numpy as np
+
+from lightning_softprune.search import (
+    Known,
+    OutOfReachError,
+    Question,
+    SearchNumbers,
+    SensitivityCurve,
+    Solution,
+    solve,
+)
+from lightning_softprune.utilities.checks import fraction, one_of
 from lightning_softprune.utilities.plain_types import from_plain, to_plain
 
 DRY_RUN = "this was a dry run"
 """What the reason of a round begins with that was only to be looked at; for people, :class:`Outcome` is for code."""
 
 _MODES = ("min", "max")
+
+
+_COSTS = ("params", "macs")
+
+
+class _Group(NamedTuple):
+    """A group's names, as bounds look for them."""
+
+    name: str
+    component: str
+    kind: str
+    num_channels: int
 
 
 class Outcome(str, Enum):
@@ -216,6 +240,8 @@ class PruningResult:
         configuration: The callback's arguments, as text.
         versions: Library -> version.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
+        numbers: What was searched, in plain types, which other targets are solved from; `None`: a result of a version
+            that did not store it.
 
     Raises:
         ValueError: If `mode` or `outcome` is unknown, `outcome` contradicts `applied`, or a trial has not one
@@ -271,6 +297,7 @@ class PruningResult:
     versions: dict[str, str] = field(default_factory=dict)
     outcome: str = ""
     coverage: str = ""
+    numbers: SearchNumbers | None = None
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, _MODES)
@@ -314,6 +341,79 @@ class PruningResult:
             f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "
             f"after {evaluations} in {self.seconds:.1f} s ({self.strategy}: {self.stop_reason})"
         )
+
+    def solve(
+        self,
+        target_sparsity: float | None = None,
+        *,
+        limits: Mapping[str, float] | None = None,
+        bounds: Mapping[str, Sequence[float]] | None = None,
+        tolerance: float | None = None,
+        cost: str | None = None,
+    ) -> Solution:
+        """What this round's measurements say of another target: the best plan, and the score it should have.
+
+        Nothing is run. The round's sensitivity curves are combined anew under the new budget, and corrected by the
+        plans that were scored (`search/solving.py`). A plan that was scored has its own score, and `measured` says so.
+
+        Args:
+            target_sparsity: Sparsity to reach, against the first dense model; default: the round's.
+            limits: Further budgets, as in `SoftPruning`; default: the round's. A limit on latency cannot be solved for.
+            bounds: Pattern of group or component names -> `[low, high]`; default: the round's.
+            tolerance: How far from the target the plan may lie; default: the round's.
+            cost: What sparsity is measured in; default: as in the round.
+
+        Raises:
+            ValueError: The round measured no curves, an argument is not allowed, or the target is out of reach.
+        """
+        if self.numbers is None or not self.sensitivity:
+            raise ValueError(
+                f"this result cannot be solved anew: {self.strategy} measured no sensitivity curves"
+                if self.numbers is not None
+                else "this result cannot be solved anew: it does not hold what was searched (an older version's)"
+            )
+        aim = self.target_sparsity if target_sparsity is None else fraction("target_sparsity", target_sparsity)
+        limits = {name: limit for name, limit in self.limits.items() if name in _COSTS} if limits is None else limits
+        for name, limit in limits.items():
+            one_of("limits", name, _COSTS)
+            fraction(f"limits[{name!r}]", limit)
+        question = Question(
+            target=self.sparsity if aim is None else aim,
+            tolerance=self.tolerance if tolerance is None else tolerance,
+            cost=one_of("cost", self.cost if cost is None else cost, _COSTS),
+            limits=limits,
+            bounds=bounds,
+        )
+        names = [_Group(g.name, g.component, g.kind, g.channels_before) for g in self.groups]
+        found = solve(self.numbers, self._known(self.numbers), names, question)
+        return replace(found, score=self._signed(found.score))
+
+    def _signed(self, score: float) -> float:
+        return score if self.mode == "min" else -score
+
+    def _known(self, numbers: SearchNumbers) -> Known:
+        """What was measured, as losses."""
+        place = {name: n for n, name in enumerate(numbers.coefficients)}
+        curves = sorted(
+            (
+                SensitivityCurve(place[one.group], one.coefficients, tuple(map(self._signed, one.scores)))
+                for one in self.sensitivity
+            ),
+            key=lambda curve: curve.index,
+        )
+        first = [numbers.owners.index(n) for n in range(len(numbers.coefficients))]
+        scored = [trial for trial in self.trials if math.isfinite(trial.score)]
+        points = np.array([[trial.coefficients[n] for n in first] for trial in scored]).reshape(len(scored), len(first))
+        losses = np.array([self._signed(trial.score) for trial in scored])
+        return Known(tuple(curves), points, losses, self._signed(self.score_before))
+
+    def solve_targets(self, targets: Sequence[float]) -> tuple[Solution, ...]:
+        """`solve` for several targets, without those out of reach: how score and size are traded."""
+        found: list[Solution] = []
+        for target in targets:
+            with contextlib.suppress(OutOfReachError):
+                found.append(self.solve(target))
+        return tuple(found)
 
     def to_dict(self) -> dict[str, Any]:
         """The result in plain types; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # From the bottom to the top; lightning_softprune/README.md draws it. Folders of one level do not import each other.
 LEVELS = (
     {"utilities"},
-    {"results"},
     {"search"},
+    {"results"},
     {"graph"},
     {"trainer", "surgery", "checkpoint", "report"},
     {"calibration"},

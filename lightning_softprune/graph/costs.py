@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,8 @@ from lightning_softprune.graph.layers import (
     layout_of,
     parts_of_layers,
 )
-from lightning_softprune.utilities.arrays import FloatArray, IntArray
+from lightning_softprune.search import StoredCosts, StoredSlot, StoredTerm, compressed
+from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.nested import attribute_at
 
@@ -80,26 +82,26 @@ class CostModel:
         Returns:
             Exact counts, shape ``(n,)``.
         """
-        counts = np.atleast_2d(np.asarray(counts, dtype=np.int64))
-        kept: dict[Slot, FloatArray] = {}
-        for slot, tables in self.tables.items():
-            left = np.full(len(counts), float(self.sizes[slot]))
-            for group, table in tables:
-                left -= table[counts[:, group]]
-            kept[slot] = left
+        return self.stored.count(what, counts)
 
-        def value(term: Term) -> FloatArray:
-            product = np.full(len(counts), term.constant)
-            for slot in term.slots:
-                product *= kept[slot]
-            return product
+    @cached_property
+    def stored(self) -> StoredCosts:
+        """The same in plain types, for files."""
+        number = {slot: n for n, slot in enumerate(self.tables)}
 
-        total = np.zeros(len(counts))
-        for term in self.parameters if what == "params" else self.macs:
-            total += value(term)
-        for slot, term in self.biases if what == "params" else ():
-            total += np.where(kept[slot] < self.sizes[slot], value(term), 0.0)
-        return np.rint(total).astype(np.int64)
+        def plain(term: Term, once_smaller: int = -1) -> StoredTerm:
+            return StoredTerm(term.constant, tuple(number[slot] for slot in term.slots), once_smaller)
+
+        slots = (
+            StoredSlot(
+                int(self.sizes[slot]),
+                tuple(group for group, _ in tables),
+                tuple(compressed(table) for _, table in tables),
+            )
+            for slot, tables in self.tables.items()
+        )
+        biases = (plain(term, number[slot]) for slot, term in self.biases)
+        return StoredCosts(tuple(slots), (*map(plain, self.parameters), *biases), tuple(map(plain, self.macs)))
 
     @classmethod
     def build(

@@ -35,6 +35,7 @@ from lightning_softprune.search import (
     Coefficients,
     Plan,
     Realisation,
+    SearchNumbers,
     SearchSpace,
     build_rounding,
     build_space,
@@ -172,6 +173,21 @@ class PruningProblem:
         target = 1.0 if target is None else target
         budgets = Budgets(costs, target, settings.tolerance, settings.cost, limits)
         return build_space(self.realisation, self.costs, budgets, self.norms)
+
+    def numbers(self, dense: Costs) -> SearchNumbers:
+        """What was searched, for files: other targets are solved from it later."""
+        rounding, coefficients = self.realisation.rounding, self.realisation.coefficients
+        return SearchNumbers(
+            costs=self.costs.stored,
+            coefficients=coefficients.names,
+            owners=tuple(int(n) for n in coefficients.owners),
+            channels=tuple(int(n) for n in rounding.channels),
+            low=tuple(float(x) for x in rounding.low),
+            high=tuple(float(x) for x in rounding.high),
+            round_to=rounding.round_to,
+            dense={"params": float(dense.params), "macs": float(dense.macs * self.samples)},
+            samples=self.samples,
+        )
 
     def group_results(self, plan: Plan, coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
         """The groups, with what a plan of these soft coefficients does to them."""

@@ -203,4 +203,5 @@ def _result(
         shares=shares,
         left_out=problem.left_out,
         coverage=problem.coverage,
+        numbers=problem.numbers(found.dense),
     )

@@ -10,7 +10,9 @@ from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSpars
 from lightning_softprune.search.objective import Constraint, Objective, better, parse_constraint
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
+from lightning_softprune.search.solving import Known, OutOfReachError, Question, Solution, solve
 from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.search.stored import SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
 from lightning_softprune.search.strategies.baselines import NormBaseline, UniformBaseline
 from lightning_softprune.search.strategies.gradient import GradientSearch
 from lightning_softprune.search.strategies.grid import GridSearch
@@ -28,26 +30,36 @@ __all__ = [
     "GradientSearch",
     "GridSearch",
     "IntArray",
+    "Known",
     "MaxSparsitySearch",
     "NormBaseline",
     "Objective",
     "OptunaSearch",
+    "OutOfReachError",
     "Plan",
+    "Question",
     "RandomSearch",
     "Realisation",
     "Rounding",
     "SearchLoop",
+    "SearchNumbers",
     "SearchOutcome",
     "SearchSpace",
     "SearchStrategy",
     "SensitivityCurve",
     "SensitivitySearch",
+    "Solution",
     "StopReason",
+    "StoredCosts",
+    "StoredSlot",
+    "StoredTerm",
     "UniformBaseline",
     "best_combinations",
     "better",
     "build_rounding",
     "build_space",
+    "compressed",
     "parse_constraint",
     "run_search",
+    "solve",
 ]

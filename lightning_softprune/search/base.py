@@ -40,7 +40,9 @@ import numpy as np
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
-_RUNNING = frozenset({"is_global_zero", "stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"})
+_RUNNING = frozenset(
+    {"is_global_zero", "known", "stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"}
+)
 
 
 class StopReason(str, Enum):
@@ -52,6 +54,8 @@ class StopReason(str, Enum):
     """All steps were made."""
     PATIENCE = "patience"
     """Too many steps in a row without improvement."""
+    PAID_OFF = "further steps gain too little"
+    """What a step gains is no longer worth its evaluations."""
     CONVERGED = "converged"
     """There was nothing better near by."""
     NO_USABLE_LOSS = "no usable loss"
@@ -100,11 +104,14 @@ class SearchStrategy:
         first_tries: After how many plans on a target a search over targets judges whether it can be met: 1 where the
             first proposal is a good guess, more where it is a random one.
         stop_reason: Why the search ended; empty while it runs.
+        known: Sensitivity curves that were measured on the same network before, for strategies that can use them.
+            Whoever runs the strategy sets them before `start`.
     """
 
     max_evaluations: int | None = None
     first_tries: int = 1
     is_global_zero: bool = True
+    known: tuple[SensitivityCurve, ...] = ()
     stop_reason: str = ""
 
     _space: SearchSpace | None = None
@@ -218,6 +225,10 @@ class SearchStrategy:
     def sensitivity(self) -> tuple[SensitivityCurve, ...]:
         """The sensitivity curves measured so far; empty for a strategy that measures none."""
         return self._curves
+
+    def keep_curves(self, curves: tuple[SensitivityCurve, ...]) -> None:
+        """For strategies that measure curves: these are `sensitivity` from now on."""
+        self._curves = curves
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _RUNNING}

@@ -141,6 +141,7 @@ class MaxSparsitySearch:
         budget = self.strategy.max_evaluations
         left = None if budget is None else budget - self.evaluations
         if not enough() and left != 0:
+            self.strategy.known = self.strategy.sensitivity or self.strategy.known
             outcome = SearchLoop(evaluate_here, self.seed, self.cache, left, enough).run(self.strategy, at)
             self.evaluations, self.asked = self.evaluations + outcome.evaluations, self.asked + outcome.asked
             self._empty = not outcome.asked and outcome.stop_reason not in (

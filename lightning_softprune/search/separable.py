@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -38,8 +38,8 @@ EXACT_COMBINATIONS = 200_000
 """Up to this many combinations are gone through in the order of the objective."""
 
 _CHUNK = 4096
-_BINS = 1024
-_WIDTH = 64  # values per coefficient in the knapsack; the exchange afterwards goes down to single channels
+_BINS = 384
+_WIDTH = 40  # values per coefficient in the knapsack; the exchange afterwards goes down to single channels
 _POOL = 512
 _IMPROVED = 3  # starting points that are improved by exchanges
 _MOVES = 40_000
@@ -91,8 +91,16 @@ def increases(curves: Sequence[SensitivityCurve], values: Sequence[FloatArray]) 
     return result
 
 
+Increases = Callable[[Sequence[SensitivityCurve], Sequence[FloatArray]], list[FloatArray]]
+"""From curves and values to what these add to the loss."""
+
+
 def best_combinations(
-    space: SearchSpace, curves: Sequence[SensitivityCurve], count: int, separation: float = 0.0
+    space: SearchSpace,
+    curves: Sequence[SensitivityCurve],
+    count: int,
+    separation: float = 0.0,
+    increases: Increases = increases,
 ) -> list[FloatArray]:
     """The vectors with the least sum of increases that are on the sparsity target, best first.
 
@@ -102,6 +110,7 @@ def best_combinations(
         count: How many, with different plans.
         separation: Vectors closer than this to a better one (largest difference of a coefficient) are passed over, as
             long as others are found: a plan one channel away is not a second opinion.
+        increases: How curves are read between their points.
 
     Returns:
         At most `count` vectors; none if no plan on target was found. The first is the exact minimiser of (1) where the

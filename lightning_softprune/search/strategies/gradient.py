@@ -25,13 +25,12 @@ import numpy as np
 from scipy.optimize import nnls
 
 from lightning_softprune.search.base import SearchStrategy, StopReason
-from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
-from lightning_softprune.search.strategies.sensitivity import sweep
+from lightning_softprune.search.strategies.sensitivity import most_evaluations, placed_search
 from lightning_softprune.utilities.arrays import FloatArray
 from lightning_softprune.utilities.checks import fraction, one_of, optional_whole_number, whole_number
 
-_SWEEP_LEVELS = 10
+_PAYS = 0.05  # of what the start has lost: a step after curves that gains less is the last
 
 _AUTO_SPSA = 16  # more coefficients than this: spsa
 
@@ -135,6 +134,18 @@ class _Model:
         return np.asarray(moves @ self.gradient + bent, dtype=np.float64)
 
 
+def _at_most(proposals: Generator[FloatArray, float, str], limit: int) -> Generator[FloatArray, float, str]:
+    """The proposals, but no more than so many."""
+    loss = None
+    for _ in range(limit):
+        try:
+            x = next(proposals) if loss is None else proposals.send(loss)
+        except StopIteration as end:
+            return str(end.value)
+        loss = yield x
+    return StopReason.PAID_OFF
+
+
 class GradientSearch(SearchStrategy):
     """Constrained gradient descent with a numerically estimated gradient. Every iterate is on the sparsity target.
 
@@ -144,10 +155,12 @@ class GradientSearch(SearchStrategy):
         probe: How far a coefficient is moved to estimate the gradient; never less than its smallest removable step.
         difference: ``"central"`` (two evaluations per coefficient and step), ``"forward"`` (one), ``"spsa"`` (two per
             step however many coefficients) or ``"auto"``: central up to 16 coefficients, else spsa.
-        start: ``"sensitivity"``: the best combination of one-at-a-time curves, 10 evaluations per coefficient, fewer
-            where they would take more than half of `max_evaluations`. ``"uniform"``: the same coefficient everywhere.
+        start: ``"sensitivity"``: what `SensitivitySearch` finds in at most 3 k + 8 evaluations for k coefficients,
+            fewer where they would take more than half of `max_evaluations`; steps end as soon as one gains less than
+            5 % of what that plan loses. ``"uniform"``: the same coefficient everywhere.
         patience: Stop after this many steps without improvement.
-        max_evaluations: Stop after this many evaluations.
+        max_evaluations: Stop after this many evaluations. None: with ``start="sensitivity"`` 6 k + 9, as many for steps
+            as for the start; else no limit.
     """
 
     def __init__(
@@ -170,14 +183,22 @@ class GradientSearch(SearchStrategy):
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields starting points, then probes and steps, all on target but for the curves of the start."""
+        proposals = self._propose(space, rng)
+        if self.max_evaluations is not None or self._start != "sensitivity":
+            return (yield from proposals)
+        return (yield from _at_most(proposals, 2 * most_evaluations(space.size) - 7))
+
+    def _propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         starts: list[tuple[FloatArray, float]] = []  # each with the sparsity to stay at from there
+        dense = np.nan  # the loss of the whole model
         if self._start == "sensitivity":
-            levels = _SWEEP_LEVELS
+            budget = most_evaluations(space.size)
             if self.max_evaluations is not None:
-                levels = min(levels, self.max_evaluations // (2 * space.size))
-            if levels >= 3:
-                self._curves = yield from sweep(space, levels)
-                starts = [(x, space.floor) for x in best_combinations(space, self._curves, 1)]
+                budget = min(budget, self.max_evaluations // 2)
+            if budget > space.size + 2:
+                best, _ = yield from placed_search(space, self.known, 3, budget, self.keep_curves)
+                starts = [] if best is None else [(best, space.floor)]
+                dense = self._curves[0].losses[0]
         uniform = space.scale(np.ones(space.size))
         aims = (space.floor, space.target, space.target + space.tolerance)
         starts += [(space.project(uniform, aim=aim), aim) for aim in aims]
@@ -191,10 +212,14 @@ class GradientSearch(SearchStrategy):
                 spsa = self.difference == "spsa" or (self.difference == "auto" and space.size > _AUTO_SPSA)
                 if spsa:
                     return (yield from self._descend_spsa(space, x, f, aim, rng))
-                return (yield from self._descend(space, x, f, aim))
+                pays = _PAYS * (f - dense) if np.isfinite(dense) else 0.0
+                return (yield from self._descend(space, x, f, aim, pays))
         return StopReason.NO_USABLE_LOSS
 
-    def _descend(self, space: SearchSpace, x: FloatArray, f: float, aim: float) -> Generator[FloatArray, float, str]:
+    def _descend(
+        self, space: SearchSpace, x: FloatArray, f: float, aim: float, pays: float
+    ) -> Generator[FloatArray, float, str]:
+        """Steps from `x` with loss `f`, until one gains less than `pays` (0: until patience ends)."""
         radius, reach, idle = self.step_size, np.maximum(self.probe, space.step), 0
         for _ in range(self.steps):
             points, losses = yield from self._probe(space, x, reach, aim)
@@ -212,6 +237,8 @@ class GradientSearch(SearchStrategy):
                     x, f = yield from self._swap(space, x, f, model)
                     if f == before:
                         return StopReason.CONVERGED
+            if before - f < pays:
+                return StopReason.PAID_OFF
             if f < before:
                 idle = 0
                 continue

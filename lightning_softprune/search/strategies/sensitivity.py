@@ -1,16 +1,21 @@
-"""One group at a time, then the best combination."""
+"""One group at a time, then the best combination, then exchanges on the real loss."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
+from lightning_softprune.search.curves import PlacedCurves, log_odds, modelled_increases
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
-from lightning_softprune.utilities.checks import whole_number
+from lightning_softprune.utilities.checks import optional_whole_number, whole_number
+
+_SEPARATION = 0.03  # between the combinations that are tried
+
+_SHIFT = 0.5  # in log odds: what an exchange changes one coefficient by
 
 
 def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple[SensitivityCurve, ...]]:
@@ -40,30 +45,127 @@ def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple
     return tuple(curves)
 
 
+def most_evaluations(size: int) -> int:
+    """How many vectors a search with placed curves asks for at most: 3 k + 8.
+
+    With the pass over the dense model and that over the pruned one, that makes 3 k + 10 for k coefficients.
+    """
+    return 3 * size + 8
+
+
+def exchanges(
+    space: SearchSpace, curves: Sequence[SensitivityCurve], best: tuple[FloatArray, float], budget: int
+) -> Generator[FloatArray, float, tuple[FloatArray, float]]:
+    """Yields exchanges between coefficients around the best plan so far; each that helps is kept.
+
+    An exchange moves one coefficient and puts the others back on the target. Those come first that the curves expect to
+    cost least: curves are measured alone, and what they call even is where groups that act on each other decide.
+
+    Args:
+        space: What is searched.
+        curves: What is expected.
+        best: The vector to begin at, and its loss.
+        budget: Vectors at most.
+
+    Returns:
+        The best vector, and its loss.
+    """
+    x, least = best
+    tried = {space.key(x)}
+    while budget > 0:
+        moves = []
+        for i in range(space.size):
+            for sign in (1.0, -1.0):
+                moved = x.copy()
+                moved[i] = 1 / (1 + np.exp(-(log_odds(x[i : i + 1])[0] + sign * _SHIFT)))
+                point = space.snap(space.project(space.clip(moved), aim=space.floor))
+                if space.on_target(point) and space.key(point) not in tried:
+                    moves.append(point)
+        if not moves:
+            break
+        columns = np.stack(moves).T
+        expected = sum(modelled_increases(curves, list(columns)))
+        for n in np.argsort(expected, kind="stable")[:budget]:
+            if space.key(moves[n]) in tried:
+                continue
+            tried.add(space.key(moves[n]))
+            loss = yield moves[n]
+            budget -= 1
+            if loss < least:
+                x, least = moves[n], loss
+                break
+        else:
+            break
+    return x, least
+
+
+def placed_search(
+    space: SearchSpace,
+    known: Sequence[SensitivityCurve],
+    refine: int,
+    budget: int,
+    keep: Callable[[tuple[SensitivityCurve, ...]], None],
+) -> Generator[FloatArray, float, tuple[FloatArray | None, float]]:
+    """Yields points of curves where the solution needs them, the best combinations, and exchanges.
+
+    Args:
+        space: What is searched.
+        known: Curves that were measured on the same network before.
+        refine: Combinations that are tried.
+        budget: Vectors at most.
+        keep: Is given the curves once they are measured.
+
+    Returns:
+        The best vector on target (None: there is none) and its loss.
+    """
+    placed = PlacedCurves(space, known)
+    budget -= 1 + (yield from placed.measure(min(2 * space.size + 2, budget - refine - 1)))
+    curves = placed.curves()
+    keep(curves)
+    points = best_combinations(space, curves, refine, separation=_SEPARATION, increases=modelled_increases)
+    if not points:  # the combination found none: the nearest plan may still be on target
+        points = [x for x in (space.nearest_point(),) if space.on_target(x)]
+    best, least = points[0] if points else None, float("inf")
+    for x in points:
+        loss = yield x
+        budget -= 1
+        if loss < least:
+            best, least = x, loss
+    if best is not None and np.isfinite(least):
+        best, least = yield from exchanges(space, curves, (best, least), budget)
+    return best, least
+
+
 class SensitivitySearch(SearchStrategy):
     """Measures how the loss rises with each coefficient alone, and combines the curves under the sparsity budget.
 
-    Every coefficient is raised through `levels` values with the others at their lowest. Removing more never helps, so a
-    curve is replaced by its running maximum. The sum of the curves' increases is then minimised over all plans on
-    target: exactly on networks with few plans, and elsewhere by a knapsack that is linearised again and again around
-    its own solution, followed by exchanges of channels between groups under the real cost (`search/separable.py` has
-    the formulas). Curves are interpolated, so the combination may remove any number of channels, not only the sweep's
-    levels.
+    By default, curves have few points, placed where the solution needs them (`search/curves.py` has the formulas), and
+    what evaluations are left go into exchanges between coefficients on the real loss, since groups act on each other.
+    With `levels`, every coefficient is raised through so many evenly spaced values with the others at their lowest, and
+    there are no exchanges. Removing more never helps, so a curve is replaced by its running maximum. The sum of the
+    curves' increases is then minimised over all plans on target: exactly on networks with few plans, and elsewhere by a
+    knapsack that is linearised again and again around its own solution, followed by exchanges of channels between
+    groups under the real cost (`search/separable.py`). Curves are interpolated, so the combination may remove any
+    number of channels, not only those that were measured.
 
-    Evaluations are linear in the number of groups: one for the whole model (usually known already), `levels` per
-    group, and `refine`.
+    Evaluations are linear in the number k of coefficients: at most 3 k + 8 by default; with `levels`, one for the whole
+    model (usually known already), `levels` per coefficient, and `refine`.
 
     Args:
-        levels: Points per curve, besides the whole model.
-        refine: The best combinations, at least half a level apart, that are really evaluated.
+        levels: Points per curve, besides the whole model; None: as few as it takes.
+        refine: The best combinations, kept apart, that are really evaluated.
     """
 
-    def __init__(self, levels: int = 10, refine: int = 3) -> None:
-        self.levels = whole_number("levels", levels)
+    def __init__(self, levels: int | None = None, refine: int = 3) -> None:
+        self.levels = optional_whole_number("levels", levels)
         self.refine = whole_number("refine", refine)
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields the vectors of the curves, then the best combinations."""
+        if self.levels is None:
+            budget = most_evaluations(space.size) + max(0, self.refine - 3)
+            best, _ = yield from placed_search(space, self.known, self.refine, budget, self.keep_curves)
+            return StopReason.OFF_TARGET if best is None else StopReason.EXHAUSTED
         self._curves = yield from sweep(space, self.levels)
         points = best_combinations(space, self._curves, self.refine, separation=0.5 / self.levels)
         if not points:  # the combination found none: the nearest plan may still be on target

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from lightning_softprune.search import GradientSearch, GridSearch, run_search
+from lightning_softprune.search import GradientSearch, GridSearch, StopReason, run_search
 from lightning_softprune.search.strategies.gradient import constrained_step, diagonal_curvature, least_squares_gradient
-from support.networks import AUTOENCODER, CASES, LOSSES, mlp_space, plan_loss, steep
+from support.networks import AUTOENCODER, CASES, LOSSES, coupled, mlp_space, plan_loss, steep
 
 
 def best_on_target(space, cache):
@@ -107,9 +107,27 @@ def test_a_search_without_one_usable_loss_says_so():
 
 def test_the_sensitivity_start_takes_at_most_half_of_the_budget():
     space = mlp_space(AUTOENCODER)
-    search = GradientSearch(max_evaluations=60)
-    run_search(search, space, plan_loss(space, steep([1, 1, 3, 1, 1])), seed=0)
-    assert [len(curve.losses) for curve in search.sensitivity] == [7] * 5
+    search = GradientSearch(max_evaluations=20)
+    asked = []
+    run_search(search, space, plan_loss(space, steep([1, 1, 3, 1, 1])), seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert 5 < sum(len(curve.losses) - 1 for curve in search.sensitivity) < 10
+    assert all(space.on_target(x) for x in asked[10:])
+
+
+@pytest.mark.parametrize("k", [4, 8, 16, 20])
+def test_by_default_steps_take_no_more_evaluations_than_the_start(k):
+    space = mlp_space([100, *([64, 128, 96, 48] * (k // 4)), 10])
+    outcome = run_search(GradientSearch(), space, plan_loss(space, coupled([1.0] * k)), seed=0)
+    assert outcome.evaluations <= 6 * k + 9
+
+
+def test_steps_end_where_they_gain_little_of_what_the_start_has_lost():
+    """A separable loss: the curves find its best combination, and steps can only confirm it."""
+    space = mlp_space(AUTOENCODER)
+    loss, cache = plan_loss(space, steep([1, 1, 3, 1, 1])), {}
+    outcome = run_search(GradientSearch(), space, loss, seed=0, cache=cache)
+    assert outcome.stop_reason == StopReason.PAID_OFF
+    assert outcome.evaluations <= 3 * space.size + 8 + 2 * space.size + 3
 
 
 def test_the_gradient_is_exact_along_the_directions_probed():

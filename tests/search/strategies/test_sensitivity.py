@@ -8,8 +8,9 @@ import pytest
 
 from lightning_softprune.search import SensitivityCurve, SensitivitySearch, best_combinations, run_search
 from lightning_softprune.search import separable as separable_module
+from lightning_softprune.search.curves import modelled_increases
 from lightning_softprune.search.separable import envelope, increases
-from support.networks import mlp_space, plan_loss, quadratic, steep
+from support.networks import CASES, coupled, mlp_space, plan_loss, quadratic, steep
 
 
 def random_curves(space, rng, levels=5):
@@ -87,7 +88,7 @@ def test_nan_points_keep_the_plan_away_from_them():
     space = mlp_space([64, 48, 64, 32, 10])
     loss = plan_loss(space, quadratic([0.1, 2.0, 2.0]))  # the first group is by far the cheapest
     asked = []
-    search = SensitivitySearch()
+    search = SensitivitySearch(levels=10)
     run_search(search, space, lambda x: math.nan if x[0] > 0.55 else loss(x), seed=0,
                on_asked=lambda x, *_: asked.append(x))  # fmt: skip
     for x in asked[-search.refine :]:
@@ -139,7 +140,7 @@ def test_the_model_that_is_really_separable_is_solved_to_the_best_of_all_plans()
     space = mlp_space([64, 48, 64, 32, 10])
     loss = plan_loss(space, quadratic([1.0, 0.5, 2.0]))
     cache = {}
-    run_search(SensitivitySearch(), space, loss, seed=0, cache=cache)
+    run_search(SensitivitySearch(levels=10), space, loss, seed=0, cache=cache)
     points, sparsities, _ = space.table
     best = min(loss(x) for x in points[space.within(sparsities)])
     assert min(v for plan, v in cache.items() if space.within(space.sparsity(np.array([plan])))[0]) <= 1.01 * best
@@ -155,3 +156,57 @@ def test_no_exchange_of_a_channel_improves_a_combination_on_a_wide_network(k):
     near = near[space.within(space.sparsities(near))]
     assert len(near) > 0
     assert min(model(space, curves, x) for x in near) >= model(space, curves, found) - 1e-4
+
+
+def best_on_target(space, cache):
+    return min(v for plan, v in cache.items() if space.within(space.sparsity(np.array([plan])))[0])
+
+
+@pytest.mark.parametrize("k", [4, 8, 16, 32])
+def test_curves_of_few_points_take_at_most_three_evaluations_per_coefficient_and_eight(k):
+    space = mlp_space([100, *([64, 128, 96, 48] * (k // 4)), 10])
+    outcome = run_search(SensitivitySearch(), space, plan_loss(space, steep([1.0] * k)), seed=0)
+    assert outcome.evaluations <= 3 * k + 8
+
+
+@pytest.mark.parametrize("target", [0.5, 0.8])
+@pytest.mark.parametrize("kind", [steep, coupled, quadratic])
+@pytest.mark.parametrize("case", CASES)
+def test_curves_of_few_points_find_what_ten_levels_find(case, kind, target):
+    widths, weights = CASES[case]
+    space, few, many = mlp_space(widths, target), {}, {}
+    loss = plan_loss(space, kind(weights))
+    run_search(SensitivitySearch(), space, loss, seed=0, cache=few)
+    run_search(SensitivitySearch(levels=10), space, loss, seed=0, cache=many)
+    dense = loss(space.low)
+    assert best_on_target(space, few) - dense <= 1.05 * (best_on_target(space, many) - dense)
+
+
+def test_what_is_known_of_the_network_is_not_measured_again():
+    space = mlp_space([64, 48, 64, 32, 10])
+    loss = plan_loss(space, steep([1.0, 0.5, 2.0]))
+    first = SensitivitySearch()
+    run_search(first, space, loss, seed=0)
+    again, asked = SensitivitySearch(), []
+    again.known = first.sensitivity
+    run_search(again, space, loss, seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert all(space.on_target(x) for x in asked[1:])  # the first is the whole model
+
+
+def test_a_coefficient_whose_first_point_has_no_loss_is_kept_below_it():
+    space = mlp_space([64, 48, 64, 32, 10])
+    loss, cache = plan_loss(space, steep([0.1, 2.0, 2.0])), {}
+    outcome = run_search(SensitivitySearch(), space, lambda x: math.nan if x[0] > 0.3 else loss(x), seed=0, cache=cache)
+    usable = {plan: v for plan, v in cache.items() if math.isfinite(v)}
+    assert outcome.stop_reason == "exhausted"
+    found = best_on_target(space, usable)
+    best = min(loss(x) for x in space.table[0] if space.on_target(x) and x[0] <= 0.3)
+    assert found <= 1.05 * best
+
+
+def test_the_model_between_points_is_straight_in_log_odds():
+    curve = SensitivityCurve(0, (0.0, 0.2, 0.8), (1.0, 1.1, 1.9))
+    (at_half,) = modelled_increases([curve], [np.array([0.5])])
+    assert at_half[0] == pytest.approx(math.sqrt(0.1 * 0.9), rel=1e-4)  # log odds of 0.2, 0.5, 0.8 are evenly spaced
+    (known,) = modelled_increases([curve], [np.array([0.0, 0.2, 0.8])])
+    np.testing.assert_allclose(known, [0.0, 0.1, 0.9], rtol=1e-4, atol=1e-9)

@@ -1,0 +1,202 @@
+"""Sensitivity curves of few points: measured where the solution needs them, and what they say between.
+
+A *curve* is the increase g of the loss as one coefficient c rises alone. Near c = 0 it is flat, near c = 1 it explodes,
+and over most of its way log g is close to a straight line in the log odds log(c / (1 - c)). So few points do: g is
+taken for piecewise linear in these coordinates, outside of what was measured with the slope next to it (1.5 where there
+is one point)::
+
+    log g(c) = log g(a) + (log g(b) - log g(a)) (t - t_a) / (t_b - t_a),    t = log(c / (1 - c)), a <= c <= b
+
+*Placing*: each coefficient is measured once where the same coefficient everywhere meets the target; the separable model
+is solved; whatever the solution asks for and no measured point is near is measured; and so on until the solution stays
+among measured points. Levels that no solution comes near are never measured, which is what makes this cheap: two to
+three points per coefficient instead of ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import numpy as np
+
+from lightning_softprune.search.base import SensitivityCurve
+from lightning_softprune.search.separable import best_combinations, envelope
+from lightning_softprune.search.space import SearchSpace
+from lightning_softprune.utilities.arrays import FloatArray
+
+_SLOPE = 1.5  # of log g over log odds, where one point was measured
+_SLOPES = (0.5, 3.0)  # within these where two were
+_NEAR = 0.35  # in log odds: a point that close to another tells nothing new
+_ROUNDS = 5  # of solving and measuring, at most
+_FLOOR = 1e-3  # of the largest increase: what is less counts as that, noise that falls included
+_EDGE = 1e-4  # coefficients are kept that far from 0 and 1, where log odds are infinite
+
+
+def log_odds(coefficients: FloatArray | Sequence[float]) -> FloatArray:
+    """log(c / (1 - c)), finite also at 0 and 1.
+
+    >>> log_odds([0.5, 0.9]).round(3)
+    array([0.   , 2.197])
+    """
+    c = np.clip(np.asarray(coefficients, dtype=np.float64), _EDGE, 1 - _EDGE)
+    return np.asarray(np.log(c / (1 - c)), dtype=np.float64)
+
+
+def modelled_increases(curves: Sequence[SensitivityCurve], values: Sequence[FloatArray]) -> list[FloatArray]:
+    """What each coefficient's values add to the loss, by the formula above.
+
+    Args:
+        curves: One per coefficient, in order; the first point of each is the coefficient at its lowest.
+        values: Per coefficient, the values asked for.
+
+    Returns:
+        Per coefficient, the increase at each value: finite, growing with the value. Values from the first point without
+        a usable loss on get a penalty above anything measured. Without one usable point anywhere the increase is the
+        coefficient itself, which asks for removing little and evenly.
+    """
+    heights = [_heights(curve) for curve in curves]
+    finite = [part[1:][np.isfinite(part[1:])] for part in heights]
+    if not any(len(part) for part in finite):
+        return [np.array(value - curve.coefficients[0]) for curve, value in zip(curves, values, strict=True)]
+    scale = max((float(part.max()) for part in finite if len(part)), default=0.0)
+    scale = scale if scale > 0 else 1.0
+    result = []
+    for curve, height, value in zip(curves, heights, values, strict=True):
+        points = np.array(curve.coefficients)
+        usable = np.isfinite(height)
+        usable[0] = False  # an increase of nothing, at log odds of their own
+        t, low = log_odds(value), points[0]
+        if usable.any():
+            known, logs = log_odds(points[usable]), np.log(np.maximum(height[usable], _FLOOR * scale))
+        else:  # the first point that was tried is out of the question, and less was not tried
+            known, logs = log_odds(points[-1:]), np.log([scale])
+        logs = np.maximum.accumulate(logs)
+        before, after = _slopes(known, logs)
+        outside = before * np.minimum(t - known[0], 0.0) + after * np.maximum(t - known[-1], 0.0)
+        increase = np.exp(np.minimum(np.interp(t, known, logs) + outside, np.log(scale) + 20.0))
+        broken = points[np.flatnonzero(~np.isfinite(height))[:1]]
+        beyond = value >= broken[0] - 1e-9 if len(broken) else np.zeros(len(value), dtype=bool)
+        penalty = np.where(beyond, 1e3 * scale * (1 + value) + increase[~beyond].max(initial=0.0), 0.0)
+        # Nothing is free below the lowest point either; and where a curve is flat, less is removed.
+        start = np.where(value <= low + 1e-12, 0.0, increase)
+        result.append(np.where(beyond, 0.0, start) + penalty + 1e-7 * scale * (value - low))
+    return result
+
+
+def _slopes(t: FloatArray, logs: FloatArray) -> tuple[float, float]:
+    """Of log g before the first point and after the last: as between the two next to it, within reason."""
+    if len(t) < 2:
+        return _SLOPE, _SLOPE
+    between = np.clip(np.diff(logs) / np.maximum(np.diff(t), 1e-9), *_SLOPES)
+    return float(between[0]), float(between[-1])
+
+
+def _heights(curve: SensitivityCurve) -> FloatArray:
+    """The increases at a curve's points: never falling, infinite from the first that is not usable on."""
+    losses = np.array(curve.losses, dtype=np.float64)
+    if not np.isfinite(losses[0]):  # no loss of the whole model: the first usable point stands in
+        usable = losses[np.isfinite(losses)]
+        losses[0] = usable[0] if len(usable) else 0.0
+    rising = envelope(losses)
+    return np.asarray(rising - rising[0], dtype=np.float64)
+
+
+class PlacedCurves:
+    """Points of curves, taken one by one.
+
+    Args:
+        space: What is searched.
+        known: Curves that were measured on the same network before; their points cost nothing.
+    """
+
+    def __init__(self, space: SearchSpace, known: Sequence[SensitivityCurve] = ()) -> None:
+        self.space = space
+        self._points: list[dict[float, float]] = [{} for _ in range(space.size)]
+        for curve in known:
+            for value, loss in zip(curve.coefficients[1:], curve.losses[1:], strict=True):
+                if space.low[curve.index] < value <= space.high[curve.index]:
+                    self._points[curve.index][value] = loss
+        self._whole = float("nan")
+        self._is_informed = bool(known)
+
+    def curves(self) -> tuple[SensitivityCurve, ...]:
+        """What is known so far."""
+        found = []
+        for i, points in enumerate(self._points):
+            values = sorted(points)
+            coefficients = (float(self.space.low[i]), *values)
+            found.append(SensitivityCurve(i, coefficients, (self._whole, *(points[value] for value in values))))
+        return tuple(found)
+
+    def measure(self, budget: int, near: float = _NEAR) -> Generator[FloatArray, float, int]:
+        """Yields the vectors of the points, and receives their losses.
+
+        Args:
+            budget: Vectors at most, besides the lowest.
+            near: In log odds; a point that close to a measured one is not measured.
+
+        Returns:
+            How many vectors were asked for.
+        """
+        space = self.space
+        self._whole = yield space.low.copy()
+        wanted = space.scale(np.ones(space.size))
+        asked, looked_up = 0, self._is_informed
+        for _ in range(_ROUNDS):
+            fresh = [i for i in self._order(wanted) if not self._is_known(i, float(wanted[i]), near)]
+            for i in fresh[: budget - asked]:
+                x = space.low.copy()
+                x[i] = wanted[i]
+                self._points[i][float(wanted[i])] = yield x
+                asked += 1
+            if asked >= budget:
+                break
+            if not fresh:
+                if looked_up:
+                    break
+                looked_up = True
+                wanted = np.array([self._beyond(i) for i in range(space.size)])
+                continue
+            solutions = best_combinations(space, self.curves(), 1, increases=modelled_increases)
+            if not solutions:
+                break
+            wanted = np.array([self._away_from_broken(i, float(solutions[0][i]), near) for i in range(space.size)])
+        return asked
+
+    def _beyond(self, i: int) -> float:
+        """A coefficient one step of log odds above what was measured."""
+        top = max(self._points[i], default=float(self.space.low[i]))
+        return float(np.clip(1 / (1 + np.exp(-(log_odds([top])[0] + 1.0))), self.space.low[i], self.space.high[i]))
+
+    def _away_from_broken(self, i: int, value: float, near: float) -> float:
+        """The value, or one step of log odds below a point without a loss that is closer to it than any with one."""
+        broken = [log_odds([c])[0] for c, loss in self._points[i].items() if not np.isfinite(loss)]
+        usable = [log_odds([c])[0] for c, loss in self._points[i].items() if np.isfinite(loss)]
+        t = log_odds([value])[0]
+        if not broken or any(abs(t - u) <= near for u in usable) or t < min(broken) - 1.0:
+            return value
+        return float(np.clip(1 / (1 + np.exp(1.0 - min(broken))), self.space.low[i], self.space.high[i]))
+
+    def _order(self, wanted: FloatArray) -> list[int]:
+        """Coefficients, those first whose points are furthest from all measured ones."""
+        far = [self._distance(i, float(wanted[i])) for i in range(self.space.size)]
+        return sorted(range(self.space.size), key=lambda i: -far[i])
+
+    def _distance(self, i: int, value: float) -> float:
+        known = np.array([c for c, loss in self._points[i].items() if np.isfinite(loss) or value >= c])
+        return float(np.abs(log_odds(known) - log_odds([value])).min()) if len(known) else np.inf
+
+    def _is_known(self, i: int, value: float, near: float) -> bool:
+        """Whether a point would tell nothing: close to a measured one, or the same plan, or nothing removed."""
+        space = self.space
+        if value <= space.low[i] + 1e-12:
+            return True
+        at = np.repeat(space.low[None], 2, axis=0)
+        at[1, i] = value
+        if space.key(at[0]) == space.key(at[1]):
+            return True
+        for other in self._points[i]:
+            at[0, i] = other
+            if space.key(at[0]) == space.key(at[1]):
+                return True
+        return self._distance(i, value) <= near
