@@ -62,12 +62,13 @@ class Layout:
     """The slots of one layer with their sizes, and the tensor dimensions that follow them.
 
     ``parts`` names the slots that consist of equal parts (convolution groups, normalisation groups, attention heads):
-    every part has to lose the same channels.
+    every part has to lose the same channels. ``least`` says how much of a slot has to stay, where it is more than one.
     """
 
     slots: Mapping[str, int]
     axes: tuple[TensorAxis, ...]
     parts: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
 
     def slot(self, side: str) -> str:
         """Return the slot at a side: ``"both"`` where the layer does not tell its sides apart."""

@@ -69,7 +69,7 @@ def probe_groups(
     """
     probe = _Probe(model, groups, run, run_otherwise)
     numbers = [i for i, group in enumerate(groups) if group.prunable]
-    patterns = {i: _patterns(groups[i].num_channels, round_to) for i in numbers}
+    patterns = {i: _patterns(groups[i].num_channels, round_to, groups[i].least) for i in numbers}
     reasons: dict[int, str] = {}
     crashes: dict[int, list[str]] = {i: [] for i in numbers}
     most = max((len(found) for found in patterns.values()), default=0)
@@ -188,7 +188,7 @@ def _held(
             yield tensor, axis.dim, axis.expand(gone, len(member.owner))
 
 
-def _patterns(channels: int, round_to: int) -> list[tuple[int, ...]]:
+def _patterns(channels: int, round_to: int, stay: int = 1) -> list[tuple[int, ...]]:
     """Which channels go, pattern by pattern: first the narrow ones."""
     least = channels % round_to or round_to
     if channels - least < round_to:
@@ -197,7 +197,7 @@ def _patterns(channels: int, round_to: int) -> list[tuple[int, ...]]:
     found = [tuple(range(start, start + least)) for start in (0, channels - least, middle)]
     for share in (4, 2):
         count = channels - (channels - channels // share) // round_to * round_to
-        if least < count <= channels - round_to:
+        if least < count <= channels - max(round_to, stay):
             found.append(tuple(int(n) for n in np.linspace(0, channels - 1, count).round()))
     return found
 
