@@ -131,6 +131,8 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
         if pruned is None or (pruned.geometry.groups > 1 and isinstance(regression, ChannelRegression)):
             continue
+        if not bool(pruned.kept_inputs().any()):
+            continue  # groups that share it have taken all that it read: its bias has made up for them
         before = weight_of(layer, pruned.geometry.weight)
         read: Read = partial(_channels, pruned.geometry)
         if name in dense.most:

@@ -101,6 +101,18 @@ class CostModel:
             total += np.where(kept[slot] < self.sizes[slot], value(term), 0.0)
         return np.rint(total).astype(np.int64)
 
+    def emptied(self, counts: IntArray) -> str:
+        """Name of a layer that has no channels left at one side; empty where all have some.
+
+        Args:
+            counts: Channels removed from each group, shape ``(1, m)``.
+        """
+        for slot, tables in self.tables.items():
+            lost = sum(int(table[counts[0, group]]) for group, table in tables)
+            if self.sizes[slot] and lost >= self.sizes[slot]:
+                return slot[0]
+        return ""
+
     @classmethod
     def build(
         cls,
