@@ -25,7 +25,15 @@ from torch import nn
 
 from lightning_softprune.calibration.readers import find_readers, is_reading, reading_weight
 from lightning_softprune.calibration.statistics import InputStatistics
-from lightning_softprune.graph import Layout, Member, PruningGroup, layout_of
+from lightning_softprune.graph import (
+    Layout,
+    Member,
+    PruningGroup,
+    WeightGradients,
+    computed_of,
+    layout_of,
+    watch_gradients,
+)
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.checks import one_of
 
@@ -78,7 +86,7 @@ def norms(model: nn.Module, groups: Sequence[PruningGroup]) -> FloatArray:
 
 
 def _magnitude(model: nn.Module, groups: Sequence[PruningGroup]) -> list[FloatArray]:
-    return [_sum_members(model, group, lambda weight: weight.detach().double().square()) for group in groups]
+    return [_sum_members(model, group, lambda weight, _: weight.double().square()) for group in groups]
 
 
 def _activation(
@@ -175,13 +183,14 @@ class _Selection:
 def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> list[FloatArray]:
     saved = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     scores = [np.zeros(group.num_channels) for group in groups]
+    computed = {module: found for module in model.modules() if (found := computed_of(module))}
     try:
         for step in steps:
             for parameter, _, _ in saved:
                 parameter.grad = None
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)
-            with torch.enable_grad():
+            with watch_gradients(computed) as gradients, torch.enable_grad():
                 loss = step()
                 loss = loss.get("loss") if isinstance(loss, Mapping) else loss
                 if not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
@@ -191,7 +200,7 @@ def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> l
                     )
                 loss.backward()  # type: ignore[no-untyped-call]
             for score, group in zip(scores, groups, strict=True):
-                score += _sum_members(model, group, _first_order) ** 2
+                score += _sum_members(model, group, _first_order, gradients) ** 2
     finally:
         for parameter, grad, flag in saved:
             parameter.grad = grad
@@ -199,23 +208,41 @@ def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> l
     return scores
 
 
-def _first_order(parameter: nn.Parameter) -> torch.Tensor:
-    weight = parameter.detach().double()
-    return torch.zeros_like(weight) if parameter.grad is None else weight * parameter.grad.double()
+def _first_order(weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:
+    return torch.zeros_like(weight, dtype=torch.float64) if grad is None else weight.double() * grad.double()
 
 
-def _sum_members(model: nn.Module, group: PruningGroup, value: Callable[[nn.Parameter], torch.Tensor]) -> FloatArray:
-    """Sum an elementwise value over the matrices and kernels that produce or read a group's channels."""
+def _sum_members(
+    model: nn.Module,
+    group: PruningGroup,
+    value: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    gradients: WeightGradients = WeightGradients(),  # noqa: B008 - nobody writes it
+) -> FloatArray:
+    """Sum an elementwise value of the matrices and kernels that produce or read a group's channels.
+
+    Args:
+        model: The model.
+        group: The group.
+        value: Of a weight and its gradient.
+        gradients: Of weights that are computed.
+    """
     modules = dict(model.named_modules())
     score = np.zeros(group.num_channels)
     for member in group.members:
         module = modules.get(member.module)
         layout = layout_of(module) if module is not None else None
+        computed = computed_of(module) if module is not None else None
+        sources = {} if computed is None else computed.sources(0)
         for axis in layout.axes if isinstance(layout, Layout) else ():
             tensor = module.get_parameter(axis.tensor) if module is not None and _has(module, axis.tensor) else None
             if axis.slot != member.slot or tensor is None or tensor.ndim < 2:
                 continue
-            along = value(tensor).transpose(0, axis.dim).flatten(1).sum(1)
+            weight, grad = tensor.detach(), tensor.grad
+            if module is not None and computed is not None and axis.tensor in sources:
+                if axis.tensor != computed.direction:
+                    continue
+                weight, grad = computed.value(module), gradients.of(module)
+            along = value(weight, grad).transpose(0, axis.dim).flatten(1).sum(1)
             indices = along.reshape(axis.repeat, -1).sum(0).cpu().numpy()
             shares = np.tile(indices / axis.parts, axis.parts)  # the parts of a grouped layer lose the same channels
             score += _per_channel(member, shares, group)

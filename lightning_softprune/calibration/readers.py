@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.graph import Member, PruningGroup, WeightGeometry, geometry_of, tensor_at
+from lightning_softprune.graph import Member, PruningGroup, WeightGeometry, geometry_of, tensor_at, weight_of
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import registered
 
@@ -78,7 +78,7 @@ def weight_geometry(layer: nn.Module) -> WeightGeometry:
 def reading_weight(layer: nn.Module) -> torch.Tensor:
     """The weights that read each input channel, shape ``(channels, ...)``."""
     geometry = weight_geometry(layer)
-    return geometry.by_input(layer.get_parameter(geometry.weight).detach())
+    return geometry.by_input(weight_of(layer, geometry.weight))
 
 
 @contextmanager

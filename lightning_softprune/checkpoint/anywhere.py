@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -56,8 +57,9 @@ def resizing(record: Mapping[str, Any] | None = None) -> Iterator[None]:
     """While this lasts, modules take the shape of the weights that they are given to load.
 
     It works inside of other libraries' own functions, as far as they end in `load_state_dict`; with Lightning's
-    `load_from_checkpoint` the record in the file counts too. What other threads load with `load_state_dict` is not
-    resized. Optimizers have to be built afterwards.
+    `load_from_checkpoint` the record in the file counts too. The `from_pretrained` of transformers (which has to be
+    imported by then) compares sizes by itself: it builds the model in the shape of the record. What other threads load
+    is not resized. Optimizers have to be built afterwards.
 
     Args:
         record: The record of the module that is loaded, for what shapes do not tell (heads of attention). It is used
@@ -79,6 +81,7 @@ def resizing(record: Mapping[str, Any] | None = None) -> Iterator[None]:
         for lightning_module in counterparts(pl.LightningModule):
             stack.enter_context(resizing_class(lightning_module))
         stack.enter_context(_PATCH)
+        stack.enter_context(_FROM_PRETRAINED)
         token = _ACTIVE.set((*_ACTIVE.get(), record))
         try:
             yield
@@ -91,28 +94,60 @@ _ACTIVE: ContextVar[tuple[Mapping[str, Any] | None, ...]] = ContextVar("records"
 
 
 class _Patch:
-    """`nn.Module.load_state_dict` that resizes in threads which asked for it; in place while any thread does."""
+    """A method that resizes in threads which asked for it; in place while any thread does.
 
-    def __init__(self) -> None:
+    Args:
+        owner: Finds the class that has it; `None` where there is none.
+        name: The method's name.
+        around: From the method to the one that resizes first.
+    """
+
+    def __init__(self, owner: Callable[[], type | None], name: str, around: Callable[[Any], Any]) -> None:
         self._lock = threading.Lock()
         self._blocks = 0
-        self._original: Callable[..., Any] = nn.Module.load_state_dict
+        self._owner, self._name, self._around = owner, name, around
+        self._patched: tuple[type, Any] | None = None
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._blocks:
-                self._original = nn.Module.load_state_dict
-                nn.Module.load_state_dict = _resizing_first(self._original)  # type: ignore[method-assign]
             self._blocks += 1
+            owner = self._owner() if self._patched is None else None
+            if owner is not None and self._name in vars(owner):
+                self._patched = owner, vars(owner)[self._name]
+                setattr(owner, self._name, self._around(self._patched[1]))
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._blocks -= 1
-            if not self._blocks:
-                nn.Module.load_state_dict = self._original  # type: ignore[method-assign]
+            if not self._blocks and self._patched is not None:
+                setattr(self._patched[0], self._name, self._patched[1])
+                self._patched = None
 
 
-_PATCH = _Patch()
+def _pretrained() -> type | None:
+    """The class whose `from_pretrained` loads weights, if transformers was imported."""
+    found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    return found if isinstance(found, type) else None
+
+
+def _built_first(original: staticmethod[..., Any]) -> Any:
+    """Of transformers: what fills a model, which was built from its configuration, with the weights in files."""
+
+    @functools.wraps(original.__func__)
+    def load(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        _resize_as_recorded(model)
+        return original.__func__(model, *args, **kwargs)
+
+    return staticmethod(load)
+
+
+def _resize_as_recorded(model: nn.Module) -> None:
+    """Give a model the shape of the innermost record that names its tensors; the files are read later."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for given in reversed(_ACTIVE.get()):
+        if given is not None and names <= ModelShapes.from_dict(given).shapes.keys():
+            resize_together([plan_resize(model, given, strict=True)])
+            return
 
 
 def _resizing_first(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,3 +183,7 @@ def _resize_for(module: nn.Module, state: Mapping[str, Any]) -> ValueError | Non
     except ValueError as error:
         return error
     return None
+
+
+_PATCH = _Patch(lambda: nn.Module, "load_state_dict", _resizing_first)
+_FROM_PRETRAINED = _Patch(_pretrained, "_load_pretrained_model", _built_first)

@@ -17,7 +17,16 @@ from lightning_softprune.calibration import InputStatistics, Reader, find_reader
 from lightning_softprune.compensation.intercepts import Intercepts
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, Moments
 from lightning_softprune.compensation.weights import PrunedWeight
-from lightning_softprune.graph import PruningGroup, WeightGeometry, geometry_of, layer_type, takes_bias
+from lightning_softprune.graph import (
+    PruningGroup,
+    WeightGeometry,
+    computed_of,
+    geometry_of,
+    layer_type,
+    takes_bias,
+    weight_of,
+    write_weight,
+)
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -56,7 +65,10 @@ class Compensation:
         for reader in find_readers(model, groups):
             layer = model.get_submodule(reader.name)
             geometry, known = geometry_of(layer), statistics.get(reader.name)
+            computed = computed_of(layer)
             if known is None or geometry is None or not geometry.is_whole or _ids(layer) & shared:
+                continue
+            if computed is not None and not computed.takes_any:
                 continue
             order = _keep_order(reader, groups, rankings) if geometry.groups == 1 else None
             self._readers[reader.name] = reader
@@ -100,8 +112,8 @@ class Compensation:
             with torch.no_grad():
                 rows = pruned.rows().to(regression.mean.device, torch.float64)
                 folded, shift = regression.fold(rows, pruned.kept_inputs().to(rows.device))
-                weight = layer.get_parameter(pruned.geometry.weight)
-                weight.copy_(pruned.geometry.from_rows(folded).to(weight.device, weight.dtype))
+                weight = weight_of(layer, pruned.geometry.weight)
+                write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(folded).to(weight))
                 if name in self._intercepts.norms:
                     _take_from_mean(model.get_submodule(self._intercepts.norms[name]), name, shift, surgery)
                 elif regression.centred:
@@ -141,9 +153,9 @@ def _keep_order(reader: Reader, groups: Sequence[PruningGroup], rankings: Sequen
 
 
 def _add_to_bias(layer: nn.Module, name: str, geometry: WeightGeometry, shift: torch.Tensor, surgery: Surgery) -> None:
-    weight = layer.get_parameter(geometry.weight)
     bias = layer._parameters.get(geometry.bias)
     if bias is None:
+        weight = layer.get_parameter(geometry.weight)
         created = nn.Parameter(shift.to(weight.dtype), requires_grad=weight.requires_grad)
         layer._parameters["bias"] = created
         surgery.created.append((f"{name}.bias", weight, created))

@@ -38,7 +38,7 @@ from lightning_softprune.compensation.activations import FollowingActivation, fi
 from lightning_softprune.compensation.fold import Compensation
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, cholesky, ridge_of
 from lightning_softprune.compensation.weights import PrunedWeight
-from lightning_softprune.graph import WeightGeometry
+from lightning_softprune.graph import WeightGeometry, weight_of, write_weight
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
@@ -107,7 +107,7 @@ def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: 
     geometry = weight_geometry(layer)
     rows = in_double(unfold_inputs(geometry, source, CHECKED_ROWS))
     wanted = in_double(outputs_at_rows(geometry, output, CHECKED_ROWS))
-    weight = geometry.to_rows(layer.get_parameter(geometry.weight).detach()).to(rows).flatten(2)
+    weight = geometry.to_rows(weight_of(layer, geometry.weight)).to(rows).flatten(2)
     parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
     outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
     bias = layer._parameters.get(geometry.bias)
@@ -131,7 +131,9 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
         if pruned is None or (pruned.geometry.groups > 1 and isinstance(regression, ChannelRegression)):
             continue
-        parameter = layer.get_parameter(pruned.geometry.weight)
+        if not bool(pruned.kept_inputs().any()):
+            continue  # groups that share it have taken all that it read: its bias has made up for them
+        before = weight_of(layer, pruned.geometry.weight)
         read: Read = partial(_channels, pruned.geometry)
         if name in dense.most:
             read = partial(unfold_inputs, pruned.geometry, most=dense.most[name])
@@ -146,14 +148,14 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
             wanted = wanted if kept is None else wanted[:, kept.to(device)]
             activation = dense.activations.get(name)
             activation = activation if activation is None or kept is None else activation.of(kept)
-            now = pruned.geometry.to_rows(parameter.detach()).to(device, torch.float64)
+            now = pruned.geometry.to_rows(before).to(device, torch.float64)
             weight, bias = _fit_features(now, wanted, given, activation, centred=regression.centred)
         else:
             rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
             weight, shift = _fit_channels(regression, rows, stays, wanted, given)
             bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
         with torch.no_grad():
-            parameter.copy_(pruned.geometry.from_rows(weight).to(parameter.device, parameter.dtype))
+            write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))
             _set_bias(layer, name, pruned.geometry, bias, surgery)
 
 

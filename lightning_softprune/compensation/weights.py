@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_softprune.graph import WeightGeometry, geometry_of
+from lightning_softprune.graph import WeightGeometry, computed_of, geometry_of
 from lightning_softprune.surgery import Surgery
 
 
@@ -34,8 +34,12 @@ class PrunedWeight:
         geometry = geometry_of(layer)
         if geometry is None:
             return None
-        by_dim = surgery.kept.get(f"{name}.{geometry.weight}", {})
-        before = surgery.before(layer.get_parameter(geometry.weight))
+        before: torch.Tensor | None
+        if computed_of(layer) is not None:
+            before, by_dim = surgery.computed.get(f"{name}.{geometry.weight}", (None, {}))
+        else:
+            by_dim = surgery.kept.get(f"{name}.{geometry.weight}", {})
+            before = surgery.before(layer.get_parameter(geometry.weight))
         if before is None or geometry.input_dim not in by_dim:
             return None
         return cls(geometry, before.detach(), by_dim, stride)

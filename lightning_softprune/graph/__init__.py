@@ -12,6 +12,7 @@ from lightning_softprune.graph.components import (
     mirror_twins,
     undeclared_twins,
 )
+from lightning_softprune.graph.computed import ComputedWeight, WeightGradients, watch_gradients
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.geometry import Kernel, WeightGeometry
 from lightning_softprune.graph.grouping import Grouping, Place, groups_of, trace_groups
@@ -33,6 +34,7 @@ from lightning_softprune.graph.layers import (
     Sizes,
     TensorAxis,
     add_layer_type,
+    computed_of,
     geometry_of,
     layer_type,
     layout_of,
@@ -41,6 +43,8 @@ from lightning_softprune.graph.layers import (
     shape_mismatch,
     takes_bias,
     tensor_at,
+    weight_of,
+    write_weight,
 )
 from lightning_softprune.graph.reach import Coverage, coverage
 from lightning_softprune.graph.trace import trace_model
@@ -51,6 +55,7 @@ __all__ = [
     "COSTS",
     "LAYER_TYPES",
     "Applications",
+    "ComputedWeight",
     "CostModel",
     "Count",
     "Coverage",
@@ -68,10 +73,12 @@ __all__ = [
     "TensorAxis",
     "Usage",
     "WeightGeometry",
+    "WeightGradients",
     "add_layer_type",
     "assign_components",
     "check_layers",
     "checked_layers",
+    "computed_of",
     "coverage",
     "geometry_of",
     "groups_of",
@@ -94,4 +101,7 @@ __all__ = [
     "trace_groups",
     "trace_model",
     "undeclared_twins",
+    "watch_gradients",
+    "weight_of",
+    "write_weight",
 ]

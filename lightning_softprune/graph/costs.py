@@ -103,6 +103,18 @@ class CostModel:
         biases = (plain(term, number[slot]) for slot, term in self.biases)
         return StoredCosts(tuple(slots), (*map(plain, self.parameters), *biases), tuple(map(plain, self.macs)))
 
+    def emptied(self, counts: IntArray) -> str:
+        """Name of a layer that has no channels left at one side; empty where all have some.
+
+        Args:
+            counts: Channels removed from each group, shape ``(1, m)``.
+        """
+        for slot, tables in self.tables.items():
+            lost = sum(int(table[counts[0, group]]) for group, table in tables)
+            if self.sizes[slot] and lost >= self.sizes[slot]:
+                return slot[0]
+        return ""
+
     @classmethod
     def build(
         cls,

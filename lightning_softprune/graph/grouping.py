@@ -231,7 +231,21 @@ def _build(
         for hit in self_and_parents(member.module):
             if hit in ignored:
                 reason = f"ignored: {member.module} matches {ignored[hit]!r}"
-    return PruningGroup(name, "", "intra", len(numbers), members, not reason, reason)
+    least = max((_least(table.trace, member, len(numbers)) for member in members), default=1)
+    if not reason and least >= len(numbers):
+        reason = "a layer needs all of its channels"
+    return PruningGroup(name, "", "intra", len(numbers), members, not reason, reason, least=least)
+
+
+def _least(trace: Trace, member: Member, channels: int) -> int:
+    """How many channels have to stay so that enough of a slot does, whichever they are."""
+    layout = trace.layouts.get(member.module)
+    wanted = 1 if layout is None else layout.least.get(member.slot, 1)
+    if wanted == 1:
+        return 1
+    held = np.sort(np.bincount(member.owner[member.owner >= 0], minlength=channels)).cumsum()
+    held += int((member.owner < 0).sum())
+    return min(int(np.searchsorted(held, wanted)) + 1, channels)
 
 
 def _unique_names(groups: Sequence[PruningGroup]) -> list[PruningGroup]:

@@ -66,6 +66,7 @@ class PruningGroup:
         prunable: Whether the group takes part in a search.
         reason: Why it does not; empty exactly when it does.
         counts: Attributes that count its channels.
+        least: How many channels have to stay.
     """
 
     name: str
@@ -76,6 +77,7 @@ class PruningGroup:
     prunable: bool = True
     reason: str = ""
     counts: tuple[Count, ...] = ()
+    least: int = 1
 
     def refuse(self, reason: str) -> PruningGroup:
         """Return this group as not prunable."""

@@ -15,13 +15,14 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_softprune.graph.computed import ComputedWeight, computed_weight
 from lightning_softprune.graph.geometry import WeightGeometry
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
@@ -61,12 +62,13 @@ class Layout:
     """The slots of one layer with their sizes, and the tensor dimensions that follow them.
 
     ``parts`` names the slots that consist of equal parts (convolution groups, normalisation groups, attention heads):
-    every part has to lose the same channels.
+    every part has to lose the same channels. ``least`` says how much of a slot has to stay, where it is more than one.
     """
 
     slots: Mapping[str, int]
     axes: tuple[TensorAxis, ...]
     parts: Mapping[str, int] = field(default_factory=dict)
+    least: Mapping[str, int] = field(default_factory=dict)
 
     def slot(self, side: str) -> str:
         """Return the slot at a side: ``"both"`` where the layer does not tell its sides apart."""
@@ -128,6 +130,7 @@ class LayerType:
         averages_channels: Whether it misses channels that go, by a mean, a norm or a scale: masking is another thing.
         takes_bias: Whether it computes with an attribute ``bias`` that may be ``None``, and can be given one.
         weight: Name of the tensor without which it cannot be sliced.
+        slices_computed: Whether it can be sliced too where that tensor is computed from others.
     """
 
     types: ClassVar[tuple[type[nn.Module], ...]] = ()
@@ -137,6 +140,7 @@ class LayerType:
     averages_channels: bool = False
     takes_bias: bool = False
     weight: ClassVar[str] = "weight"
+    slices_computed: bool = False
 
     def is_for(self, kind: type) -> bool:
         """Whether it is the entry for this very class; subclasses without an entry of their own follow."""
@@ -204,12 +208,29 @@ class LayerType:
         return dict(layout.slots) if isinstance(layout, Layout) else {}
 
     def layout(self, module: Any) -> Layout | str:
-        """:meth:`describe`, but for layers whose weights are computed."""
-        computed = isinstance(getattr(module, self.weight, None), torch.Tensor)
-        if parametrize.is_parametrized(module) or (computed and module._parameters.get(self.weight) is None):
+        """:meth:`describe`; where the weight is computed, its sources are what follows the slots."""
+        computed = computed_weight(module, self.weight)
+        if computed is None:
+            return self.describe(module)
+        if isinstance(computed, str) or not self.slices_computed:
             name = type(module).__name__.removeprefix("Parametrized")
-            return f"the weights of this {name} are computed (weight norm or another parametrization)"
-        return self.describe(module)
+            by = computed if isinstance(computed, str) else "weight norm or another parametrization"
+            return f"the weights of this {name} are computed by {by}: slices of them cannot be"
+        layout = self.describe(module)
+        if isinstance(layout, str):
+            return layout
+        direction = tensor_at(module, computed.direction)
+        sources = computed.sources(2 if direction is None else direction.ndim)
+        axes = [axis for axis in layout.axes if axis.tensor != self.weight]
+        for axis in layout.axes:
+            if axis.tensor == self.weight:
+                axes += [replace(axis, tensor=source) for source, dims in sources.items() if axis.dim in dims]
+        return replace(layout, axes=tuple(axes))
+
+    def computed(self, module: Any) -> ComputedWeight | None:
+        """How a layer that can be sliced computes its weight; ``None`` where that is a parameter."""
+        found = computed_weight(module, self.weight) if self.slices_computed else None
+        return found if isinstance(found, ComputedWeight) else None
 
     # ------------------------------------------------------------------------------------------------ in checkpoints
 
@@ -300,7 +321,9 @@ def entry_for(kind: type) -> LayerType | None:
 def takes_bias(module: nn.Module) -> bool:
     """Whether a layer computes with a ``bias`` where it has one: a layer without can be given one."""
     entry = layer_type(module)
-    return entry is not None and entry.takes_bias and "bias" in module._parameters
+    return (
+        entry is not None and entry.takes_bias and "bias" in module._parameters and entry.computed(module) is None
+    )  # no bias joins a weight that is several parameters
 
 
 def layout_of(module: nn.Module) -> Layout | str | None:
@@ -322,6 +345,30 @@ def geometry_of(module: nn.Module) -> WeightGeometry | None:
     return None if entry is None else entry.geometry(module)
 
 
+def computed_of(module: nn.Module) -> ComputedWeight | None:
+    """How a layer that can be sliced computes its weight; ``None`` where that is a parameter, and for other modules."""
+    entry = layer_type(module)
+    return None if entry is None else entry.computed(module)
+
+
+def weight_of(layer: nn.Module, name: str) -> torch.Tensor:
+    """A layer's weight of this name as it is now, computed or not; without its gradient."""
+    computed = computed_of(layer)
+    if computed is not None and computed.name == name:
+        return computed.value(layer)
+    return layer.get_parameter(name).detach()
+
+
+def write_weight(layer: nn.Module, name: str, weight: torch.Tensor) -> None:
+    """Give a layer's weight these values, in place, computed or not."""
+    computed = computed_of(layer)
+    if computed is not None and computed.name == name:
+        computed.write(layer, weight)
+    else:
+        with torch.no_grad():
+            layer.get_parameter(name).copy_(weight)
+
+
 def set_sizes(module: nn.Module, sizes: Mapping[str, int]) -> None:
     """Write a layer's new slot sizes into its integer attributes; its tensors are not touched.
 
@@ -340,12 +387,17 @@ def refresh(module: nn.Module) -> None:
     entry = layer_type(module)
     if entry is not None:
         entry.refresh(module)
+        computed = entry.computed(module)
+        if computed is not None:
+            computed.renew(module)
 
 
 def parts_of_layers(model: nn.Module) -> Iterator[nn.Module]:
     """The modules that are parts of a layer, and no layers of their own (the output projection of attention)."""
     for module in model.modules():
         entry = layer_type(module)
+        if entry is not None and is_parametrized(module):
+            yield from module.get_submodule("parametrizations").modules()
         if entry is not None and entry.owns_children:
             yield from (child for child in module.modules() if child is not module)
 

@@ -31,6 +31,8 @@ def left_alone(
             continue
         if any(parent in trace.reasons for parent in self_and_parents(name)[:-1]):
             continue  # said of the layer it belongs to
+        if name.rpartition(".parametrizations.")[0] in trace.layouts:
+            continue  # what the layer's weight is computed from
         layout = trace.layouts.get(name)
         if layout is not None or name in trace.reasons:
             if name in trace.reasons:

@@ -86,6 +86,9 @@ def _needs_of(name: str, module: nn.Module) -> Iterator[_Need]:
     for inner, layer in module.named_modules():
         full = f"{name}.{inner}".rstrip(".")
         layout = layout_of(layer)
+        outer, computed, _ = f".{inner}".rpartition(".parametrizations.")
+        if computed and isinstance(layout_of(module.get_submodule(outer.lstrip("."))), Layout):
+            continue  # the layer has told its needs
         if isinstance(layout, Layout):
             both = layout.slots.get("both")
             others = [size for slot, size in layout.slots.items() if slot not in ("in", "out", "both")]

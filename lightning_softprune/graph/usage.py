@@ -93,6 +93,10 @@ class _Watch(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_COMPUTED = ".parametrizations."
+"""What a weight is computed from is held by modules inside of the layer."""
+
+
 def _flat(values: Any) -> Iterator[Any]:
     for value in values:
         if type(value) in (list, tuple):
@@ -111,7 +115,7 @@ def refuse_unjudged(groups: Sequence[PruningGroup], judged: Set[str]) -> list[Pr
     Returns:
         The groups; those that no score can see are not prunable.
     """
-    used = {name.rpartition(".")[0] for name in judged} | judged
+    used = {name.rpartition(".")[0].partition(_COMPUTED)[0] for name in judged} | judged
     kept = []
     for group in groups:
         producers = [member.module for member in group.members if not member.slot.startswith("in")]

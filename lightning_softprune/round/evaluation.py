@@ -24,6 +24,11 @@ class _PassError(Exception):
         self.error = error
 
 
+def _without_channels(layer: str, error: Exception) -> ValueError:
+    line = (str(error).splitlines() or [""])[0]
+    return ValueError(f"{layer} would be left without channels: {line}")
+
+
 class Evaluator:
     """Scores plans; every one becomes a trial, also one with which the user's own code fails.
 
@@ -67,13 +72,19 @@ class Evaluator:
             self.trials.reuse(plan, (0.0,) * len(plan.removed), metrics)
 
     def _pruned_metrics(self, plan: Plan) -> dict[str, float]:
-        surgery = self.problem.prune(self.runner.module, plan)
+        emptied = self.problem.emptied(plan)
+        try:
+            surgery = self.problem.prune(self.runner.module, plan)
+        except (RuntimeError, ValueError) as error:
+            if not emptied or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise _PassError(_without_channels(emptied, error)) from error
         try:
             return self.runner.metrics()
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # the user's code does not take this width, perhaps no other either
-            raise _PassError(error) from error
+            raise _PassError(_without_channels(emptied, error) if emptied else error) from error
         finally:
             surgery.undo()
 

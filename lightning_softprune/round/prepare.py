@@ -146,6 +146,10 @@ class PruningProblem:
         """The plan that removes nothing."""
         return Plan(((),) * len(self.groups))
 
+    def emptied(self, plan: Plan) -> str:
+        """A layer all of whose channels at one side a plan removes, as groups may that share it; empty without one."""
+        return self.costs.emptied(np.array([plan.counts]))
+
     def prune(self, module: nn.Module, plan: Plan) -> Surgery:
         """Apply a plan with its compensation."""
         surgery = apply_plan(module, self.groups, plan)

@@ -42,6 +42,11 @@ class Named(Protocol):
         """Channels that can be removed."""
         ...
 
+    @property
+    def least(self) -> int:
+        """How many of them have to stay."""
+        ...
+
 
 class Counting(Protocol):
     """What this module has to know of a cost model."""
@@ -70,7 +75,7 @@ def build_rounding(groups: Sequence[Named], bounds: Mapping[str, Sequence[float]
             raise ValueError(no_match("bounds", pattern, names, "prunable group or component"))
         low[hits], high[hits] = smallest, largest
     channels = np.array([group.num_channels for group in groups], dtype=np.int64)
-    return Rounding(channels, low, high, round_to)
+    return Rounding(channels, low, high, round_to, np.array([group.least for group in groups], dtype=np.int64))
 
 
 def _names(group: Named) -> tuple[str, ...]:

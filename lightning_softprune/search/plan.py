@@ -51,12 +51,14 @@ class Rounding:
         low: Smallest coefficient of each group, shape ``(m,)``.
         high: Largest coefficient of each group, shape ``(m,)``.
         round_to: Kept channels are a multiple of it, unless the group is left whole.
+        stay: How many channels of each group have to stay, shape ``(m,)``; ``None``: one.
     """
 
     channels: IntArray
     low: FloatArray
     high: FloatArray
     round_to: int = 1
+    stay: IntArray | None = None
 
     def counts(self, coefficients: FloatArray) -> IntArray:
         """Round to removed channels: the nearest allowed number, and never the whole group.
@@ -74,7 +76,7 @@ class Rounding:
         """
         n = self.channels
         least = np.ceil(np.minimum(self.low, self.high) * n - _EPS).astype(np.int64)
-        most = np.minimum(np.floor(self.high * n + _EPS).astype(np.int64), n - 1)
+        most = np.minimum(np.floor(self.high * n + _EPS).astype(np.int64), n - (1 if self.stay is None else self.stay))
         wanted = np.clip(np.floor(np.asarray(coefficients) * n + 0.5).astype(np.int64), 0, n - 1)
         if self.round_to == 1:
             return np.clip(wanted, np.minimum(least, most), most)

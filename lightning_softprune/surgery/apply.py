@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.graph import Layout, PruningGroup, layout_of, refresh, set_sizes
+from lightning_softprune.graph import ComputedWeight, Layout, PruningGroup, computed_of, layout_of, refresh, set_sizes
 from lightning_softprune.search import Plan
 from lightning_softprune.utilities.nested import integer_of
 
@@ -32,6 +32,8 @@ class Surgery:
         kept: Name of every sliced parameter, buffer and plain tensor attribute -> kept indices by dimension, in the
             numbering before.
         counts: Name of every attribute that counts channels -> what it was, and what it is.
+        computed: Name of every weight that a touched layer computes from others -> what it computed before, and the
+            kept indices.
         unsaved: Name of every sliced tensor that no state dict has (a plain attribute, a buffer that is not persistent)
             -> the tensor before.
         created: Biases that compensation had to create: name, the weight beside it, the bias.
@@ -47,6 +49,7 @@ class Surgery:
     shifted: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     counts: dict[str, tuple[int, int]] = field(default_factory=dict)
     unsaved: dict[str, torch.Tensor] = field(default_factory=dict)
+    computed: dict[str, tuple[torch.Tensor, KeptByDim]] = field(default_factory=dict)
     _counted: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
     _replaced: dict[int, nn.Parameter] = field(default_factory=dict)
@@ -196,6 +199,7 @@ class _Cut:
         self.slices: dict[int, tuple[torch.Tensor, KeptByDim, list[_Site]]] = {}
         self.resized: list[tuple[nn.Module, dict[str, int]]] = []
         self.counted: list[tuple[nn.Module, tuple[str, str], int, int]] = []
+        self.computed: list[tuple[nn.Module, str, ComputedWeight]] = []
 
     def add_bare(self, name: str, slots: Mapping[str, torch.Tensor], expected: Mapping[tuple[str, str], int]) -> None:
         """Slice a parameter, a buffer or a plain tensor attribute that belongs to no layer."""
@@ -240,6 +244,21 @@ class _Cut:
                 if axis.slot == slot and getattr(owner, attribute, None) is not None:
                     self._add(owner, f"{name}.{axis.tensor}", axis.dim, axis.expand(kept, size))
         self.resized.append((module, {slot: len(kept) for slot, kept in slots.items()}))
+        computed = computed_of(module)
+        if computed is not None:
+            self._add_computed(module, name, computed)
+
+    def _add_computed(self, module: nn.Module, name: str, computed: ComputedWeight) -> None:
+        """All that a layer computes its weight from is replaced: lengths change where a direction loses indices."""
+        self.computed.append((module, name, computed))
+        for source in computed.sources(0):
+            path, _, attribute = source.rpartition(".")
+            owner = module.get_submodule(path)
+            tensor = getattr(owner, attribute)
+            site = (owner, attribute, f"{name}.{source}".lstrip("."))
+            _, _, sites = self.slices.setdefault(id(tensor), (tensor, {}, []))
+            if site not in sites:
+                sites.append(site)
 
     def _add(self, owner: nn.Module, full: str, dim: int, kept: torch.Tensor) -> None:
         attribute = full.rpartition(".")[2]
@@ -258,6 +277,7 @@ class _Cut:
             key: _slice_parameter(tensor, by_dim) if isinstance(tensor, nn.Parameter) else _slice_plain(tensor, by_dim)
             for key, (tensor, by_dim, _) in self.slices.items()
         }
+        before = [computed.value(module) for module, _, computed in self.computed]
         # Nothing has been written so far; from here on nothing can fail.
         record = Surgery()
         touched = {id(module): module for module, _ in self.resized}
@@ -278,6 +298,10 @@ class _Cut:
                     record.unsaved[full] = tensor
             if isinstance(new, nn.Parameter):
                 record.add(tensor, new, by_dim)  # type: ignore[arg-type]
+        for (module, name, computed), weight in zip(self.computed, before, strict=True):
+            by_dim = record.kept[f"{name}.{computed.direction}".lstrip(".")]
+            record.computed[f"{name}.{computed.name}".lstrip(".")] = weight, by_dim
+            computed.settle(module, slice_tensor(weight, by_dim))
         for module in touched.values():
             refresh(module)
         for module, place, now, value in self.counted:  # last: a layer's own sizes are written by its type
@@ -332,10 +356,12 @@ def _share_hooks(old: nn.Parameter, new: nn.Parameter) -> None:
 
 
 def _slice_parameter(parameter: nn.Parameter, by_dim: KeptByDim) -> nn.Parameter:
-    new = nn.Parameter(slice_tensor(parameter, by_dim), requires_grad=parameter.requires_grad)
+    values = slice_tensor(parameter, by_dim)
+    new = nn.Parameter(values if by_dim else values.clone(), requires_grad=parameter.requires_grad)
     _share_hooks(parameter, new)
     if parameter.grad is not None:
         new.grad = slice_tensor(parameter.grad, by_dim)
+        new.grad = new.grad if by_dim else new.grad.clone()
     return new
 
 

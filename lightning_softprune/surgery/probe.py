@@ -22,7 +22,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_softprune.graph import Layout, Member, PruningGroup, layer_type, layout_of, tensor_at
+from lightning_softprune.graph import (
+    Layout,
+    Member,
+    PruningGroup,
+    computed_of,
+    layer_type,
+    layout_of,
+    tensor_at,
+)
 from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import forward_hook, registered
@@ -61,7 +69,7 @@ def probe_groups(
     """
     probe = _Probe(model, groups, run, run_otherwise)
     numbers = [i for i, group in enumerate(groups) if group.prunable]
-    patterns = {i: _patterns(groups[i].num_channels, round_to) for i in numbers}
+    patterns = {i: _patterns(groups[i].num_channels, round_to, groups[i].least) for i in numbers}
     reasons: dict[int, str] = {}
     crashes: dict[int, list[str]] = {i: [] for i in numbers}
     most = max((len(found) for found in patterns.values()), default=0)
@@ -133,11 +141,31 @@ def mask_channels(model: nn.Module, group: PruningGroup, channels: Sequence[int]
                 saved.append((tensor, tensor.detach().clone()))
                 with torch.no_grad():
                     tensor.index_fill_(dim, indices.to(tensor.device), 0)
+            _mask_computed(modules.get(member.module), member, gone, saved)
         yield
     finally:
         with torch.no_grad():
             for tensor, values in reversed(saved):
                 tensor.copy_(values)
+
+
+def _mask_computed(
+    layer: nn.Module | None, member: Member, gone: torch.Tensor, saved: list[tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Let a layer compute a weight with zeros in the place of what is gone; what it was computed from is saved."""
+    computed = None if layer is None else computed_of(layer)
+    layout = None if layer is None else layout_of(layer)
+    if layer is None or computed is None or not isinstance(layout, Layout):
+        return
+    weight = computed.value(layer).clone()
+    for source in computed.sources(weight.ndim):
+        tensor = tensor_at(layer, source)
+        if tensor is not None:
+            saved.append((tensor, tensor.detach().clone()))
+    for axis in layout.axes:
+        if axis.slot == member.slot and axis.tensor == computed.direction:
+            weight.index_fill_(axis.dim, axis.expand(gone, len(member.owner)).to(weight.device), 0)
+    computed.write(layer, weight)
 
 
 def _held(
@@ -152,13 +180,15 @@ def _held(
         if isinstance(found, torch.Tensor) and found.is_floating_point():
             yield found, int(member.slot.removeprefix("dim")), gone
         return
+    computed = computed_of(module)
+    sources = () if computed is None else computed.sources(0)
     for axis in layout.axes:
-        tensor = tensor_at(module, axis.tensor)
+        tensor = None if axis.tensor in sources else tensor_at(module, axis.tensor)
         if axis.slot == member.slot and tensor is not None and axis.tensor not in ("running_var",):
             yield tensor, axis.dim, axis.expand(gone, len(member.owner))
 
 
-def _patterns(channels: int, round_to: int) -> list[tuple[int, ...]]:
+def _patterns(channels: int, round_to: int, stay: int = 1) -> list[tuple[int, ...]]:
     """Which channels go, pattern by pattern: first the narrow ones."""
     least = channels % round_to or round_to
     if channels - least < round_to:
@@ -167,7 +197,7 @@ def _patterns(channels: int, round_to: int) -> list[tuple[int, ...]]:
     found = [tuple(range(start, start + least)) for start in (0, channels - least, middle)]
     for share in (4, 2):
         count = channels - (channels - channels // share) // round_to * round_to
-        if least < count <= channels - round_to:
+        if least < count <= channels - max(round_to, stay):
             found.append(tuple(int(n) for n in np.linspace(0, channels - 1, count).round()))
     return found
 

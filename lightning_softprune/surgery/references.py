@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.graph import Layout, Shape, layer_type, layout_of, refresh, set_sizes
+from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
 from lightning_softprune.utilities.snapshot import ATOMS
 
@@ -244,6 +244,7 @@ class References:
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._attributes(f"{place}.{path}".rstrip("."), module, depth - 1)
             return
+        computed = [(module, found, found.value(module)) for module in copy.modules() if (found := computed_of(module))]
         for path, module in copy.named_modules():
             layer = self.model.get_submodule(f"{prefix}{path}".rstrip("."))
             before = [(held, dict(held)) for held in (module._parameters, module._buffers, module.__dict__)]
@@ -266,6 +267,10 @@ class References:
                         bias = self._beside(self._created[name][1], tensor)
                         module._parameters["bias"] = nn.Parameter(bias, requires_grad=tensor.requires_grad)
             refresh(module)
+        names = {id(module): f"{prefix}{path}".rstrip(".") for path, module in copy.named_modules()}
+        for module, found, weight in computed:
+            by_dim = self.surgery.kept.get(f"{names[id(module)]}.{found.direction}".lstrip("."), {})
+            found.settle(module, slice_tensor(weight, by_dim))
 
     # ---------------------------------------------------------------------------------------------------------- hooks
 

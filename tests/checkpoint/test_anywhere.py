@@ -12,6 +12,8 @@ from torch import nn
 import lightning_softprune
 from lightning_softprune import SoftPruning, UniformBaseline, find_groups, prune, record, resize, resizing
 from lightning_softprune.checkpoint import ModelShapes, is_recorded, rounds_of
+from lightning_softprune.search.plan import Plan
+from lightning_softprune.surgery import apply_plan
 from support.architectures.table import BY_NAME
 from support.modules import AutoEncoder, loaders, made
 
@@ -262,3 +264,34 @@ def test_a_pruned_model_of_transformers_is_saved_beside_its_record_and_comes_bac
 
 def test_both_are_public():
     assert {"record", "resizing"} <= set(lightning_softprune.__all__)
+
+
+def tiny_bert(transformers):
+    """A BERT without dropout, and its input."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
+    config = transformers.BertConfig(vocab_size=40, max_position_embeddings=12, **sizes)
+    torch.manual_seed(0)
+    return transformers.BertForSequenceClassification(config).eval(), torch.randint(0, 40, (2, 8))
+
+
+@pytest.mark.slow
+def test_from_pretrained_builds_the_model_in_the_shape_of_the_record(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, tokens = tiny_bert(transformers)
+    groups = [g for g in find_groups(model, tokens) if g.prunable and not g.counts]
+    assert any("intermediate" in group.name for group in groups)
+    apply_plan(model, groups, Plan(tuple(tuple(range(group.num_channels // 2)) for group in groups)))
+    model.save_pretrained(tmp_path)
+    given = json.loads(json.dumps(record(model)))
+    method = vars(transformers.PreTrainedModel)["_load_pretrained_model"]
+    with resizing(given):
+        loaded = type(model).from_pretrained(tmp_path).eval()
+    assert vars(transformers.PreTrainedModel)["_load_pretrained_model"] is method
+    same_weights(model, loaded)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    with pytest.raises(RuntimeError):  # its sizes are not those of the configuration
+        type(model).from_pretrained(tmp_path)
+    with resizing(given):  # the record of another model
+        other = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=9))
+        other.save_pretrained(tmp_path / "other")
+        same_weights(other, transformers.BertModel.from_pretrained(tmp_path / "other"))

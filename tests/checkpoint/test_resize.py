@@ -247,8 +247,8 @@ OTHERS = {
     "recurrent": (nn.Sequential(nn.LSTM(4, 8)), nn.Sequential(nn.GRU(4, 6)), "0"),
     "projections": (nn.Sequential(nn.LSTM(4, 8, proj_size=3)), nn.Sequential(nn.LSTM(4, 8)), "0"),
     "computed weight": (
-        nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 8))),
-        nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 6))),
+        nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 8))),
+        nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))),
         "0",
     ),
     "two axes": (nn.Sequential(nn.LayerNorm((2, 8))), nn.Sequential(nn.LayerNorm((2, 6))), "0"),

@@ -1,7 +1,5 @@
 """What is left alone says why."""
 
-import warnings
-
 import pytest
 import torch
 from torch import nn
@@ -18,8 +16,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ("Autoencoder", "classifier", "classifier produces an output of the network"),
         ("Autoencoder", "decoder.2", "decoder.2 produces an output of the network"),
-        ("WeightNormed", "body", "feeds normed: the weights of this Linear are computed"),
-        ("WeightNormed", "normed", "the weights of this Linear are computed"),
         ("DepthwiseMultiplier", "stem", "feeds multiplied: a depthwise convolution with a channel multiplier"),
         ("DepthwiseMultiplier", "multiplied", "a depthwise convolution with a channel multiplier"),
         ("ConstantView", "body", "the model does not run with fewer channels: RuntimeError"),
@@ -87,12 +83,11 @@ def test_no_layer_type_crashes(between):
     assert len(probe_groups(model, prunable, lambda: model(x))) == len(prunable)
 
 
-def test_old_weight_norm_is_refused_by_name():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        layer = nn.utils.weight_norm(nn.Linear(8, 8))
+@pytest.mark.parametrize("norm", ["spectral_norm", "orthogonal"])
+def test_weights_of_which_slices_cannot_be_computed_are_refused_by_name(norm):
+    layer = getattr(nn.utils.parametrizations, norm)(nn.Linear(8, 8))
     found = by_name(find(Wide(layer), torch.randn(3, 5)))
-    assert "weight norm" in found["between"].reason
+    assert {"spectral_norm": "SpectralNorm", "orthogonal": "Orthogonal"}[norm] in found["between"].reason
     assert "feeds between" in found["body"].reason
 
 

@@ -23,10 +23,12 @@ from lightning_softprune.graph import (
     layout_of,
     record_macs,
 )
+from lightning_softprune.search.coefficients import build_rounding
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import References, apply_plan, repair_optimizers
 from lightning_softprune.surgery.apply import select_channels
 from support.plans import ELEMENTWISE, assert_same, live, snapshot
+from support.zoo import find, prunable
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -579,3 +581,41 @@ def test_a_recurrent_layer_of_ones_own_is_left_alone(kind):
 def test_computed_weights_are_refused_whichever_they_are(name, wrap):
     layer = wrap(nn.LSTM(4, 6, num_layers=2, bidirectional=True), name)
     assert "the weights of this LSTM are computed" in layout_of(layer)
+
+
+class Projected(nn.Module):
+    def __init__(self, hidden):
+        super().__init__()
+        self.lstm = nn.LSTM(IN, hidden, proj_size=PROJECTED)
+        self.head = nn.Linear(PROJECTED, OUT)
+
+    def forward(self, x):
+        return self.head(self.lstm(x)[0])
+
+
+def test_an_lstm_keeps_more_units_than_projections_whatever_a_search_asks_for():
+    model, x = Projected(HIDDEN), torch.randn(3, 4, IN)
+    groups = prunable(model, x)
+    rounding = build_rounding(groups, None, 1)
+    asked = np.linspace(0, 1, 21)[:, None].repeat(len(groups), 1)
+    kept = {g.name: g.num_channels - n for g, n in zip(groups, rounding.counts(asked).T, strict=True)}
+    assert kept["lstm.hidden"].min() == PROJECTED + 1
+    assert kept["lstm"].min() == 1
+    most = rounding.counts(np.ones(len(groups)))
+    apply_plan(model, groups, Plan.from_counts(most, [np.arange(g.num_channels) for g in groups]))
+    nn.LSTM(model.lstm.input_size, model.lstm.hidden_size, proj_size=model.lstm.proj_size)  # PyTorch takes these sizes
+    assert model(x).shape == (3, 4, OUT)
+
+
+@pytest.mark.parametrize("round_to", [1, 2, 4])
+def test_units_that_have_to_stay_stay_with_any_rounding(round_to):
+    groups = [g for g in prunable(Projected(HIDDEN), torch.randn(3, 4, IN)) if g.name == "lstm.hidden"]
+    counts = build_rounding(groups, None, round_to).counts(np.linspace(0, 1, 21)[:, None])
+    assert HIDDEN - counts.max() == 4
+    assert ((HIDDEN - counts) % round_to == 0).all()
+
+
+def test_an_lstm_with_one_unit_more_than_projections_loses_none():
+    found = {g.name: g for g in find(Projected(PROJECTED + 1), torch.randn(3, 4, IN))}
+    assert not found["lstm.hidden"].prunable
+    assert found["lstm.hidden"].reason == "a layer needs all of its channels"

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_softprune.graph.components import assign_components
 from lightning_softprune.graph.grouping import trace_groups
@@ -476,7 +477,7 @@ CASES = (
     Case(Critic, (3, 2, 6), {"encoder": 8, "q": 10}),
     Case(Frozen, (3, 5), {"backbone.0": 8, "backbone.2": 6}),
     Case(Recurrent, (2, 3, 4), {"body": 6, "inner": 5, "gru": 7, "after": 6}),
-    Case(WeightNormed, (3, 4), {"after": 6}),
+    Case(WeightNormed, (3, 4), {"body": 6, "normed": 5, "after": 6}),
     Case(DepthwiseMultiplier, (2, 1, 5, 5), {"inner": 5}),
     Case(ConstantView, (3, 4), {"inner": 5}),
     Case(RawResidual, (3, 6), {"body": 9}),
@@ -486,6 +487,16 @@ CASES = (
 )
 BY_NAME = {case.name: case for case in CASES}
 PRUNABLE = tuple(case for case in CASES if case.groups)
+
+
+def materialise(model: nn.Module) -> None:
+    """Put parameters in the place of the weights that layers compute."""
+    for module in list(model.modules()):
+        if is_parametrized(module):
+            weight = module.weight.detach().clone()
+            del module.parametrizations
+            module.__class__ = type(module).__mro__[1]  # its own class is shared with its copies
+            module.weight = nn.Parameter(weight)
 
 
 def randomise_statistics(model: nn.Module) -> None:

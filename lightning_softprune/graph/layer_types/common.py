@@ -42,6 +42,7 @@ class LinearType(LayerType):
     types = (nn.Linear,)
     mixes_positions = False
     takes_bias = True
+    slices_computed = True
 
     def describe(self, module: nn.Linear) -> Layout:
         """See `LayerType`."""
@@ -79,6 +80,7 @@ class ConvolutionType(LayerType):
 
     types = (_ConvNd,)
     takes_bias = True
+    slices_computed = True
 
     def describe(self, module: _ConvNd) -> Layout | str:
         """See `LayerType`."""
@@ -148,13 +150,14 @@ class ConvolutionType(LayerType):
 
     def recorded_sizes(self, module: _ConvNd) -> Sizes:
         """See `LayerType`."""
-        if module._parameters.get("weight") is None:
+        if module._parameters.get("weight") is None and self.computed(module) is None:
             return {}
         return {"in": module.in_channels, "out": module.out_channels, "groups": module.groups}
 
     def sizes_from(self, module: _ConvNd, shapes: Mapping[str, Shape]) -> Sizes | None:
         """See `LayerType`."""
-        weight = shapes.get("weight")
+        computed = self.computed(module)
+        weight = shapes.get("weight" if computed is None else computed.direction)
         if weight is None:
             return None
         check_rank(weight, module.weight)
@@ -172,7 +175,9 @@ class ConvolutionType(LayerType):
         if groups == 0 or sizes["in"] % groups or sizes["out"] % groups:
             raise ValueError(f"{sizes['in']} -> {sizes['out']} channels do not make {groups} equal groups")
         first, second = self._sides(module)
-        shapes: dict[str, Shape] = {"weight": (sizes[first], sizes[second] // groups, *module.weight.shape[2:])}
+        weight: Shape = (sizes[first], sizes[second] // groups, *module.weight.shape[2:])
+        computed = self.computed(module)
+        shapes: dict[str, Shape] = {"weight": weight} if computed is None else computed.shapes(weight)
         return shapes | ({} if module.bias is None else {"bias": (sizes["out"],)})
 
     def restore(self, module: _ConvNd, sizes: Mapping[str, int]) -> None:

@@ -47,7 +47,7 @@ class _Recurrent(LayerType):
         axes = tuple(self._axes(module))
         if any(module._parameters.get(axis.tensor) is None for axis in axes):
             return f"the weights of this {name} are computed (weight norm or another parametrization)"
-        return Layout(self.mac_sizes(module), axes)
+        return Layout(self.mac_sizes(module), axes, least=self._least(module))
 
     def taken(self, module: Any, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
         """The input, and the state to begin with."""
@@ -67,6 +67,10 @@ class _Recurrent(LayerType):
     def _units(self, module: Any) -> str:
         """The slot of the hidden units."""
         return "out"
+
+    def _least(self, module: Any) -> Sizes:
+        """How much of a slot has to stay."""
+        return {}
 
 
 class RecurrentType(_Recurrent):
@@ -135,6 +139,10 @@ class RecurrentType(_Recurrent):
 
     def _units(self, module: nn.RNNBase) -> str:
         return "hidden" if module.proj_size else "out"
+
+    def _least(self, module: nn.RNNBase) -> Sizes:
+        """PyTorch builds no layer with fewer units than projections: those of now, since others may keep all."""
+        return {"hidden": module.proj_size + 1} if module.proj_size else {}
 
 
 class RecurrentCellType(_Recurrent):
