@@ -90,7 +90,7 @@ class Flow:
             if parts > 1:
                 rules_of_shape.alike(self, found, size // parts)
             if run > 1:
-                self.couplings.unite(found, found // run * run + found[0] % run)
+                self.couplings.unite(found, np.repeat(found[::run], run))
                 self.couplings.extents.append((found[::run], layer))
         return self._slots[layer, slot]
 
