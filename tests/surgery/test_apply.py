@@ -37,6 +37,8 @@ def mask_readers(model, groups, plan):
                 module = modules.get(member.module)
                 if isinstance(module, nn.RNNBase) and member.slot == "out":  # it reads its own units
                     module.weight_hh_l0[:, np.isin(member.owner, channels)] = 0
+                if isinstance(module, nn.MultiheadAttention) and member.slot == "both":
+                    module.in_proj_weight[:, np.isin(member.owner, channels)] = 0
                 if member.slot != "in":
                     continue
                 for index in np.flatnonzero(np.isin(member.owner, channels)).tolist():

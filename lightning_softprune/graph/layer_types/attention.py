@@ -178,16 +178,14 @@ class AttentionType(_Attention):
                 sizes.setdefault(axis.slot, shape[axis.dim] // axis.repeat)
         if sizes.keys() != layout.slots.keys():
             return None
-        heads, count = sizes["heads"], module.num_heads
-        if heads != layout.slots["heads"]:
-            whole, narrowed = heads % module.head_dim == 0, heads == sizes["both"] and heads % count == 0
-            if whole and narrowed:
-                raise ValueError(
-                    f"the tensors' shapes do not tell how many heads it has ({count} narrower ones, or "
-                    f"{heads // module.head_dim}); pass the whole checkpoint, or its 'softprune' record"
-                )
-            count = heads // module.head_dim if whole else count
-        return {**sizes, "num_heads": count}
+        heads, count = sizes["heads"], getattr(module, "unpruned_heads", module.num_heads)
+        whole, narrowed = heads % module.head_dim == 0, heads == sizes["both"] and heads % count == 0
+        if whole and narrowed and heads // module.head_dim != count:
+            raise ValueError(
+                f"the tensors' shapes do not tell how many heads it has ({count} narrower ones, or "
+                f"{heads // module.head_dim}); pass the whole checkpoint, or its 'softprune' record"
+            )
+        return {**sizes, "num_heads": heads // module.head_dim if whole else count}
 
     def shapes_at(self, module: nn.MultiheadAttention, sizes: Mapping[str, int]) -> dict[str, Shape]:
         """See `LayerType`."""
