@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +37,8 @@ _MODES = ("min", "max")
 _COSTS = ("params", "macs")
 
 
-class _Group(NamedTuple):
+@dataclass(frozen=True)
+class _Group:
     """A group's names, as bounds look for them."""
 
     name: str

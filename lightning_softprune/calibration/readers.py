@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.graph import Member, PruningGroup, WeightGeometry, geometry_of, tensor_at, weight_of
+from lightning_softprune.graph import (
+    Member,
+    PruningGroup,
+    WeightGeometry,
+    geometry_of,
+    parts_called,
+    tensor_at,
+    weight_of,
+)
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import registered
 
@@ -92,9 +100,8 @@ def watch_inputs(model: nn.Module, names: Sequence[str], see: Callable[[str, tor
         return hook
 
     layers = {name: model.get_submodule(name) for name in names}
-    with registered(
-        layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()
-    ):
+    hooks = (layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items())
+    with parts_called(model), registered(hooks):
         yield
 
 
@@ -111,5 +118,6 @@ def watch_calls(
         return hook
 
     layers = {name: model.get_submodule(name) for name in names}
-    with registered(layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()):
+    hooks = (layer.register_forward_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items())
+    with parts_called(model), registered(hooks):
         yield

@@ -17,7 +17,7 @@ from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied
 from lightning_softprune.results import PruningResult
 
 FORMAT = 2
-"""Version of the record: 2 where it has counts or tensors, which older versions would pass over; else 1."""
+"""Version of the record: 2 where it has what older versions do not know: counts, tensors, heads; else 1."""
 
 
 class InstanceHook:
@@ -64,7 +64,7 @@ class SaveHook(InstanceHook):
         self.call_before(checkpoint)
         form = ModelShapes.of(self.module, like=self.dense)
         checkpoint[RECORD] = {
-            "format": FORMAT if form.counts or form.unsaved else 1,
+            "format": FORMAT if form.counts or form.unsaved or _has_new_sizes(form, self.dense) else 1,
             **form.to_dict(),
             "created_biases": [name for name in form.shapes if name not in self.dense.shapes],
             "dense": self.dense.to_dict(),
@@ -112,6 +112,11 @@ def keep_record(
     if hook is None:
         hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
     hook.results, hook.earlier = _plain(results), _plain(earlier)
+
+
+def _has_new_sizes(form: ModelShapes, dense: ModelShapes) -> bool:
+    """Whether layers have sizes that they had not before they were pruned."""
+    return any(sizes.keys() != dense.layers.get(name, sizes).keys() for name, sizes in form.layers.items())
 
 
 def _plain(results: Iterable[PruningResult | dict[str, Any]]) -> list[dict[str, Any]]:

@@ -133,12 +133,15 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     before = [
         (held, dict(held)) for m in model.modules() for held in (m.__dict__, m._parameters, m._buffers)
     ]  # the modules' own dictionaries
+    classes = [(module, type(module)) for module in model.modules()]
     try:
         yield
     except BaseException:
         for held, content in before:
             held.clear()
             held.update(content)
+        for module, kind in classes:
+            module.__class__ = kind
         raise
 
 
@@ -279,11 +282,13 @@ class _ResizePlan:
                 or any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
             ):
                 continue
+            now = entry.completed_sizes(module, now)
             try:
                 sizes = self.target.layers.get(name) or entry.sizes_from(module, self._shapes_in(name, module))
                 if sizes is None:
                     unknown.append((name, module, now))
                     continue
+                sizes = entry.completed_sizes(module, sizes)
                 self._plan_layer(entry, name, module, sizes)
             except ValueError as error:
                 raise ValueError(f"{name or 'the model'}: {error}") from None
@@ -305,7 +310,7 @@ class _ResizePlan:
 
     def _plan_layer(self, entry: LayerType, name: str, module: nn.Module, sizes: Sizes) -> None:
         """Check that the layer can have these sizes, and note the shapes its tensors then have."""
-        if sizes.keys() != self.live.layers[name].keys():
+        if sizes.keys() != entry.completed_sizes(module, self.live.layers[name]).keys():
             raise ValueError(f"the checkpoint has another kind of layer here, this is a {type(module).__name__}")
         if min(sizes.values()) < 0:
             raise ValueError(f"the checkpoint gives it the sizes {sizes}")
@@ -332,7 +337,7 @@ class _ResizePlan:
     def _check_claim(self, name: str, sizes: Sizes) -> None:
         """Refuse sizes that no tensor tells, if they are larger than both the model's and the dense model's."""
         for slot, size in sizes.items():
-            largest = max(self.live.layers[name][slot], self.dense.layers.get(name, {}).get(slot, 0))
+            largest = max(self.live.layers[name].get(slot, 0), self.dense.layers.get(name, {}).get(slot, 0))
             if size > largest:
                 raise ValueError(f"the checkpoint gives it {size} channels, it never had more than {largest}")
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_softprune.graph import parts_called
 from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.nested import tensors_in
 
@@ -71,7 +72,7 @@ def find_following_activations(
         layer.register_forward_hook(lambda _, __, out, name=name: consumers.watch(name, out))
         for name, layer in layers.items()
     )
-    with registered(hooks), consumers, torch.no_grad():
+    with parts_called(model), registered(hooks), consumers, torch.no_grad():
         step()
     return {name: found for name, (found, *more) in consumers.found.items() if found is not None and not more}
 

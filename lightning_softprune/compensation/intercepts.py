@@ -25,7 +25,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from lightning_softprune.calibration import find_readers, weight_geometry
-from lightning_softprune.graph import PruningGroup, layer_type, takes_bias
+from lightning_softprune.graph import PruningGroup, layer_type, parts_called, takes_bias
 from lightning_softprune.surgery import weights_without_bias
 from lightning_softprune.utilities.distributed import sum_over_processes
 from lightning_softprune.utilities.hooks import registered
@@ -72,7 +72,7 @@ def find_intercepts(
         layer.register_forward_hook(lambda _, __, output, name=name: uses.watch(name, output), prepend=True)
         for name, layer in layers.items()
     )
-    with registered(hooks), torch.no_grad():
+    with parts_called(model), registered(hooks), torch.no_grad():
         for step in steps:
             with uses:
                 returned = step()

@@ -14,7 +14,7 @@ from lightning_softprune.graph.components import (
 )
 from lightning_softprune.graph.computed import ComputedWeight, WeightGradients, watch_gradients
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
-from lightning_softprune.graph.geometry import Kernel, WeightGeometry
+from lightning_softprune.graph.geometry import Kernel, Shape, WeightGeometry, shape_mismatch
 from lightning_softprune.graph.grouping import Grouping, Place, groups_of, trace_groups
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
 from lightning_softprune.graph.layer_types import (
@@ -30,7 +30,6 @@ from lightning_softprune.graph.layers import (
     LayerType,
     Layout,
     Port,
-    Shape,
     Sizes,
     TensorAxis,
     add_layer_type,
@@ -38,9 +37,9 @@ from lightning_softprune.graph.layers import (
     geometry_of,
     layer_type,
     layout_of,
+    parts_called,
     refresh,
     set_sizes,
-    shape_mismatch,
     takes_bias,
     tensor_at,
     weight_of,
@@ -87,6 +86,7 @@ __all__ = [
     "match_modules",
     "mirror_counts",
     "mirror_twins",
+    "parts_called",
     "record_macs",
     "record_usage",
     "refresh",

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
-from lightning_softprune.graph.layers import Shape
 from lightning_softprune.utilities.patterns import no_match
 
 

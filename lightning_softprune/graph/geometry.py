@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Kernel", "WeightGeometry"]
+__all__ = ["Kernel", "Shape", "WeightGeometry", "check_rank", "shape_mismatch"]
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -164,3 +166,18 @@ class WeightGeometry:
         """A weight from before a plan, without the outputs that the plan removes."""
         dim = self.output_dim
         return weight.index_select(dim, by_dim[dim].to(weight.device)) if dim in by_dim else weight
+
+
+def check_rank(shape: Shape, tensor: torch.Tensor) -> None:
+    """Refuse a shape with another number of dimensions than the tensor has.
+
+    Raises:
+        ValueError: It has.
+    """
+    if len(shape) != tensor.ndim:
+        raise ValueError(shape_mismatch(shape, tuple(tensor.shape)))
+
+
+def shape_mismatch(there: Shape, here: Shape) -> str:
+    """Word the difference between a checkpoint's shape and a model's."""
+    return f"a tensor has the shape {there} in the checkpoint, this model would have {here}"

@@ -18,7 +18,7 @@ from torch import nn
 from lightning_softprune.graph.components import match_modules, self_and_parents
 from lightning_softprune.graph.flow import Couplings
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
-from lightning_softprune.graph.layers import layer_type
+from lightning_softprune.graph.layers import layer_type, linked_parts
 from lightning_softprune.graph.left_out import left_alone
 from lightning_softprune.graph.trace import Step, Trace, trace_model
 from lightning_softprune.utilities.arrays import IntArray
@@ -119,11 +119,12 @@ def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
     """Slots that produce channels, and the name of the group that starts there: layers first, in order."""
     slots: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # by layer, or by the module that holds them
     parameters = dict(trace.model.named_parameters())
+    parts = {part for _, _, part, _ in linked_parts(trace.model)}  # groups are named after the layer
     for name, slot in table.couplings.slots:
         if name in trace.layouts:
             entry = layer_type(trace.model.get_submodule(name))
             made = slot != "both" or (entry is not None and entry.produces)
-            if made and not slot.startswith("in"):
+            if made and not slot.startswith("in") and name not in parts:
                 slots[name].append((name, slot, name if slot in ("out", "both") else f"{name}.{slot}"))
         elif name in parameters:
             owner = name.rpartition(".")[0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -23,11 +24,10 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_softprune.graph.computed import ComputedWeight, computed_weight
-from lightning_softprune.graph.geometry import WeightGeometry
+from lightning_softprune.graph.geometry import Shape, WeightGeometry, check_rank
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
 Sizes = dict[str, int]
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,16 @@ class TensorAxis:
 class Layout:
     """The slots of one layer with their sizes, and the tensor dimensions that follow them.
 
-    ``parts`` names the slots that consist of equal parts (convolution groups, normalisation groups, attention heads):
-    every part has to lose the same channels. ``least`` says how much of a slot has to stay, where it is more than one.
+    ``parts`` names the slots that consist of equal parts (convolution groups, normalisation groups): every part has to
+    lose the same channels. ``runs`` names those whose indices go in runs of so many (heads). ``least`` says how much of
+    a slot has to stay, where it is more than one.
     """
 
     slots: Mapping[str, int]
     axes: tuple[TensorAxis, ...]
     parts: Mapping[str, int] = field(default_factory=dict)
     least: Mapping[str, int] = field(default_factory=dict)
+    runs: Mapping[str, int] = field(default_factory=dict)
 
     def slot(self, side: str) -> str:
         """Return the slot at a side: ``"both"`` where the layer does not tell its sides apart."""
@@ -129,6 +131,7 @@ class LayerType:
         mixes_positions: Whether it does more with the dimensions beside the channels than go through them.
         averages_channels: Whether it misses channels that go, by a mean, a norm or a scale: masking is another thing.
         takes_bias: Whether it computes with an attribute ``bias`` that may be ``None``, and can be given one.
+        own_forward: Whether each class has a forward of its own that is not known: what it does is looked into.
         weight: Name of the tensor without which it cannot be sliced.
         slices_computed: Whether it can be sliced too where that tensor is computed from others.
     """
@@ -139,6 +142,7 @@ class LayerType:
     mixes_positions: bool = True
     averages_channels: bool = False
     takes_bias: bool = False
+    own_forward: bool = False
     weight: ClassVar[str] = "weight"
     slices_computed: bool = False
 
@@ -156,6 +160,14 @@ class LayerType:
 
     def refresh(self, module: Any) -> None:
         """Renew what the layer keeps of its tensors beside them, after they were replaced."""
+
+    def linked(self, module: Any) -> tuple[tuple[str, str, str], ...]:
+        """Parts that are layers like any other, and hold its channels: its slot, the part's name in it, its slot."""
+        return ()
+
+    def calling_parts(self, module: Any) -> AbstractContextManager[None]:
+        """While this lasts, it calls the parts of :meth:`linked` as modules, so that their hooks fire."""
+        return nullcontext()
 
     def channel_dim(self, module: Any, tensor: torch.Tensor) -> int:
         """Which dimension of what the layer takes and gives holds the channels; not negative."""
@@ -242,6 +254,10 @@ class LayerType:
         """The sizes that a checkpoint records; none for a layer that cannot be sliced."""
         layout = self.recorded_layout(module)
         return dict(layout.slots) if isinstance(layout, Layout) else {}
+
+    def completed_sizes(self, module: Any, sizes: Mapping[str, int]) -> Sizes:
+        """Recorded sizes, with those that are left out where the layer is as its constructor makes it."""
+        return dict(sizes)
 
     def sizes_from(self, module: Any, shapes: Mapping[str, Shape]) -> Sizes | None:
         """Read the recorded sizes off the shapes of tensors.
@@ -402,22 +418,26 @@ def parts_of_layers(model: nn.Module) -> Iterator[nn.Module]:
             yield from (child for child in module.modules() if child is not module)
 
 
+def linked_parts(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
+    """Parts of layers that are layers like any other: the outer layer, its slot, the part's full name, its slot."""
+    for name, module in model.named_modules():
+        entry = layer_type(module)
+        for slot, part, other in entry.linked(module) if entry is not None else ():
+            yield name, slot, f"{name}.{part}".lstrip("."), other
+
+
+@contextmanager
+def parts_called(model: nn.Module) -> Iterator[None]:
+    """While this lasts, layers call those of their parts that are layers too, so that hooks on these fire."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            entry = layer_type(module)
+            if entry is not None:
+                stack.enter_context(entry.calling_parts(module))
+        yield
+
+
 def tensor_at(module: nn.Module, path: str) -> torch.Tensor | None:
     """The tensor at a dotted path; ``None`` where there is none."""
     found = attribute_at(module, path)
     return found if isinstance(found, torch.Tensor) else None
-
-
-def check_rank(shape: Shape, tensor: torch.Tensor) -> None:
-    """Refuse a shape with another number of dimensions than the tensor has.
-
-    Raises:
-        ValueError: It has.
-    """
-    if len(shape) != tensor.ndim:
-        raise ValueError(shape_mismatch(shape, tuple(tensor.shape)))
-
-
-def shape_mismatch(there: Shape, here: Shape) -> str:
-    """Word the difference between a checkpoint's shape and a model's."""
-    return f"a tensor has the shape {there} in the checkpoint, this model would have {here}"

@@ -27,7 +27,7 @@ def left_alone(
     covered = {member.module for group in groups for member in group.members}
     for name, module in model.named_modules():
         own = [n for n, _ in module.named_parameters(recurse=False)]
-        if not own or name in covered or _is_part(name, covered, model):
+        if not own or name in covered or _is_part(name, model):
             continue
         if any(parent in trace.reasons for parent in self_and_parents(name)[:-1]):
             continue  # said of the layer it belongs to
@@ -52,8 +52,8 @@ def left_alone(
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)
 
 
-def _is_part(name: str, covered: set[str], model: nn.Module) -> bool:
-    """Whether the module is a part of a layer that is covered (the output projection of attention)."""
+def _is_part(name: str, model: nn.Module) -> bool:
+    """Whether the module is a part of a layer, which speaks for it (the output projection of attention)."""
     parent = name.rpartition(".")[0]
-    entry = layer_type(model.get_submodule(parent)) if parent in covered else None
+    entry = layer_type(model.get_submodule(parent)) if parent != name else None
     return entry is not None and entry.owns_children

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, named_tensors
-from lightning_softprune.graph.layers import Layout, layer_type, layout_of, parts_of_layers
+from lightning_softprune.graph.layers import Layout, layer_type, layout_of, linked_parts, parts_of_layers
 
 Step = Callable[[], Any]
 
@@ -52,7 +52,8 @@ def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, s
     layouts: dict[str, Layout] = {}
     whole: dict[str, Layout] = {}
     reasons: dict[str, str] = {}
-    inside = set(parts_of_layers(model))
+    linked = {part for _, _, part, _ in linked_parts(model)}
+    inside = set(parts_of_layers(model)) - {model.get_submodule(part) for part in linked}
     for name, module in model.named_modules():
         if module in inside:
             continue
@@ -82,7 +83,7 @@ def _recorded(model: nn.Module, steps: Sequence[Step], whole: Mapping[str, Layou
 def _is_forward_known(module: nn.Module) -> bool:
     """Whether a layer computes what its entry in the table says: subclasses may do something else."""
     entry = layer_type(module)
-    if entry is None or "forward" in vars(module):
+    if entry is None or entry.own_forward or "forward" in vars(module):
         return False
     for kind in type(module).__mro__:
         if entry.is_for(kind):

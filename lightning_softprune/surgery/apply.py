@@ -52,6 +52,7 @@ class Surgery:
     computed: dict[str, tuple[torch.Tensor, KeptByDim]] = field(default_factory=dict)
     _counted: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     _contents: list[tuple[dict[str, Any], dict[str, Any]]] = field(default_factory=list)
+    _classes: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     _replaced: dict[int, nn.Parameter] = field(default_factory=dict)
 
     def add(self, old: nn.Parameter, new: nn.Parameter, by_dim: KeptByDim) -> None:
@@ -88,6 +89,8 @@ class Surgery:
         for mapping, items in reversed(self._contents):  # what was noted first is how it was
             mapping.clear()
             mapping.update(items)
+        for module, kind in reversed(self._classes):
+            module.__class__ = kind
 
     def replace(self, module: nn.Module, attribute: str, name: str, new: nn.Parameter) -> None:
         """Put a parameter of the same shape in the place of one that was not sliced: the old one has to survive."""
@@ -100,6 +103,7 @@ class Surgery:
 
     def remember(self, module: nn.Module) -> None:
         """Note what a module holds, so that :meth:`undo` can put it back."""
+        self._classes.append((module, type(module)))
         for mapping in (module._parameters, module._buffers, module.__dict__):
             self._contents.append((mapping, dict(mapping)))
 

@@ -249,6 +249,7 @@ class References:
             layer = self.model.get_submodule(f"{prefix}{path}".rstrip("."))
             before = [(held, dict(held)) for held in (module._parameters, module._buffers, module.__dict__)]
             self._undo.append(functools.partial(_refill, before))
+            self._undo.append(functools.partial(setattr, module, "__class__", type(module)))
             layout = layout_of(layer)
             if layer_type(module) is not None and isinstance(layout, Layout):
                 set_sizes(module, layout.slots)

@@ -76,6 +76,7 @@ class Snapshot:
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._tensors: list[tuple[Tensor, torch.Size, Tensor]] = []
+        self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
         self._parameters: list[tuple[nn.Parameter, bool, Tensor | None]] = []
 
     def ignore(self, value: object) -> None:
@@ -190,6 +191,8 @@ class Snapshot:
                 self._tensor(value, limited)
         elif issubclass(kind, _HAVE_ATTRIBUTES):
             inner = [vars(value)]
+            if issubclass(kind, nn.Module):
+                self._classes.append((value, kind))
         elif issubclass(kind, RNGS):
             self._generator(value)
         elif self._has_room(value.nbytes if issubclass(kind, np.ndarray) else 32 * len(value), limited):
@@ -258,6 +261,9 @@ class Snapshot:
         """Puts everything back."""
         for mapping, items in self._dicts:
             _restore_dict(mapping, items)
+        for module, kind in self._classes:
+            if type(module) is not kind:
+                module.__class__ = kind
         for values, elements in self._lists:
             if not _same(list.copy(values), elements):
                 list.__setitem__(values, slice(None), elements)

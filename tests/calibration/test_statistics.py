@@ -17,7 +17,7 @@ from lightning_softprune.calibration import (
 )
 from lightning_softprune.calibration.readers import reading_weight
 from lightning_softprune.calibration.statistics import KernelCoverage, kernel_coverage
-from lightning_softprune.graph import geometry_of
+from lightning_softprune.graph import geometry_of, parts_called
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Member, PruningGroup
 from support import zoo
@@ -166,7 +166,7 @@ def examined(model, *inputs):
         ("Residual", {"up": 1, "down": 1, "head": 4}),
         ("Sequence", {"inner": 1, "head": 7}),
         ("DepthwiseSeparable", {"pointwise": 1, "head": 1}),
-        ("Attention", {"attention": 1, "head": 1}),
+        ("Attention", {"attention": 1, "attention.out_proj": 4, "head": 1}),
     ],
 )
 def test_readers_are_the_layers_that_mix_a_groups_channels_with_the_positions_behind_a_flatten(name, readers):
@@ -209,7 +209,7 @@ def test_collected_moments_are_those_of_what_the_reader_is_given(case):
         )
         for reader in readers
     ]
-    with torch.no_grad():
+    with torch.no_grad(), parts_called(model):
         model(x)
         model(y)
     for handle in handles:

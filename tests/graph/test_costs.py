@@ -103,7 +103,7 @@ def test_frozen_and_unused_parameters_count_and_tied_ones_count_once():
     model, _ = BY_NAME["Transformer"].make()
     assert count_parameters(model) == sum(p.numel() for p in set(model.parameters()))
     costs, *_ = cost_model(*BY_NAME["Transformer"].make())
-    assert costs.count("params", np.zeros(2)).tolist() == [count_parameters(model)]
+    assert costs.count("params", np.zeros(3)).tolist() == [count_parameters(model)]
 
 
 def test_biases_to_come_are_counted_with_the_first_removed_channel():

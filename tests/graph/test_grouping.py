@@ -59,12 +59,14 @@ def test_every_channel_is_somewhere_in_every_member(case):
         ("PReLUs", "body", {"body (out)", "many (both)", "inner (in)"}),
         ("RMSNormed", "body", {"body (out)", "norm (both)", "head (in)"}),
         ("InstanceNormed", "body", {"body (out)", "norm (both)", "head (in)"}),
-        ("Attention", "body", {"body (out)", "attention (both)", "head (in)"}),
+        ("Attention", "body", {"body (out)", "attention (both)", "attention.out_proj (out)", "head (in)"}),
+        ("Attention", "attention.heads", {"attention (heads)", "attention.out_proj (in)"}),
         ("SharedLayer", "body", {"body (out)", "shared (in)", "shared (out)", "head (in)"}),
         (
             "Transformer",
             "embedding",
             {"embedding (both)", "position (dim2)", "norm (both)", "head (in)", "layer.self_attn (both)"}
+            | {"layer.self_attn.out_proj (out)"}
             | {"layer.norm1 (both)", "layer.norm2 (both)", "layer.linear1 (in)", "layer.linear2 (out)"},
         ),
     ],
@@ -147,13 +149,18 @@ def test_a_chunk_across_the_channels_of_two_layers_couples_them():
 def test_the_parts_of_grouped_layers_lose_the_same_channels():
     assert owners("GroupedConv", "stem")["grouped (in)"] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert owners("GroupNormed", "body")["norm (both)"] == [0, 1, 2, 3] * 3
-    assert owners("Attention", "body")["attention (both)"] == [0, 1, 2, 3] * 3
+
+
+def test_a_head_owns_its_dimensions_at_both_of_its_ends():
+    found = owners("Attention", "attention.heads")
+    assert found["attention (heads)"] == found["attention.out_proj (in)"] == [0] * 4 + [1] * 4 + [2] * 4
 
 
 def test_attention_whose_weights_nobody_reads_is_prunable():
     found = by_name(find(Wide(Attending()).eval(), torch.randn(3, 3, 5)))
     assert found["body"].prunable
-    assert found["body"].num_channels == 4
+    assert found["body"].num_channels == 8
+    assert found["between.attention.heads"].num_channels == 2
 
 
 class _Reordered(nn.Module):

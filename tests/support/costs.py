@@ -20,8 +20,9 @@ def count_macs(model, applications, samples=1.0):
 
 def _layer_macs(module, seen):
     if isinstance(module, nn.MultiheadAttention):
-        width = module.embed_dim
-        return 2 * (seen.applied + seen.keys) * width**2 + 2 * seen.pairs * width
+        width = module.num_heads * module.head_dim
+        projected = 2 * seen.applied * module.embed_dim + seen.keys * (module.kdim + module.vdim)
+        return (projected + 2 * seen.pairs) * width
     if isinstance(module, _ConvNd):
         return seen.applied * module.in_channels * module.out_channels / module.groups
     if isinstance(module, nn.Linear):

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
+from lightning_softprune.graph import parts_called
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
@@ -143,7 +144,7 @@ def inputs_of(model, name, *batches):
 def raw_inputs_of(model, name, *batches):
     seen = []
     handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    with torch.no_grad():
+    with torch.no_grad(), parts_called(model):
         for x in batches:
             model(x)
     handle.remove()

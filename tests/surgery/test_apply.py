@@ -38,6 +38,8 @@ def mask_readers(model, groups, plan):
                 module = modules.get(member.module)
                 if isinstance(module, nn.RNNBase) and member.slot == "out":  # it reads its own units
                     module.weight_hh_l0[:, np.isin(member.owner, channels)] = 0
+                if isinstance(module, nn.MultiheadAttention) and member.slot == "both":
+                    module.in_proj_weight[:, np.isin(member.owner, channels)] = 0
                 if member.slot != "in":
                     continue
                 for index in np.flatnonzero(np.isin(member.owner, channels)).tolist():
@@ -140,62 +142,73 @@ def test_group_norm_equals_a_network_built_by_hand(removed):
     close(model(x), expected)
 
 
-def smaller_attention(dense, kept):
-    """Attention over the kept dimensions of every head."""
-    width = dense.embed_dim
-    thrice = [copy_ * width + index for copy_ in range(3) for index in kept]
-    small = nn.MultiheadAttention(
-        len(kept), dense.num_heads, batch_first=dense.batch_first, add_bias_kv=dense.bias_k is not None
-    )
-    load(
-        small,
-        in_proj_weight=dense.in_proj_weight[thrice][:, kept],
-        in_proj_bias=dense.in_proj_bias[thrice],
-        out_proj__weight=dense.out_proj.weight[kept][:, kept],
-        out_proj__bias=dense.out_proj.bias[kept],
-    )
-    if dense.bias_k is not None:
-        load(small, bias_k=dense.bias_k[..., kept], bias_v=dense.bias_v[..., kept])
-    return small
+def smaller_attention(dense, kept, heads):
+    """Self-attention of the kept channels by the kept heads, head by head."""
+
+    def attend(z):
+        total = dense.out_proj.bias[kept]
+        for head in heads:
+            rows = [slice(k * dense.embed_dim + head * dense.head_dim, None) for k in range(3)]
+            q, k, v = (
+                F.linear(
+                    z, dense.in_proj_weight[own][: dense.head_dim, kept], dense.in_proj_bias[own][: dense.head_dim]
+                )
+                for own in rows
+            )
+            own = slice(head * dense.head_dim, (head + 1) * dense.head_dim)
+            if dense.bias_k is not None:
+                k, v = (
+                    torch.cat([x, more[..., own].expand(len(x), -1, -1)], 1)
+                    for x, more in ((k, dense.bias_k), (v, dense.bias_v))
+                )
+            mixed = (q @ k.transpose(1, 2) / dense.head_dim**0.5).softmax(-1) @ v
+            total = total + mixed @ dense.out_proj.weight[kept][:, own].t()
+        return total
+
+    return attend
 
 
-@pytest.mark.parametrize("removed", [(1,), (0, 2), (0, 1, 3)])
-def test_attention_equals_a_network_built_by_hand(removed):
+@pytest.mark.parametrize(("removed", "lost"), [((1,), ()), ((), (1,)), ((0, 2, 7), (0, 2)), (tuple(range(11)), (2,))])
+def test_attention_equals_a_network_built_by_hand(removed, lost):
     model, x = BY_NAME["Attention"].make()
     nn.init.normal_(model.attention.in_proj_bias)
     nn.init.normal_(model.attention.out_proj.bias)
-    kept = [4 * head + channel for head in range(3) for channel in complement(removed, 4)]
+    kept, heads = complement(removed, 12), complement(lost, 3)
     body = load(nn.Linear(5, len(kept)), weight=model.body.weight[kept], bias=model.body.bias[kept])
-    attention = smaller_attention(model.attention, kept)
+    attention = smaller_attention(model.attention, kept, heads)
     head = load(nn.Linear(len(kept), 2), weight=model.head.weight[:, kept], bias=model.head.bias)
-    z = body(x)
-    expected = head(attention(z, z, z)[0])
+    expected = head(attention(body(x))).detach()
     groups = prunable(model, x)
-    apply_plan(model, groups, plan_for(groups, body=removed))
+    apply_plan(model, groups, plan_for(groups, body=removed, attention_heads=lost))
     close(model(x), expected)
-    with torch.no_grad():  # the fast path reads the attributes
+    with torch.no_grad():  # the fast path would read the attributes
         close(model(x), expected)
-    assert (model.attention.embed_dim, model.attention.head_dim) == (len(kept), len(kept) // 3)
+    found = model.attention
+    assert (found.embed_dim, found.num_heads, found.head_dim) == (len(kept), len(heads), 4)
 
 
-@pytest.mark.parametrize(("removed", "hidden"), [((), (0, 3)), ((1,), ()), ((0, 2), tuple(range(15)))])
-def test_a_transformer_equals_a_network_built_by_hand(removed, hidden):
+@pytest.mark.parametrize(
+    ("removed", "lost", "hidden"),
+    [((), (), (0, 3)), ((1,), (), ()), ((), (1,), ()), ((0, 2, 3, 7), (0,), tuple(range(15)))],
+)
+def test_a_transformer_equals_a_network_built_by_hand(removed, lost, hidden):
     model, tokens = BY_NAME["Transformer"].make()
-    kept = [4 * head + channel for head in range(2) for channel in complement(removed, 4)]
+    kept = complement(removed, 8)
     inner = complement(hidden, 16)
     dense, n = model.layer, len(kept)
-    layer = nn.TransformerEncoderLayer(n, 2, len(inner), batch_first=True, dropout=0.0)
-    layer.self_attn = smaller_attention(dense.self_attn, kept)
+    layer = nn.TransformerEncoderLayer(n, 1, len(inner), batch_first=True, dropout=0.0)
+    attention = smaller_attention(dense.self_attn, kept, complement(lost, 2))
+    layer._sa_block = lambda z, *_, **__: attention(z)
     load(layer.linear1, weight=dense.linear1.weight[inner][:, kept], bias=dense.linear1.bias[inner])
     load(layer.linear2, weight=dense.linear2.weight[kept][:, inner], bias=dense.linear2.bias[kept])
     for small, large in ((layer.norm1, dense.norm1), (layer.norm2, dense.norm2)):
         load(small, weight=large.weight[kept], bias=large.bias[kept])
     norm = load(nn.LayerNorm(n), weight=model.norm.weight[kept], bias=model.norm.bias[kept])
     table = model.embedding.weight[:, kept]
-    z = norm(layer.eval()(F.embedding(tokens, table) + model.position[..., kept]))
-    expected = z @ table.t() + model.head.bias
+    z = norm(layer.train()(F.embedding(tokens, table) + model.position[..., kept]))
+    expected = (z @ table.t() + model.head.bias).detach()
     groups = prunable(model, tokens)
-    apply_plan(model, groups, plan_for(groups, embedding=removed, layer_linear1=hidden))
+    apply_plan(model, groups, plan_for(groups, embedding=removed, layer_self_attn_heads=lost, layer_linear1=hidden))
     close(model(tokens), expected)
     with torch.no_grad():
         close(model(tokens), expected)

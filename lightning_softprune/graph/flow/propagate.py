@@ -89,8 +89,12 @@ class Flow:
             layout = self.layouts[layer]
             size, parts = layout.slots[slot], layout.parts.get(slot, 1)
             found = self._slots[layer, slot] = self.couplings.slot(layer, slot, size)
+            run = layout.runs.get(slot, 1)
             if parts > 1:
                 rules_of_shape.alike(self, found, size // parts)
+            if run > 1:
+                self.couplings.unite(found, np.repeat(found[::run], run))
+                self.couplings.extents.append((found[::run], layer))
         return self._slots[layer, slot]
 
     def _labels_of_source(self, name: str) -> Labels:
@@ -236,6 +240,8 @@ class Flow:
         passes = entry is not None and not entry.mixes_positions
         if passes and not operation.taken and not operation.given and operation.inputs:
             return [list(self.labels(operation.inputs[0])) for _ in operation.outputs]  # one slope for all channels
+        for slot, part, other in entry.linked(self._modules[name]) if entry is not None else ():
+            self.couplings.unite(self.atoms(name, slot), self.atoms(f"{name}.{part}".lstrip("."), other))
         ports = {(value.number, dim) for value, _, dim, _ in operation.taken}
         leading: dict[int, Label] = {}
         first = operation.taken[0] if operation.taken else None

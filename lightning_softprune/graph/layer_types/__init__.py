@@ -1,5 +1,6 @@
 """The entries of the table of layer types; importing this folder puts them into the table (`layers.py`)."""
 
+from lightning_softprune.graph.layer_types.attention import ATTENTION_TYPES
 from lightning_softprune.graph.layer_types.common import LAYER_TYPES as COMMON_TYPES
 from lightning_softprune.graph.layer_types.foreign import FOREIGN_TYPES
 from lightning_softprune.graph.layer_types.further import FURTHER_TYPES
@@ -12,7 +13,7 @@ from lightning_softprune.graph.layer_types.registered import (
 )
 from lightning_softprune.graph.layer_types.spec import LayerSpec
 
-LAYER_TYPES = (*COMMON_TYPES, *RECURRENT_TYPES, *FURTHER_TYPES)
+LAYER_TYPES = (*COMMON_TYPES, *ATTENTION_TYPES, *RECURRENT_TYPES, *FURTHER_TYPES)
 """All entries for layers of PyTorch."""
 
 __all__ = [

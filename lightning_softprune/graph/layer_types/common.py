@@ -16,18 +16,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lightning_softprune.graph.geometry import Kernel, WeightGeometry
+from lightning_softprune.graph.geometry import Kernel, Shape, WeightGeometry, check_rank
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
     Layout,
     MacTerm,
     Port,
-    Shape,
     Sizes,
     TensorAxis,
     add_layer_type,
-    check_rank,
 )
 
 
@@ -321,74 +319,6 @@ class EmbeddingType(PassingOn):
         return Layout({"both": module.embedding_dim}, (TensorAxis("weight", 1, "both"),))
 
 
-class AttentionType(LayerType):
-    """``nn.MultiheadAttention``: one dimension of every head, at all sides alike."""
-
-    types = (nn.MultiheadAttention,)
-    averages_channels = True
-    produces = False
-    owns_children = True
-    weight = "in_proj_weight"
-
-    def describe(self, module: nn.MultiheadAttention) -> Layout | str:
-        """See `LayerType`."""
-        if module.in_proj_weight is None:
-            return "attention whose keys or values have a width of their own"
-        axes = (
-            TensorAxis("in_proj_weight", 0, "both", repeat=3),
-            TensorAxis("in_proj_weight", 1, "both"),
-            TensorAxis("in_proj_bias", 0, "both", repeat=3),
-            TensorAxis("bias_k", 2, "both"),
-            TensorAxis("bias_v", 2, "both"),
-            TensorAxis("out_proj.weight", 0, "both"),
-            TensorAxis("out_proj.weight", 1, "both"),
-            TensorAxis("out_proj.bias", 0, "both"),
-        )
-        return Layout({"both": module.embed_dim}, axes, {"both": module.num_heads})
-
-    def taken(self, module: nn.MultiheadAttention, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
-        """Queries, keys and values."""
-        for place, name in enumerate(("query", "key", "value")):
-            tensor = _argument(inputs, place, name)
-            yield Port(tensor, "both", tensor.ndim - 1)
-
-    def resize(self, module: nn.MultiheadAttention, sizes: Mapping[str, int]) -> None:
-        """See `LayerType`."""
-        if "both" not in sizes:
-            return
-        width = sizes["both"]
-        module.embed_dim = module.kdim = module.vdim = width
-        module.head_dim = width // module.num_heads
-        module.out_proj.in_features = module.out_proj.out_features = width
-
-    def geometry(self, module: nn.MultiheadAttention) -> WeightGeometry:
-        """See `LayerType`."""
-        width = module.embed_dim
-        return WeightGeometry(width, 3 * width, weight="in_proj_weight", slot="both", is_whole=False)
-
-    def observe(
-        self, module: nn.MultiheadAttention, inputs: Mapping[str | int, Any], output: Any, seen: Applications
-    ) -> None:
-        """Count queries, keys, and pairs of them."""
-        query, key = _argument(inputs, 0, "query"), _argument(inputs, 1, "key")
-        rows, length = query.numel() / query.shape[-1], key.numel() / key.shape[-1]
-        batch = 1 if query.ndim == 2 else query.shape[0 if module.batch_first else 1]
-        seen.applied += rows
-        seen.keys += length
-        seen.pairs += rows * length / batch
-
-    def macs(self, module: nn.MultiheadAttention, seen: Applications) -> tuple[MacTerm, ...]:
-        """Queries and output, keys and values; then scores, and the weighted sum of the values."""
-        return (
-            MacTerm(2 * seen.applied + 2 * seen.keys, ("both", "both")),
-            MacTerm(2 * seen.pairs, ("both",)),
-        )
-
-    def mac_sizes(self, module: nn.MultiheadAttention) -> Sizes:
-        """See `LayerType`."""
-        return {"both": module.embed_dim}
-
-
 LAYER_TYPES: tuple[LayerType, ...] = (
     LinearType(),
     ConvolutionType(),
@@ -398,7 +328,6 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     RMSNormType(),
     PReLUType(),
     EmbeddingType(),
-    AttentionType(),
 )
 """All entries; importing this file puts them into the table."""
 

@@ -64,6 +64,7 @@ def head_groups(architecture: Architecture, groups) -> tuple[int, int]:
     heads = dimensions = 0
     for group in only_prunable(groups):
         counted = any("head" in count.attribute and count.per_channel == 1 for count in group.counts)
+        counted = counted or any(member.slot == "heads" for member in group.members)  # of PyTorch's own layer
         makers = [m for m in group.members if m.slot == "out" and QUERIES.search(m.module)]
         runs = [_longest_run(np.flatnonzero(member.owner == 0)) for member in makers]
         if counted or (runs and architecture.head and max(runs) >= architecture.head):
