@@ -5,7 +5,7 @@
 The ViT reads scikit-learn's digits in patches of 2 x 2. The decoders have two query heads to a key/value head: one
 reads the same patches, causally, and names the digit behind the last one; the other predicts the next character of the
 descriptions of scikit-learn's data sets. Held-out windows of that small text overlap with those it was trained on, so
-that it mostly learns the text by heart and needs every head. Accuracies are those of an independent validation.
+that it partly learns the text by heart. Accuracies are those of an independent validation.
 """
 
 import argparse
