@@ -6,16 +6,18 @@ dense network's outputs ``y``, what its outputs read now ``z``, and the compensa
 
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
 
-few samples change ``W0`` little. Where a pointwise function follows the reader, outputs are then compared after it
-(``activation_fit.py``). Layers whose unfolded inputs are too wide keep one regression for all positions: the dense
-inputs ``x`` are predicted from ``z``, around the one-shot prediction.
+few samples change ``W0`` little. Where the model adds the outputs to something else (``sums.py``), ``y`` is what the
+dense network's sum lacks of the other addend as it is now, so that a reader makes up for what those before it lost.
+Where a pointwise function follows the reader, outputs are then compared after it (``activation_fit.py``). Layers whose
+unfolded inputs are too wide keep one regression for all positions: the dense inputs ``x`` are predicted from ``z``,
+around the one-shot prediction.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,6 +39,7 @@ from lightning_softprune.compensation.activation_fit import Start, fit_after_act
 from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
 from lightning_softprune.compensation.fold import Compensation
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, cholesky, ridge_of
+from lightning_softprune.compensation.sums import watch_sums
 from lightning_softprune.compensation.weights import PrunedWeight
 from lightning_softprune.graph import WeightGeometry, weight_of, write_weight
 from lightning_softprune.surgery import Surgery
@@ -64,7 +67,8 @@ anything, so that few calibration batches tell less of it than of the linear fit
 class DenseRun:
     """What the readers did in the dense network: outputs, and inputs of those whose unfolded inputs are too wide.
 
-    Evenly spread observations of each calibration batch, in single precision.
+    Evenly spread observations of each calibration batch, in single precision. Of the readers in `summed` the outputs
+    are taken together with what the model adds to them.
     """
 
     def __init__(self, model: nn.Module, compensation: Compensation, steps: Sequence[Callable[[], Any]]) -> None:
@@ -77,11 +81,16 @@ class DenseRun:
         geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
         self.most = {name: most_rows(geometries[name].features) for name in by_feature}
         own_ways = dict.fromkeys(by_feature, 0.0)
+        added: dict[str, list[torch.Tensor | None]] = {name: [] for name in by_feature}
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
             see(name, outputs_at_rows(geometries[name], output, self.most[name]))
+
+        def see_sum(name: str, addend: torch.Tensor | None) -> None:
+            rows = None if addend is None else outputs_at_rows(geometries[name], addend, self.most[name]).float()
+            added[name].append(rows)
 
         def see_input(name: str, source: torch.Tensor) -> None:
             see(name, _channels(geometries[name], source))
@@ -90,16 +99,35 @@ class DenseRun:
             self.rows.setdefault(name, []).append(rows.float())
             self.calls[-1][name] += 1
 
-        with watch_calls(model, by_feature, see_call), watch_inputs(model, by_channel, see_input), torch.no_grad():
+        with ExitStack() as stack:
+            stack.enter_context(watch_calls(model, by_feature, see_call))
+            stack.enter_context(watch_inputs(model, by_channel, see_input))
+            stack.enter_context(watch_sums(model, by_feature, see_sum))
+            stack.enter_context(torch.no_grad())
             for step in steps:
                 self.calls.append(Counter())
                 step()
         device = next(model.parameters()).device
+        self.summed = self._take_sums(added, device)
         found = sum_over_processes(torch.tensor(list(own_ways.values()), device=device)).tolist()
         for name, flags in zip(by_feature, found, strict=True):  # all processes leave out the same ones
             if flags:
                 self.rows.pop(name, None)
         self.activations = find_following_activations(model, by_feature, steps[0]) if steps else {}
+
+    def _take_sums(self, added: Mapping[str, Sequence[torch.Tensor | None]], device: torch.device) -> set[str]:
+        """Add to outputs what the model adds to them; names of the readers, the same ones on all processes."""
+        differs = []
+        for name, seen in added.items():
+            shapes = [rows.shape for rows in seen if rows is not None]
+            same = len(shapes) == len(seen) and shapes == [rows.shape for rows in self.rows.get(name, [])]
+            differs.append(float(not same))
+        refused = sum_over_processes(torch.tensor(differs, device=device)).tolist()
+        summed = {name for name, flag in zip(added, refused, strict=True) if not flag and name in self.rows}
+        for name in summed:
+            addends = [other for other in added[name] if other is not None]
+            self.rows[name] = [one + other for one, other in zip(self.rows[name], addends, strict=True)]
+        return summed
 
 
 def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
@@ -137,19 +165,23 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         read: Read = partial(_channels, pruned.geometry)
         if name in dense.most:
             read = partial(unfold_inputs, pruned.geometry, most=dense.most[name])
-        seen = _given(model, name, read, dense)
+        now = partial(outputs_at_rows, pruned.geometry, most=dense.most[name]) if name in dense.summed else None
+        seen, added = _given(model, name, read, now, dense)
         device = regression.mean.device
-        differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
+        lengths = [[len(rows) for rows in found] for found in (targets, seen, *([added] if now else []))]
+        differs = any(found != lengths[0] for found in lengths)
         if sum_number_over_processes(differs, device) > 0:
             continue  # the pruned model calls the layer differently; the one-shot prediction stays
         wanted, given = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
         if isinstance(regression, FeatureRegression):
             kept = pruned.kept_outputs()
             wanted = wanted if kept is None else wanted[:, kept.to(device)]
+            if now is not None:
+                wanted = wanted - in_double(torch.cat(added)).to(device)
             activation = dense.activations.get(name)
             activation = activation if activation is None or kept is None else activation.of(kept)
-            now = pruned.geometry.to_rows(before).to(device, torch.float64)
-            weight, bias = _fit_features(now, wanted, given, activation, centred=regression.centred)
+            one_shot = pruned.geometry.to_rows(before).to(device, torch.float64)
+            weight, bias = _fit_features(one_shot, wanted, given, activation, centred=regression.centred)
         else:
             rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
             weight, shift = _fit_channels(regression, rows, stays, wanted, given)
@@ -163,23 +195,35 @@ class _StopForward(BaseException):
     """Ends a step: all that was wanted of it has been seen."""
 
 
-def _given(model: nn.Module, name: str, read: Read, dense: DenseRun) -> list[torch.Tensor]:
-    """What the reader is given now, call by call; each step is run as far as its last call of the reader."""
+def _given(
+    model: nn.Module, name: str, read: Read, read_sum: Read | None, dense: DenseRun
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the reader is given now, call by call, and what is added to its outputs, if that is to be read.
+
+    Each step is run as far as its last call of the reader, or the sum behind it.
+    """
     seen: list[torch.Tensor] = []
+    added: list[torch.Tensor] = []
     wanted = 0
 
     def see(_: str, source: torch.Tensor) -> None:
         seen.append(read(source))
-        if len(seen) == wanted:
+        if len(seen) == wanted and read_sum is None:
             raise _StopForward
+
+    def see_sum(_: str, addend: torch.Tensor | None) -> None:
+        if read_sum is not None and addend is not None:
+            added.append(read_sum(addend))
+            if len(added) == wanted:
+                raise _StopForward
 
     with watch_inputs(model, [name], see), torch.no_grad():
         for step, calls in zip(dense.steps, dense.calls, strict=True):
             wanted += calls[name]
             if calls[name]:
-                with suppress(_StopForward):
+                with suppress(_StopForward), watch_sums(model, [name] if read_sum is not None else [], see_sum):
                     step()
-    return seen
+    return seen, added
 
 
 def _fit_features(
