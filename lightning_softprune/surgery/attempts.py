@@ -75,9 +75,9 @@ def probe_with_counts(
     found = probed(groups)
     counts, chosen_dims = candidates.counts, candidates.chosen_dims
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, (group, after) in enumerate(zip(groups, found, strict=True)):
+    for i, (group, one) in enumerate(zip(groups, found, strict=True)):
         names = tuple(sorted({count.attribute for count in counts.get(group.name, ())}))
-        if group.prunable and not after.prunable and names:
+        if group.prunable and not one.prunable and names:
             alike[names].append(i)
     counted = list(groups)
     for names, members in alike.items():
@@ -88,7 +88,8 @@ def probe_with_counts(
                 if probed([trial])[0].prunable and not unlike([trial]):
                     for other in left:
                         counted[other] = _with_counts(groups[other], counts[groups[other].name], chosen)
-                    left = [other for other in left if not probed([counted[other]])[0].prunable]
+                    after = probed([counted[other] for other in left])  # together: they are many blocks alike
+                    left = [other for other, tried in zip(left, after, strict=True) if not tried.prunable]
                     break
             if not left:
                 break
@@ -96,7 +97,7 @@ def probe_with_counts(
             counted[i] = groups[i]
     if any(group.counts for group in counted):
         pairs = zip(counted, found, strict=True)
-        found = probed([group if group.counts or after.prunable else after for group, after in pairs])
+        found = probed([group if group.counts or one.prunable else one for group, one in pairs])
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
     return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]

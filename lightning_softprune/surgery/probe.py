@@ -333,16 +333,18 @@ def _rearrange(
             for kind in np.unique(shape[:, kept], axis=1).T:
                 alike = kept[(shape[:, kept] == kind[:, None]).all(axis=0)]
                 place[alike] = _deranged(alike, rng)
+        going = np.zeros(group.num_channels, dtype=bool)
+        going[list(cuts[i])] = True
         for member in group.members:
             slot = (member.module, member.slot)
             moved = content.setdefault(slot, np.arange(len(member.owner)))
             lost = gone.setdefault(slot, np.zeros(len(member.owner), dtype=bool))
-            order = np.argsort(member.owner, kind="stable")
-            starts = np.searchsorted(member.owner[order], np.arange(group.num_channels + 1))
-            for channel in np.flatnonzero(place != np.arange(group.num_channels)):
-                there = place[channel]
-                moved[order[starts[channel] : starts[channel + 1]]] = order[starts[there] : starts[there + 1]]
-            lost |= np.isin(member.owner, cuts[i])
+            held = np.flatnonzero(member.owner >= 0)
+            order = held[np.argsort(member.owner[held], kind="stable")]
+            channels = member.owner[order]
+            starts = np.searchsorted(channels, np.arange(group.num_channels))
+            moved[order] = order[starts[place[channels]] + np.arange(len(order)) - starts[channels]]
+            lost[held] |= going[member.owner[held]]
     selected: dict[str, dict[str, torch.Tensor]] = {}
     for (module, side), moved in content.items():
         selected.setdefault(module, {})[side] = torch.from_numpy(moved[~gone[module, side]])
@@ -351,11 +353,10 @@ def _rearrange(
 
 
 def _deranged(items: IntArray, rng: np.random.Generator) -> IntArray:
-    """The items in another order, none in its place (Sattolo's algorithm: one random cycle)."""
+    """The items in another order, none in its place: one random cycle through all of them."""
+    cycle = rng.permutation(len(items))
     result: IntArray = items.copy()
-    for i in range(len(result) - 1, 0, -1):
-        j = int(rng.integers(i))
-        result[[i, j]] = result[[j, i]]
+    result[cycle] = items[np.roll(cycle, -1)]
     return result
 
 
