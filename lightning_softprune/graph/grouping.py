@@ -227,6 +227,9 @@ def _build(
     numbers = list(dict.fromkeys(found[found >= 0].tolist()))
     pinned = [table.reasons[number] for number in numbers if number in table.reasons]
     reason = min(pinned, key=lambda text: _OUTPUT not in text) if pinned else ""
+    if 0 < len(pinned) < len(numbers):
+        said, semicolon, hint = reason.partition("; ")
+        reason = f"{said} ({len(pinned)} of its {len(numbers)} channels){semicolon}{hint}"
     if not reason and len(numbers) < 2:
         reason = "it has a single channel" if numbers else "it has no channels that can go"
     if not len(found):

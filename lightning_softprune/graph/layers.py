@@ -208,7 +208,7 @@ class LayerType:
         computed = isinstance(getattr(module, self.weight, None), torch.Tensor)
         if parametrize.is_parametrized(module) or (computed and module._parameters.get(self.weight) is None):
             name = type(module).__name__.removeprefix("Parametrized")
-            return f"the weights of this {name} are computed (weight norm or another parametrization)"
+            return computed_weights(name, module)
         return self.describe(module)
 
     # ------------------------------------------------------------------------------------------------ in checkpoints
@@ -314,6 +314,15 @@ def layout_of(module: nn.Module) -> Layout | str | None:
     if entry is None:
         return None
     return entry.layout(module)
+
+
+def computed_weights(name: str, module: nn.Module) -> str:
+    """Why a layer of this name cannot be sliced whose weights are computed, and what would help."""
+    how = "torch.nn.utils.remove_weight_norm"
+    if parametrize.is_parametrized(module):
+        how = "torch.nn.utils.parametrize.remove_parametrizations"
+    reason = f"the weights of this {name} are computed (weight norm or another parametrization)"
+    return f"{reason}; remove it before pruning: {how}"
 
 
 def geometry_of(module: nn.Module) -> WeightGeometry | None:

@@ -25,11 +25,19 @@ from torch.nn import functional as F
 from lightning_softprune.graph import Layout, Member, PruningGroup, layer_type, layout_of, tensor_at
 from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
 from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.frames import frames_of, is_users, line_of
 from lightning_softprune.utilities.hooks import forward_hook, registered
 from lightning_softprune.utilities.nested import tensors_in
 
 _AS_MASKED = 2e-5
 """Zeros in a sum change no more than rounding."""
+
+_LONGEST = 80
+"""Of an exception's message, in a reason."""
+
+_HINT = "if a size is written down: write -1, take the tensor's shape, or an integer attribute"
+
+_BY_NUMBER = "what is read by its number needs a layer of its own"
 
 _NARROW = 3
 """Patterns of a group that remove as little as can be: the first channels, the last, those between."""
@@ -239,8 +247,7 @@ class _Probe:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the user's code says to fewer channels is the reason
-            line = (str(error).splitlines() or [""])[0]
-            return _Problem(f"the model does not run with fewer channels: {type(error).__name__}: {line}", True)
+            return _Problem(self._reason_of(error), True)
         own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
         words = (
             "its channels are reordered, or told apart by their number, on the way to {}",
@@ -255,8 +262,22 @@ class _Probe:
                 if word is words[0] and not same:  # channels beside the positions change places with these
                     same = name in own or _alike(ordered.sums[name], shuffled.sums.get(name, []), tolerance)
                 if name in steady and not same:
-                    return _Problem(word.format(name or "the module"), False)
+                    return _Problem(f"{word.format(name or 'the module')}; {_BY_NUMBER}", False)
         return None
+
+    def _reason_of(self, error: Exception) -> str:
+        """What the model said to fewer channels, where, and what would help."""
+        line = (str(error).splitlines() or [""])[0]
+        line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
+        names = {id(module): name for name, module in self.model.named_modules()}
+        module = place = ""
+        for frame, number in frames_of(error.__traceback__):
+            module = names.get(id(frame.f_locals.get("self")), module)
+            place = line_of(frame, number) if is_users(frame) else place
+        where = " in ".join(filter(None, (place, module)))
+        found = f"the model does not run with fewer channels: {type(error).__name__}: {line}"
+        hint = _BY_NUMBER if isinstance(error, IndexError) else _HINT
+        return f"{found} ({where}); {hint}" if where else f"{found}; {hint}"
 
     def is_as_masked(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:
         """Whether the model without these channels computes what it does with them set to zero."""

@@ -25,6 +25,7 @@ from lightning_softprune.graph.layers import (
     Sizes,
     TensorAxis,
     add_layer_type,
+    computed_weights,
 )
 from lightning_softprune.utilities.nested import tensors_in
 
@@ -46,7 +47,7 @@ class _Recurrent(LayerType):
             return f"{name} layers cannot be sliced"
         axes = tuple(self._axes(module))
         if any(module._parameters.get(axis.tensor) is None for axis in axes):
-            return f"the weights of this {name} are computed (weight norm or another parametrization)"
+            return computed_weights(name, module)
         return Layout(self.mac_sizes(module), axes)
 
     def taken(self, module: Any, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
