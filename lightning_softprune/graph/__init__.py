@@ -42,7 +42,7 @@ from lightning_softprune.graph.layers import (
     takes_bias,
     tensor_at,
 )
-from lightning_softprune.graph.reach import Coverage, coverage
+from lightning_softprune.graph.reach import Coverage, Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
@@ -55,6 +55,7 @@ __all__ = [
     "Count",
     "Coverage",
     "Grouping",
+    "Groups",
     "Kernel",
     "LayerSpec",
     "LayerType",
