@@ -165,7 +165,7 @@ def narrowed_features(result: PruningResult) -> list[str]:
     Components without channels of their own are layers of a flat model, and say nothing.
     """
     verb = "now gives" if result.applied else "would give"
-    whole = {group.component for group in (*result.groups, *result.left_out)}
+    whole = {group.component for group in result.groups} | {item.component for item in result.left_out}
     lines = []
     for group in result.groups:
         if group.kind != "inter" or group.channels_after == group.channels_before:
