@@ -22,7 +22,7 @@ from lightning_softprune.surgery.probe import probe_groups, unlike_masked
 
 _UNLIKE = (
     "without some of its channels the model computes something else than with them set to zero: their number is used "
-    "for more than shapes, as in the scale of attention"
+    "for more than shapes, as in the scale of attention; keep such a number in an attribute of its own"
 )
 
 _MANY = 3

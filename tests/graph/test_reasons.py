@@ -121,3 +121,17 @@ def test_computed_weights_name_what_removes_them(wrap, remedy):
     groups = {group.name: group for group in find_groups(model, torch.randn(3, 5))}
     assert groups["0"].reason.startswith("feeds 1: the weights of this Linear are computed")
     assert remedy in groups["0"].reason
+
+
+def test_a_layer_that_takes_channels_as_time_names_the_tensor_its_shape_and_the_dimension():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 6), nn.GRU(5, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x).transpose(1, 2))[0][:, -1])
+
+    groups = {group.name: group for group in find_groups(Turned(), torch.randn(2, 5, 4))}
+    said = "second takes the output of first of shape (2, 6, 5) where it expects no channels (dimension 1)"
+    assert said in groups["first"].reason

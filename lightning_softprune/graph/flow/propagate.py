@@ -273,7 +273,8 @@ class Flow:
                 if passes and first is not None and value.number == first[0].number:
                     leading[dim] = label
                 elif is_atoms(label):
-                    self.couplings.pin(label, f"{name} takes it where it expects no channels")
+                    said = f"{name} takes {self.describe(value)} where it expects no channels (dimension {dim})"
+                    self.couplings.pin(label, said)
         labels: dict[int, Labels] = {}
         rank = len(self.shape(first[0])) if first is not None else -1
         for output in operation.outputs:
