@@ -33,18 +33,7 @@ DRY_RUN = "this was a dry run"
 
 _MODES = ("min", "max")
 
-
 _COSTS = ("params", "macs")
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A group's names, as bounds look for them."""
-
-    name: str
-    component: str
-    kind: str
-    num_channels: int
 
 
 class Outcome(str, Enum):
@@ -385,8 +374,7 @@ class PruningResult:
             limits=limits,
             bounds=bounds,
         )
-        names = [_Group(g.name, g.component, g.kind, g.channels_before) for g in self.groups]
-        found = solve(self.numbers, self._known(self.numbers), names, question)
+        found = solve(self.numbers, self._known(self.numbers), question)
         return replace(found, score=self._signed(found.score))
 
     def _signed(self, score: float) -> float:
@@ -402,7 +390,8 @@ class PruningResult:
             ),
             key=lambda curve: curve.index,
         )
-        first = [numbers.owners.index(n) for n in range(len(numbers.coefficients))]
+        owners = [group.owner for group in numbers.groups]
+        first = [owners.index(n) for n in range(len(numbers.coefficients))]
         scored = [trial for trial in self.trials if math.isfinite(trial.score)]
         points = np.array([[trial.coefficients[n] for n in first] for trial in scored]).reshape(len(scored), len(first))
         losses = np.array([self._signed(trial.score) for trial in scored])

@@ -45,7 +45,7 @@ from lightning_softprune.graph.layers import (
     weight_of,
     write_weight,
 )
-from lightning_softprune.graph.reach import Coverage, coverage
+from lightning_softprune.graph.reach import Coverage, Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
@@ -59,6 +59,7 @@ __all__ = [
     "Count",
     "Coverage",
     "Grouping",
+    "Groups",
     "Kernel",
     "LayerSpec",
     "LayerType",

@@ -240,3 +240,11 @@ def watch_gradients(computed: Mapping[nn.Module, ComputedWeight]) -> Iterator[We
 
     with registered(hook_for(layer, found) for layer, found in computed.items()):
         yield gradients
+
+
+def why_not_sliced(name: str, module: nn.Module, by: str = "weight norm or another parametrization") -> str:
+    """Why a layer of this name cannot be sliced whose weights are computed, and what would help."""
+    how = "remove_parametrizations" if parametrize.is_parametrized(module) else "remove_weight_norm"
+    where = "torch.nn.utils.parametrize" if parametrize.is_parametrized(module) else "torch.nn.utils"
+    reason = f"the weights of this {name} are computed by {by}: slices of them cannot be"
+    return f"{reason}; remove it before pruning: {where}.{how}"

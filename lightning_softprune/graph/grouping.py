@@ -144,6 +144,17 @@ class _Table:
         self.order = np.argsort(self.all, kind="stable")
         self.bounds = np.searchsorted(self.all[self.order], np.arange(self.all.max(initial=-1) + 2))
         self._averaged = np.unique(self.all[np.concatenate([np.zeros(0, np.int64), *couplings.averaged])])
+        self._modules = dict(trace.model.named_modules())
+        # looked up by class: there are as many of them as there are reshapes in the model
+        self._splits: dict[int, dict[str, int]] = defaultdict(dict)
+        for split in couplings.splits:
+            for number in np.unique(self.all[split.atoms[split.atoms >= 0]]).tolist():
+                self._splits[number][split.site] = len(split.sizes)
+        self._extents: dict[int, list[tuple[IntArray, str]]] = defaultdict(list)
+        for atoms, module in {(id(atoms), module): (atoms, module) for atoms, module in couplings.extents}.values():
+            if len(atoms) and (atoms >= 0).all():
+                found = self.all[atoms]
+                self._extents[int(found[0])].append((found, module))
         self.soft: set[int] = set()
         self.reasons: dict[int, str] = {}
         for atoms, reason, whole in couplings.pins:
@@ -185,11 +196,7 @@ class _Table:
 
     def splits(self, own: IntArray) -> dict[str, int]:
         """Places in the code at which these classes were laid out over several dimensions -> alternatives."""
-        return {
-            split.site: len(split.sizes)
-            for split in self.couplings.splits
-            if len(split.atoms) and np.isin(self.all[split.atoms], own).any()
-        }
+        return {site: sizes for number in own.tolist() for site, sizes in self._splits.get(number, {}).items()}
 
     def is_averaged(self, own: IntArray) -> bool:
         """Whether something is computed over these classes that misses those that go."""
@@ -199,23 +206,20 @@ class _Table:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""
         sizes: dict[int, int] = {}
         modules = {parent for member in group.members for parent in ["", *self_and_parents(member.module)[:-1]]}
-        extents = [*((np.arange(f, f + n), "") for f, n in (self.couplings.slots[k] for k in group.slots()))]
-        for atoms, module in (*extents, *self.couplings.extents):
-            inside = np.isin(self.all[atoms[atoms >= 0]], own)
-            if not len(inside) or not inside.all() or (atoms < 0).any():
+        slots = [self.couplings.slots[key] for key in group.slots()]
+        extents = [(self.all[first : first + size], "") for first, size in slots]
+        for found, module in (*extents, *(extent for number in own.tolist() for extent in self._extents[number])):
+            if not len(found) or not np.isin(found, own).all():
                 continue
             modules.add(module)
-            if group.num_channels and len(atoms) % group.num_channels == 0:
-                sizes.setdefault(len(atoms), len(atoms) // group.num_channels)
-        found = []
-        known = dict(self.trace.model.named_modules())
-        for module in sorted(modules):
-            for key, value in (
-                vars(known[module]).items() if module in known and module not in self.trace.layouts else ()
-            ):
-                if type(value) is int and value in sizes and not key.startswith("_"):
-                    found.append(Count(module, key, sizes[value]))
-        return tuple(found)
+            if group.num_channels and len(found) % group.num_channels == 0:
+                sizes.setdefault(len(found), len(found) // group.num_channels)
+        return tuple(
+            Count(module, key, sizes[value])
+            for module in sorted(modules & self._modules.keys() - self.trace.layouts.keys())
+            for key, value in vars(self._modules[module]).items()
+            if type(value) is int and value in sizes and not key.startswith("_")
+        )
 
 
 def _build(
@@ -224,6 +228,9 @@ def _build(
     numbers = list(dict.fromkeys(found[found >= 0].tolist()))
     pinned = [table.reasons[number] for number in numbers if number in table.reasons]
     reason = min(pinned, key=lambda text: _OUTPUT not in text) if pinned else ""
+    if 0 < len(pinned) < len(numbers):
+        said, semicolon, hint = reason.partition("; ")
+        reason = f"{said} ({len(pinned)} of its {len(numbers)} channels){semicolon}{hint}"
     if not reason and len(numbers) < 2:
         reason = "it has a single channel" if numbers else "it has no channels that can go"
     if not len(found):

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from lightning_softprune.graph.computed import ComputedWeight, computed_weight
+from lightning_softprune.graph.computed import ComputedWeight, computed_weight, why_not_sliced
 from lightning_softprune.graph.geometry import Shape, WeightGeometry, check_rank
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
@@ -227,7 +227,7 @@ class LayerType:
         if isinstance(computed, str) or not self.slices_computed:
             name = type(module).__name__.removeprefix("Parametrized")
             by = computed if isinstance(computed, str) else "weight norm or another parametrization"
-            return f"the weights of this {name} are computed by {by}: slices of them cannot be"
+            return why_not_sliced(name, module, by)
         layout = self.describe(module)
         if isinstance(layout, str):
             return layout

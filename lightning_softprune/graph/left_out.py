@@ -38,7 +38,10 @@ def left_alone(
             if name in trace.reasons:
                 reason = trace.reasons[name]
             elif name not in trace.tape.ran:
-                reason = f"{name} was run by neither validation_step nor training_step"
+                reason = (
+                    f"{name} was run by neither validation_step nor training_step; "
+                    "if it mirrors a module, name it in twins"
+                )
             else:
                 reason = reason_of(name) or f"no sliceable layer produces the channels of {name}"
             yield PruningGroup(name, "", "intra", 0, (Member(name, "out", np.empty(0, np.int64)),), False, reason)
@@ -47,7 +50,8 @@ def left_alone(
             full = f"{name}.{parameter}".lstrip(".")
             if full not in covered:
                 reason = reason_of(full) or (
-                    f"{full} is a parameter of {type(module).__name__}, which is no layer that can be sliced"
+                    f"{full} is a parameter of {type(module).__name__}, which is no layer that can be sliced; "
+                    "describe it with register_layer"
                 )
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.graph.layers import Layout, layout_of, tensor_at
+
+_MOST_MEMBERS = 3
+"""So many are named in a table."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,39 @@ class Coverage:
     def __str__(self) -> str:
         left = f"; largest left out: {self.largest} ({self.reason})" if self.largest else ""
         return f"{100 * self.share:.0f} % of the parameters are in prunable groups{left}"
+
+
+class Groups(list[PruningGroup]):
+    """A list of groups that prints as a table, with the coverage below.
+
+    Attributes:
+        coverage: How much of the model the prunable ones reach.
+    """
+
+    def __init__(self, groups: Iterable[PruningGroup], coverage: Coverage) -> None:
+        super().__init__(groups)
+        self.coverage = coverage
+
+    def __str__(self) -> str:
+        rows = [("group", "channels", "members", "prunable?")]
+        rows += [(g.name, str(g.num_channels or ""), _members(g), g.reason or "prunable") for g in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        lines = [
+            f"{name:{widths[0]}}  {channels:>{widths[1]}}  {members:{widths[2]}}  {what}"
+            for name, channels, members, what in rows
+        ]
+        return "\n".join([*lines, "", str(self.coverage)])
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> tuple[type[Groups], tuple[list[PruningGroup], Coverage]]:
+        return type(self), (list(self), self.coverage)
+
+
+def _members(group: PruningGroup) -> str:
+    names = list(dict.fromkeys(member.module for member in group.members))
+    more = f" and {len(names) - _MOST_MEMBERS} more" if len(names) > _MOST_MEMBERS else ""
+    return ", ".join(names[:_MOST_MEMBERS]) + more
 
 
 def coverage(model: nn.Module, groups: Sequence[PruningGroup]) -> Coverage:
@@ -51,9 +87,9 @@ def coverage(model: nn.Module, groups: Sequence[PruningGroup]) -> Coverage:
         if not group.prunable
     }
     name = max(left, key=lambda name: left[name][0], default="")
-    if not name or not left[name][0]:
+    if not left or not left[name][0]:
         return Coverage(share)
-    return Coverage(share, name, left[name][1])
+    return Coverage(share, name or "the module itself", left[name][1])
 
 
 def _tensors_of(modules: dict[str, nn.Module], group: PruningGroup) -> set[int]:

@@ -157,3 +157,21 @@ def format_number(value: float) -> str:
 def format_fraction(value: float) -> str:
     """A fraction in four digits."""
     return f"{value:.4g}"
+
+
+def narrowed_features(result: PruningResult) -> list[str]:
+    """A line for each component that hands fewer features to another one: code outside may rely on their number.
+
+    Components without channels of their own are layers of a flat model, and say nothing.
+    """
+    verb = "now gives" if result.applied else "would give"
+    whole = {group.component for group in result.groups} | {item.component for item in result.left_out}
+    lines = []
+    for group in result.groups:
+        if group.kind != "inter" or group.channels_after == group.channels_before:
+            continue
+        given = [name for name in group.component.split("+") if f".{group.name}.".find(f".{name}.") >= 0]
+        if given and given[0] in whole:
+            before, after = group.channels_before, group.channels_after
+            lines.append(f"{given[0]} {verb} {after:,} features instead of {before:,} ({group.name})")
+    return lines

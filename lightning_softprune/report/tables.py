@@ -15,7 +15,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lightning_softprune.report.series import budget_rows
+from lightning_softprune.report.series import budget_rows, narrowed_features
 from lightning_softprune.results import GroupResult, PruningResult, format_change
 
 _BAR_WIDTH = 10
@@ -49,6 +49,8 @@ def print_round(
         if result.coverage:
             print_line(console, result.coverage)
         print_line(console, result.summary)
+        for line in narrowed_features(result):
+            print_line(console, line)
         if folder is not None:
             print_line(console, f"Report: {folder / 'report.html'}")
         for note in notes:

@@ -180,18 +180,8 @@ class PruningProblem:
 
     def numbers(self, dense: Costs) -> SearchNumbers:
         """What was searched, for files: other targets are solved from it later."""
-        rounding, coefficients = self.realisation.rounding, self.realisation.coefficients
-        return SearchNumbers(
-            costs=self.costs.stored,
-            coefficients=coefficients.names,
-            owners=tuple(int(n) for n in coefficients.owners),
-            channels=tuple(int(n) for n in rounding.channels),
-            low=tuple(float(x) for x in rounding.low),
-            high=tuple(float(x) for x in rounding.high),
-            round_to=rounding.round_to,
-            dense={"params": float(dense.params), "macs": float(dense.macs * self.samples)},
-            samples=self.samples,
-        )
+        counted = {"params": float(dense.params), "macs": float(dense.macs * self.samples)}
+        return SearchNumbers.of(self.realisation, self.groups, self.costs.stored, dense=counted, samples=self.samples)
 
     def group_results(self, plan: Plan, coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
         """The groups, with what a plan of these soft coefficients does to them."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lightning_softprune.search.base import SensitivityCurve
-from lightning_softprune.search.coefficients import Named, build_rounding
+from lightning_softprune.search.coefficients import Budgets
 from lightning_softprune.search.curves import modelled_increases
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
@@ -145,23 +145,21 @@ class OutOfReachError(ValueError):
     """No plan meets the target and the limits."""
 
 
-def solve(numbers: SearchNumbers, known: Known, groups: Sequence[Named], question: Question) -> Solution:
+def solve(numbers: SearchNumbers, known: Known, question: Question) -> Solution:
     """Answer a question from what one search has measured; `Solution.score` is a loss, lower is better.
 
     Args:
         numbers: What was searched.
         known: What was measured.
-        groups: The groups' names, for bounds.
         question: What is asked.
 
     Raises:
         OutOfReachError: No plan on the target was found; the message has the nearest sparsity.
         ValueError: A pattern of the bounds matches nothing.
     """
-    if question.bounds is not None:
-        rounding = build_rounding(groups, question.bounds, numbers.round_to)
-        numbers = replace(numbers, low=tuple(rounding.low.tolist()), high=tuple(rounding.high.tolist()))
-    space, realisation = numbers.space(question.target, question.tolerance, question.cost, question.limits)
+    realisation = numbers.realisation(question.bounds)
+    budgets = Budgets(numbers.dense, question.target, question.tolerance, question.cost, question.limits)
+    space = numbers.space(realisation, budgets)
     found = best_plan(space, replace(known, points=space.clip(known.points)) if len(known.points) else known)
     if found is None:
         raise OutOfReachError(
@@ -179,5 +177,5 @@ def solve(numbers: SearchNumbers, known: Known, groups: Sequence[Named], questio
         params=params,
         macs=round(macs / numbers.samples),
         coefficients=dict(zip(numbers.coefficients, x.tolist(), strict=True)),
-        channels=tuple(int(n) for n in np.array(numbers.channels) - counts),
+        channels=tuple(int(n) for n in realisation.rounding.channels - counts),
     )

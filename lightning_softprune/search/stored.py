@@ -6,14 +6,21 @@ exactly as in the round, and `SearchNumbers` builds the space that a strategy ha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_space
-from lightning_softprune.search.plan import Rounding
+from lightning_softprune.search.coefficients import (
+    Budgets,
+    Coefficients,
+    Named,
+    Realisation,
+    build_rounding,
+    build_space,
+)
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
@@ -113,46 +120,78 @@ def compressed(table: IntArray) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
+class StoredGroup:
+    """A group, as a search sees it.
+
+    Attributes:
+        name: Its unique name.
+        component: The component it lies in.
+        kind: ``intra`` or ``inter``.
+        num_channels: Channels before the round.
+        least: How many of them have to stay.
+        low: Its smallest coefficient.
+        high: Its largest one.
+        owner: Number of the coefficient that it follows.
+    """
+
+    name: str
+    component: str
+    kind: str
+    num_channels: int
+    least: int
+    low: float
+    high: float
+    owner: int
+
+
+@dataclass(frozen=True)
 class SearchNumbers:
     """What a round has searched.
 
     Attributes:
         costs: Counts plans.
+        groups: The groups.
         coefficients: Names of the coefficients: a group's, or that of the component whose groups share it.
-        owners: The coefficient that each group follows.
-        channels: Of each group.
-        low: Smallest coefficient of each group.
-        high: Largest coefficient of each group.
         round_to: Kept channels are a multiple of it.
         dense: What the first dense model costs as counted: ``params`` and ``macs``.
         samples: Samples of the batch that MACs were counted on.
     """
 
     costs: StoredCosts
+    groups: tuple[StoredGroup, ...]
     coefficients: tuple[str, ...]
-    owners: tuple[int, ...]
-    channels: tuple[int, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
     round_to: int
     dense: dict[str, float]
     samples: int = 1
 
-    def space(
-        self, target: float, tolerance: float, cost: str, limits: Mapping[str, float]
-    ) -> tuple[SearchSpace, Realisation]:
-        """The space of another search.
+    @classmethod
+    def of(cls, realisation: Realisation, groups: Sequence[Named], costs: StoredCosts, **more: Any) -> SearchNumbers:
+        """What a realisation and its groups say; `more` are `dense` and `samples`."""
+        rounding, coefficients = realisation.rounding, realisation.coefficients
+        stored = (
+            StoredGroup(group.name, group.component, group.kind, group.num_channels, group.least, low, high, owner)
+            for group, low, high, owner in zip(
+                groups, rounding.low.tolist(), rounding.high.tolist(), coefficients.owners.tolist(), strict=True
+            )
+        )
+        return cls(costs, tuple(stored), coefficients.names, rounding.round_to, **more)
+
+    def realisation(self, bounds: Mapping[str, Sequence[float]] | None = None) -> Realisation:
+        """How vectors become plans, without the rankings.
 
         Args:
-            target: Sparsity to reach.
-            tolerance: How far from it a plan may be.
-            cost: What sparsity is measured in.
-            limits: Cost -> the fraction of the dense model's that may remain.
+            bounds: Pattern of group or component names -> ``[low, high]``; None: as they were.
 
-        Returns:
-            The space, and how its vectors become plans.
+        Raises:
+            ValueError: A pattern matches nothing.
         """
-        rounding = Rounding(np.array(self.channels), np.array(self.low), np.array(self.high), self.round_to)
-        realisation = Realisation(Coefficients(self.coefficients, np.array(self.owners)), rounding, ())
-        budgets = Budgets(self.dense, target, tolerance, cost, limits)
-        return build_space(realisation, self.costs, budgets, np.ones(len(self.low))), realisation
+        rounding = build_rounding(self.groups, bounds, self.round_to)
+        if bounds is None:
+            low, high = (np.array([getattr(group, name) for group in self.groups]) for name in ("low", "high"))
+            rounding = replace(rounding, low=low, high=high)
+        owners = np.array([group.owner for group in self.groups])
+        return Realisation(Coefficients(self.coefficients, owners), rounding, ())
+
+    def space(self, realisation: Realisation, budgets: Budgets) -> SearchSpace:
+        """The space of another search."""
+        return build_space(realisation, self.costs, budgets, np.ones(len(self.groups)))

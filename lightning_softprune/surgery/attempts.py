@@ -17,12 +17,16 @@ from typing import Any
 from torch import nn
 
 from lightning_softprune.graph import Count, PruningGroup
+from lightning_softprune.surgery.fingerprints import look_at_dense
 from lightning_softprune.surgery.probe import probe_groups, unlike_masked
 
 _UNLIKE = (
     "without some of its channels the model computes something else than with them set to zero: their number is used "
-    "for more than shapes, as in the scale of attention"
+    "for more than shapes, as in the scale of attention; keep such a number in an attribute of its own"
 )
+
+_MANY = 3
+"""From so many blocks alike, one is tried before the others."""
 
 _MOST_NAMES = 6
 """More attributes than that would make more than twenty choices."""
@@ -64,20 +68,23 @@ def probe_with_counts(
     Returns:
         The groups, with the attributes that were found; those that fail whatever is tried are not prunable.
     """
+    if not any(group.prunable for group in groups):
+        return list(groups)
+    dense = look_at_dense(model, run, run_otherwise)
+    counts, chosen_dims = candidates.counts, candidates.chosen_dims
 
     def probed(chosen: Sequence[PruningGroup]) -> list[PruningGroup]:
-        return probe_groups(model, chosen, run, run_otherwise, round_to)
+        return probe_groups(model, chosen, run, run_otherwise, round_to, dense)
 
     def unlike(chosen: Sequence[PruningGroup]) -> list[PruningGroup]:
-        compared = [group for group in chosen if group.name not in candidates.averaged]
-        return unlike_masked(model, compared, run, run_otherwise)
+        compared = [g for g in chosen if g.name not in candidates.averaged]
+        return unlike_masked(model, compared, run, run_otherwise, dense)
 
-    found = probed(groups)
-    counts, chosen_dims = candidates.counts, candidates.chosen_dims
+    groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, (group, after) in enumerate(zip(groups, found, strict=True)):
-        names = tuple(sorted({count.attribute for count in counts.get(group.name, ())}))
-        if group.prunable and not after.prunable and names:
+    for i, (group, one) in enumerate(zip(groups, found, strict=True)):
+        names = _names(counts.get(group.name, ()))
+        if group.prunable and not one.prunable and names:
             alike[names].append(i)
     counted = list(groups)
     for names, members in alike.items():
@@ -88,15 +95,15 @@ def probe_with_counts(
                 if probed([trial])[0].prunable and not unlike([trial]):
                     for other in left:
                         counted[other] = _with_counts(groups[other], counts[groups[other].name], chosen)
-                    left = [other for other in left if not probed([counted[other]])[0].prunable]
+                    after = probed([counted[other] for other in left])  # together: they are many blocks alike
+                    left = [other for other, tried in zip(left, after, strict=True) if not tried.prunable]
                     break
             if not left:
                 break
         for i in left:
             counted[i] = groups[i]
-    if any(group.counts for group in counted):
-        pairs = zip(counted, found, strict=True)
-        found = probed([group if group.counts or after.prunable else after for group, after in pairs])
+    if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
+        found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
     return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
@@ -105,6 +112,59 @@ def probe_with_counts(
 def _is_a_pair_of_blocks(group: PruningGroup) -> bool:
     """Whether one channel is left when one goes, and holds several indices, whose order no reordering tests."""
     return group.num_channels == 2 and any((member.owner == 0).sum() > 1 for member in group.members)
+
+
+_Probing = Callable[[Sequence[PruningGroup]], list[PruningGroup]]
+
+
+def _probed_by_kind(
+    groups: Sequence[PruningGroup], counts: Mapping[str, Sequence[Count]], probed: _Probing, unlike: _Probing
+) -> tuple[list[PruningGroup], list[PruningGroup], bool]:
+    """The groups with what their kind needs, how they do, and whether some were probed without it, apart."""
+    counted = _as_the_first_of_their_kind(groups, counts, probed, unlike)
+    found = probed(counted)
+    failed = [i for i, one in enumerate(found) if counted[i].counts and not one.prunable]
+    for i, one in zip(failed, probed([groups[i] for i in failed]) if failed else (), strict=True):
+        counted[i], found[i] = groups[i], one
+    return counted, found, bool(failed)
+
+
+def _as_the_first_of_their_kind(
+    groups: Sequence[PruningGroup], counts: Mapping[str, Sequence[Count]], probed: _Probing, unlike: _Probing
+) -> list[PruningGroup]:
+    """The groups, with those attributes that the first of many blocks alike needs: else each would fail alone first."""
+    kinds: dict[object, list[int]] = defaultdict(list)
+    for i, group in enumerate(groups):
+        if group.prunable and counts.get(group.name):
+            kinds[_kind(group, counts[group.name])].append(i)
+    many = [members for members in kinds.values() if len(members) >= _MANY]
+    result = list(groups)
+    for members, first in zip(many, probed([groups[one] for one, *_ in many]) if many else (), strict=True):
+        if first.prunable:
+            continue
+        lead = groups[members[0]]
+        for chosen in _choices(_names(counts[lead.name])):
+            trial = _with_counts(lead, counts[lead.name], chosen)
+            if probed([trial])[0].prunable and not unlike([trial]):
+                for i in members:
+                    result[i] = _with_counts(groups[i], counts[groups[i].name], chosen)
+                break
+    return result
+
+
+def _kind(group: PruningGroup, counts: Sequence[Count]) -> object:
+    """What groups of blocks alike have in common: all but the numbers in their names."""
+
+    def without_number(name: str) -> str:
+        return "".join(sign for sign in name if not sign.isdigit())
+
+    members = tuple((without_number(member.module), member.slot, len(member.owner)) for member in group.members)
+    found = tuple((without_number(count.module), count.attribute, count.per_channel) for count in counts)
+    return group.num_channels, members, found
+
+
+def _names(counts: Sequence[Count]) -> tuple[str, ...]:
+    return tuple(sorted({count.attribute for count in counts}))
 
 
 def _choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:

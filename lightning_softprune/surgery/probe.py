@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from lightning_softprune.graph import (
     Layout,
@@ -32,12 +31,19 @@ from lightning_softprune.graph import (
     tensor_at,
 )
 from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
+from lightning_softprune.surgery.fingerprints import Dense, Seen, is_alike, look_at, look_at_dense
 from lightning_softprune.utilities.arrays import IntArray
-from lightning_softprune.utilities.hooks import forward_hook, registered
-from lightning_softprune.utilities.nested import tensors_in
+from lightning_softprune.utilities.frames import frames_of, is_users, line_of
 
 _AS_MASKED = 2e-5
 """Zeros in a sum change no more than rounding."""
+
+_LONGEST = 80
+"""Of an exception's message, in a reason."""
+
+_HINT = "if a size is written down: write -1, take the tensor's shape, or an integer attribute"
+
+_BY_NUMBER = "what is read by its number needs a layer of its own"
 
 _NARROW = 3
 """Patterns of a group that remove as little as can be: the first channels, the last, those between."""
@@ -49,6 +55,7 @@ def probe_groups(
     run: Callable[[], Any],
     run_otherwise: Callable[[], Any] | None = None,
     round_to: int = 1,
+    dense: Dense | None = None,
 ) -> list[PruningGroup]:
     """Find the groups that the graph takes for prunable and the code does not.
 
@@ -63,11 +70,14 @@ def probe_groups(
             model. What it returns (nested data, the parts of a dictionary with their names) is compared too.
         run_otherwise: The same with other random numbers: what depends on them is not compared.
         round_to: Kept channels are a multiple of it.
+        dense: What these runs compute on the model as it is, where that is known already.
 
     Returns:
         The groups; those that fail are not prunable and carry the error's first line, or what changed, as their reason.
     """
-    probe = _Probe(model, groups, run, run_otherwise)
+    if not any(group.prunable for group in groups):
+        return list(groups)
+    probe = _Probe(model, groups, run, dense or look_at_dense(model, run, run_otherwise))
     numbers = [i for i, group in enumerate(groups) if group.prunable]
     patterns = {i: _patterns(groups[i].num_channels, round_to, groups[i].least) for i in numbers}
     reasons: dict[int, str] = {}
@@ -98,6 +108,7 @@ def unlike_masked(
     groups: Sequence[PruningGroup],
     run: Callable[[], Any],
     run_otherwise: Callable[[], Any] | None = None,
+    dense: Dense | None = None,
 ) -> list[PruningGroup]:
     """The groups without half of whose channels the model computes something else than with them set to zero.
 
@@ -113,7 +124,7 @@ def unlike_masked(
     compared = [group for group in groups if is_comparable(group)]
     if not compared:
         return []
-    probe = _Probe(model, compared, run, run_otherwise)
+    probe = _Probe(model, compared, run, dense or look_at_dense(model, run, run_otherwise))
     cuts = {i: tuple(range(0, g.num_channels, 2))[: g.num_channels - 1] for i, g in enumerate(compared)}
     return [compared[i] for i in _unlike_masked(model, probe, cuts)]
 
@@ -210,25 +221,6 @@ class _Problem:
     crashed: bool
 
 
-@dataclass
-class _Seen:
-    """What one run computes.
-
-    Attributes:
-        layers: Fingerprint and scale of the outputs of layers that mix channels, call by call.
-        sums: The same, blind to the order of the elements, for the outputs of all modules.
-        shown: The same as for layers, for what the steps return and log.
-    """
-
-    layers: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    sums: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-    shown: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
-
-    def parts(self) -> tuple[tuple[dict[str, list[tuple[float, float]]], float], ...]:
-        """Each with its tolerance."""
-        return (self.layers, 1e-3), (self.shown, 1e-4), (self.sums, 1e-3)
-
-
 class _Probe:
     """Runs a model with channels gone and out of order, and compares."""
 
@@ -237,16 +229,11 @@ class _Probe:
         model: nn.Module,
         groups: Sequence[PruningGroup],
         run: Callable[[], Any],
-        run_otherwise: Callable[[], Any] | None,
+        dense: Dense,
     ) -> None:
         self.model, self.groups, self.run = model, groups, run
         self.rng = np.random.default_rng(0)
-        self.dense = self._look()
-        other = self.dense if run_otherwise is None else self._look(run_otherwise)
-        self.steady = [
-            {name for name in ours if name in theirs and _alike(ours[name], theirs[name], tolerance)}
-            for (ours, tolerance), (theirs, _) in zip(self.dense.parts(), other.parts(), strict=True)
-        ]
+        self.dense, self.steady = dense.seen, dense.steady
 
     def problems(self, cuts: Mapping[int, tuple[int, ...]]) -> dict[int, _Problem]:
         """What is wrong with groups that lose these channels: looked for together, then apart."""
@@ -269,8 +256,7 @@ class _Probe:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the user's code says to fewer channels is the reason
-            line = (str(error).splitlines() or [""])[0]
-            return _Problem(f"the model does not run with fewer channels: {type(error).__name__}: {line}", True)
+            return _Problem(self._reason_of(error), True)
         own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
         words = (
             "its channels are reordered, or told apart by their number, on the way to {}",
@@ -281,12 +267,26 @@ class _Probe:
             self.steady, words, ordered.parts(), shuffled.parts(), strict=True
         ):
             for name in one:
-                same = _alike(one[name], two.get(name, []), tolerance)
+                same = is_alike(one[name], two.get(name, []), tolerance)
                 if word is words[0] and not same:  # channels beside the positions change places with these
-                    same = name in own or _alike(ordered.sums[name], shuffled.sums.get(name, []), tolerance)
+                    same = name in own or is_alike(ordered.sums[name], shuffled.sums.get(name, []), tolerance)
                 if name in steady and not same:
-                    return _Problem(word.format(name or "the module"), False)
+                    return _Problem(f"{word.format(name or 'the module')}; {_BY_NUMBER}", False)
         return None
+
+    def _reason_of(self, error: Exception) -> str:
+        """What the model said to fewer channels, where, and what would help."""
+        line = (str(error).splitlines() or [""])[0]
+        line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
+        names = {id(module): name for name, module in self.model.named_modules()}
+        module = place = ""
+        for frame, number in frames_of(error.__traceback__):
+            module = names.get(id(frame.f_locals.get("self")), module)
+            place = line_of(frame, number) if is_users(frame) else place
+        where = " in ".join(filter(None, (place, module)))
+        found = f"the model does not run with fewer channels: {type(error).__name__}: {line}"
+        hint = _BY_NUMBER if isinstance(error, IndexError) else _HINT
+        return f"{found} ({where}); {hint}" if where else f"{found}; {hint}"
 
     def is_as_masked(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:
         """Whether the model without these channels computes what it does with them set to zero."""
@@ -299,48 +299,21 @@ class _Probe:
         with ExitStack() as stack:
             for i, channels in cuts.items():
                 stack.enter_context(mask_channels(self.model, self.groups[i], channels))
-            masked = self._look()
+            masked = look_at(self.model, self.run)
         own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
         for steady, (one, _), (two, _) in zip(self.steady[:2], pruned.parts(), masked.parts(), strict=False):
             for name in one:
-                same = name in own or _alike(one[name], two.get(name, []), _AS_MASKED)
+                same = name in own or is_alike(one[name], two.get(name, []), _AS_MASKED)
                 if name in steady and not same:
                     return False
         return True
 
-    def _look_at(self, cuts: Mapping[int, tuple[int, ...]], *, shuffled: bool) -> _Seen:
+    def _look_at(self, cuts: Mapping[int, tuple[int, ...]], *, shuffled: bool) -> Seen:
         surgery = _rearrange(self.model, {i: self.groups[i] for i in cuts}, cuts, self.rng if shuffled else None)
         try:
-            return self._look()
+            return look_at(self.model, self.run)
         finally:
             surgery.undo()
-
-    def _look(self, run: Callable[[], Any] | None = None) -> _Seen:
-        """Run the model, and note what it computes."""
-        seen = _Seen()
-        last: list[Any] = [None, None]
-
-        def hook_for(name: str, mixes: bool) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any, output: Any) -> None:
-                first = output[0] if isinstance(output, (tuple, list)) and output else output
-                if mixes and isinstance(first, torch.Tensor) and first.is_floating_point():
-                    seen.layers.setdefault(name, []).append(_fingerprint(first))
-                if output is not last[0]:  # a container that only hands on what its last part has made
-                    last[:] = output, [_sums(tensor) for tensor in tensors_in(output) if _is_number(tensor)]
-                seen.sums.setdefault(name, []).extend(last[1])
-
-            return hook
-
-        def mixes(module: nn.Module) -> bool:
-            return isinstance(layout := layout_of(module), Layout) and "out" in layout.slots
-
-        with registered(
-            forward_hook(module, hook_for(name, mixes(module))) for name, module in self.model.named_modules()
-        ):
-            result = (run or self.run)()
-        for name, value in _named(result):
-            seen.shown.setdefault(name, []).extend(_fingerprint(t) for t in _numbers(value))
-        return seen
 
 
 def _rearrange(
@@ -363,16 +336,18 @@ def _rearrange(
             for kind in np.unique(shape[:, kept], axis=1).T:
                 alike = kept[(shape[:, kept] == kind[:, None]).all(axis=0)]
                 place[alike] = _deranged(alike, rng)
+        going = np.zeros(group.num_channels, dtype=bool)
+        going[list(cuts[i])] = True
         for member in group.members:
             slot = (member.module, member.slot)
             moved = content.setdefault(slot, np.arange(len(member.owner)))
             lost = gone.setdefault(slot, np.zeros(len(member.owner), dtype=bool))
-            order = np.argsort(member.owner, kind="stable")
-            starts = np.searchsorted(member.owner[order], np.arange(group.num_channels + 1))
-            for channel in np.flatnonzero(place != np.arange(group.num_channels)):
-                there = place[channel]
-                moved[order[starts[channel] : starts[channel + 1]]] = order[starts[there] : starts[there + 1]]
-            lost |= np.isin(member.owner, cuts[i])
+            held = np.flatnonzero(member.owner >= 0)
+            order = held[np.argsort(member.owner[held], kind="stable")]
+            channels = member.owner[order]
+            starts = np.searchsorted(channels, np.arange(group.num_channels))
+            moved[order] = order[starts[place[channels]] + np.arange(len(order)) - starts[channels]]
+            lost[held] |= going[member.owner[held]]
     selected: dict[str, dict[str, torch.Tensor]] = {}
     for (module, side), moved in content.items():
         selected.setdefault(module, {})[side] = torch.from_numpy(moved[~gone[module, side]])
@@ -381,68 +356,8 @@ def _rearrange(
 
 
 def _deranged(items: IntArray, rng: np.random.Generator) -> IntArray:
-    """The items in another order, none in its place (Sattolo's algorithm: one random cycle)."""
+    """The items in another order, none in its place: one random cycle through all of them."""
+    cycle = rng.permutation(len(items))
     result: IntArray = items.copy()
-    for i in range(len(result) - 1, 0, -1):
-        j = int(rng.integers(i))
-        result[[i, j]] = result[[j, i]]
+    result[cycle] = items[np.roll(cycle, -1)]
     return result
-
-
-def _named(result: Any) -> Iterator[tuple[str, Any]]:
-    """The parts of what a run returned, by name."""
-    for part in result if isinstance(result, list) else [result]:
-        if isinstance(part, dict) and all(isinstance(name, str) for name in part):
-            yield from part.items()
-        else:
-            yield "what it returns", part
-
-
-def _numbers(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, (bool, int, float)):
-        return [torch.tensor(float(value))]
-    return [tensor for tensor in tensors_in(value) if _is_number(tensor)]
-
-
-def _is_number(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_meta
-
-
-def _coarseness(tensor: torch.Tensor) -> float:
-    if not tensor.is_floating_point():
-        return 1.0
-    return min(max(torch.finfo(tensor.dtype).eps / torch.finfo(torch.float32).eps, 1.0), 64.0)  # half precision
-
-
-def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
-    """A sum with weights between -1 and 1 that hardly any reordering leaves as it is; and the norm."""
-    values = tensor.detach().flatten().float()
-    norm = float(values.norm()) * _coarseness(tensor)
-    width = min(len(values), 65537)  # a prime, so that rows do not fall in step with channels
-
-    def weights(size: int, pace: float) -> torch.Tensor:
-        return torch.cos(torch.arange(size, dtype=torch.float32, device=values.device) * pace)
-
-    if not width:
-        return 0.0, norm
-    rows = F.pad(values, (0, -len(values) % width)).reshape(-1, width)
-    return float(weights(len(rows), 1.1803399) @ (rows @ weights(width, 2.3999632))), norm
-
-
-def _sums(tensor: torch.Tensor) -> tuple[float, float]:
-    """A sum over the elements that no reordering changes, and the sum of its terms' sizes."""
-    values = tensor.detach().flatten().float()
-    scale = float(values.abs().max()) if len(values) else 0.0
-    if not scale or not np.isfinite(scale):
-        return scale, scale
-    values = values / scale
-    terms = values + 0.7 * values.square() - 0.4 * values.square() * values
-    return float(terms.sum()) * scale, float(terms.abs().sum()) * scale * _coarseness(tensor)
-
-
-def _alike(one: Sequence[tuple[float, float]], other: Sequence[tuple[float, float]], tolerance: float) -> bool:
-    """Whether two outputs' fingerprints agree within a tolerance relative to their scales."""
-    return len(one) == len(other) and all(
-        abs(a - b) <= tolerance * max(scale, other_scale) + 1e-6 or (a != a and b != b)
-        for (a, scale), (b, other_scale) in zip(one, other, strict=True)
-    )

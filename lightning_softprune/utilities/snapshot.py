@@ -108,6 +108,12 @@ class Snapshot:
                     kind = type(value)
                     if kind in _CONSTANTS or id(value) in self._seen:
                         continue
+                    if queue is not objects and (kind is dict or kind is OrderedDict):  # by far the most: modules' own
+                        self._seen[id(value)] = value
+                        items = dict(value) if value else {}
+                        self._dicts.append((value, items))
+                        queue.extend([item for item in items.values() if type(item) not in _CONSTANTS])
+                        continue
                     if issubclass(kind, _KNOWN):
                         self._seen[id(value)] = value
                         inner = self._known(value, kind, limited=queue is objects)
@@ -260,7 +266,8 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back."""
         for mapping, items in self._dicts:
-            _restore_dict(mapping, items)
+            if items or dict.__len__(mapping):
+                _restore_dict(mapping, items)
         for module, kind in self._classes:
             if type(module) is not kind:
                 module.__class__ = kind

@@ -660,6 +660,8 @@ def test_validate_is_a_dry_run_that_changes_nothing(tmp_path, kind):
     assert any("output" in left.reason for left in result.left_out)
     saved = json.loads((tmp_path / "softprune" / "epoch=1" / "result.json").read_text())
     assert saved["left_out"]
+    assert saved["coverage"] == result.coverage
+    assert "% of the parameters are in prunable groups; largest left out: " in result.coverage
     assert saved["configuration"]["target_sparsity"] == "0.5"
     assert set(saved["versions"]) >= {"lightning_softprune", "torch", "lightning"}
 

@@ -156,6 +156,7 @@ def test_a_feature_that_is_read_by_its_position_pins_its_group(where, how):
     else:
         assert f"takes channel {where} of 8 by its number" in reason
         assert "test_what_is_judged.py:" in reason
+    assert reason.endswith("what is read by its number needs a layer of its own")
     assert groups["encoder.0"].prunable
     assert groups["decoder.0"].prunable
 

@@ -280,3 +280,13 @@ def test_a_large_page_stays_small_and_is_made_in_no_time(trials: int, groups: in
 
 def test_the_same_result_gives_the_same_page() -> None:
     assert report_page(full_result()) == report_page(full_result())
+
+
+@pytest.mark.parametrize("groups", [True, False])
+def test_the_coverage_is_said_with_what_is_left_out(groups):
+    line = "87 % of the parameters are in prunable groups; largest left out: <b>head</b> (it is the output)"
+    result = full_result(coverage=line)
+    if not groups:
+        result = replace(result, groups=(), trials=(), sensitivity=(), chosen=None)
+    assert line in Page(report_page(result)).text
+    assert "in prunable groups" not in Page(report_page(replace(result, coverage=""))).text

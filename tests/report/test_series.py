@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-from lightning_softprune.report.series import best_so_far, score_limits
+from lightning_softprune.report.series import best_so_far, narrowed_features, score_limits
 from lightning_softprune.results import (
+    GroupResult,
     Trial,
 )
-from support.results import full_result
+from support.results import full_result, make_result
 
 
 def test_best_so_far_counts_feasible_trials_only() -> None:
@@ -25,3 +26,17 @@ def test_limits_of_an_axis_are_never_empty(scores: list[float]) -> None:
 
     assert low < high
     assert math.isfinite(high - low)
+
+
+def test_a_component_that_hands_on_fewer_features_is_named() -> None:
+    latent = GroupResult("net.encoder.4", "encoder+decoder", "inter", 32, 12, 0.6)
+    groups = (
+        GroupResult("net.encoder.0", "encoder", "intra", 64, 20, 0.7),
+        latent,
+        GroupResult("encoder.6", "encoder+decoder", "inter", 8, 8, 0.0),
+        GroupResult("stem", "stem+encoder", "inter", 16, 9, 0.5),
+    )
+    line = "features instead of 32 (net.encoder.4)"
+    assert narrowed_features(make_result(groups=groups, trials=(), chosen=None)) == [f"encoder now gives 12 {line}"]
+    skipped = make_result(groups=groups, trials=(), chosen=None, applied=False)
+    assert narrowed_features(skipped) == [f"encoder would give 12 {line}"]

@@ -45,6 +45,22 @@ def test_the_table_says_when_nothing_was_applied_and_why() -> None:
     assert "target" not in output_of(console)
 
 
+COVERAGE = "87 % of the parameters are in prunable groups; largest left out: head[red] (it is the output)"
+
+
+def test_the_coverage_is_one_line_above_the_summary() -> None:
+    console = make_console(terminal=False)
+    print_round(printed_result(coverage=COVERAGE), console)
+    lines = output_of(console).splitlines()
+    assert lines[lines.index(COVERAGE) + 1].startswith("epoch 10: ")
+
+
+def test_a_result_without_coverage_prints_no_line_of_it() -> None:
+    console = make_console(terminal=False)
+    print_round(printed_result(), console)
+    assert "prunable groups" not in output_of(console)
+
+
 LEFT_OUT = (
     LeftOut("decoder.4", "decoder", 64, "its outputs are the module's outputs"),
     LeftOut("scale[red]", "", 0, "a parameter that validation never runs"),

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from lightning_softprune import find_groups
 from lightning_softprune.surgery import Candidates, probe_groups, probe_with_counts
 from support import zoo
 from support.attending import group
@@ -43,3 +45,27 @@ def test_two_blocks_of_channels_that_change_places_within_are_found_though_one_i
     before = snapshot(model)
     assert "set to zero" in probe_with_counts(model, pairs, Candidates(), lambda: model(x))[0].reason
     assert_same(model, before)
+
+
+def test_blocks_alike_are_counted_by_the_first_and_each_keeps_its_own_verdict():
+    """One is tried before the others; one of another make is refused all the same, and no attribute changes for it."""
+
+    class Heads(nn.Module):
+        def __init__(self, fixed):
+            super().__init__()
+            self.num_heads, self.fixed = 4, fixed
+            self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+        def forward(self, x):
+            count = 4 if self.fixed else self.num_heads
+            return x + self.down(self.up(x).view(len(x), count, 2).tanh().flatten(1))
+
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*[Heads(fixed=number == 2) for number in range(5)])
+    model = nn.Sequential(nn.Linear(3, 6), blocks, nn.Linear(6, 2))
+    groups = {group.name: group for group in find_groups(model, torch.randn(5, 3))}
+    for number in range(5):
+        group = groups[f"1.{number}.up"]
+        assert group.prunable == (number != 2)
+        assert [count.attribute for count in group.counts] == ([] if number == 2 else ["num_heads"])
+    assert "with fewer channels: RuntimeError" in groups["1.2.up"].reason

@@ -15,12 +15,13 @@ from torch import nn
 
 from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import RULES, unknown
+from lightning_softprune.graph.flow.rules import OWN_CODE, RULES, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
 from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
 
 _PRODUCTS = rules_of_products.__name__
+_RESHAPED = {"view", "_unsafe_view", "detach", "alias", "permute", "transpose", "t", "expand", "unsqueeze", "clone"}
 _HEADS = ("head", "group", "expert")
 _VIEWS = {"select", "slice", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "unfold"}
 """Operators that look at a part of a tensor, and compute nothing."""
@@ -48,6 +49,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         self._labels: dict[int, Labels] = {}
+        self._makers = {v.number: o for o in self.tape.operations for v in o.outputs if v is not None}
         self._modules = dict(self.model.named_modules())
         self._slots: dict[tuple[str, str], IntArray] = {}
         self._owned: dict[int, list[tuple[str, TensorAxis]]] = defaultdict(list)
@@ -67,6 +69,19 @@ class Flow:
         """A value's shape."""
         return self.tape.shapes[value.number]
 
+    def describe(self, value: Value) -> str:
+        """A tensor in words: its name or what made it, and its shape."""
+        shape = self.shape(value)
+        maker = self._makers.get(value.number)
+        while maker is not None and maker.name in _RESHAPED:
+            value = maker.inputs[0]
+            maker = self._makers.get(value.number)
+        name = self.tape.sources.get(value.number, "an input" if maker is None else "")
+        if maker is not None:
+            made = f"the output of {maker.layer}" if maker.layer else f"what {maker.name} gives"
+            name = f"{made} {maker.site}" if not maker.layer else made
+        return f"{name} of shape {shape}"
+
     def labels(self, value: Value) -> Labels:
         """The labels of a value's dimensions."""
         known = self._labels.get(value.number)
@@ -80,7 +95,7 @@ class Flow:
         custom = self.tape.custom.get(value.number)
         if custom is not None:
             for label in known:
-                self.couplings.pin(label, f"goes through {custom}, an autograd function of the model's own")
+                self.couplings.pin(label, f"goes through {custom}, an autograd function of the model's own; {OWN_CODE}")
         return known
 
     def atoms(self, layer: str, slot: str) -> IntArray:
@@ -177,8 +192,11 @@ class Flow:
                 self._pin_outputs(operation)
         self.couplings.pinning = True
         for number in sorted(self.tape.shown):
-            for label in self.labels(Value(number)):
-                self.couplings.pin(label, "is what a step returns, logs, keeps or hands to Python")
+            value = Value(number)
+            for label in self.labels(value):
+                if is_atoms(label):
+                    said = f"{self.describe(value)} is what a step returns, logs, keeps or hands to Python"
+                    self.couplings.pin(label, said)
         return self.couplings
 
     def _mixes(self, operation: Operation) -> bool:
@@ -252,7 +270,8 @@ class Flow:
             if is_atoms(label):
                 self.couplings.unite(atoms, label)
             elif label == FIXED:
-                self.couplings.pin(atoms, f"{name} reads a tensor whose width is fixed")
+                said = f"{name} reads a tensor whose width is fixed: {self.describe(value)}"
+                self.couplings.pin(atoms, said)
         for value in operation.inputs:
             for dim, label in enumerate(self.labels(value)):
                 if (value.number, dim) in ports:
@@ -260,7 +279,8 @@ class Flow:
                 if passes and first is not None and value.number == first[0].number:
                     leading[dim] = label
                 elif is_atoms(label):
-                    self.couplings.pin(label, f"{name} takes it where it expects no channels")
+                    said = f"{name} takes {self.describe(value)} where it expects no channels (dimension {dim})"
+                    self.couplings.pin(label, said)
         labels: dict[int, Labels] = {}
         rank = len(self.shape(first[0])) if first is not None else -1
         for output in operation.outputs:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from lightning_softprune.graph.flow.labels import Couplings, Label, Labels
+from lightning_softprune.graph.flow.labels import Couplings, Label, Labels, is_atoms
 from lightning_softprune.graph.flow.tape import Operation, Value
 
 
@@ -24,6 +24,9 @@ class Flow(Protocol):
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """Its shape."""
+
+    def describe(self, value: Value) -> str:
+        """The tensor in words."""
 
     def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
         """Which of some dimensions the code around counts as heads."""
@@ -56,25 +59,35 @@ def dim_of(operation: Operation, rank: int, name: str = "dim", default: int = 0)
     return int(argument(operation, name, default)) % max(rank, 1)
 
 
-def said(operation: Operation, text: str) -> str:
-    """A reason that names the operation and where it is."""
-    return f"{operation.name} {operation.site} {text}"
+OWN_CODE = "put it into a module and describe that with register_layer, or name the module in ignore"
+BY_NUMBER = "what is read by its number needs a layer of its own"
+FIXED_WIDTH = "put a layer between them to prune both"
+
+
+def said(operation: Operation, text: str, hint: str = "") -> str:
+    """A reason that names the operation and where it is; and what would help."""
+    return f"{operation.name} {operation.site} {text}{'; ' if hint else ''}{hint}"
 
 
 def aligned(flow: Flow, values: Sequence[Value], rank: int, operation: Operation) -> Labels:
     """The labels of a result of this rank that tensors broadcast to, index by index."""
     result: list[Label] = ["free"] * rank
     sizes = [1] * rank
-    reason = said(operation, "meets a tensor whose width is fixed")
+    holders: list[Value | None] = [None] * rank
     for value in values:
         shape, labels = flow.shape(value), flow.labels(value)
         for dim, (size, label) in enumerate(zip(shape, labels, strict=True), rank - len(shape)):
             if dim < 0 or (size == 1 and sizes[dim] != 1):
                 continue
             if size != 1 and sizes[dim] == 1:
-                result[dim], sizes[dim] = label, size
-            else:
-                result[dim] = flow.couplings.merge(result[dim], label, reason)
+                result[dim], sizes[dim], holders[dim] = label, size, value
+                continue
+            fixed = value if isinstance(label, str) and label == "fixed" else holders[dim]
+            reason = ""
+            if fixed is not None and is_atoms(result[dim]) != is_atoms(label):
+                text = f"meets a tensor whose width is fixed: {flow.describe(fixed)}"
+                reason = said(operation, text, FIXED_WIDTH)
+            result[dim], holders[dim] = flow.couplings.merge(result[dim], label, reason), value
     return result
 
 
@@ -87,5 +100,5 @@ def unknown(flow: Flow, operation: Operation) -> list[Labels]:
     """An operator without a rule: it pins all that it is given."""
     for value in operation.inputs:
         for label in flow.labels(value):
-            flow.couplings.pin(label, said(operation, "is an operator that is not known here"))
+            flow.couplings.pin(label, said(operation, "is an operator that is not known here", OWN_CODE))
     return [sized(flow, value) for value in operation.outputs if value is not None]

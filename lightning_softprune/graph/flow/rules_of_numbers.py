@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import Flow, aligned, argument, dim_of, rule, said, sized
+from lightning_softprune.graph.flow.rules import BY_NUMBER, Flow, aligned, argument, dim_of, rule, said, sized
 from lightning_softprune.graph.flow.rules_of_shape import alike
 from lightning_softprune.graph.flow.tape import Operation, Value
 
@@ -69,7 +69,7 @@ def _ordered(flow: Flow, operation: Operation) -> list[Labels]:
     dims = (dims,) if isinstance(dims, int) else dims or range(len(labels))
     for dim in dims:
         if labels and is_atoms(labels[int(dim)]):
-            flow.couplings.pin(labels[int(dim)], said(operation, "tells its channels apart by their place"))
+            flow.couplings.pin(labels[int(dim)], said(operation, "tells its channels apart by their place", BY_NUMBER))
             labels[int(dim)] = FIXED
     return [labels[: len(flow.shape(value))] for value in operation.outputs if value is not None]
 
@@ -147,7 +147,7 @@ def _index(flow: Flow, operation: Operation) -> list[Labels]:
     labels, indices = list(flow.labels(source)), argument(operation, "indices")
     used = [dim for dim, index in enumerate(indices) if isinstance(index, Value)]
     for dim in used:
-        flow.couplings.pin(labels[dim], said(operation, "picks channels by their numbers"))
+        flow.couplings.pin(labels[dim], _picks(operation, flow.shape(source)[dim]))
     for index in (index for index in indices if isinstance(index, Value)):
         for label in flow.labels(index):
             flow.couplings.pin(label, said(operation, "picks by an index that has its width"))
@@ -162,11 +162,16 @@ def _index(flow: Flow, operation: Operation) -> list[Labels]:
 def _gather(flow: Flow, operation: Operation) -> list[Labels]:
     labels = list(flow.labels(operation.arguments["self"]))
     dim = dim_of(operation, len(labels))
-    flow.couplings.pin(labels[dim], said(operation, "picks channels by their numbers"))
+    size = flow.shape(operation.arguments["self"])[dim] if labels else 0
+    flow.couplings.pin(labels[dim], _picks(operation, size))
     labels[dim] = FIXED
     if operation.name == "gather":
         return [_with_index(flow, operation, labels, dim)]
     return [labels]
+
+
+def _picks(operation: Operation, size: int) -> str:
+    return said(operation, f"picks some of {size} channels by their numbers", BY_NUMBER)
 
 
 def _with_index(flow: Flow, operation: Operation, labels: Labels, dim: int) -> Labels:
@@ -193,7 +198,7 @@ def _scatter(flow: Flow, operation: Operation) -> list[Labels]:
     else:
         indexed = [dim_of(operation, len(labels))] if labels else []
     for dim in indexed:
-        flow.couplings.pin(labels[dim], said(operation, "writes channels by their numbers"))
+        flow.couplings.pin(labels[dim], said(operation, "writes channels by their numbers", BY_NUMBER))
     for value in rest:
         shape = flow.shape(value)
         for dim, label in enumerate(flow.labels(value), len(labels) - len(shape)):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Label, Labels, Moved, Split, is_atoms, move, varies
-from lightning_softprune.graph.flow.rules import Flow, aligned, argument, dim_of, rule, said
+from lightning_softprune.graph.flow.rules import BY_NUMBER, OWN_CODE, Flow, aligned, argument, dim_of, rule, said
 from lightning_softprune.graph.flow.tape import Operation, Value
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -210,7 +210,7 @@ def _split(flow: Flow, operation: Operation) -> list[Labels]:
         if len(set(widths)) == 1:
             alike(flow, whole, widths[0])
         elif operation.name == "split":
-            flow.couplings.pin(whole, said(operation, "chunks its channels into unequal parts"))
+            flow.couplings.pin(whole, said(operation, f"chunks its channels into unequal parts of {widths}"))
         flow.couplings.extents.append((whole, operation.site.module))
     for width in widths:
         part = whole[start : start + width] if is_atoms(whole) else whole
@@ -262,7 +262,7 @@ def _select(flow: Flow, operation: Operation) -> list[Labels]:
     dim = dim_of(operation, len(shape))
     picked = labels.pop(dim)
     index = argument(operation, "index", 0)
-    flow.couplings.pin(picked, said(operation, f"takes channel {index} of {shape[dim]} by its number"))
+    flow.couplings.pin(picked, said(operation, f"takes channel {index} of {shape[dim]} by its number", BY_NUMBER))
     return [labels]
 
 
@@ -271,7 +271,7 @@ def _unbind(flow: Flow, operation: Operation) -> list[Labels]:
     source = operation.inputs[0]
     shape, labels = flow.shape(source), list(flow.labels(source))
     dim = dim_of(operation, len(shape))
-    flow.couplings.pin(labels.pop(dim), said(operation, f"takes its {shape[dim]} channels apart"))
+    flow.couplings.pin(labels.pop(dim), said(operation, f"takes its {shape[dim]} channels apart", BY_NUMBER))
     return [list(labels) for _ in operation.outputs]
 
 
@@ -331,7 +331,7 @@ def _unfollowed(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.outputs[0]
     if result is not None and flow.shape(source) == flow.shape(result) and operation.name.startswith("as_strided"):
         return [list(flow.labels(source))]
-    _pin_all(flow, operation, source, "picks elements by their place")
+    _pin_all(flow, operation, source, f"picks elements of {flow.shape(source)} by their place; {OWN_CODE}")
     return [[FIXED] * len(flow.shape(value)) for value in operation.outputs if value is not None]
 
 

@@ -10,12 +10,10 @@ is not mistaken for what took its place.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.graph.layers import Layout, Port, layer_type
+from lightning_softprune.utilities.frames import users_line
 from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
 from lightning_softprune.utilities.nested import tensors_in
 
@@ -238,11 +237,7 @@ class Recorder:
 
     def site(self) -> Site:
         """Where the user's code is now."""
-        frame: Any = sys._getframe(2)
-        while frame is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
-            frame = frame.f_back
-        line = "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
-        return Site(self._running[-1] if self._running else "", line)
+        return Site(self._running[-1] if self._running else "", users_line(sys._getframe(2)))
 
     # -------------------------------------------------------------------------------------------------------- hooks
 
@@ -334,9 +329,6 @@ _READS = {
     torch.Tensor.__bool__,
     torch.Tensor.data_ptr,
 }
-
-_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), contextlib.__file__)
-"""Code that is not the user's."""
 
 
 def _hold(storage: torch.UntypedStorage) -> StorageWeakRef:

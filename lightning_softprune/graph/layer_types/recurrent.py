@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_softprune.graph.computed import why_not_sliced
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
@@ -46,7 +47,7 @@ class _Recurrent(LayerType):
             return f"{name} layers cannot be sliced"
         axes = tuple(self._axes(module))
         if any(module._parameters.get(axis.tensor) is None for axis in axes):
-            return f"the weights of this {name} are computed (weight norm or another parametrization)"
+            return why_not_sliced(name, module)
         return Layout(self.mac_sizes(module), axes, least=self._least(module))
 
     def taken(self, module: Any, inputs: Mapping[str | int, Any]) -> Iterator[Port]:

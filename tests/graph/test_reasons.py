@@ -1,0 +1,137 @@
+"""A reason names the place, the sizes, and what would help."""
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_softprune import find_groups
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Between(nn.Module):
+    """Two layers, and something between them."""
+
+    def __init__(self, between, width=8):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 8), nn.Linear(width, 2)
+        self.scale = nn.Parameter(torch.ones(8))
+        self.register_buffer("order", torch.tensor([1, 0, 3, 2]))
+        self.between = between
+
+    def forward(self, x):
+        return self.head(self.between(self, self.body(x), x))
+
+
+def reason_of(between, width=8, name="body"):
+    groups = {group.name: group for group in find_groups(Between(between, width), torch.randn(3, 5))}
+    assert not groups[name].prunable
+    return groups[name].reason
+
+
+KINDS = {
+    "constant view": (
+        lambda m, h, x: h.view(-1, 4, 2).flatten(1),
+        8,
+        ("does not run with fewer channels", "(test_reasons.py:", "-1", "integer attribute"),
+    ),
+    "constant reshape in a list": (
+        lambda m, h, x: torch.stack([row.reshape(8) for row in h]),
+        8,
+        ("does not run with fewer channels", "(test_reasons.py:", "-1", "integer attribute"),
+    ),
+    "picked": (lambda m, h, x: h[:, [0, 2, 5]], 3, ("of 8 channels by their numbers", "layer of its own")),
+    "buffer picks": (lambda m, h, x: h[:, m.order], 4, ("of 8 channels by their numbers", "layer of its own")),
+    "select": (lambda m, h, x: h + h[:, 3].mean(), 8, ("takes channel 3 of 8 by its number", "layer of its own")),
+    "raw input": (
+        lambda m, h, x: h + torch.cat([x, x], 1)[:, :8],
+        8,
+        ("meets a tensor whose width is fixed", "of shape (3, 8)", "layer between"),
+    ),
+    "unknown operator": (
+        lambda m, h, x: torch.linalg.svd(h, full_matrices=False)[2],
+        8,
+        ("_linalg_svd in the module itself (test_reasons.py:", "not known here", "register_layer", "ignore"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reason_says_where_how_many_and_what_would_help(kind):
+    between, width, words = KINDS[kind]
+    reason = reason_of(between, width)
+    for word in words:
+        assert word in reason
+    assert len(reason) < 250
+    assert "\n" not in reason
+
+
+def test_the_raw_input_is_called_an_input():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.back = nn.Linear(5, 8), nn.Linear(8, 5)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.head(self.back(self.body(x)) + x)
+
+    groups = {group.name: group for group in find_groups(Residual(), torch.randn(3, 5))}
+    assert "an input of shape (3, 5)" in groups["back"].reason
+    assert groups["body"].prunable
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.second(self.first(x).view(-1, 2, 4).flatten(1))
+
+
+def test_a_crash_names_the_innermost_module_that_ran():
+    model = nn.Sequential(nn.Linear(5, 8), nn.Sequential(Inner()), nn.Linear(8, 2))
+    groups = {group.name: group for group in find_groups(model, torch.randn(3, 5))}
+    reason = groups["1.0.first"].reason
+    assert "(test_reasons.py:" in reason
+    assert " in 1.0" in reason
+
+
+def test_a_long_message_of_an_exception_is_cut():
+    def between(module, h, x):
+        if h.shape[1] != 8:
+            raise RuntimeError("too few " * 100)
+        return h
+
+    reason = reason_of(between)
+    assert "RuntimeError: too few" in reason
+    assert len(reason) < 250
+
+
+@pytest.mark.parametrize(
+    ("wrap", "remedy"),
+    [
+        (nn.utils.parametrizations.weight_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
+        (nn.utils.parametrizations.spectral_norm, "torch.nn.utils.parametrize.remove_parametrizations"),
+    ],
+)
+def test_computed_weights_name_what_removes_them(wrap, remedy):
+    model = nn.Sequential(nn.Linear(5, 8), wrap(nn.Linear(8, 8)), nn.Linear(8, 2))
+    groups = {group.name: group for group in find_groups(model, torch.randn(3, 5))}
+    assert groups["0"].reason.startswith("feeds 1: the weights of this Linear are computed")
+    assert remedy in groups["0"].reason
+
+
+def test_a_layer_that_takes_channels_as_time_names_the_tensor_its_shape_and_the_dimension():
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 6), nn.GRU(5, 3, batch_first=True), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.second(self.first(x).transpose(1, 2))[0][:, -1])
+
+    groups = {group.name: group for group in find_groups(Turned(), torch.randn(2, 5, 4))}
+    said = "second takes the output of first of shape (2, 6, 5) where it expects no channels (dimension 1)"
+    assert said in groups["first"].reason
