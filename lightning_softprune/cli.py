@@ -25,8 +25,17 @@ import torch
 from rich.console import Console
 
 from lightning_softprune.checkpoint import RECORD, recorded_rounds
-from lightning_softprune.report import RESULT_FILE, print_rounds, read_result, read_round, rebuild_files, round_folders
+from lightning_softprune.report import (
+    RESULT_FILE,
+    print_rounds,
+    print_solutions,
+    read_result,
+    read_round,
+    rebuild_files,
+    round_folders,
+)
 from lightning_softprune.results import PruningResult
+from lightning_softprune.search import Solution
 from lightning_softprune.utilities.files import refuse_other_than_file
 from lightning_softprune.utilities.version import __version__
 
@@ -51,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     try:
-        code: int = arguments.run(arguments.path)
+        code: int = arguments.run(arguments)
         sys.stdout.flush()
     except FileError as error:
         return _complain(error)
@@ -90,13 +99,37 @@ def _parser() -> argparse.ArgumentParser:
         "path", type=Path, metavar="DIR", help="the folder of a round, or one with rounds below it: rewrites all"
     )
     report.set_defaults(run=_report)
+    solve = commands.add_parser(
+        "solve",
+        help="what a round's measurements say of another sparsity, without running anything",
+        description=(
+            "Print the best plan for other targets, and the score it should have, from what a round has measured. "
+            "Without --target: from 10 % to 90 %."
+        ),
+    )
+    solve.add_argument("path", type=Path, metavar="DIR", help=f"the folder of a round, or its {RESULT_FILE}")
+    solve.add_argument("--target", type=float, action="append", metavar="SPARSITY", help="may be given several times")
+    solve.add_argument("--cost", choices=("params", "macs"), help="what sparsity is measured in; default: the round's")
+    solve.add_argument(
+        "--limit", type=_limit, action="append", metavar="COST=FRACTION", help="how much may remain: macs=0.5"
+    )
+    solve.set_defaults(run=_solve)
     return parser
+
+
+def _limit(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not COST=FRACTION, as in macs=0.5") from None
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def _show(path: Path) -> int:
+def _show(arguments: argparse.Namespace) -> int:
+    path: Path = arguments.path
     console = Console()
     if path.is_dir():
         runs: dict[Path, list[PruningResult]] = {}
@@ -118,8 +151,34 @@ def _print(console: Console, path: Path, results: Sequence[PruningResult]) -> No
         print_rounds(results, console)
 
 
-def _report(path: Path) -> int:
+def _solve(arguments: argparse.Namespace) -> int:
+    """Print what was found for each target; one that is out of reach is complained of, and the others are printed."""
+    path: Path = arguments.path
+    folders = _folders(path.parent if path.name == RESULT_FILE and path.is_file() else path)
+    if len(folders) > 1:
+        raise FileError(f"{path}: holds {len(folders)} rounds; name the folder of one, as {folders[0]}")
+    result = _result(folders[0], read_round)
+    limits = dict(arguments.limit or ()) or None
+    targets = arguments.target or [n / 10 for n in range(1, 10)]
+    answers = [_answer(path, result, target, arguments.cost, limits) for target in targets]
+    found = [answer for answer in answers if isinstance(answer, Solution)]
+    if found:
+        print_solutions(found, result, Console())
+    return max(_complain(answer) if isinstance(answer, FileError) else 0 for answer in answers)
+
+
+def _answer(
+    path: Path, result: PruningResult, target: float, cost: str | None, limits: dict[str, float] | None
+) -> Solution | FileError:
+    try:
+        return result.solve(target, cost=cost, limits=limits)
+    except ValueError as error:
+        return FileError(f"{path}: {error}")
+
+
+def _report(arguments: argparse.Namespace) -> int:
     """Build every report that can be built; one that cannot is no reason to leave out the others."""
+    path: Path = arguments.path
     folders = _folders(path.parent if path.name == RESULT_FILE and path.is_file() else path)
     return max(map(_rebuild, folders))
 

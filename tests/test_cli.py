@@ -497,3 +497,51 @@ def test_the_script_is_declared() -> None:
     text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
 
     assert 'lightning-softprune = "lightning_softprune.cli:main"' in text
+
+
+# solve
+
+
+@pytest.fixture(scope="module")
+def round_with_curves(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PruningResult]:
+    folder = tmp_path_factory.mktemp("curves")
+    callback = softpruning(search=lightning_softprune.SensitivitySearch(), report=True)
+    fit(folder, made(), callback)
+    return next(folder.rglob("result.json")).parent, callback.results[0]
+
+
+def test_solve_prints_what_the_result_says_of_each_target(
+    round_with_curves: tuple[Path, PruningResult], capsys: Captured
+) -> None:
+    folder, result = round_with_curves
+    assert main(["solve", str(folder), "--target", "0.3", "--target", "0.6"]) == 0
+    printed = rows(capsys.readouterr().out)
+    for target in (0.3, 0.6):
+        solution = result.solve(target)
+        assert printed[str(target)][:2] == [f"{solution.sparsity:.4f}", f"{solution.params:,}"]
+        assert printed[str(target)][3:] == [f"{solution.score:.4g}", "measured" if solution.measured else "predicted"]
+
+
+def test_solve_names_a_target_out_of_reach_and_prints_the_others(
+    round_with_curves: tuple[Path, PruningResult], capsys: Captured
+) -> None:
+    folder, _ = round_with_curves
+    assert main(["solve", str(folder), "--target", "0.5", "--target", "1.0"]) == 1
+    captured = capsys.readouterr()
+    assert "0.5" in rows(captured.out)
+    assert "target_sparsity=1.0" in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_solve_takes_limits_and_says_what_one_looks_like(
+    round_with_curves: tuple[Path, PruningResult], capsys: Captured
+) -> None:
+    folder, result = round_with_curves
+    assert main(["solve", str(folder), "--target", "0.5", "--limit", "macs=0.5", "--cost", "params"]) == 0
+    limited = result.solve(0.5, limits={"macs": 0.5})
+    assert limited.macs <= 0.5 * result.costs_before.macs
+    assert rows(capsys.readouterr().out)["0.5"][1] == f"{limited.params:,}"
+    with pytest.raises(SystemExit) as stopped:
+        main(["solve", str(folder), "--limit", "half"])
+    assert stopped.value.code == 2
+    assert "macs=0.5" in capsys.readouterr().err

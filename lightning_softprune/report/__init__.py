@@ -14,7 +14,7 @@ from lightning_softprune.report.files import (
 from lightning_softprune.report.messages import dense_checkpoints_stay, rounds_never_reached
 from lightning_softprune.report.progress import SearchProgress, Style
 from lightning_softprune.report.series import log_values
-from lightning_softprune.report.tables import print_round, print_rounds
+from lightning_softprune.report.tables import print_round, print_rounds, print_solutions
 
 __all__ = [
     "RESULT_FILE",
@@ -25,6 +25,7 @@ __all__ = [
     "log_values",
     "print_round",
     "print_rounds",
+    "print_solutions",
     "read_result",
     "read_round",
     "rebuild_files",

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lightning_softprune.report.series import budget_rows, narrowed_features
 from lightning_softprune.results import GroupResult, PruningResult, format_change
+from lightning_softprune.search import Solution
 
 _BAR_WIDTH = 10
 
@@ -68,6 +69,25 @@ def print_rounds(results: Sequence[PruningResult], console: Console | None = Non
     for table in (rounds_table(results), channels_table(results)):
         console.print(_Printable(table), crop=False)
         console.print()
+
+
+def print_solutions(solutions: Sequence[Solution], result: PruningResult, console: Console | None = None) -> None:
+    """Print what a round's measurements say of other targets: a row each.
+
+    Args:
+        solutions: What `PruningResult.solve` returned.
+        result: The round.
+        console: Where to print; rich's global one if not given.
+    """
+    table = _table(f"From epoch {result.epoch}, {result.monitor} {result.score_before:.4g} before it")
+    for name in ("target", "sparsity", "parameters", "MACs", result.monitor):
+        table.add_column(Text(name), justify="right", overflow="fold")
+    table.add_column("", overflow="fold")
+    for found in solutions:
+        sizes = f"{found.params:,}", _format_count(found.macs)
+        how = "measured" if found.measured else "predicted"
+        table.add_row(f"{found.target_sparsity:.3g}", f"{found.sparsity:.4f}", *sizes, f"{found.score:.4g}", how)
+    (console or rich.get_console()).print(_Printable(table), crop=False)
 
 
 def groups_table(result: PruningResult) -> Table:

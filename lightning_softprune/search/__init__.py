@@ -10,7 +10,7 @@ from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSpars
 from lightning_softprune.search.objective import Constraint, Objective, better, parse_constraint
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
-from lightning_softprune.search.solving import Known, OutOfReachError, Question, Solution, solve
+from lightning_softprune.search.solving import Known, OutOfReachError, Question, Solution, best_plan, solve
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.stored import SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
 from lightning_softprune.search.strategies.baselines import NormBaseline, UniformBaseline
@@ -55,6 +55,7 @@ __all__ = [
     "StoredTerm",
     "UniformBaseline",
     "best_combinations",
+    "best_plan",
     "better",
     "build_rounding",
     "build_space",

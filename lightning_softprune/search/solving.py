@@ -84,7 +84,9 @@ def best_plan(space: SearchSpace, known: Known) -> tuple[FloatArray, float, bool
     if not found:
         return None
     points = np.stack(found)
-    scored = {space.key(x): float(loss) for x, loss in zip(known.points, known.losses, strict=True)}
+    scored: dict[tuple[int, ...], float] = {}
+    for x, loss in zip(known.points, known.losses, strict=True):  # the chosen plan may have been scored twice
+        scored[space.key(x)] = min(float(loss), scored.get(space.key(x), np.inf))
     measured = np.array([scored.get(space.key(x), np.nan) for x in points])
     losses = np.where(np.isnan(measured), predicted_losses(space, known, points), measured)
     best = int(np.argmin(losses))

@@ -1,0 +1,99 @@
+"""A stored search answers other targets: costs as in the round, losses from the curves, corrected by scored plans."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from lightning_softprune import SensitivitySearch, prune
+from lightning_softprune.results import PruningResult
+from lightning_softprune.search import Known, OutOfReachError, best_plan, run_search
+from lightning_softprune.search.solving import predicted_losses
+from support.modules import loaders, made
+from support.networks import coupled, mlp_space, plan_loss, steep
+
+
+def known_of(space, loss):
+    search, points, losses = SensitivitySearch(), [], []
+
+    def keep(x, value, _):
+        points.append(x)
+        losses.append(value)
+
+    run_search(search, space, loss, seed=0, on_asked=keep)
+    return Known(search.sensitivity, np.stack(points), np.array(losses), loss(space.low))
+
+
+def brute_force(space, loss):
+    points, sparsities, _ = space.table
+    return min(loss(x) for x in points[space.within(sparsities)])
+
+
+@pytest.mark.parametrize("target", [0.3, 0.6, 0.7, 0.8])
+def test_another_target_is_solved_to_nearly_the_best_of_all_plans_where_losses_add_up(target):
+    measured = mlp_space([64, 48, 64, 32, 10], 0.7)
+    loss = plan_loss(measured, steep([1.0, 0.5, 2.0]))
+    space = mlp_space([64, 48, 64, 32, 10], target)
+    x, predicted, _ = best_plan(space, known_of(measured, loss))
+    dense = loss(space.low)
+    assert space.on_target(x)
+    assert loss(x) - dense <= 1.15 * (brute_force(space, loss) - dense)
+    assert predicted - dense == pytest.approx(loss(x) - dense, rel=0.15 if target >= 0.6 else 0.7)
+
+
+def test_a_plan_that_was_scored_has_its_own_score():
+    space = mlp_space([64, 48, 64, 32, 10], 0.7)
+    loss = plan_loss(space, coupled([1.0, 0.5, 2.0]))
+    x, found, measured = best_plan(space, known_of(space, loss))
+    assert measured
+    assert found == loss(x)
+
+
+def test_what_groups_cost_together_is_learnt_from_the_plans_that_prune_several():
+    """The loss of coupled groups exceeds the sum of the curves; near the plans that were scored, that is known."""
+    space = mlp_space([64, 48, 64, 32, 10], 0.7)
+    loss = plan_loss(space, coupled([1.0, 0.5, 2.0]))
+    known = known_of(space, loss)
+    alone = Known(known.curves, known.points[:0], known.losses[:0], known.dense)
+    x = space.scale(np.ones(3))
+    true = loss(x)
+    corrected, summed = (float(predicted_losses(space, which, x[None])[0]) for which in (known, alone))
+    assert abs(corrected - true) < 0.5 * abs(summed - true)
+
+
+@pytest.fixture(scope="module")
+def result() -> PruningResult:
+    module = made()
+    return prune(module, **loaders(module), monitor="val_loss", search=SensitivitySearch(), report=False)
+
+
+def test_the_stored_costs_are_those_of_the_pruned_model(result):
+    again = PruningResult.from_dict(json.loads(json.dumps(result.to_dict())))
+    removed = [[group.channels_before - group.channels_after for group in result.groups]]
+    assert int(again.numbers.costs.count("params", np.array(removed))[0]) == result.costs_after.params
+    solution = again.solve()
+    assert solution.measured
+    assert solution.score == pytest.approx(max(t.score for t in result.trials if t.feasible) if result.mode == "max"
+                                           else min(t.score for t in result.trials if t.feasible))  # fmt: skip
+    assert solution == result.solve()
+
+
+def test_bounds_limits_and_costs_are_kept(result):
+    name = result.groups[0].name
+    solution = result.solve(0.4, bounds={name: [0.0, 0.2]})
+    assert solution.coefficients[name] <= 0.2
+    limited = result.solve(0.4, limits={"macs": 0.61})
+    assert limited.macs <= 0.61 * result.costs_before.macs + 1
+    assert abs(result.solve(0.5, cost="macs").macs / result.costs_before.macs - 0.5) <= result.tolerance + 1e-6
+
+
+def test_what_cannot_be_solved_is_said(result):
+    with pytest.raises(OutOfReachError, match=r"target_sparsity=1.0: .* the nearest has 0\.\d+"):
+        result.solve(1.0)
+    with pytest.raises(ValueError, match="limits"):
+        result.solve(0.5, limits={"latency": 0.5})
+    with pytest.raises(ValueError, match="target_sparsity"):
+        result.solve(1.5)
+    assert [s.target_sparsity for s in result.solve_targets([0.3, 0.5, 1.0])] == [0.3, 0.5]
