@@ -108,6 +108,8 @@ class Trial:
         feasible: Whether tolerance, limits and constraints are all met.
         seconds: Time taken to score the plan.
         reason: Why there is no score: what the user's own code said to this plan. Empty where there is one.
+        share: The fraction of the validation batches that the plan was scored on: 1 for all. Below 1, score and metrics
+            are those of these batches; whether the trial is feasible is then judged by an estimate for all of them.
     """
 
     coefficients: tuple[float, ...]
@@ -117,6 +119,7 @@ class Trial:
     feasible: bool
     seconds: float
     reason: str = ""
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ class Sensitivity:
     Attributes:
         group: The group's name.
         coefficients: The coefficients tried.
-        scores: The score at each of them.
+        scores: The score at each of them; an estimate for all validation batches where plans were scored on a part.
     """
 
     group: str
@@ -191,8 +194,9 @@ class PruningResult:
         costs_before: Costs before the round.
         costs_after: Costs after it.
         groups: The prunable groups.
-        evaluations: Validation passes really run, sensitivity included, cache hits excluded. Where a killed search was
-            continued, those of the run that was killed count too.
+        evaluations: Plans really scored, sensitivity and the dense model included, cache hits excluded; with all of the
+            validation batches, each is one pass. Where a killed search was continued, those of the run that was killed
+            count too.
         seconds: The whole round, trace to commit.
         strategy: Name of the search strategy.
         stop_reason: Why the search ended.
@@ -215,6 +219,8 @@ class PruningResult:
         coverage: How much of the model takes part, as one sentence.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
+        passes: Validation passes that these took together, those on a part of the batches as fractions, with those that
+            told which part will do and with the finalists on all; default: `evaluations`.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
 
     Raises:
@@ -271,6 +277,7 @@ class PruningResult:
     versions: dict[str, str] = field(default_factory=dict)
     outcome: str = ""
     coverage: str = ""
+    passes: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, _MODES)
@@ -278,6 +285,7 @@ class PruningResult:
         if (outcome == Outcome.APPLIED) != self.applied:
             raise ValueError(f"outcome: {outcome!r} contradicts applied={self.applied}")
         object.__setattr__(self, "outcome", outcome)
+        object.__setattr__(self, "passes", self.passes or float(self.evaluations))
         for index, trial in enumerate(self.trials):
             if len(trial.coefficients) != len(self.groups):
                 raise ValueError(
@@ -297,9 +305,13 @@ class PruningResult:
 
     @property
     def pareto(self) -> tuple[Trial, ...]:
-        """The trials that no other trial beats in sparsity and score, by ascending sparsity (see `pareto_front`)."""
-        front = pareto_front([t.sparsity for t in self.trials], [t.score for t in self.trials], self.mode)
-        return tuple(self.trials[index] for index in front)
+        """The trials that no other trial beats in sparsity and score, by ascending sparsity (see `pareto_front`).
+
+        Of those on all validation batches: scores of a part are not compared with them.
+        """
+        whole = [trial for trial in self.trials if trial.share == 1.0]
+        front = pareto_front([t.sparsity for t in whole], [t.score for t in whole], self.mode)
+        return tuple(whole[index] for index in front)
 
     @property
     def summary(self) -> str:
@@ -309,6 +321,8 @@ class PruningResult:
             epoch += f", not applied ({self.reason})" if self.reason else ", not applied"
         before, after = self.costs_before.params, self.costs_after.params
         evaluations = f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"
+        if abs(self.passes - self.evaluations) >= 0.05:
+            evaluations += f" ({self.passes:.1f} passes)"
         return (
             f"{epoch}: {before:,} -> {after:,} parameters ({format_change(before, after)}), "
             f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "

@@ -57,6 +57,7 @@ def test_the_csv_has_one_row_per_trial_with_every_value(tmp_path: Path) -> None:
         "feasible": "True",
         "pareto": "True",
         "seconds": "0.5",
+        "share": "1.0",
         "metric/val_psnr": "19.7",
         "metric/val_loss": "0.1",
         "coefficient/encoder.0": "0.7",
