@@ -44,6 +44,8 @@ _LARGEST = 0.5
 _FEW_PLANS = 12
 """A strategy that may evaluate no more than so many plans works on all data."""
 
+_OF_ONE_PLAN = (UniformBaseline, NormBaseline)
+
 _PRECISION = 0.1
 """The standard error of a difference that is small enough, as a fraction of the drop of the uniform plan."""
 
@@ -65,7 +67,7 @@ def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[s
         part = Part(most=settings.search_batches)
         return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), {}, math.nan), before)
     largest = settings.search.max_evaluations
-    if isinstance(settings.search, (UniformBaseline, NormBaseline)) or (largest is not None and largest <= _FEW_PLANS):
+    if type(settings.search) in _OF_ONE_PLAN or (largest is not None and largest <= _FEW_PLANS):
         return WHOLE
     sizes = [sizes for sizes in evaluator.runner.sizes() or [] if sizes]
     least = least_share(sizes)

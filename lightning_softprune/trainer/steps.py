@@ -102,8 +102,14 @@ def is_moved_once(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
 
 
 def move(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
-    """Brings a copy of a batch to the device, and no further: `on_after_batch_transfer` may use the module's layers."""
-    with _without_hook(trainer, pl_module, "on_after_batch_transfer"):
+    """Brings a copy of a batch to the device, and no further: `on_after_batch_transfer` may use the module's layers.
+
+    Also where `moved_already` holds, as within a pass that comes to a batch for the first time.
+    """
+    mover = _owner_of_hook(trainer, pl_module, "transfer_batch_to_device")
+    skipped = getattr(mover.transfer_batch_to_device, "skipped", None)
+    own = {} if skipped is None else {"transfer_batch_to_device": skipped}
+    with attributes_replaced(mover, **own), _without_hook(trainer, pl_module, "on_after_batch_transfer"):
         return transfer(trainer, pl_module, batch, dataloader_idx)
 
 
@@ -118,7 +124,12 @@ def _without_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str)
     if not is_overridden(name, owner):  # Lightning's own does nothing to a batch that is there
         yield
         return
-    with attributes_replaced(owner, **{name: lambda batch, *_, **__: batch}):
+
+    def skip(batch: Any, *_: Any, **__: Any) -> Any:
+        return batch
+
+    skip.skipped = getattr(owner, name)  # type: ignore[attr-defined]
+    with attributes_replaced(owner, **{name: skip}):
         yield
 
 
