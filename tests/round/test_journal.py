@@ -239,7 +239,7 @@ def test_a_search_that_is_stopped_again_and_again_gets_there(tmp_path, uninterru
 
 
 def test_a_search_on_a_part_of_the_data_goes_on_with_its_finalists(tmp_path):
-    """Passes: the baseline, the part's, 6 trials, 5 finalists, the refit; one for each that was taken over and counts."""
+    """Of the baseline, the dense model on the part, the trials, the finalists and the refit."""
     folders = [tmp_path / name for name in ("alone", "in the search", "among finalists")]
     weights, results, passes = [], [], []
     for folder, stop_at in zip(folders, (0, 5, 11), strict=True):
