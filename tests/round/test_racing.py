@@ -13,7 +13,7 @@ from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.journal import Journal
 from lightning_softprune.round.racing import choose_part, least_share, race
 from lightning_softprune.round.trials import WHOLE, Trials
-from lightning_softprune.search import Objective, Plan, SearchLoop, parse_constraint
+from lightning_softprune.search import MaxSparsitySearch, Objective, Plan, SearchLoop, parse_constraint
 from lightning_softprune.testing import mlp_space
 
 WIDTHS = [8, 16, 16, 16, 4]
@@ -207,6 +207,47 @@ def test_a_constraint_is_judged_on_all_data_and_the_list_is_gone_down():
 
 def samples_good(samples, scored):
     return float((samples.losses(scored.plan.counts) < 1.0).mean())
+
+
+def highest(samples, settings):
+    """A round's search for the highest sparsity, and its decision."""
+    before = samples.metrics()
+    samples.passes = 0.0
+    objective = Objective("loss", "min", settings.constraints, scale=before["loss"])
+    trials = Trials(objective, samples.space, None)
+    evaluator = Evaluator(samples, samples, Journal(None, {}), trials)
+    evaluator.on = choose_part(evaluator, settings, before)
+
+    def evaluate(x):
+        return objective.loss(evaluator.score(x).judged)
+
+    progress = SimpleNamespace(
+        begin=lambda space: None,
+        highest_feasible_sparsity=trials.highest_feasible_sparsity(trials.unpruned(samples.unpruned_plan(), before)),
+        least_violation_at=trials.least_violation_at,
+    )
+    MaxSparsitySearch(settings.search, samples.space, evaluate, progress, 0, {(0, 0, 0): before["loss"]}).run()
+    race(evaluator, settings)
+    return decide(samples, settings, samples, trials, None).plan
+
+
+@pytest.mark.slow
+def test_the_highest_sparsity_on_a_part_meets_its_constraint_on_all_data():
+    gaps, passes = [], []
+    for seed in range(8):
+        dense = Samples(seed).metrics()["loss"]
+        constraint = (parse_constraint(f"loss <= {dense + 0.3}", "constraints[0]"),)
+        found = {}
+        for batches in (None, 10_000):
+            samples = Samples(seed)
+            plan = highest(samples, settings_of(search_batches=batches, constraints=constraint))
+            assert plan.trial.share == 1.0
+            assert samples.losses(plan.plan.counts).mean() <= dense + 0.3
+            found[batches] = plan.trial.sparsity, samples.passes
+        gaps.append(found[10_000][0] - found[None][0])
+        passes.append(found[None][1] / found[10_000][1])
+    assert max(gaps) < 0.05
+    assert np.mean(passes) < 0.7
 
 
 @pytest.mark.parametrize(
