@@ -104,7 +104,11 @@ class SoftPruning(pl.Callback):
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
-        search_batches: Validation batches per trial; ``None``: as many as validation uses.
+        search_batches: Validation batches of each loader that plans are scored on while they are searched for;
+            ``None``: as few as it takes to tell plans apart, but at least 8 and 1,000 samples. Finalists, and the plan
+            that is committed, are scored on all.
+        memory_limit: GiB that a round may hold beside the model: validation batches that do not fit are read again from
+            the loader in each pass. ``None``: a quarter of the free memory.
         calibration_batches: Training batches that rankings and compensation look at.
         finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
             0: stop with the pruned, validated, checkpointed model.
@@ -151,6 +155,7 @@ class SoftPruning(pl.Callback):
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
         round_to: int = 1,
         search_batches: int | None = None,
+        memory_limit: float | None = None,
         calibration_batches: int = 8,
         finetune_epochs: int | None = None,
         reset_monitors: bool = True,
@@ -193,6 +198,7 @@ class SoftPruning(pl.Callback):
         self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
         self.round_to = checks.whole_number("round_to", round_to, 1)
         self.search_batches = checks.optional_whole_number("search_batches", search_batches)
+        self.memory_limit = checks.optional_positive("memory_limit", memory_limit)
         self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
         self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
         self.reset_monitors = checks.instance_of("reset_monitors", reset_monitors, bool)
@@ -422,25 +428,5 @@ class SoftPruning(pl.Callback):
             print_round(result, folder=folder, notes=notes)
 
     def _settings(self, trainer: pl.Trainer) -> RoundSettings:
-        return RoundSettings(
-            monitor=self.monitor,
-            mode=self.mode,
-            tolerance=self.tolerance,
-            search=self.search,
-            components=self.components,
-            ignore=self.ignore,
-            twins=self.twins,
-            bounds=self.bounds,
-            importance=self.importance,
-            compensation=self.compensation,
-            round_to=self.round_to,
-            search_batches=self.search_batches,
-            calibration_batches=self.calibration_batches,
-            seed=self.seed,
-            verbose=self.verbose and trainer.is_global_zero,
-            cost=self.cost,
-            limits=self.limits,
-            constraints=self.constraints,
-            on_violation=self.on_violation,
-            granularity=self.granularity,
-        )
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(RoundSettings)}
+        return RoundSettings(**{**values, "verbose": self.verbose and trainer.is_global_zero})

@@ -250,3 +250,13 @@ def test_pareto_trials_follow_the_mode() -> None:
 def test_pareto_refuses_an_unknown_mode() -> None:
     with pytest.raises(ValueError, match="mode: 'best' is not one of 'min', 'max'"):
         pareto_front([0.1], [1.0], "best")
+
+
+def test_a_part_is_no_point_of_the_pareto_front_and_passes_are_told() -> None:
+    part, whole = make_trial(score=20.5, share=0.25), make_trial(score=19.7)
+    result = make_result(trials=(part, whole), evaluations=2, passes=2.25)
+
+    assert result.pareto == (whole,)
+    assert "after 2 evaluations (2.2 passes) in" in result.summary
+    assert make_result().passes == make_result().evaluations
+    assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result

@@ -21,8 +21,9 @@ from lightning_softprune.report.series import (
     is_drawable,
     score_limits,
     target_band,
+    trials_on_front,
 )
-from lightning_softprune.results import PruningResult, Sensitivity, pareto_front
+from lightning_softprune.results import PruningResult, Sensitivity
 
 WIDTH, HEIGHT = 480, 300
 
@@ -127,7 +128,7 @@ def sparsity_chart(result: PruningResult) -> Markup:
         below = tag("rect", tag("title", note), x=left, y=y.end, width=width, height=y.start - y.end, class_="band")
         keys.append("band")
         summary += f" Feasible sparsities: {note}."
-    front = pareto_front(sparsities, [trial.score for trial in trials], result.mode)
+    front = sorted(trials_on_front(result), key=lambda index: sparsities[index])
     points = [(trials[index].sparsity, trials[index].score) for index in front]
     points = [point for point in points if is_drawable(point[0]) and is_drawable(point[1])]
     corners = " ".join(dict.fromkeys(_pair(x.at(a), y.at(b)) for a, b in points))
@@ -277,7 +278,8 @@ class _Frame:
         trial = self.result.trials[index]
         feasible = "feasible" if trial.feasible else "not feasible"
         chosen = ", chosen" if index == self.result.chosen else ""
-        return f"trial {index}: score {trial.score:.5g}, sparsity {trial.sparsity:.4g}, {feasible}{chosen}"
+        part = "" if trial.share == 1.0 else f" on {trial.share:.1%} of the validation batches"
+        return f"trial {index}: score {trial.score:.5g}{part}, sparsity {trial.sparsity:.4g}, {feasible}{chosen}"
 
 
 def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float | None, key: str) -> Markup:

@@ -22,6 +22,7 @@ from lightning_softprune.report.series import (
     component_colours,
     format_fraction,
     format_number,
+    has_parts,
     trials_on_front,
 )
 from lightning_softprune.results import GroupResult, PruningResult, format_change
@@ -266,7 +267,8 @@ def _trials(result: PruningResult) -> Markup:
     wide = len(result.groups) > MAX_COEFFICIENT_COLUMNS
     groups = [] if wide else result.groups
     columns = [("trial", "number"), ("sparsity", "number"), ("score", "number"), ("feasible", "text"), ("note", "text")]
-    columns += [("seconds", "number")]
+    parts = has_parts(result)
+    columns += [("seconds", "number"), *([("share of batches", "number")] if parts else [])]
     columns += [(name, "number") for name in metrics]
     columns += [(f"coefficient of {group.name}", "number") for group in groups]
     most = max(1, min(MAX_ROWS, MAX_CELLS // len(columns)))
@@ -281,7 +283,7 @@ def _trials(result: PruningResult) -> Markup:
             format_number(trial.score),
             "yes" if trial.feasible else "no",
         ]
-        cells += [", ".join(notes), f"{trial.seconds:.3g}"]
+        cells += [", ".join(notes), f"{trial.seconds:.3g}", *([format_fraction(trial.share)] if parts else [])]
         cells += [format_number(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
         cells += [format_fraction(coefficient) for coefficient in trial.coefficients] if groups else []
         row = tag("tr", *(tag("td", cell) for cell in cells), class_="chosen" if index == chosen else None)
@@ -293,6 +295,8 @@ def _trials(result: PruningResult) -> Markup:
     ]  # fmt: skip
     table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="sortable")
     note: list[str] = ["“front”: no other trial is better in both sparsity and score."]
+    if parts:
+        note[0] += " Scores of a part of the validation batches are of that part alone; finalists were scored on all."
     if len(shown) < len(trials):
         note.insert(0, f"The {len(shown):,} best of {len(trials):,} trials; all are in ")
     elif wide:
@@ -304,13 +308,14 @@ def _trials(result: PruningResult) -> Markup:
 
 
 def _best_trials(result: PruningResult, most: int) -> list[int]:
-    """Indices of at most so many trials, in order: the chosen one, then the feasible ones, better scores first."""
+    """Indices of at most so many trials, in order: the chosen one, those on all data, the feasible ones, by score."""
     chosen = chosen_trial(result)
 
-    def rank(index: int) -> tuple[bool, bool, bool, float]:
+    def rank(index: int) -> tuple[bool | float, ...]:
         trial = result.trials[index]
         score = -trial.score if result.mode == "max" else trial.score
-        return index != chosen, not trial.feasible, math.isnan(score), 0.0 if math.isnan(score) else score
+        known = not math.isnan(score)
+        return index != chosen, trial.share < 1.0, not trial.feasible, not known, score if known else 0.0
 
     return sorted(sorted(range(len(result.trials)), key=rank)[:most])
 

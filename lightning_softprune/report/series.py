@@ -33,18 +33,19 @@ def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
     """The trials as a table.
 
     Returns:
-        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `metric/<name>` for every metric any
-        trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an empty cell.
+        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `share`, `metric/<name>` for every
+        metric any trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an
+        empty cell. `share` is the fraction of the validation batches that score and metrics are of.
     """
     metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.metrics))
-    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds"]
+    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds", "share"]
     header += [f"metric/{name}" for name in metrics]
     header += [f"coefficient/{group.name}" for group in result.groups]
     front = trials_on_front(result)
     rows = []
     for index, trial in enumerate(result.trials):
         row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
-        row.append(float(trial.seconds))
+        row += [float(trial.seconds), float(trial.share)]
         row += [float(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
         row += map(float, trial.coefficients)
         rows.append(row)
@@ -52,9 +53,19 @@ def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
 
 
 def trials_on_front(result: PruningResult) -> set[int]:
-    """Indices of the trials that no other trial beats in sparsity and score."""
+    """Indices of the trials on all validation batches that no other one beats in sparsity and score."""
     trials = result.trials
-    return set(pareto_front([t.sparsity for t in trials], [t.score for t in trials], result.mode))
+    return set(pareto_front([t.sparsity for t in trials], whole_scores(result), result.mode))
+
+
+def whole_scores(result: PruningResult) -> list[float]:
+    """The scores of the trials on all validation batches; NaN for those on a part, which do not compare with them."""
+    return [trial.score if trial.share == 1.0 else math.nan for trial in result.trials]
+
+
+def has_parts(result: PruningResult) -> bool:
+    """Whether some trials were scored on a part of the validation batches."""
+    return any(trial.share < 1.0 for trial in result.trials)
 
 
 _LARGEST = 1e150  # beyond it, differences of scores overflow
@@ -97,15 +108,20 @@ def score_limits(scores: Sequence[float], important: Sequence[float]) -> tuple[f
 
 
 def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
-    """Trial and score of each feasible trial that was better than every feasible one before it."""
+    """Trial and score of each feasible trial that was better than every feasible one before it.
+
+    Trials on another share of the validation batches begin anew.
+    """
     found: list[tuple[int, float]] = []
+    share = -1.0
     for index, trial in enumerate(result.trials):
         if (
             trial.feasible
             and not math.isnan(trial.score)
-            and (not found or better(trial.score, found[-1][1], result.mode))
+            and (trial.share != share or better(trial.score, found[-1][1], result.mode))
         ):
             found.append((index, trial.score))
+            share = trial.share
     return found
 
 

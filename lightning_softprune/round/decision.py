@@ -1,6 +1,7 @@
 """The decision: which plan is to be committed, and what is wrong with it; or none, and why.
 
-The reason is data (:class:`Verdict`), with a sentence for people beside it.
+Only plans that were scored on all validation data are chosen from. The reason is data (:class:`Verdict`), with a
+sentence for people beside it.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def _explain_infeasible(trials: Trials) -> Decision:
     if not trials.done:
         sentence = "there was no plan to score: within bounds and limits, nothing was found that removes channels"
         return Decision(None, Verdict.NOTHING_SCORED, sentence)
-    monitor, number = trials.objective.monitor, f"the {len(trials.done)} scored plans"
+    monitor, number = trials.objective.monitor, f"the {trials.plans()} scored plans"
     at = "" if trials.target is None else f" at {trials.target:.1%}"
     if all(math.isnan(scored.trial.score) for scored in trials.done):
         return Decision(None, Verdict.NOT_A_NUMBER, f"{monitor} is nan for each of {number}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lightning_softprune.trainer import BatchesReadAgain
 from lightning_softprune.utilities.version import __version__
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -70,8 +71,13 @@ def _feed(update: Callable[[Any], None], value: Any, outer: tuple[int, ...]) -> 
         encoded = text.encode(errors="surrogatepass")
         update(b"%d:%s" % (len(encoded), encoded))
 
-    put(_name(type(value)))
+    put(_name(list if isinstance(value, BatchesReadAgain) else type(value)))
     if id(value) in outer:  # it holds itself
+        return
+    if isinstance(value, BatchesReadAgain):  # as a list, but never all of them at once
+        put(str(len(value)))
+        for item in value:
+            _feed(update, item, outer)
         return
     try:
         content = _content(value)

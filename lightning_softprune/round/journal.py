@@ -48,6 +48,8 @@ sums run in any order, as on other devices. A sample of a thousand may fall to t
 
 _WITHOUT_INFLUENCE = frozenset({"verbose"})  # settings that no score depends on
 
+_ADDED = (("memory_limit", None),)  # settings that release 0.1.0 had not, with which a round is as it was
+
 
 def journal_path(root: str | Path, epoch: int) -> Path:
     """Where the journal of the round at `epoch` lies while the round runs.
@@ -369,7 +371,7 @@ def open_journal(
         configuration = {
             field.name: getattr(settings, field.name)
             for field in dataclasses.fields(settings)
-            if field.name not in _WITHOUT_INFLUENCE
+            if field.name not in _WITHOUT_INFLUENCE and (field.name, getattr(settings, field.name)) not in _ADDED
         }
         configuration.update(epoch=epoch, target=target, precision=trainer.precision, world_size=trainer.world_size)
         expected = fingerprint(module, configuration, data)

@@ -26,6 +26,7 @@ from lightning_softprune.round.feasibility import monitored
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
@@ -61,7 +62,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         ModuleRunner(
             trainer,
             module,
-            max_batches=settings.search_batches,
+            memory_limit=settings.memory_limit,
             seed=seed,
             calibration_batches=settings.calibration_batches,
         ) as runner,
@@ -107,6 +108,8 @@ def _search(
     enough = pruned_already(evaluator.problem, trials, before) if goal.pruned_before else None
     if enough is not None:
         return settings.search, SearchOutcome(0, 0, "pruned already"), enough
+    if not goal.rehearse:
+        evaluator.on = choose_part(evaluator, settings, before)
     strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, runner.seed, before)
     if trials.failure is not None and all(scored.trial.reason for scored in trials.done):
         raise trials.failure
@@ -114,6 +117,7 @@ def _search(
         rank_zero_info(f"SoftPruning: {len(failed)} of {len(trials.done)} plans could not be scored: {failed[0]}")
     if goal.rehearse:
         return strategy, outcome, Decision(trials.done[-1], Verdict.FEASIBLE)  # feasible or not
+    race(evaluator, settings)
     decision = decide(runner, settings, evaluator.problem, trials, stopwatch)
     if trials.failure is not None and decision.verdict is Verdict.NOT_A_NUMBER:
         raise trials.failure  # the user's own, which is why there is no score
@@ -182,7 +186,8 @@ def _result(
         costs_before=problem.costs_of(problem.unpruned_plan()),
         costs_after=costs_after,
         groups=problem.group_results(final.plan, final.trial.coefficients),
-        evaluations=1 + len(trials.done) - trials.reused,
+        evaluations=1 + len(trials.done) - trials.reused - trials.rescored,
+        passes=1.0 + evaluator.passes,
         seconds=0.0,
         strategy=type(found.strategy).__name__,
         stop_reason=found.outcome.stop_reason,

@@ -62,7 +62,7 @@ def search(
         def evaluate(x: FloatArray) -> float:
             scored = evaluator.score(x)
             bar.advance(scored.trial.score, trials.best.trial.score if trials.best else math.nan)
-            return math.nan if scored.trial.reason else trials.objective.loss(scored.trial.metrics)
+            return math.nan if scored.trial.reason else trials.objective.loss(scored.judged)
 
         if trials.target is None:
             unpruned = trials.unpruned(evaluator.problem.unpruned_plan(), before)
@@ -102,7 +102,7 @@ def try_one_plan(
 
     def evaluate(x: FloatArray) -> float:
         scored = evaluator.score(x)
-        return math.nan if scored.trial.reason else trials.objective.loss(scored.trial.metrics)
+        return math.nan if scored.trial.reason else trials.objective.loss(scored.judged)
 
     outcome = SearchLoop(evaluate, seed).run(UniformBaseline(), space)
     return UniformBaseline(), outcome

@@ -38,6 +38,7 @@ class RoundSettings:
     constraints: tuple[Constraint, ...] = ()
     on_violation: str = "skip"
     granularity: str = "group"
+    memory_limit: float | None = None
 
 
 @dataclass(frozen=True)

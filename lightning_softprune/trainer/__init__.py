@@ -37,10 +37,14 @@ from lightning_softprune.trainer.support import (
     refuse_undeclared_twins,
     refuse_unsuited,
 )
+from lightning_softprune.trainer.validation_data import ALL, BatchesReadAgain, Part
 
 __all__ = [
+    "ALL",
+    "BatchesReadAgain",
     "MisconfigurationException",
     "ModuleRunner",
+    "Part",
     "Step",
     "Steps",
     "attributes_of",

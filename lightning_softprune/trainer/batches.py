@@ -1,9 +1,8 @@
-"""Batches in memory: copied, served again, and read from the training loaders beside the running epoch."""
+"""Batches: copied, and read from the training loaders beside the running epoch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import suppress
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
@@ -60,30 +59,6 @@ def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
             result = batch
     memo[id(batch)] = result
     return result
-
-
-class MemoryLoader:
-    """Serves batches from memory, a fresh copy each time; otherwise looks like the user's loader."""
-
-    # Lightning announces each epoch to `sampler`; the user's sampler must not hear of it.
-    sampler = None
-    batch_sampler = None
-
-    def __init__(self, batches: list[Any], loader: object) -> None:
-        self._batches = batches
-        self._loader = loader
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return (copy_batch(batch) for batch in self._batches)
-
-    def __getattr__(self, name: str) -> Any:
-        # `_iterator` belongs to the user's own workers
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._loader, name)
 
 
 def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:

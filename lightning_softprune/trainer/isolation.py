@@ -38,26 +38,61 @@ def isolated_rng(seed: int | None = None) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    python_state, torch_state = random.getstate(), torch.get_rng_state()
-    numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is the one users' code draws from
-    # Asking an idle CUDA for its state would start it on every device.
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    cuda_states = torch.cuda.get_rng_state_all() if started else None
+    before = _RandomStates()
     try:
         if seed is not None:
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             # torch.manual_seed would also queue a seed for a CUDA that starts later, and that cannot be taken back.
             torch.default_generator.manual_seed(seed)
-            if cuda_states is not None:
+            if before.cuda is not None:
                 torch.cuda.manual_seed_all(seed)
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+        before.put_back()
+
+
+class _RandomStates:
+    """The random state of Python, NumPy, torch and every CUDA device that has been started, as it is now."""
+
+    def __init__(self) -> None:
+        self.python, self.torch = random.getstate(), torch.get_rng_state()
+        self.numpy = np.random.get_state()  # noqa: NPY002 - the global state is the one users' code draws from
+        # Asking an idle CUDA for its state would start it on every device.
+        started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self.cuda = torch.cuda.get_rng_state_all() if started else None
+
+    def put_back(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+class OwnRandomness:
+    """A random state of its own for what is done in pieces: each `with` block goes on where the last one has ended.
+
+    What happens between the blocks neither moves it nor is moved by it.
+
+    Args:
+        seed: What the first block begins with.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._mine: _RandomStates | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """One block."""
+        with isolated_rng(self._seed if self._mine is None else None):
+            if self._mine is not None:
+                self._mine.put_back()
+            try:
+                yield
+            finally:
+                self._mine = _RandomStates()
 
 
 @contextmanager

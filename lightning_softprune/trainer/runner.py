@@ -6,7 +6,7 @@ for. Where several processes train together, every process runs its share, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from lightning_softprune.trainer.module_steps import (
 from lightning_softprune.trainer.processes import mean_over_processes
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
+from lightning_softprune.trainer.validation_data import ALL, GIB, Part
 
 Value = TypeVar("Value")
 
@@ -45,13 +46,13 @@ _TRACED_BATCHES = 4
 class ModuleRunner:
     """Runs the module of a trainer, for one round.
 
-    A context manager: entering reads the validation batches into memory, leaving drops them. Training batches are read
-    when they are first asked for, once, and are dropped with the others.
+    A context manager: entering reads the validation batches and keeps those that fit into memory, leaving drops them.
+    Training batches are read when they are first asked for, once, and are dropped with the others.
 
     Args:
         trainer: The trainer in charge.
         module: Its module.
-        max_batches: Validation batches of every loader that a pass uses at most; `None`: as many as validation uses.
+        memory_limit: GiB that the round may hold beside the model; `None`: a quarter of the free memory.
         seed: For whatever is random in data and steps.
         calibration_batches: Training batches that will be asked for at most.
 
@@ -64,7 +65,7 @@ class ModuleRunner:
         trainer: pl.Trainer,
         module: pl.LightningModule,
         *,
-        max_batches: int | None = None,
+        memory_limit: float | None = None,
         seed: int = 0,
         calibration_batches: int = 1,
     ) -> None:
@@ -72,7 +73,8 @@ class ModuleRunner:
         self._most = calibration_batches
         self._trained_on: list[Any] | None = None
         self._traced: list[Callable[[int | None], Step]] | None = None
-        self._scorer = ValidationScorer(trainer, module, max_batches=max_batches, seed=seed)
+        limit = None if memory_limit is None else memory_limit * GIB
+        self._scorer = ValidationScorer(trainer, module, memory_limit=limit, seed=seed)
 
     def __enter__(self) -> ModuleRunner:
         self._scorer.__enter__()
@@ -90,26 +92,44 @@ class ModuleRunner:
     # ------------------------------------------------------------------------------------------------- validation
 
     @property
-    def validation_batches(self) -> list[list[Any]]:
-        """The validation batches in memory, a list for each loader, as the loaders yield them."""
+    def validation_batches(self) -> list[Sequence[Any]]:
+        """The validation batches, a sequence for each loader, as the loaders yield them."""
         return self._scorer.batches
 
     @property
     def batch_size(self) -> int:
         """Samples in the first validation batch; 1 where that cannot be told."""
-        return self._scorer.batch_size or 1
+        return self._scorer.batch_size
 
-    def metrics(self) -> dict[str, float]:
+    @property
+    def memory_left(self) -> int:
+        """Bytes that the round may still hold on the module's device, beside the model and the validation batches."""
+        return self._scorer.data.memory_left
+
+    def sizes(self) -> list[list[int]] | None:
+        """Samples of each validation batch of each loader, on rank zero; `None` where loaders are combined in rows."""
+        data = self._scorer.data
+        return self.broadcast(data.samples if data.in_turn else None)
+
+    def share_of(self, part: Part) -> float:
+        """The fraction of the validation batches that a part has, on rank zero."""
+        data = self._scorer.data
+        return self.broadcast(sum(map(len, data.ranges(part))) / sum(map(len, data.ranges(ALL))))
+
+    def metrics(self, part: Part = ALL) -> dict[str, float]:
         """One validation pass over the module as it is now: every metric by name, the mean over the processes.
+
+        Args:
+            part: Which batches it uses.
 
         Raises:
             Exception: The user's own, as it is, with everything put back; on all processes, if it is raised on one.
         """
         if self.trainer.world_size == 1:
-            return self._scorer.metrics()
+            return self._scorer.metrics(part)
         metrics, failure = {}, None
         try:
-            metrics = self._scorer.metrics()
+            metrics = self._scorer.metrics(part)
         except Exception as error:
             failure = error
         if not self.all_agree(failure is None):

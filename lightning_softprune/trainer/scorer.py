@@ -1,16 +1,15 @@
 """Scores the live module as `Trainer.validate` would, in the middle of a fit, and leaves nothing behind.
 
-A *pass* is one run of Lightning's validation loop over the batches in memory; it yields the metrics of one trial.
+A *pass* is one run of Lightning's validation loop over the round's batches, or over a part of them; it yields the
+metrics of one trial.
 """
 
 from __future__ import annotations
 
-import itertools
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from types import SimpleNamespace, TracebackType
 from typing import Any
@@ -23,9 +22,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from lightning.pytorch.utilities.data import _extract_batch_size
 
-from lightning_softprune.trainer.batches import MemoryLoader, copy_batch
 from lightning_softprune.trainer.isolation import (
     attributes_replaced,
     clone_inference_tensors_and_reset_metrics,
@@ -33,16 +30,16 @@ from lightning_softprune.trainer.isolation import (
     untouched,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
-from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
     compiler_off,
     loggers_silenced,
+    moved_already,
     run_step,
     transfer,
     validation_loop,
 )
-from lightning_softprune.utilities.checks import optional_whole_number
+from lightning_softprune.trainer.validation_data import ALL, Part, ValidationData
 from lightning_softprune.utilities.libraries import counterpart
 
 _SCORED_ON = "and every trial of a search is scored on validation data"
@@ -79,12 +76,36 @@ def _without_callbacks(trainer: pl.Trainer) -> Iterator[None]:
         yield
 
 
+class _LoaderOfPart:
+    """Serves some of the batches of a loader; otherwise looks like the user's own."""
+
+    # Lightning announces each epoch to `sampler`; the user's sampler must not hear of it.
+    sampler = None
+    batch_sampler = None
+
+    def __init__(self, data: ValidationData, number: int, which: range, loader: object) -> None:
+        self._data, self._number, self._which = data, number, which
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._which)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._data.batches(self._number, self._which)
+
+    def __getattr__(self, name: str) -> Any:
+        # `_iterator` belongs to the user's own workers
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+
 class ValidationScorer:
     """Scores the live module as `Trainer.validate` would, and leaves nothing behind.
 
-    A context manager for one round: entering reads the validation batches into memory, once; leaving drops them. In
-    between, `metrics` runs the module's own `validation_step` over them as often as wanted. Every pass starts from the
-    same random state, so the same weights get the same score.
+    A context manager for one round: entering reads the validation batches and keeps those that fit into memory; leaving
+    drops them. In between, `metrics` runs the module's own `validation_step` over them as often as wanted. Every pass
+    starts from the same random state and sees the same batches, so the same weights get the same score.
 
     Works inside `Trainer.fit` and inside `Trainer.validate`. With several processes each one scores its own shard;
     averaging the score is the caller's business, since metrics logged with `sync_dist` are equal already.
@@ -92,7 +113,7 @@ class ValidationScorer:
     Args:
         trainer: The trainer in charge.
         pl_module: Its module.
-        max_batches: At most so many batches of every loader; `None`: as many as validation uses.
+        memory_limit: Bytes that batches may take; `None`: a quarter of the free memory.
         seed: For data that are random (a shuffled validation loader, dropout left on).
 
     Raises:
@@ -101,30 +122,26 @@ class ValidationScorer:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, max_batches: int | None = None, seed: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, memory_limit: float | None = None, seed: int = 0
     ) -> None:
         self._trainer = trainer
         self._module = pl_module
-        self._max_batches = optional_whole_number("max_batches", max_batches)
+        self._memory_limit = memory_limit
         self._seed = seed
-        self._loader: CombinedLoader | None = None
-        self.batches: list[list[Any]] = []
-        """The batches in memory, a list for each loader, as the loaders yield them."""
+        self._combined: CombinedLoader | None = None
+        self._data: ValidationData | None = None
 
     def __enter__(self) -> ValidationScorer:
         loop = self._loop_with_data()
         combined = loop._combined_loader
         if combined is None:
             raise MisconfigurationException(f"val_dataloaders: there are none, {_SCORED_ON}")
-        with torch.inference_mode(False), torch.no_grad(), isolated_rng(self._seed):
-            self.batches = self._read(combined, loop._max_batches)
-        if not any(self.batches):
+        data = ValidationData(self._trainer, self._module, self._memory_limit, self._seed)
+        with data.reading():
+            data.read(combined, loop._max_batches)
+        if not any(data.counts):
             raise MisconfigurationException(f"val_dataloaders: they yield no batch, {_SCORED_ON}")
-        self._loader = copy(combined)
-        self._loader._iterator = None
-        self._loader.flattened = [
-            MemoryLoader(batches, loader) for batches, loader in zip(self.batches, combined.flattened, strict=True)
-        ]
+        self._combined, self._data = combined, data
         return self
 
     def __exit__(
@@ -133,8 +150,9 @@ class ValidationScorer:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.batches = []
-        self._loader = None
+        if self._data is not None:
+            self._data.drop()
+        self._data = self._combined = None
 
     def _loop_with_data(self) -> _EvaluationLoop:
         trainer = self._trainer
@@ -159,50 +177,55 @@ class ValidationScorer:
             own.setup_data()
         return own
 
-    def _read(self, combined: CombinedLoader, limits: list[int | float]) -> list[list[Any]]:
-        most = sys.maxsize if self._max_batches is None else self._max_batches
-
-        def head(loader: Any, limit: int | float) -> Iterator[Any]:
-            return map(copy_batch, itertools.islice(loader, int(min(limit, most))))
-
-        with loaders_beside(self._trainer, list(combined.flattened), "val_dataloaders") as loaders:
-            if combined._mode != "min_size":
-                return [list(head(*pair)) for pair in zip(loaders, limits, strict=True)]
-            # row by row: what goes on beyond the end of the shortest may have no end itself
-            rows = list(zip(*map(head, loaders, limits), strict=False))
-            return [[row[i] for row in rows] for i in range(len(loaders))]
-
-    def _opened(self) -> CombinedLoader:
-        if self._loader is None:
+    @property
+    def data(self) -> ValidationData:
+        """The batches."""
+        if self._data is None:
             raise RuntimeError("`ValidationScorer` holds its batches inside a `with` block only.")
-        return self._loader
+        return self._data
 
     @property
-    def batch_size(self) -> int | None:
-        """Number of samples in the first batch, or `None` where it cannot be told."""
-        try:
-            return next((size for size in _extract_batch_size(self._first()) if size is not None), None)
-        except (RecursionError, TypeError):
-            return None
+    def batches(self) -> list[Sequence[Any]]:
+        """The batches, a sequence for each loader, as the loaders yield them; outside of the block there are none."""
+        return [] if self._data is None else self._data.raw()
+
+    def _opened(self, part: Part) -> CombinedLoader:
+        data, combined = self.data, self._combined
+        assert combined is not None
+        loader = copy(combined)
+        loader._iterator = None
+        loader.flattened = [
+            _LoaderOfPart(data, number, which, own)
+            for number, (which, own) in enumerate(zip(data.ranges(part), combined.flattened, strict=True))
+        ]
+        return loader
+
+    @property
+    def batch_size(self) -> int:
+        """Number of samples in the first batch; 1 where it cannot be told."""
+        return next(sizes[0] for sizes in self.data.samples if sizes)
 
     @property
     def loaders(self) -> list[int]:
         """The loaders that give batches of their own; the first alone where Lightning combines their batches."""
-        given = [number for number, batches in enumerate(self.batches) if batches]
-        return given if self._opened()._mode == "sequential" else given[:1]
-
-    def _first(self) -> Any:
-        batch, _, _ = next(iter(copy(self._opened())))
-        return batch
+        given = [number for number, count in enumerate(self.data.counts) if count]
+        return given if self._opened(ALL)._mode == "sequential" else given[:1]
 
     def first_batch(self, loader: int | None = None) -> LoadedBatch:
         """A fresh copy of the first validation batch on the module's device: of all, or of one of the `loaders`."""
-        if loader is None or len(self.loaders) == 1:
-            return LoadedBatch(transfer(self._trainer, self._module, self._first()))
-        return LoadedBatch(transfer(self._trainer, self._module, self.batches[loader][0], loader), 0, loader)
+        data = self.data
+        if self._opened(ALL)._mode != "sequential":
+            batch, _, _ = next(iter(self._opened(ALL)))
+            return LoadedBatch(transfer(self._trainer, self._module, batch))
+        loader = self.loaders[0] if loader is None else loader
+        with moved_already(self._trainer, self._module) if data.moves else nullcontext():
+            return LoadedBatch(transfer(self._trainer, self._module, data.batch(loader, 0), loader), 0, loader)
 
-    def metrics(self) -> dict[str, float]:
+    def metrics(self, part: Part = ALL) -> dict[str, float]:
         """Runs one pass over the live module as it is now.
+
+        Args:
+            part: Which batches it uses.
 
         Returns:
             Every metric that callbacks would see after this validation, by name. Metrics that are not single numbers
@@ -211,8 +234,8 @@ class ValidationScorer:
         Raises:
             Exception: The user's own, as it is, with everything put back.
         """
-        trainer, module = self._trainer, self._module
-        loader = copy(self._opened())
+        trainer, module, data = self._trainer, self._module, self.data
+        loader = self._opened(part)
         parent = trainer if trainer.state.fn == TrainerFn.VALIDATING else trainer.fit_loop.epoch_loop
         name = "validate_loop" if parent is trainer else "val_loop"
         stage = counterpart(RunningStage, trainer).VALIDATING
@@ -221,7 +244,7 @@ class ValidationScorer:
         vars(loop)["setup_data"] = lambda: None  # the data are there; Lightning would ask for the user's loaders again
         loop._combined_loader = loader
         loop._data_source = getattr(parent, name)._data_source
-        loop._max_batches = [len(batches) for batches in self.batches]
+        loop._max_batches = [len(which) for which in data.ranges(part)]
         connector = counterpart(_LoggerConnector, trainer)(trainer)
         connector._callback_metrics = seen = _LoggedMetrics(trainer._logger_connector._callback_metrics)
         with (
@@ -235,6 +258,8 @@ class ValidationScorer:
             _without_callbacks(trainer),
             compiler_off(),
             isolated_rng(self._seed),
+            moved_already(trainer, module) if data.moves else nullcontext(),
+            data.reading(),
         ):
             clone_inference_tensors_and_reset_metrics(module)
             loop.run()

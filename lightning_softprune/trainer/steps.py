@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 
 from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.isolation import attributes_replaced
+from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.utilities.checks import one_of
 from lightning_softprune.utilities.libraries import counterpart, counterparts, of_both_libraries
 
@@ -86,6 +87,56 @@ def transfer(
         batch = trainer.precision_plugin.convert_input(copy_batch(batch))
         batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=dataloader_idx)
         return trainer.strategy.batch_to_device(batch, dataloader_idx=dataloader_idx)
+
+
+def is_moved_once(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+    """Whether a validation batch can be brought to the device before the passes over it, and stay there.
+
+    Not where the user's code works on it before that (`on_before_batch_transfer`), which belongs to every pass, and not
+    where the step takes batches from an iterator.
+    """
+    before = _owner_of_hook(trainer, pl_module, "on_before_batch_transfer")
+    if is_overridden("on_before_batch_transfer", before):
+        return False
+    return not is_param_in_hook_signature(pl_module.validation_step, "dataloader_iter", explicit=True)
+
+
+def move(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, dataloader_idx: int = 0) -> Any:
+    """Brings a copy of a batch to the device, and no further: `on_after_batch_transfer` may use the module's layers.
+
+    Also where `moved_already` holds, as within a pass that comes to a batch for the first time.
+    """
+    mover = _owner_of_hook(trainer, pl_module, "transfer_batch_to_device")
+    skipped = getattr(mover.transfer_batch_to_device, "skipped", None)
+    own = {} if skipped is None else {"transfer_batch_to_device": skipped}
+    with attributes_replaced(mover, **own), _without_hook(trainer, pl_module, "on_after_batch_transfer"):
+        return transfer(trainer, pl_module, batch, dataloader_idx)
+
+
+def moved_already(trainer: pl.Trainer, pl_module: pl.LightningModule) -> AbstractContextManager[None]:
+    """Batches are where `move` has brought them: the user's `transfer_batch_to_device` is not called again."""
+    return _without_hook(trainer, pl_module, "transfer_batch_to_device")
+
+
+@contextmanager
+def _without_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Iterator[None]:
+    owner = _owner_of_hook(trainer, pl_module, name)
+    if not is_overridden(name, owner):  # Lightning's own does nothing to a batch that is there
+        yield
+        return
+
+    def skip(batch: Any, *_: Any, **__: Any) -> Any:
+        return batch
+
+    skip.skipped = getattr(owner, name)  # type: ignore[attr-defined]
+    with attributes_replaced(owner, **{name: skip}):
+        yield
+
+
+def _owner_of_hook(trainer: pl.Trainer, pl_module: pl.LightningModule, name: str) -> Any:
+    """Whose hook Lightning calls: the data module's where that has one of its own."""
+    datamodule = getattr(trainer, "datamodule", None)
+    return pl_module if datamodule is None or not is_overridden(name, datamodule) else datamodule
 
 
 @of_both_libraries

@@ -90,6 +90,21 @@ def number_between(name: str, value: Any, low: float, high: float, *, low_includ
     return found
 
 
+def optional_positive(name: str, value: Any) -> float | None:
+    """`value` as a float above 0, or ``None``.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is not above 0, or not finite.
+    """
+    if value is None:
+        return None
+    found = number(name, value)
+    if not 0.0 < found < float("inf"):
+        raise ValueError(f"{name}: {value} is not a positive, finite number")
+    return found
+
+
 def fraction(name: str, value: Any, of: str = "") -> float:
     """`value` as a float, if it lies in (0, 1].
 

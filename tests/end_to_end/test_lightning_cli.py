@@ -231,6 +231,7 @@ def test_printed_config_fed_back_prints_the_same(example, tmp_path, name):
         (['components={"a": ["encoder.*"]}'], {"components": {"a": ["encoder.*"]}}),
         (['twins={"decoder": "encoder"}'], {"twins": {"decoder": "encoder"}}),
         (["ignore+=encoder.0", "ignore+=decoder.*"], {"ignore": ("encoder.0", "decoder.*")}),
+        (["memory_limit=0.5", "search_batches=4"], {"memory_limit": 0.5, "search_batches": 4}),
         (["search_batches=null", "finetune_epochs=0"], {"search_batches": None, "finetune_epochs": 0}),
     ],
 )

@@ -144,6 +144,18 @@ def test_the_table_of_trials_has_every_value() -> None:
     ]
 
 
+def test_trials_on_a_part_of_the_data_say_so_and_are_on_no_front() -> None:
+    trials = [replace(trial, share=0.25) for trial in full_result().trials[:3]]
+    trials.append(replace(trials[1], share=1.0, score=19.6))
+    page = report_page(replace(full_result(), trials=tuple(trials), chosen=3))
+    header, *rows = Page(page).table("trial")
+
+    column = header.index("share of batches")
+    assert [row[column] for row in rows] == ["0.25", "0.25", "0.25", "1"]
+    assert [row[4] for row in rows] == ["", "", "", "chosen, front"]
+    assert "score 19.9 on 25.0% of the validation batches" in page
+
+
 def test_limits_and_constraints_say_what_was_reached() -> None:
     assert Page(report_page(full_result())).table("budget")[1:] == [
         ["macs <= 0.5 of dense", "0.3214 of dense: met"],

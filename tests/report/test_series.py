@@ -20,6 +20,13 @@ def test_best_so_far_counts_feasible_trials_only() -> None:
     assert best_so_far(full_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
 
 
+def test_best_so_far_does_not_compare_a_part_with_all() -> None:
+    scores = [(5.0, 0.5), (6.0, 0.5), (5.5, 1.0), (5.0, 1.0)]
+    trials = tuple(Trial((0.0, 0.0), 0.5, score, {}, True, 0.0, share=share) for score, share in scores)
+
+    assert best_so_far(full_result(trials=trials, chosen=None)) == [(0, 5.0), (1, 6.0), (2, 5.5)]
+
+
 @pytest.mark.parametrize("scores", [[], [math.nan], [1.0], [0.0, 0.0], [1e300, -1e300, math.inf], [3.0, 3.0, 3.0]])
 def test_limits_of_an_axis_are_never_empty(scores: list[float]) -> None:
     low, high = score_limits(scores, [])

@@ -238,6 +238,25 @@ def test_a_search_that_is_stopped_again_and_again_gets_there(tmp_path, uninterru
     assert_ends_as(expected, tmp_path, confirmed=2)
 
 
+def test_a_search_on_a_part_of_the_data_goes_on_with_its_finalists(tmp_path):
+    """Of the baseline, the dense model on the part, the trials, the finalists and the refit."""
+    folders = [tmp_path / name for name in ("alone", "in the search", "among finalists")]
+    weights, results, passes = [], [], []
+    for folder, stop_at in zip(folders, (0, 5, 11), strict=True):
+        folder.mkdir()
+        if stop_at:
+            stopped_fit(folder, stop_at, search_batches=2)
+        module, result = fragile_fit(folder, search_batches=2)
+        weights.append(module.state_dict())
+        results.append(without_times(result))
+        passes.append(Passes.finished())
+    assert results[0] == results[1] == results[2]
+    assert all(torch.equal(weights[0][name], other[name]) for other in weights for name in other)
+    assert {trial.share for trial in results[0].trials} == {2 / 3, 1.0}
+    assert passes[0] == len(results[0].trials) + 2
+    assert all(passes[0] < number <= passes[0] + 3 for number in passes[1:]), "what is confirmed comes on top"
+
+
 def test_a_search_goes_on_in_a_fit_that_resumes_from_a_checkpoint(tmp_path, uninterrupted):
     checkpoint = tmp_path / "checkpoints" / "last.ckpt"
     stopped_fit(tmp_path, 4, checkpoint=checkpoint)

@@ -41,10 +41,12 @@ from support.modules import (
     loaders,
     made,
     no_compensation,
+    plain_validate,
     rng_state,
     run_state,
     softpruning,
     training_state,
+    vectors,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -362,19 +364,55 @@ def test_calibration_batches_is_how_many_training_batches_are_looked_at(tmp_path
 
 
 def test_search_batches_is_how_many_validation_batches_score_a_trial(tmp_path):
-    module = made()
     scores = {}
     for number in (1, 2, None):
         module, data = made(), loaders(made())
-        callback = softpruning(epochs=0, search_batches=number)
+        callback = softpruning(epochs=0, search_batches=number, **no_compensation())
         probe = AtEpochStart(lambda _, m, data=data: _means(m, data), epoch=0)
         fit(tmp_path, module, callback, probe, data=data, max_epochs=1)
         losses, sizes = probe.found
-        wanted = number or len(losses)
-        expected = np.average(losses[:wanted], weights=sizes[:wanted])
-        scores[number] = callback.results[0].score_after
+        [result] = callback.results
+        shares = [trial.share for trial in result.trials]
+        assert shares == ([1.0] if number is None else [number / 3, 1.0])
+        assert result.trials[-1].score == result.score_after == pytest.approx(np.average(losses, weights=sizes))
+        assert (result.chosen, result.evaluations) == (len(shares) - 1, 2)
+        assert result.passes == pytest.approx(1 + sum(shares) + (0 if number is None else number / 3))
+        expected = np.average(losses[:number], weights=sizes[:number])
+        scores[number] = result.trials[0].score
         assert scores[number] == pytest.approx(expected, abs=1e-6)
     assert len(set(scores.values())) == 3
+
+
+def many(samples=4000, **arguments):
+    """Validation data; by default enough to score trials on a part."""
+    train, val = DataLoader(vectors(960, 1), 12, shuffle=True), DataLoader(vectors(samples, 2), 50, **arguments)
+    return {"train_dataloaders": train, "val_dataloaders": val}
+
+
+def test_plans_are_told_apart_on_a_part_and_the_committed_one_is_scored_on_all(tmp_path):
+    module, data = made(), many()
+    callback = softpruning(epochs=1, finetune_epochs=0, search=SensitivitySearch(levels=3))
+    fit(tmp_path, module, callback, data=data, max_epochs=2)
+    [result] = callback.results
+    part, finals = [[t for t in result.trials if (t.share == 1.0) is whole] for whole in (False, True)]
+    assert {trial.share for trial in part} == {0.3}
+    assert result.trials[result.chosen] in finals
+    assert plain_validate(tmp_path, module, data)["val_loss"] == pytest.approx(result.score_after, rel=1e-5)
+    assert result.metrics_after["val_loss"] == result.score_after
+    assert result.passes < 0.75 * result.evaluations
+    curve = result.sensitivity[0]
+    assert curve.scores[0] == pytest.approx(result.score_before), "estimates for all, like the dense model's score"
+
+
+@pytest.mark.filterwarnings("ignore:.*sampler has shuffling enabled.*")
+def test_a_round_that_reads_its_data_again_finds_what_one_that_keeps_them_finds(tmp_path):
+    found = []
+    for limit in (None, 1e-9):
+        callback = softpruning(search=RandomSearch(num_candidates=3), memory_limit=limit, search_batches=2)
+        fit(tmp_path, made(), callback, data=many(400, shuffle=True), max_epochs=2)
+        found.append([(trial.coefficients, trial.metrics, trial.share) for trial in callback.results[0].trials])
+    assert found[0] == found[1]
+    assert {share for _, _, share in found[0]} == {0.25, 1.0}
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ class Terse(Polite):
         self.log("val_accuracy", self.accuracy)
 
 
-def score_and_validate(tmp_path, module, val, *, passes=1, train=None, max_batches=None, **kwargs):
+def score_and_validate(tmp_path, module, val, *, passes=1, train=None, memory_limit=None, **kwargs):
     """Scores in the second epoch of a fit, and validates a copy made just before."""
     torch.manual_seed(0)
 
@@ -47,11 +47,9 @@ def score_and_validate(tmp_path, module, val, *, passes=1, train=None, max_batch
         for metric in oracle.modules():
             if isinstance(metric, torchmetrics.Metric):
                 metric.reset()
-        with ValidationScorer(trainer, pl_module, max_batches=max_batches) as scorer:
+        with ValidationScorer(trainer, pl_module, memory_limit=memory_limit) as scorer:
             scores = [scorer.metrics() for _ in range(passes)]
         own = {key: kwargs[key] for key in ("limit_val_batches", "precision") if key in kwargs}
-        if max_batches is not None:
-            own["limit_val_batches"] = max_batches
         other = trainer_of(tmp_path, **own)
         with isolated_rng(0):
             other.validate(oracle, val, verbose=False)
@@ -109,7 +107,8 @@ def equal(score, oracle):
         {},
         {"limit_val_batches": 2},
         {"limit_val_batches": 0.7},
-        {"max_batches": 1},
+        {"memory_limit": 0},
+        {"memory_limit": 0, "limit_val_batches": 2},
         {"precision": "bf16-mixed"},
         {"logger": True},
         {"num_sanity_val_steps": 0},
@@ -198,8 +197,6 @@ def test_missing_validation_is_refused_by_name(tmp_path):
 
     run(attempt("validation_step: Unvalidated has none"), Unvalidated())
     run(attempt("limit_val_batches: 0 leaves no batch"), Polite(), loader(), limit_val_batches=0)
-    with pytest.raises(ValueError, match="max_batches: 0 is less than 1"):
-        ValidationScorer(None, None, max_batches=0)
 
 
 def everything(trainer, module):

@@ -11,11 +11,12 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 import numpy as np
 
+from lightning_softprune.results.fronts import MODES, format_change, pareto_front
+from lightning_softprune.results.parts import DRY_RUN, Costs, GroupResult, LeftOut, Outcome, Sensitivity, Trial
 from lightning_softprune.search import (
     Known,
     OutOfReachError,
@@ -28,166 +29,7 @@ from lightning_softprune.search import (
 from lightning_softprune.utilities.checks import fraction, one_of
 from lightning_softprune.utilities.plain_types import from_plain, to_plain
 
-DRY_RUN = "this was a dry run"
-"""What the reason of a round begins with that was only to be looked at; for people, :class:`Outcome` is for code."""
-
-_MODES = ("min", "max")
-
 _COSTS = ("params", "macs")
-
-
-class Outcome(str, Enum):
-    """What became of a round."""
-
-    APPLIED = "applied"
-    """The model was pruned."""
-    SKIPPED = "skipped"
-    """No plan was feasible, and the model was left as it is."""
-    DRY_RUN = "dry run"
-    """It was only to be looked at."""
-
-    def __str__(self) -> str:
-        """The string that files hold."""
-        return self.value
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What a model costs.
-
-    Attributes:
-        params: Number of parameters, tied weights counted once.
-        macs: Multiply-accumulate operations of one forward pass.
-    """
-
-    params: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class GroupResult:
-    """What a round did to one group.
-
-    Attributes:
-        name: The group's unique name.
-        component: The named sub-network the group belongs to.
-        kind: `"intra"` (all members in one component) or `"inter"` (it couples several).
-        channels_before: Channels before the round.
-        channels_after: Channels after it.
-        coefficient: The soft coefficient, in [0, 1]; at most one channel away from what was removed.
-        low: The smallest coefficient that its bounds allow.
-        high: The largest one.
-        params: Parameters that go when this group alone is pruned as far as its bounds allow.
-        macs: Multiply-accumulate operations that go with them.
-    """
-
-    name: str
-    component: str
-    kind: str
-    channels_before: int
-    channels_after: int
-    coefficient: float
-    low: float = 0.0
-    high: float = 1.0
-    params: int = 0
-    macs: int = 0
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """What the package leaves alone.
-
-    Attributes:
-        name: The group's name, or that of a module or parameter.
-        component: The named sub-network it belongs to.
-        channels: Its channels; 0 where they are not known.
-        reason: Why it is not pruned.
-    """
-
-    name: str
-    component: str
-    channels: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One scored plan.
-
-    Attributes:
-        coefficients: One soft coefficient per group, in the order of `PruningResult.groups`.
-        sparsity: 1 - cost(pruned) / cost(dense).
-        score: The monitored metric of the plan; NaN if the user's metric was.
-        metrics: Every metric logged while the plan was scored.
-        feasible: Whether tolerance, limits and constraints are all met.
-        seconds: Time taken to score the plan.
-        reason: Why there is no score: what the user's own code said to this plan. Empty where there is one.
-    """
-
-    coefficients: tuple[float, ...]
-    sparsity: float
-    score: float
-    metrics: dict[str, float]
-    feasible: bool
-    seconds: float
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """The score as one group alone is pruned.
-
-    Attributes:
-        group: The group's name.
-        coefficients: The coefficients tried.
-        scores: The score at each of them.
-    """
-
-    group: str
-    coefficients: tuple[float, ...]
-    scores: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.coefficients) != len(self.scores):
-            raise ValueError(
-                f"scores: {len(self.scores)} of group {self.group!r} for {len(self.coefficients)} coefficients"
-            )
-
-
-def pareto_front(sparsities: Sequence[float], scores: Sequence[float], mode: str) -> tuple[int, ...]:
-    """Indices of the points that no other point beats, by ascending sparsity.
-
-    A point is beaten by another that is at least as good in sparsity and score and better in one of them; equal points
-    do not beat each other. A point with a NaN is never on the front and beats none.
-
-    Args:
-        sparsities: Higher is better.
-        scores: One per sparsity.
-        mode: `"min"` if a lower score is better, `"max"` if a higher one is.
-
-    Returns:
-        Indices into the arguments.
-
-    Raises:
-        ValueError: If `mode` is neither.
-
-    >>> pareto_front([0.5, 0.6, 0.7, 0.7], [20.0, 20.5, 19.0, 18.0], mode="max")
-    (1, 2)
-    """
-    sign = 1.0 if one_of("mode", mode, _MODES) == "max" else -1.0
-    points = [
-        (sparsity, sign * score, index)
-        for index, (sparsity, score) in enumerate(zip(sparsities, scores, strict=True))
-        if not (math.isnan(sparsity) or math.isnan(score))
-    ]
-    points.sort(key=lambda point: (-point[0], -point[1], -point[2]))  # the index: ties come out in trial order
-    front: list[int] = []
-    last: tuple[float, float] | None = None
-    for sparsity, score, index in points:
-        if last is None or score > last[1] or (sparsity, score) == last:
-            front.append(index)
-            last = (sparsity, score)
-    return tuple(reversed(front))
 
 
 @dataclass(frozen=True)
@@ -205,8 +47,9 @@ class PruningResult:
         costs_before: Costs before the round.
         costs_after: Costs after it.
         groups: The prunable groups.
-        evaluations: Validation passes really run, sensitivity included, cache hits excluded. Where a killed search was
-            continued, those of the run that was killed count too.
+        evaluations: Plans really scored, sensitivity and the dense model included, cache hits excluded; with all of the
+            validation batches, each is one pass. Where a killed search was continued, those of the run that was killed
+            count too.
         seconds: The whole round, trace to commit.
         strategy: Name of the search strategy.
         stop_reason: Why the search ended.
@@ -229,6 +72,8 @@ class PruningResult:
         coverage: How much of the model takes part, as one sentence.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
+        passes: Validation passes that these took together, those on a part of the batches as fractions, with those that
+            told which part will do and with the finalists on all; default: `evaluations`.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
         numbers: What was searched, in plain types, which other targets are solved from; `None`: a result of a version
             that did not store it.
@@ -288,13 +133,15 @@ class PruningResult:
     outcome: str = ""
     coverage: str = ""
     numbers: SearchNumbers | None = None
+    passes: float = 0.0
 
     def __post_init__(self) -> None:
-        one_of("mode", self.mode, _MODES)
+        one_of("mode", self.mode, MODES)
         outcome = one_of("outcome", str(self.outcome or self._outcome_of_0_1_0()), tuple(map(str, Outcome)))
         if (outcome == Outcome.APPLIED) != self.applied:
             raise ValueError(f"outcome: {outcome!r} contradicts applied={self.applied}")
         object.__setattr__(self, "outcome", outcome)
+        object.__setattr__(self, "passes", self.passes or float(self.evaluations))
         for index, trial in enumerate(self.trials):
             if len(trial.coefficients) != len(self.groups):
                 raise ValueError(
@@ -314,9 +161,13 @@ class PruningResult:
 
     @property
     def pareto(self) -> tuple[Trial, ...]:
-        """The trials that no other trial beats in sparsity and score, by ascending sparsity (see `pareto_front`)."""
-        front = pareto_front([t.sparsity for t in self.trials], [t.score for t in self.trials], self.mode)
-        return tuple(self.trials[index] for index in front)
+        """The trials that no other trial beats in sparsity and score, by ascending sparsity (see `pareto_front`).
+
+        Of those on all validation batches: scores of a part are not compared with them.
+        """
+        whole = [trial for trial in self.trials if trial.share == 1.0]
+        front = pareto_front([t.sparsity for t in whole], [t.score for t in whole], self.mode)
+        return tuple(whole[index] for index in front)
 
     @property
     def summary(self) -> str:
@@ -326,6 +177,8 @@ class PruningResult:
             epoch += f", not applied ({self.reason})" if self.reason else ", not applied"
         before, after = self.costs_before.params, self.costs_after.params
         evaluations = f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"
+        if abs(self.passes - self.evaluations) >= 0.05:
+            evaluations += f" ({self.passes:.1f} passes)"
         return (
             f"{epoch}: {before:,} -> {after:,} parameters ({format_change(before, after)}), "
             f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "
@@ -392,7 +245,7 @@ class PruningResult:
         )
         owners = [group.owner for group in numbers.groups]
         first = [owners.index(n) for n in range(len(numbers.coefficients))]
-        scored = [trial for trial in self.trials if math.isfinite(trial.score)]
+        scored = [trial for trial in self.trials if math.isfinite(trial.score) and trial.share == 1.0]
         points = np.array([[trial.coefficients[n] for n in first] for trial in scored]).reshape(len(scored), len(first))
         losses = np.array([self._signed(trial.score) for trial in scored])
         return Known(tuple(curves), points, losses, self._signed(self.score_before))
@@ -426,15 +279,3 @@ class PruningResult:
         """
         result: PruningResult = from_plain(cls, data, "a pruning result")
         return result
-
-
-def format_change(before: float, after: float) -> str:
-    """The relative change in percent.
-
-    >>> format_change(1000, 298)
-    '-70.2 %'
-    >>> format_change(1000, 1000)
-    '0.0 %'
-    """
-    change = 100.0 * (after / before - 1.0) if before else 0.0
-    return f"{change:+.1f} %" if abs(change) >= 0.05 else "0.0 %"
