@@ -1,7 +1,8 @@
 """The sequential refit: layer by layer, what a reader computed in the dense network, from what the pruned one feeds it.
 
 Compensation of one layer knows nothing of the errors that the layers before it leave. Once a plan is chosen, each
-reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5): with the
+reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5), where there
+are many of them a few neighbours in one pass: with the
 dense network's outputs ``y``, what its outputs read now ``z``, and the compensated weights ``W0``,
 
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
@@ -14,20 +15,24 @@ inputs ``x`` are predicted from ``z``, around the one-shot prediction.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
-    evenly_spaced,
+    centred,
+    cross_products,
     in_double,
-    most_rows,
+    mean_of,
+    observations,
     outputs_at_rows,
+    rows_per_call,
+    sampled_rows,
     unfold_inputs,
     watch_calls,
     watch_inputs,
@@ -42,19 +47,19 @@ from lightning_softprune.graph import WeightGeometry
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
-Read = Callable[[torch.Tensor], torch.Tensor]
-
 REFIT_RIDGE = 1e-2
 """How firmly the refit holds on to the one-shot prediction, as a fraction of the mean variance."""
 
-MAX_ROWS = 4096
-"""Observations per calibration batch and reader that are kept of inputs."""
+REFIT_PASSES = 8
+"""Passes over the calibration batches, each as far as the last of its readers. Neighbours that share one are given
+what the others' one-shot predictions leave, and not yet their refits."""
 
 CHECKED_ROWS = 64
 """Observations on which a layer shows that it is linear in what it reads."""
 
-MAX_ACTIVATION_ROWS = 2**14
-"""Observations per process and reader on which outputs are compared after the function that follows."""
+ACTIVATION_ROWS_PER_INPUT, LEAST_ACTIVATION_ROWS = 4, 2**12
+"""Observations per process on which outputs are compared after the function that follows: for each of a reader's
+inputs, and at least. Every step walks through all of them some twenty times."""
 
 ACTIVATION_PRIOR = 100.0
 """As many observations the one-shot prediction counts for there. Only those in the function's sloping part tell
@@ -75,7 +80,7 @@ class DenseRun:
         by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
         by_channel = [name for name in readers if name not in by_feature]
         geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
-        self.most = {name: most_rows(geometries[name].features) for name in by_feature}
+        self.most = {name: rows_per_call(geometries[name].features, len(steps)) for name in by_feature}
         own_ways = dict.fromkeys(by_feature, 0.0)
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
@@ -84,7 +89,7 @@ class DenseRun:
             see(name, outputs_at_rows(geometries[name], output, self.most[name]))
 
         def see_input(name: str, source: torch.Tensor) -> None:
-            see(name, _channels(geometries[name], source))
+            see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
 
         def see(name: str, rows: torch.Tensor) -> None:
             self.rows.setdefault(name, []).append(rows.float())
@@ -125,56 +130,88 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         compensation: How it was compensated.
         dense: What the readers did before.
     """
-    for name, targets in dense.rows.items():
-        layer = model.get_submodule(name)
-        regression = compensation.regression(name)
+    lossy: dict[str, _Reader] = {}
+    for name in dense.rows:
+        layer, regression = model.get_submodule(name), compensation.regression(name)
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
-        if pruned is None or (pruned.geometry.groups > 1 and isinstance(regression, ChannelRegression)):
-            continue
-        parameter = layer.get_parameter(pruned.geometry.weight)
-        read: Read = partial(_channels, pruned.geometry)
-        if name in dense.most:
-            read = partial(unfold_inputs, pruned.geometry, most=dense.most[name])
-        seen = _given(model, name, read, dense)
-        device = regression.mean.device
-        differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
-        if sum_number_over_processes(differs, device) > 0:
-            continue  # the pruned model calls the layer differently; the one-shot prediction stays
-        wanted, given = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
-        if isinstance(regression, FeatureRegression):
-            kept = pruned.kept_outputs()
-            wanted = wanted if kept is None else wanted[:, kept.to(device)]
-            activation = dense.activations.get(name)
-            activation = activation if activation is None or kept is None else activation.of(kept)
-            now = pruned.geometry.to_rows(parameter.detach()).to(device, torch.float64)
-            weight, bias = _fit_features(now, wanted, given, activation, centred=regression.centred)
-        else:
-            rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
-            weight, shift = _fit_channels(regression, rows, stays, wanted, given)
-            bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
-        with torch.no_grad():
-            parameter.copy_(pruned.geometry.from_rows(weight).to(parameter.device, parameter.dtype))
-            _set_bias(layer, name, pruned.geometry, bias, surgery)
+        if pruned is not None and (pruned.geometry.groups == 1 or isinstance(regression, FeatureRegression)):
+            lossy[name] = _Reader(name, layer, pruned, regression)
+    for names in _passes(list(lossy)):
+        given = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense)
+        for name in names:
+            _refit(lossy[name], surgery, dense, given.pop(name))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A reader to be refitted: the layer, what the plan left of its weight, and its compensation."""
+
+    name: str
+    layer: nn.Module
+    pruned: PrunedWeight
+    regression: FeatureRegression | ChannelRegression
+
+
+def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, seen: list[torch.Tensor]) -> None:
+    """Fit one reader's weight and bias to what it is given now, call by call."""
+    name, layer, pruned, regression = reader.name, reader.layer, reader.pruned, reader.regression
+    targets = dense.rows[name]
+    parameter = layer.get_parameter(pruned.geometry.weight)
+    device = regression.mean.device
+    differs = [len(rows) for rows in seen] != [len(rows) for rows in targets]
+    if sum_number_over_processes(differs, device) > 0:
+        return  # the pruned model calls the layer differently; the one-shot prediction stays
+    wanted, given = observations(torch.cat(targets)).to(device), torch.cat(seen).to(device)
+    wanted = wanted.to(given.dtype)
+    if isinstance(regression, FeatureRegression):
+        kept = pruned.kept_outputs()
+        wanted = wanted if kept is None else wanted[:, kept.to(device)]
+        activation = dense.activations.get(name)
+        activation = activation if activation is None or kept is None else activation.of(kept)
+        now = pruned.geometry.to_rows(parameter.detach()).to(device, torch.float64)
+        weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
+    else:
+        rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
+        weight, shift = _fit_channels(regression, rows, stays, wanted, given)
+        bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
+    with torch.no_grad():
+        parameter.copy_(pruned.geometry.from_rows(weight).to(parameter.device, parameter.dtype))
+        _set_bias(layer, name, pruned.geometry, bias, surgery)
+
+
+def _passes(names: Sequence[str]) -> list[list[str]]:
+    """Readers in the order in which they run, those together that share a pass."""
+    count = min(len(names), REFIT_PASSES)
+    bounds = [round(number * len(names) / count) for number in range(count + 1)] if count else []
+    return [list(names[first:last]) for first, last in pairwise(bounds)]
 
 
 class _StopForward(BaseException):
     """Ends a step: all that was wanted of it has been seen."""
 
 
-def _given(model: nn.Module, name: str, read: Read, dense: DenseRun) -> list[torch.Tensor]:
-    """What the reader is given now, call by call; each step is run as far as its last call of the reader."""
-    seen: list[torch.Tensor] = []
-    wanted = 0
+def _given(
+    model: nn.Module, geometries: Mapping[str, WeightGeometry], dense: DenseRun
+) -> dict[str, list[torch.Tensor]]:
+    """What readers are given now, call by call; each step is run as far as the last call of them."""
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in geometries}
+    left = 0
 
-    def see(_: str, source: torch.Tensor) -> None:
-        seen.append(read(source))
-        if len(seen) == wanted:
+    def see(name: str, source: torch.Tensor) -> None:
+        nonlocal left
+        if name in dense.most:
+            rows = unfold_inputs(geometries[name], source, dense.most[name])
+        else:
+            rows = sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(dense.steps)))
+        seen[name].append(observations(rows))
+        left -= 1
+        if left == 0:
             raise _StopForward
 
-    with watch_inputs(model, [name], see), torch.no_grad():
+    with watch_inputs(model, list(geometries), see), torch.no_grad():
         for step, calls in zip(dense.steps, dense.calls, strict=True):
-            wanted += calls[name]
-            if calls[name]:
+            left = sum(calls[name] for name in geometries)
+            if left:
                 with suppress(_StopForward):
                     step()
     return seen
@@ -186,23 +223,23 @@ def _fit_features(
     given: torch.Tensor,
     activation: FollowingActivation | None,
     *,
-    centred: bool,
+    centre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a layer whose outputs are to be ``wanted`` where they read ``given``; weights in rows.
 
-    Without `centred`, the bias is zero, and what follows the layer is left out of account.
+    Without `centre`, the bias is zero, and what follows the layer is left out of account.
     """
     groups = len(weight)
     total = sum_number_over_processes(len(given), given.device)
-    lacking = sum_number_over_processes(activation is None or not centred, given.device)
+    lacking = sum_number_over_processes(activation is None or not centre, given.device)
     weights, biases = [], []
     width = weight.shape[1]
     for first, (part, y, z) in enumerate(zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True)):
         prior = part.flatten(1)
-        mean_y, mean_z = _mean(y, total, centred), _mean(z, total, centred)
-        z = z - mean_z
-        s_zz = sum_over_processes(z.t() @ z) / total
-        s_yz = sum_over_processes((y - mean_y).t() @ z) / total
+        mean_y, mean_z = _mean(y, total, centre), _mean(z, total, centre)
+        z = centred(z, mean_z)
+        s_zz = sum_over_processes(cross_products(z)) / total
+        s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)) / total
         ridge = ridge_of(s_zz, REFIT_RIDGE)
         solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
         bias = mean_y
@@ -222,9 +259,9 @@ def _fit_channels(
     stride = regression.mean.shape[1]
     total = sum_number_over_processes(len(given), given.device)
     mean_x, mean_z = (_mean(rows_of, total, regression.centred) for rows_of in (wanted, given))
-    x, z = _by_channel(wanted - mean_x, stride), _by_channel(given - mean_z, stride)
-    s_zz = sum_over_processes(z.t() @ z) / (total * stride)
-    s_xz = sum_over_processes(x.t() @ z) / (total * stride)
+    x, z = _by_channel(centred(wanted, mean_x), stride), _by_channel(centred(given, mean_z), stride)
+    s_zz = sum_over_processes(cross_products(z)) / (total * stride)
+    s_xz = sum_over_processes(cross_products(x, z)) / (total * stride)
     if stride == 1:
         s_zz = regression.with_borders(s_zz, mean_z, mean_z)
         s_xz = regression.with_borders(s_xz, mean_x, mean_z)
@@ -239,8 +276,9 @@ def _fit_channels(
     return torch.einsum("oct,ck->okt", rows[0], solution)[None], shift
 
 
-def _mean(rows: torch.Tensor, total: float, centred: bool) -> torch.Tensor:
-    return sum_over_processes(rows.sum(0)) / total if centred else torch.zeros_like(rows[0])
+def _mean(rows: torch.Tensor, total: float, centre: bool) -> torch.Tensor:
+    mean = mean_of(rows)
+    return sum_over_processes(mean * len(rows)) / total if centre else torch.zeros_like(mean)
 
 
 @dataclass(frozen=True)
@@ -257,7 +295,8 @@ def _fit_after_activation(
     activation: FollowingActivation, wanted: torch.Tensor, inputs: torch.Tensor, linear: _LinearFit
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
-    every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
+    most = max(ACTIVATION_ROWS_PER_INPUT * inputs.shape[1], LEAST_ACTIVATION_ROWS)
+    every = max(-(-len(inputs) // most), 1)
     wanted, inputs = wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
@@ -285,15 +324,6 @@ def _set_bias(layer: nn.Module, name: str, geometry: WeightGeometry, bias: torch
     elif name in surgery.shifted:
         mean, before = surgery.shifted[name]
         mean.copy_((before.double() - bias.to(before.device)).to(mean.dtype))
-
-
-def _channels(geometry: WeightGeometry, source: torch.Tensor) -> torch.Tensor:
-    return _thinned(geometry.as_rows(source))
-
-
-def _thinned(rows: torch.Tensor) -> torch.Tensor:
-    """Evenly spread observations, copied, the same ones for inputs of equal length."""
-    return rows.detach()[evenly_spaced(rows.shape[:1], MAX_ROWS, rows.device)]
 
 
 def _by_channel(rows: torch.Tensor, stride: int) -> torch.Tensor:

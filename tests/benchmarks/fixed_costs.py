@@ -1,6 +1,6 @@
 """What a round costs besides its trials, in dense passes over the 512 validation images. Run by hand.
 
-    python tests/benchmarks/fixed_costs.py [--repeats 3] [--threads 2] [--clock wall] [--compensations least_squares none]
+    python tests/benchmarks/fixed_costs.py [--repeats 3] [--threads 2] [--clock wall] [--compensations none ...]
 
 A slim ResNet-18 (2.8 M parameters, 12 groups, inputs of 32 x 32) and one candidate. In one process, in turn: dense
 passes (eval mode, no gradients, batches of 64) and a round with each compensation. Medians over the repeats; the time
