@@ -1,6 +1,7 @@
 """What layers see of a group's channels on a few training batches, and which channels go first by it."""
 
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
+from lightning_softprune.calibration.memory import statistics_bytes
 from lightning_softprune.calibration.products import centred, cross_products, mean_of, observations
 from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
 from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
@@ -30,6 +31,7 @@ __all__ = [
     "rank",
     "rows_per_call",
     "sampled_rows",
+    "statistics_bytes",
     "unfold_inputs",
     "watch_calls",
     "watch_inputs",

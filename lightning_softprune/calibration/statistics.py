@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_softprune.calibration.memory import unfolded_within
 from lightning_softprune.calibration.products import (
     BLOCK_ROWS,
     add_products,
@@ -138,7 +139,12 @@ class InputStatistics:
 
 
 def collect_statistics(
-    model: nn.Module, readers: Sequence[Reader], steps: Sequence[Callable[[], Any]], *, with_unfolded: bool = True
+    model: nn.Module,
+    readers: Sequence[Reader],
+    steps: Sequence[Callable[[], Any]],
+    *,
+    with_unfolded: bool = True,
+    budget: float | None = None,
 ) -> dict[str, InputStatistics]:
     """Run the model on the calibration batches and record what its readers see.
 
@@ -147,14 +153,17 @@ def collect_statistics(
         readers: Layers to watch.
         steps: One function per batch that runs the model on it.
         with_unfolded: Whether anybody will want the statistics of unfolded inputs.
+        budget: Bytes that statistics and the regressions made of them may take (`memory`); `None`: no limit.
 
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
     """
+    wide = [reader.name for reader in readers if has_unfolded_rows(model.get_submodule(reader.name), reader.stride)]
+    wide = unfolded_within(model, readers, wide if with_unfolded else [], budget)
     try:
-        found = _collected(model, readers, steps, with_unfolded, alike=_Alike())
+        found = _collected(model, readers, steps, wide, alike=_Alike())
     except _NoLongerAlikeError:
-        found = _collected(model, readers, steps, with_unfolded, alike=None)
+        found = _collected(model, readers, steps, wide, alike=None)
     if in_process_group():
         for name in sorted(found):
             found[name].all_reduce()
@@ -165,7 +174,7 @@ def _collected(
     model: nn.Module,
     readers: Sequence[Reader],
     steps: Sequence[Callable[[], Any]],
-    with_unfolded: bool,
+    wide: Sequence[str],
     alike: _Alike | None,
 ) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
@@ -175,9 +184,8 @@ def _collected(
         alike = None  # which ones share could differ from process to process
 
     def add(name: str, source: torch.Tensor) -> None:
-        layer = model.get_submodule(name)
-        geometry = weight_geometry(layer)
-        unfolded = with_unfolded and has_unfolded_rows(layer, strides[name])
+        geometry = weight_geometry(model.get_submodule(name))
+        unfolded = name in wide
         what = (geometry.inputs, geometry.kernel, strides[name], unfolded)
         if alike is not None and alike.is_known(name, source, what):
             return

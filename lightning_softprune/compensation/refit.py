@@ -70,13 +70,26 @@ class DenseRun:
     """What the readers did in the dense network: outputs, and inputs of those whose unfolded inputs are too wide.
 
     Evenly spread observations of each calibration batch, in single precision.
+
+    Args:
+        model: The dense model.
+        compensation: What will be done to its readers.
+        steps: One function per calibration batch that runs the model on it.
+        budget: Bytes that the observations may take; readers for which there is no room keep their one-shot
+            predictions, those with most numbers first. `None`: no limit.
     """
 
-    def __init__(self, model: nn.Module, compensation: Compensation, steps: Sequence[Callable[[], Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compensation: Compensation,
+        steps: Sequence[Callable[[], Any]],
+        budget: float | None = None,
+    ) -> None:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
-        readers = compensation.readers
+        readers = _within(model, compensation, len(steps), budget)
         by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
         by_channel = [name for name in readers if name not in by_feature]
         geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
@@ -105,6 +118,26 @@ class DenseRun:
             if flags:
                 self.rows.pop(name, None)
         self.activations = find_following_activations(model, by_feature, steps[0]) if steps else {}
+
+
+def _within(model: nn.Module, compensation: Compensation, calls: int, budget: float | None) -> list[str]:
+    """The readers whose observations fit, the small ones first; in the order in which they were given."""
+    readers = compensation.readers
+    if budget is None:
+        return readers
+    size = {}
+    for name in readers:
+        geometry = weight_geometry(model.get_submodule(name))
+        by_feature = isinstance(compensation.regression(name), FeatureRegression)
+        width, kept = (geometry.features, geometry.outputs) if by_feature else (geometry.inputs, geometry.inputs)
+        size[name] = 4 * kept * calls * rows_per_call(width, calls)
+    chosen: set[str] = set()
+    for name in sorted(readers, key=lambda name: size[name]):
+        budget -= size[name]
+        if budget < 0:
+            break
+        chosen.add(name)
+    return [name for name in readers if name in chosen]
 
 
 def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:

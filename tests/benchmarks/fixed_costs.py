@@ -48,6 +48,7 @@ PHASES = {
     "refit: dense run": [(commit, "DenseRun")],
     "refit: readers": [(commit, "refit_readers")],
     "rehearsal": [(ModuleRunner, "rehearse")],
+    "latency": [(ModuleRunner, "time")],
     "the rest": [(callback, "run_round")],
 }
 
