@@ -1,8 +1,9 @@
 """The sequential refit: layer by layer, what a reader computed in the dense network, from what the pruned one feeds it.
 
 Compensation of one layer knows nothing of the errors that the layers before it leave. Once a plan is chosen, each
-reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5), where there
-are many of them a few neighbours in one pass: with the
+reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5), those that
+read the same tensor in one pass (neighbours in a chain must not: each would miss what the refit before it changes, and
+in deep chains that adds up to more than the one-shot error); with the
 dense network's outputs ``y``, what its outputs read now ``z``, and the compensated weights ``W0``,
 
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
@@ -14,11 +15,11 @@ inputs ``x`` are predicted from ``z``, around the one-shot prediction.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,21 +46,16 @@ from lightning_softprune.compensation.regression import ChannelRegression, Featu
 from lightning_softprune.compensation.weights import PrunedWeight
 from lightning_softprune.graph import WeightGeometry
 from lightning_softprune.surgery import Surgery
-from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
+from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
 
 REFIT_RIDGE = 1e-2
 """How firmly the refit holds on to the one-shot prediction, as a fraction of the mean variance."""
 
-REFIT_PASSES = 8
-"""Passes over the calibration batches, each as far as the last of its readers. Neighbours that share one are given
-what the others' one-shot predictions leave, and not yet their refits."""
-
 CHECKED_ROWS = 64
 """Observations on which a layer shows that it is linear in what it reads."""
 
-ACTIVATION_ROWS_PER_INPUT, LEAST_ACTIVATION_ROWS = 4, 2**12
-"""Observations per process on which outputs are compared after the function that follows: for each of a reader's
-inputs, and at least. Every step walks through all of them some twenty times."""
+MAX_ACTIVATION_ROWS = 2**14
+"""Observations per process and reader on which outputs are compared after the function that follows."""
 
 ACTIVATION_PRIOR = 100.0
 """As many observations the one-shot prediction counts for there. Only those in the function's sloping part tell
@@ -89,6 +85,8 @@ class DenseRun:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
+        self.reads_as: dict[str, str] = {}
+        sources: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
         readers = _within(model, compensation, len(steps), budget)
         by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
         by_channel = [name for name in readers if name not in by_feature]
@@ -99,10 +97,26 @@ class DenseRun:
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
+            meet(name, source)
             see(name, outputs_at_rows(geometries[name], output, self.most[name]))
 
         def see_input(name: str, source: torch.Tensor) -> None:
+            meet(name, source)
             see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
+
+        def meet(name: str, source: torch.Tensor) -> None:
+            """Find out who reads the same tensor; a layer that is called again reads several."""
+            if len(self.calls) > 1 or source.is_inference() or in_process_group():  # all have the same passes
+                return
+            if self.calls[-1][name]:
+                self.reads_as = {one: other for one, other in self.reads_as.items() if name not in (one, other)}
+                return
+            sources[:] = [known for known in sources if known[0]() is not None]
+            for seen, version, other in sources:
+                if seen() is source and version == source._version and self.calls[-1][other] == 1:
+                    self.reads_as[name] = other
+                    return
+            sources.append((weakref.ref(source), source._version, name))
 
         def see(name: str, rows: torch.Tensor) -> None:
             self.rows.setdefault(name, []).append(rows.float())
@@ -169,7 +183,7 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
         if pruned is not None and (pruned.geometry.groups == 1 or isinstance(regression, FeatureRegression)):
             lossy[name] = _Reader(name, layer, pruned, regression)
-    for names in _passes(list(lossy)):
+    for names in _passes(list(lossy), dense):
         given = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense)
         for name in names:
             _refit(lossy[name], surgery, dense, given.pop(name))
@@ -212,11 +226,12 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, seen: list[torch.
         _set_bias(layer, name, pruned.geometry, bias, surgery)
 
 
-def _passes(names: Sequence[str]) -> list[list[str]]:
-    """Readers in the order in which they run, those together that share a pass."""
-    count = min(len(names), REFIT_PASSES)
-    bounds = [round(number * len(names) / count) for number in range(count + 1)] if count else []
-    return [list(names[first:last]) for first, last in pairwise(bounds)]
+def _passes(names: Sequence[str], dense: DenseRun) -> list[list[str]]:
+    """Readers in the order in which they run, with those that read the same tensor."""
+    passes: dict[str, list[str]] = {}
+    for name in names:
+        passes.setdefault(dense.reads_as.get(name, name), []).append(name)
+    return list(passes.values())
 
 
 class _StopForward(BaseException):
@@ -328,8 +343,7 @@ def _fit_after_activation(
     activation: FollowingActivation, wanted: torch.Tensor, inputs: torch.Tensor, linear: _LinearFit
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
-    most = max(ACTIVATION_ROWS_PER_INPUT * inputs.shape[1], LEAST_ACTIVATION_ROWS)
-    every = max(-(-len(inputs) // most), 1)
+    every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
     wanted, inputs = wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
