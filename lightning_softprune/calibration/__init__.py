@@ -1,12 +1,15 @@
 """What layers see of a group's channels on a few training batches, and which channels go first by it."""
 
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
+from lightning_softprune.calibration.memory import statistics_bytes
+from lightning_softprune.calibration.products import centred, cross_products, mean_of, observations
 from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
 from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
-    most_rows,
     outputs_at_rows,
+    rows_per_call,
+    sampled_rows,
     unfold_inputs,
 )
 
@@ -15,14 +18,20 @@ __all__ = [
     "InputStatistics",
     "KernelCoverage",
     "Reader",
+    "centred",
     "collect_statistics",
+    "cross_products",
     "evenly_spaced",
     "find_readers",
     "in_double",
-    "most_rows",
+    "mean_of",
     "norms",
+    "observations",
     "outputs_at_rows",
     "rank",
+    "rows_per_call",
+    "sampled_rows",
+    "statistics_bytes",
     "unfold_inputs",
     "watch_calls",
     "watch_inputs",

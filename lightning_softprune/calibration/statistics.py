@@ -1,13 +1,15 @@
-"""Means and covariances of what readers see, streamed in double precision while the dense model runs.
+"""Means and covariances of what readers see, streamed while the dense model runs; sums are in double precision.
 
 There is one mean per input index and one covariance per channel pair, whatever the number of samples. Positions of a
-convolution are observations. A linear layer behind a flatten has ``stride`` input indices per channel; they keep their
-own means and share one covariance. Where an output reads several positions of a channel, those of unfolded inputs are
-taken as well (`unfold`).
+convolution are observations; where there are more than a regression can use, evenly spread ones (`unfold`). A linear
+layer behind a flatten has ``stride`` input indices per channel; they keep their own means and share one covariance.
+Where an output reads several positions of a channel, those of unfolded inputs are taken as well (`unfold`).
 """
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +18,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightning_softprune.calibration.memory import unfolded_within
+from lightning_softprune.calibration.products import (
+    BLOCK_ROWS,
+    add_products,
+    centred,
+    mean_of,
+    mirrored,
+    observations,
+    sums_device,
+)
 from lightning_softprune.calibration.readers import Reader, watch_inputs, weight_geometry
-from lightning_softprune.calibration.unfold import MAX_FEATURES, most_rows, unfold_inputs
+from lightning_softprune.calibration.unfold import MAX_FEATURES, rows_per_call, sampled_rows, unfold_inputs
 from lightning_softprune.graph import Kernel
 from lightning_softprune.utilities.distributed import in_process_group, sum_over_processes
 
@@ -45,7 +57,7 @@ class KernelCoverage:
 
 
 class InputStatistics:
-    """Streaming mean and covariance of a layer's input (Chan et al. 1979), in double precision.
+    """Streaming mean and covariance of a layer's input (Chan et al. 1979), summed in double precision (`products`).
 
     Attributes:
         count: Observations so far.
@@ -64,25 +76,30 @@ class InputStatistics:
         self._products = torch.zeros(0, 0, dtype=torch.float64)
 
     def add(self, rows: torch.Tensor, positions: KernelCoverage | None = None) -> None:
-        """Add observations; what is not finite in single precision counts as zero.
+        """Add observations; what is not finite, or beyond `products.LARGEST`, counts as zero.
 
         Args:
             rows: Shape ``(observations, channels * stride)``.
             positions: For a convolution, what its kernel met; default: every position fell on the input.
         """
-        rows = in_double(rows)
-        n = len(rows)
-        if n == 0:
+        if not len(rows):
             return
-        self.coverage = self.coverage.mixed(positions or KernelCoverage(), n / (self.count + n))
-        mean = rows.mean(0)
-        products = self._pooled(rows - mean)
+        self.coverage = self.coverage.mixed(positions or KernelCoverage(), len(rows) / (self.count + len(rows)))
+        rows = observations(rows)
+        for start in range(0, len(rows), BLOCK_ROWS):
+            self._add_block(rows[start : start + BLOCK_ROWS])
+
+    def _add_block(self, rows: torch.Tensor) -> None:
+        n, mean = len(rows), mean_of(rows)
+        by_channel = self._pooled_rows(centred(rows, mean))
         if self.count == 0:
-            self.count, self.mean, self._products = n, mean, products
-            return
+            self.mean = mean
+            self._products = mean.new_zeros(by_channel.shape[1], by_channel.shape[1])
         total, delta = self.count + n, mean - self.mean
+        # what the distance between the means adds is one observation more, not one more walk through the matrix
+        between = (delta * (self.count * n / total) ** 0.5).to(rows)[None]
+        add_products(self._products, torch.cat([by_channel, self._pooled_rows(between)]))
         self.mean = self.mean + delta * (n / total)
-        self._products += products + self._pooled(delta[None]) * (self.count * n / total)
         self.count = total
 
     def all_reduce(self) -> None:
@@ -97,28 +114,37 @@ class InputStatistics:
         sum_over_processes(moments)
         total, mean = int(moments[0].item()), moments[3:] / moments[0]
         share, unevenness = (moments[1:3] / moments[0]).tolist()
-        products = self._products + self._pooled((self.mean - mean)[None]) * self.count
+        between = self._pooled_rows((self.mean - mean)[None])
+        products = self._products + self.count * (between.t() @ between)
         sum_over_processes(products)
         self.count, self.mean, self._products = total, mean, products
         self.coverage = KernelCoverage(share, unevenness)
 
-    def _pooled(self, rows: torch.Tensor) -> torch.Tensor:
-        by_channel = rows.reshape(len(rows), -1, self.stride).transpose(1, 2).flatten(0, 1)
-        return by_channel.t() @ by_channel
+    def _pooled_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """Every position of a channel is an observation of it."""
+        if self.stride == 1:
+            return rows
+        return rows.reshape(len(rows), -1, self.stride).transpose(1, 2).flatten(0, 1)
 
     @property
     def covariance(self) -> torch.Tensor:
         """Population covariance of the channels, shape ``(channels, channels)``."""
-        return self._products / max(self.count * self.stride, 1)
+        return mirrored(self._products) / max(self.count * self.stride, 1)
 
     @property
     def variance(self) -> torch.Tensor:
         """Population variance of each input index, shape ``(channels * stride,)``."""
-        return self.covariance.diagonal().repeat_interleave(self.stride)
+        variance = self._products.diagonal() / max(self.count * self.stride, 1)
+        return variance.repeat_interleave(self.stride)
 
 
 def collect_statistics(
-    model: nn.Module, readers: Sequence[Reader], steps: Sequence[Callable[[], Any]], *, with_unfolded: bool = True
+    model: nn.Module,
+    readers: Sequence[Reader],
+    steps: Sequence[Callable[[], Any]],
+    *,
+    with_unfolded: bool = True,
+    budget: float | None = None,
 ) -> dict[str, InputStatistics]:
     """Run the model on the calibration batches and record what its readers see.
 
@@ -127,29 +153,96 @@ def collect_statistics(
         readers: Layers to watch.
         steps: One function per batch that runs the model on it.
         with_unfolded: Whether anybody will want the statistics of unfolded inputs.
+        budget: Bytes that statistics and the regressions made of them may take (`memory`); `None`: no limit.
 
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
     """
-    found: dict[str, InputStatistics] = {}
-    strides = {reader.name: reader.stride for reader in readers}
-
-    def add(name: str, source: torch.Tensor) -> None:
-        layer = model.get_submodule(name)
-        geometry = weight_geometry(layer)
-        known = found.setdefault(name, InputStatistics(strides[name]))
-        known.add(geometry.as_rows(source), kernel_coverage(geometry.kernel, source))
-        if with_unfolded and has_unfolded_rows(layer, strides[name]):
-            known.unfolded = known.unfolded or InputStatistics()
-            known.unfolded.add(unfold_inputs(geometry, source, most_rows(geometry.features)))
-
-    with watch_inputs(model, list(strides), add), torch.no_grad():
-        for step in steps:
-            step()
+    wide = [reader.name for reader in readers if has_unfolded_rows(model.get_submodule(reader.name), reader.stride)]
+    wide = unfolded_within(model, readers, wide if with_unfolded else [], budget)
+    try:
+        found = _collected(model, readers, steps, wide, alike=_Alike())
+    except _NoLongerAlikeError:
+        found = _collected(model, readers, steps, wide, alike=None)
     if in_process_group():
         for name in sorted(found):
             found[name].all_reduce()
     return found
+
+
+def _collected(
+    model: nn.Module,
+    readers: Sequence[Reader],
+    steps: Sequence[Callable[[], Any]],
+    wide: Sequence[str],
+    alike: _Alike | None,
+) -> dict[str, InputStatistics]:
+    found: dict[str, InputStatistics] = {}
+    strides = {reader.name: reader.stride for reader in readers}
+    calls = len(steps)
+    if in_process_group():
+        alike = None  # which ones share could differ from process to process
+
+    def add(name: str, source: torch.Tensor) -> None:
+        geometry = weight_geometry(model.get_submodule(name))
+        unfolded = name in wide
+        what = (geometry.inputs, geometry.kernel, strides[name], unfolded)
+        if alike is not None and alike.is_known(name, source, what):
+            return
+        known = found.setdefault(name, InputStatistics(strides[name]))
+        rows = sampled_rows(geometry, source, rows_per_call(geometry.inputs, calls))
+        known.add(rows, kernel_coverage(geometry.kernel, source))
+        if unfolded:
+            known.unfolded = known.unfolded or InputStatistics()
+            known.unfolded.add(unfold_inputs(geometry, source, rows_per_call(geometry.features, calls)))
+
+    with watch_inputs(model, list(strides), add), torch.no_grad():
+        for step in steps:
+            step()
+    return found if alike is None else found | alike.shared(found)
+
+
+class _NoLongerAlikeError(Exception):
+    """Layers that read the same tensors in their first calls do not in later ones."""
+
+
+class _Alike:
+    """Layers that are given the same tensors in the same way: queries, keys and values share their statistics."""
+
+    def __init__(self) -> None:
+        self.last: dict[Any, tuple[weakref.ref[torch.Tensor], int, str]] = {}
+        self.leader: dict[str, str] = {}
+        self.calls: Counter[str] = Counter()
+
+    def is_known(self, name: str, source: torch.Tensor, what: Any) -> bool:
+        """Whether another layer has seen this input of this layer, as it has all inputs before."""
+        self.calls[name] += 1
+        version = None if source.is_inference() else source._version
+        seen, version_seen, leader = self.last.get(what, (None, None, ""))
+        same = (
+            seen is not None
+            and version is not None
+            and seen() is source
+            and version == version_seen
+            and leader != name
+            and self.calls[leader] == self.calls[name]
+        )
+        if name in self.leader:
+            if not same or self.leader[name] != leader:
+                raise _NoLongerAlikeError
+            return True
+        if same and self.calls[name] == 1:
+            self.leader[name] = leader
+            return True
+        if version is not None:
+            self.last[what] = (weakref.ref(source), version, name)
+        return False
+
+    def shared(self, found: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """The statistics of those that have none of their own."""
+        if any(self.calls[name] != self.calls[leader] for name, leader in self.leader.items()):
+            raise _NoLongerAlikeError
+        return {name: found[leader] for name, leader in self.leader.items()}
 
 
 def has_unfolded_rows(layer: nn.Module, stride: int = 1) -> bool:
@@ -181,6 +274,5 @@ def kernel_coverage(kernel: Kernel | None, source: torch.Tensor) -> KernelCovera
 
 def in_double(rows: torch.Tensor) -> torch.Tensor:
     """Observations in double precision, with zeros for what is not finite in single precision: squares are then."""
-    device = rows.device if rows.device.type != "mps" else torch.device("cpu")  # no double precision there
-    rows = rows.detach().to(device, torch.float64)
+    rows = rows.detach().to(sums_device(rows), torch.float64)
     return torch.where(rows.abs() <= torch.finfo(torch.float32).max, rows, 0.0)

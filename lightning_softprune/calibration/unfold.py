@@ -6,7 +6,8 @@ steps. Laid out as rows, ``(places, channels * positions)`` with the kernel posi
 such layer is the linear layer ``rows @ matrix.T``. A linear layer behind a flatten has the flattened positions of the
 map there.
 
-Rows are many and overlap, so that only some are built, evenly spread; :func:`most_rows` says how many are enough.
+Rows are many and overlap, so that only some are built, evenly spread; :func:`rows_per_call` says how many are enough.
+The same goes for the rows of channels (:func:`sampled_rows`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,33 @@ from lightning_softprune.graph import Kernel, WeightGeometry
 MAX_FEATURES = 4608
 """Widest rows that are built, 512 channels under a kernel of 3 x 3; their covariance takes 170 MB."""
 
-LEAST_ROWS, MOST_ROWS, ROW_NUMBERS = 512, 4096, 2**21
+ROWS_PER_FEATURE, LEAST_ROWS = 16, 2**15
+"""Rows of a round for each of their numbers, and at least. A regression on p numbers, fitted on n rows, errs by about
+p / n more than it has to: 6 % with these, of the share of the outputs' variance that cannot be predicted at all."""
+
+MOST_ROWS, ROW_NUMBERS, LEAST_WIDE_ROWS = 4096, 2**21, 512
+"""One call gives at most so many rows; wide ones so many numbers, but not fewer rows than the last."""
 
 
-def most_rows(features: int) -> int:
-    """How many rows of this width one call is to contribute at most: fewer wide ones."""
-    return min(max(ROW_NUMBERS // max(features, 1), LEAST_ROWS), MOST_ROWS)
+def rows_per_call(features: int, calls: int = 1) -> int:
+    """How many rows of this width one call is to contribute at most.
+
+    Args:
+        features: Numbers in a row.
+        calls: How many calls there will be.
+    """
+    enough = -(-max(ROWS_PER_FEATURE * features, LEAST_ROWS) // max(calls, 1))
+    return min(enough, MOST_ROWS, max(ROW_NUMBERS // max(features, 1), LEAST_WIDE_ROWS))
+
+
+def sampled_rows(geometry: WeightGeometry, source: torch.Tensor, most: int) -> torch.Tensor:
+    """Rows of a layer's input, evenly spread, a new tensor of shape ``(rows, inputs)``."""
+    if geometry.kernel is not None:
+        source = source.movedim(source.ndim - len(geometry.kernel.size) - 1, -1)
+        source = source if source.ndim > len(geometry.kernel.size) + 1 else source[None]
+    places = source.shape[:-1]
+    chosen = evenly_spaced(places, most, source.device)
+    return source.detach()[torch.unravel_index(chosen, places)] if places else source.detach().clone()[None]
 
 
 def unfold_inputs(geometry: WeightGeometry, source: torch.Tensor, most: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ removed channels by their means. Nothing is trained. The committed plan is refit
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class Compensation:
         if mode == "none":
             return
         shared = _shared_parameters(model)
+        made: dict[tuple[Any, ...], FeatureRegression | ChannelRegression] = {}
         for reader in find_readers(model, groups):
             layer = model.get_submodule(reader.name)
             geometry, known = geometry_of(layer), statistics.get(reader.name)
@@ -74,8 +76,12 @@ class Compensation:
             self._readers[reader.name] = reader
             lacks = layer._parameters.get(geometry.bias) is None and reader.name not in intercepts.norms
             centred = reader.name not in intercepts.refused and (takes_bias(layer) or not lacks)
-            moments = Moments.of(known.unfolded or known, centred=centred)
-            self._regressions[reader.name] = _regression(mode, geometry, known, moments, order)
+            ways = (geometry.positions(reader.stride), geometry.reads_one_row(reader.stride), centred)
+            key = (id(known), *ways, None if order is None else order.tobytes())
+            if key not in made:  # queries, keys and values have one
+                moments = Moments.of(known.unfolded or known, centred=centred)
+                made[key] = _regression(mode, geometry, known, moments, order)
+            self._regressions[reader.name] = made[key]
             if lacks and centred:
                 self._without_bias.append(reader.name)
 

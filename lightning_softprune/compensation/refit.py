@@ -1,7 +1,9 @@
 """The sequential refit: layer by layer, what a reader computed in the dense network, from what the pruned one feeds it.
 
 Compensation of one layer knows nothing of the errors that the layers before it leave. Once a plan is chosen, each
-reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5): with the
+reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5), those that
+read the same tensor in one pass (neighbours in a chain must not: each would miss what the refit before it changes, and
+in deep chains that adds up to more than the one-shot error); with the
 dense network's outputs ``y``, what its outputs read now ``z``, and the compensated weights ``W0``,
 
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
@@ -15,21 +17,25 @@ around the one-shot prediction.
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
-    evenly_spaced,
+    centred,
+    cross_products,
     in_double,
-    most_rows,
+    mean_of,
+    observations,
     outputs_at_rows,
+    rows_per_call,
+    sampled_rows,
     unfold_inputs,
     watch_calls,
     watch_inputs,
@@ -43,15 +49,10 @@ from lightning_softprune.compensation.sums import watch_sums
 from lightning_softprune.compensation.weights import PrunedWeight
 from lightning_softprune.graph import WeightGeometry, weight_of, write_weight
 from lightning_softprune.surgery import Surgery
-from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
-
-Read = Callable[[torch.Tensor], torch.Tensor]
+from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
 
 REFIT_RIDGE = 1e-2
 """How firmly the refit holds on to the one-shot prediction, as a fraction of the mean variance."""
-
-MAX_ROWS = 4096
-"""Observations per calibration batch and reader that are kept of inputs."""
 
 CHECKED_ROWS = 64
 """Observations on which a layer shows that it is linear in what it reads."""
@@ -69,23 +70,39 @@ class DenseRun:
 
     Evenly spread observations of each calibration batch, in single precision. Of the readers in `summed` the outputs
     are taken together with what the model adds to them.
+
+    Args:
+        model: The dense model.
+        compensation: What will be done to its readers.
+        steps: One function per calibration batch that runs the model on it.
+        budget: Bytes that the observations may take; readers for which there is no room keep their one-shot
+            predictions, those with most numbers first. `None`: no limit.
     """
 
-    def __init__(self, model: nn.Module, compensation: Compensation, steps: Sequence[Callable[[], Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        compensation: Compensation,
+        steps: Sequence[Callable[[], Any]],
+        budget: float | None = None,
+    ) -> None:
         self.steps = steps
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
-        readers = compensation.readers
+        self.reads_as: dict[str, str] = {}
+        sources: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
+        readers = _within(model, compensation, len(steps), budget)
         by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
         by_channel = [name for name in readers if name not in by_feature]
         geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
-        self.most = {name: most_rows(geometries[name].features) for name in by_feature}
+        self.most = {name: rows_per_call(geometries[name].features, len(steps)) for name in by_feature}
         own_ways = dict.fromkeys(by_feature, 0.0)
         added: dict[str, list[torch.Tensor | None]] = {name: [] for name in by_feature}
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
+            meet(name, source)
             see(name, outputs_at_rows(geometries[name], output, self.most[name]))
 
         def see_sum(name: str, addend: torch.Tensor | None) -> None:
@@ -93,7 +110,22 @@ class DenseRun:
             added[name].append(rows)
 
         def see_input(name: str, source: torch.Tensor) -> None:
-            see(name, _channels(geometries[name], source))
+            meet(name, source)
+            see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
+
+        def meet(name: str, source: torch.Tensor) -> None:
+            """Find out who reads the same tensor; a layer that is called again reads several."""
+            if len(self.calls) > 1 or source.is_inference() or in_process_group():  # all have the same passes
+                return
+            if self.calls[-1][name]:
+                self.reads_as = {one: other for one, other in self.reads_as.items() if name not in (one, other)}
+                return
+            sources[:] = [known for known in sources if known[0]() is not None]
+            for seen, version, other in sources:
+                if seen() is source and version == source._version and self.calls[-1][other] == 1:
+                    self.reads_as[name] = other
+                    return
+            sources.append((weakref.ref(source), source._version, name))
 
         def see(name: str, rows: torch.Tensor) -> None:
             self.rows.setdefault(name, []).append(rows.float())
@@ -130,6 +162,26 @@ class DenseRun:
         return summed
 
 
+def _within(model: nn.Module, compensation: Compensation, calls: int, budget: float | None) -> list[str]:
+    """The readers whose observations fit, the small ones first; in the order in which they were given."""
+    readers = compensation.readers
+    if budget is None:
+        return readers
+    size = {}
+    for name in readers:
+        geometry = weight_geometry(model.get_submodule(name))
+        by_feature = isinstance(compensation.regression(name), FeatureRegression)
+        width, kept = (geometry.features, geometry.outputs) if by_feature else (geometry.inputs, geometry.inputs)
+        size[name] = 4 * kept * calls * rows_per_call(width, calls)
+    chosen: set[str] = set()
+    for name in sorted(readers, key=lambda name: size[name]):
+        budget -= size[name]
+        if budget < 0:
+            break
+        chosen.add(name)
+    return [name for name in readers if name in chosen]
+
+
 def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
     """Whether outputs are the weights times what they read: not so for some classes with a `forward` of their own."""
     geometry = weight_geometry(layer)
@@ -153,42 +205,70 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         compensation: How it was compensated.
         dense: What the readers did before.
     """
-    for name, targets in dense.rows.items():
-        layer = model.get_submodule(name)
-        regression = compensation.regression(name)
+    lossy: dict[str, _Reader] = {}
+    for name in dense.rows:
+        layer, regression = model.get_submodule(name), compensation.regression(name)
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
-        if pruned is None or (pruned.geometry.groups > 1 and isinstance(regression, ChannelRegression)):
-            continue
-        if not bool(pruned.kept_inputs().any()):
-            continue  # groups that share it have taken all that it read: its bias has made up for them
-        before = weight_of(layer, pruned.geometry.weight)
-        read: Read = partial(_channels, pruned.geometry)
-        if name in dense.most:
-            read = partial(unfold_inputs, pruned.geometry, most=dense.most[name])
-        now = partial(outputs_at_rows, pruned.geometry, most=dense.most[name]) if name in dense.summed else None
-        seen, added = _given(model, name, read, now, dense)
-        device = regression.mean.device
-        lengths = [[len(rows) for rows in found] for found in (targets, seen, *([added] if now else []))]
-        differs = any(found != lengths[0] for found in lengths)
-        if sum_number_over_processes(differs, device) > 0:
-            continue  # the pruned model calls the layer differently; the one-shot prediction stays
-        wanted, given = in_double(torch.cat(targets)).to(device), in_double(torch.cat(seen)).to(device)
-        if isinstance(regression, FeatureRegression):
-            kept = pruned.kept_outputs()
-            wanted = wanted if kept is None else wanted[:, kept.to(device)]
-            if now is not None:
-                wanted = wanted - in_double(torch.cat(added)).to(device)
-            activation = dense.activations.get(name)
-            activation = activation if activation is None or kept is None else activation.of(kept)
-            one_shot = pruned.geometry.to_rows(before).to(device, torch.float64)
-            weight, bias = _fit_features(one_shot, wanted, given, activation, centred=regression.centred)
-        else:
-            rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
-            weight, shift = _fit_channels(regression, rows, stays, wanted, given)
-            bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
-        with torch.no_grad():
-            write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))
-            _set_bias(layer, name, pruned.geometry, bias, surgery)
+        if pruned is None or not bool(pruned.kept_inputs().any()):
+            continue  # in the latter case, groups have taken all that it read: its bias has made up for them
+        if pruned.geometry.groups == 1 or isinstance(regression, FeatureRegression):
+            lossy[name] = _Reader(name, layer, pruned, regression)
+    for names in _passes(list(lossy), dense):
+        given, added = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense)
+        for name in names:
+            _refit(lossy[name], surgery, dense, (given.pop(name), added.pop(name, None)))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """A reader to be refitted: the layer, what the plan left of its weight, and its compensation."""
+
+    name: str
+    layer: nn.Module
+    pruned: PrunedWeight
+    regression: FeatureRegression | ChannelRegression
+
+
+_Seen = tuple[list[torch.Tensor], list[torch.Tensor] | None]
+
+
+def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> None:
+    """Fit one reader's weight and bias to what it is given now, and what is added to its outputs, call by call."""
+    seen, added = found
+    name, layer, pruned, regression = reader.name, reader.layer, reader.pruned, reader.regression
+    targets = dense.rows[name]
+    before = weight_of(layer, pruned.geometry.weight)
+    device = regression.mean.device
+    lengths = [[len(rows) for rows in part] for part in (targets, seen, *([] if added is None else [added]))]
+    differs = any(other != lengths[0] for other in lengths)
+    if sum_number_over_processes(differs, device) > 0:
+        return  # the pruned model calls the layer differently; the one-shot prediction stays
+    wanted, given = observations(torch.cat(targets)).to(device), torch.cat(seen).to(device)
+    wanted = wanted.to(given.dtype)
+    if isinstance(regression, FeatureRegression):
+        kept = pruned.kept_outputs()
+        wanted = wanted if kept is None else wanted[:, kept.to(device)]
+        if added is not None:
+            wanted = wanted - observations(torch.cat(added)).to(wanted)
+        activation = dense.activations.get(name)
+        activation = activation if activation is None or kept is None else activation.of(kept)
+        now = pruned.geometry.to_rows(before).to(device, torch.float64)
+        weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
+    else:
+        rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
+        weight, shift = _fit_channels(regression, rows, stays, wanted, given)
+        bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
+    with torch.no_grad():
+        write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))
+        _set_bias(layer, name, pruned.geometry, bias, surgery)
+
+
+def _passes(names: Sequence[str], dense: DenseRun) -> list[list[str]]:
+    """Readers in the order in which they run, with those that read the same tensor."""
+    passes: dict[str, list[str]] = {}
+    for name in names:
+        passes.setdefault(dense.reads_as.get(name, name), []).append(name)
+    return list(passes.values())
 
 
 class _StopForward(BaseException):
@@ -196,32 +276,41 @@ class _StopForward(BaseException):
 
 
 def _given(
-    model: nn.Module, name: str, read: Read, read_sum: Read | None, dense: DenseRun
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What the reader is given now, call by call, and what is added to its outputs, if that is to be read.
+    model: nn.Module, geometries: Mapping[str, WeightGeometry], dense: DenseRun
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
+    """What readers are given now, call by call, and what is added to the outputs of those in `dense.summed`.
 
-    Each step is run as far as its last call of the reader, or the sum behind it.
+    Each step is run as far as the last call of them, or the sum behind it.
     """
-    seen: list[torch.Tensor] = []
-    added: list[torch.Tensor] = []
-    wanted = 0
+    seen: dict[str, list[torch.Tensor]] = {name: [] for name in geometries}
+    summed = [name for name in geometries if name in dense.summed]
+    added: dict[str, list[torch.Tensor]] = {name: [] for name in summed}
+    left = 0
 
-    def see(_: str, source: torch.Tensor) -> None:
-        seen.append(read(source))
-        if len(seen) == wanted and read_sum is None:
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
             raise _StopForward
 
-    def see_sum(_: str, addend: torch.Tensor | None) -> None:
-        if read_sum is not None and addend is not None:
-            added.append(read_sum(addend))
-            if len(added) == wanted:
-                raise _StopForward
+    def see(name: str, source: torch.Tensor) -> None:
+        if name in dense.most:
+            rows = unfold_inputs(geometries[name], source, dense.most[name])
+        else:
+            rows = sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(dense.steps)))
+        seen[name].append(observations(rows))
+        count()
 
-    with watch_inputs(model, [name], see), torch.no_grad():
+    def see_sum(name: str, addend: torch.Tensor | None) -> None:
+        if addend is not None:
+            added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
+            count()
+
+    with watch_inputs(model, list(geometries), see), torch.no_grad():
         for step, calls in zip(dense.steps, dense.calls, strict=True):
-            wanted += calls[name]
-            if calls[name]:
-                with suppress(_StopForward), watch_sums(model, [name] if read_sum is not None else [], see_sum):
+            left = sum(calls[name] for name in (*geometries, *summed))
+            if left:
+                with suppress(_StopForward), watch_sums(model, summed, see_sum):
                     step()
     return seen, added
 
@@ -232,23 +321,23 @@ def _fit_features(
     given: torch.Tensor,
     activation: FollowingActivation | None,
     *,
-    centred: bool,
+    centre: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a layer whose outputs are to be ``wanted`` where they read ``given``; weights in rows.
 
-    Without `centred`, the bias is zero, and what follows the layer is left out of account.
+    Without `centre`, the bias is zero, and what follows the layer is left out of account.
     """
     groups = len(weight)
     total = sum_number_over_processes(len(given), given.device)
-    lacking = sum_number_over_processes(activation is None or not centred, given.device)
+    lacking = sum_number_over_processes(activation is None or not centre, given.device)
     weights, biases = [], []
     width = weight.shape[1]
     for first, (part, y, z) in enumerate(zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True)):
         prior = part.flatten(1)
-        mean_y, mean_z = _mean(y, total, centred), _mean(z, total, centred)
-        z = z - mean_z
-        s_zz = sum_over_processes(z.t() @ z) / total
-        s_yz = sum_over_processes((y - mean_y).t() @ z) / total
+        mean_y, mean_z = _mean(y, total, centre), _mean(z, total, centre)
+        z = centred(z, mean_z)
+        s_zz = sum_over_processes(cross_products(z)) / total
+        s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)) / total
         ridge = ridge_of(s_zz, REFIT_RIDGE)
         solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
         bias = mean_y
@@ -268,9 +357,9 @@ def _fit_channels(
     stride = regression.mean.shape[1]
     total = sum_number_over_processes(len(given), given.device)
     mean_x, mean_z = (_mean(rows_of, total, regression.centred) for rows_of in (wanted, given))
-    x, z = _by_channel(wanted - mean_x, stride), _by_channel(given - mean_z, stride)
-    s_zz = sum_over_processes(z.t() @ z) / (total * stride)
-    s_xz = sum_over_processes(x.t() @ z) / (total * stride)
+    x, z = _by_channel(centred(wanted, mean_x), stride), _by_channel(centred(given, mean_z), stride)
+    s_zz = sum_over_processes(cross_products(z)) / (total * stride)
+    s_xz = sum_over_processes(cross_products(x, z)) / (total * stride)
     if stride == 1:
         s_zz = regression.with_borders(s_zz, mean_z, mean_z)
         s_xz = regression.with_borders(s_xz, mean_x, mean_z)
@@ -285,8 +374,9 @@ def _fit_channels(
     return torch.einsum("oct,ck->okt", rows[0], solution)[None], shift
 
 
-def _mean(rows: torch.Tensor, total: float, centred: bool) -> torch.Tensor:
-    return sum_over_processes(rows.sum(0)) / total if centred else torch.zeros_like(rows[0])
+def _mean(rows: torch.Tensor, total: float, centre: bool) -> torch.Tensor:
+    mean = mean_of(rows)
+    return sum_over_processes(mean * len(rows)) / total if centre else torch.zeros_like(mean)
 
 
 @dataclass(frozen=True)
@@ -331,15 +421,6 @@ def _set_bias(layer: nn.Module, name: str, geometry: WeightGeometry, bias: torch
     elif name in surgery.shifted:
         mean, before = surgery.shifted[name]
         mean.copy_((before.double() - bias.to(before.device)).to(mean.dtype))
-
-
-def _channels(geometry: WeightGeometry, source: torch.Tensor) -> torch.Tensor:
-    return _thinned(geometry.as_rows(source))
-
-
-def _thinned(rows: torch.Tensor) -> torch.Tensor:
-    """Evenly spread observations, copied, the same ones for inputs of equal length."""
-    return rows.detach()[evenly_spaced(rows.shape[:1], MAX_ROWS, rows.device)]
 
 
 def _by_channel(rows: torch.Tensor, stride: int) -> torch.Tensor:

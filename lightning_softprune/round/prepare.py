@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_softprune.calibration import InputStatistics, collect_statistics, find_readers, norms, rank
+from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, find_readers, norms, rank
 from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts
 from lightning_softprune.graph import (
     CostModel,
@@ -110,7 +110,10 @@ class PruningProblem:
             raise MisconfigurationException(str(error)) from error
         calibration, batches = runner.calibration(settings.calibration_batches)
         statistics = collect_statistics(
-            module, find_readers(module, groups), calibration, with_unfolded=settings.compensation != "none"
+            module,
+            _readers_that_lose(module, groups, rounding.high),
+            calibration,
+            with_unfolded=settings.compensation != "none",
         )
         rankings: list[IntArray] = runner.broadcast(
             rank(settings.importance, module, groups, calibration, statistics, rng)
@@ -310,6 +313,13 @@ def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
                 done.add(other.name)
         done.add(lead.name)
     return united
+
+
+def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: FloatArray) -> list[Reader]:
+    """Readers of groups that can lose channels; the bounds of some are 0."""
+    shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
+    names = {reader.name for reader in find_readers(module, shrinking)}
+    return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:

@@ -15,6 +15,7 @@ from lightning_softprune.calibration import (
     find_readers,
     watch_inputs,
 )
+from lightning_softprune.calibration.products import PRODUCT_ERROR, cross_products
 from lightning_softprune.calibration.readers import reading_weight
 from lightning_softprune.calibration.statistics import KernelCoverage, kernel_coverage
 from lightning_softprune.graph import geometry_of, parts_called
@@ -70,15 +71,44 @@ def test_a_mean_that_dwarfs_the_variance_does_not_cancel_it():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision_observations_are_summed_in_double_precision(dtype):
-    rows = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0)).add(3).to(dtype)
+def test_moments_of_observations_in_low_precision_are_within_the_bound_of_those_in_double(dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(9000, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    rows = (rows * torch.logspace(-3, 3, 6) + torch.tensor([3.0, -1.0, 40.0, 0.0, 1e3, 1e4])).to(dtype)
     found = InputStatistics()
-    for part in rows.split(7):
+    for part in rows.split(2500):
         found.add(part)
-    exact = rows.double().numpy()
+    exact = np.cov(rows.double().numpy().T, bias=True)
     assert found.mean.dtype == found.covariance.dtype == torch.float64
-    np.testing.assert_allclose(found.mean, exact.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.covariance, np.cov(exact.T, bias=True), atol=1e-12)
+    np.testing.assert_allclose(found.mean, rows.double().mean(0), rtol=1e-9, atol=1e-12)
+    deviation = np.sqrt(np.diag(exact))
+    error = np.abs(found.covariance.numpy() - exact) / np.outer(deviation, deviation)
+    assert error.max() < PRODUCT_ERROR / 20
+    np.testing.assert_allclose(found.covariance, found.covariance.T, rtol=0)
+
+
+def test_products_are_in_single_precision_whatever_the_user_allows():
+    rows = torch.randn(500, 40, generator=torch.Generator().manual_seed(0)) + 100
+    plain = streamed(rows.numpy(), [100], dtype=torch.float32)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            allowed = streamed(rows.numpy(), [100], dtype=torch.float32)
+            crossed = cross_products(rows, rows[:, :7])
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(plain.covariance, allowed.covariance)
+    np.testing.assert_allclose(crossed, rows.double().T @ rows.double()[:, :7], rtol=1e-6)
+
+
+def test_products_of_wide_rows_are_those_of_all_columns():
+    rows = torch.randn(1500, 1100, generator=torch.Generator().manual_seed(0))
+    exact = rows.double().t() @ rows.double()
+    size = exact.diagonal().sqrt()
+    for found in (cross_products(rows), cross_products(rows, rows)):
+        assert ((found - exact).abs() <= PRODUCT_ERROR / 20 * torch.outer(size, size)).all()
 
 
 def test_memory_is_one_matrix_whatever_the_number_of_observations():
@@ -223,7 +253,8 @@ def test_collected_moments_are_those_of_what_the_reader_is_given(case):
         assert found[reader.name].count == len(rows)
         np.testing.assert_allclose(found[reader.name].mean, rows.mean(0), atol=1e-9)
         covariance = pooled_covariance(rows, reader.stride)
-        np.testing.assert_allclose(found[reader.name].covariance, covariance, atol=1e-9)
+        bound = PRODUCT_ERROR * np.diag(covariance).max()
+        np.testing.assert_allclose(found[reader.name].covariance, covariance, atol=bound / 20)
 
 
 def test_positions_of_batched_and_unbatched_convolutions_are_observations():
@@ -340,3 +371,48 @@ def test_a_reader_that_did_not_run_has_no_statistics():
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     readers = [Reader("0", "in", 1), Reader("1", "in", 1)]
     assert list(collect_statistics(model, readers, [lambda: model[1](torch.ones(3, 2))])) == ["1"]
+
+
+class Attending(nn.Module):
+    """Queries, keys and values of one tensor; with `apart`, the keys are those of another from the second call on."""
+
+    def __init__(self, apart=False):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(5, 3) for _ in range(3))
+        self.apart, self.calls = apart, 0
+
+    def forward(self, x):
+        self.calls += 1
+        other = x + 1 if self.apart and self.calls % 2 == 0 else x
+        return self.q(x) + self.k(other) + self.v(x)
+
+
+def test_layers_that_read_the_same_tensors_share_their_statistics():
+    model, x = Attending(), torch.randn(20, 5)
+    readers = [Reader(name, "in", 1) for name in "qkv"]
+    found = collect_statistics(model, readers, [lambda: model(x), lambda: model(x + 1)])
+    assert found.keys() == {"q", "k", "v"}
+    assert found["q"] is found["k"] is found["v"]
+    assert found["q"].count == 40
+
+
+def test_layers_that_read_the_same_tensor_only_at_first_do_not_share():
+    model, x = Attending(apart=True), torch.randn(20, 5)
+    readers = [Reader(name, "in", 1) for name in "qkv"]
+    found = collect_statistics(model, readers, [lambda: model(x), lambda: model(x)])
+    torch.testing.assert_close(found["q"].mean, x.double().mean(0))
+    torch.testing.assert_close(found["k"].mean, x.double().mean(0) + 0.5)
+    torch.testing.assert_close(found["v"].mean, x.double().mean(0))
+    assert [found[name].count for name in "qkv"] == [40] * 3
+
+
+def test_a_tensor_that_was_changed_in_place_is_another_one():
+    model, x = nn.ModuleList([nn.Linear(5, 3), nn.Linear(5, 3)]), torch.randn(20, 5)
+
+    def step():
+        y = x.clone()
+        model[0](y)
+        model[1](y.add_(1))
+
+    found = collect_statistics(model, [Reader("0", "in", 1), Reader("1", "in", 1)], [step])
+    torch.testing.assert_close(found["1"].mean, found["0"].mean + 1)

@@ -11,8 +11,9 @@ from lightning_softprune.calibration import InputStatistics, Reader, collect_sta
 from lightning_softprune.calibration.statistics import has_unfolded_rows
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
-    most_rows,
     outputs_at_rows,
+    rows_per_call,
+    sampled_rows,
     unfold_inputs,
 )
 from lightning_softprune.graph import geometry_of
@@ -87,9 +88,29 @@ def test_chosen_places_are_few_evenly_spread_and_not_in_step_with_rows_and_colum
 
 
 def test_wide_rows_are_fewer():
-    assert most_rows(10) == 4096
-    assert most_rows(1024) == 2048
-    assert most_rows(4608) == 512
+    assert rows_per_call(10) == 4096
+    assert rows_per_call(1024) == 2048
+    assert rows_per_call(4608) == 512
+
+
+def test_a_round_takes_no_more_rows_than_its_regressions_can_use():
+    assert [calls * rows_per_call(10, calls) for calls in (8, 16, 64)] == [2**15] * 3
+    assert 8 * rows_per_call(1152, 8) == 8 * (2**21 // 1152)
+    assert [64 * rows_per_call(features, 64) for features in (1152, 2304)] == [2**15, 16 * 2304]
+
+
+@pytest.mark.parametrize("most", [10**6, 7])
+@pytest.mark.parametrize("batch", [(3,), ()])
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
+def test_sampled_rows_are_rows_of_the_input_at_evenly_spread_places(layer, shape, batch, most):
+    x = torch.randn(*batch, *shape)
+    geometry = geometry_of(layer)
+    every = geometry.as_rows(x)
+    places = (len(batch) * 3 or 1, len(every) // (len(batch) * 3 or 1))
+    rows = sampled_rows(geometry, x, most)
+    assert torch.equal(rows, every[evenly_spaced(places, most, x.device)])
+    x.zero_()
+    assert rows.any()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +147,7 @@ def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_process
     found = collect_statistics(model, [reader], [lambda x=x: model(x) for x in batches])["0"]
     rows = torch.cat([unfold_inputs(geometry_of(layer), x, 10**6) for x in batches]).double()
     torch.testing.assert_close(found.unfolded.mean, rows.mean(0))
-    torch.testing.assert_close(found.unfolded.covariance, torch.cov(rows.t(), correction=0))
+    torch.testing.assert_close(found.unfolded.covariance, torch.cov(rows.t(), correction=0), rtol=1e-5, atol=1e-6)
     merged = []
     monkeypatch.setattr(InputStatistics, "all_reduce", lambda self: merged.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

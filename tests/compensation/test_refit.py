@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import lightning_softprune.calibration.statistics as calibration
 import lightning_softprune.compensation.refit as refits
+from lightning_softprune.calibration import rows_per_call
 from lightning_softprune.compensation.refit import REFIT_RIDGE, DenseRun, refit_readers
 from lightning_softprune.compensation.regression import RIDGE
 from lightning_softprune.search.plan import Plan
@@ -247,3 +248,55 @@ def test_nothing_in_the_data_makes_a_refitted_weight_nan(kind):
     surgery = net.prune()
     refit_readers(model, surgery, found, targets)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+class Branches(nn.Module):
+    """Two readers of one tensor around a chain."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b = nn.Linear(8, 24), nn.Linear(24, 20), nn.Linear(20, 16)
+        self.shortcut, self.head = nn.Linear(24, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.head((self.b(self.a(x).relu()) + self.shortcut(x)).relu())
+
+
+def test_readers_of_one_tensor_are_refitted_in_one_pass_as_they_would_be_one_by_one():
+    torch.manual_seed(0)
+    fitted = []
+    for together in (True, False):
+        model, steps = copy.deepcopy(fitted[0][1]) if fitted else Branches().eval(), []
+        dense = copy.deepcopy(model)
+        x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
+        net = Prepared(model, x)
+        found = net.compensation()
+        run = DenseRun(model, found, [lambda model=model, steps=steps, x=x: steps.append(0) or model(x)])
+        assert run.reads_as == {"shortcut": "a"}
+        if not together:
+            run.reads_as = {}
+        net.prune()
+        steps.clear()
+        refit_readers(model, net.surgery, found, run)
+        assert len(steps) == (3 if together else 4)
+        fitted.append((model, dense))
+    for one, other in zip(fitted[0][0].parameters(), fitted[1][0].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_readers_whose_observations_do_not_fit_keep_their_one_shot_predictions():
+    model, x = deep()
+    net = Prepared(model, x)
+    found = net.compensation()
+    rows = [rows_per_call(width) for width in (24, 20, 16)]
+    sizes = {name: 4 * n * outputs for name, n, outputs in zip(found.readers, rows, (20, 16, 4), strict=True)}
+    assert list(DenseRun(model, found, net.steps, sizes["6"] + sizes["4"]).rows) == ["4", "6"]
+    assert list(DenseRun(model, found, net.steps, sizes["6"] + sizes["4"] - 1).rows) == ["6"]
+    assert list(DenseRun(model, found, net.steps, 1e12).rows) == ["2", "4", "6"]
+    run = DenseRun(model, found, net.steps, sizes["6"])
+    net.prune()
+    one_shot = copy.deepcopy(model)
+    refit_readers(model, net.surgery, found, run)
+    changed = [name for name in found.readers if not torch.equal(model[int(name)].weight, one_shot[int(name)].weight)]
+    assert changed == ["6"]

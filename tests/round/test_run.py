@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
+import lightning_softprune.round.prepare as prepare
 import lightning_softprune.round.searching as searching
 from lightning_softprune import (
     GradientSearch,
@@ -23,6 +24,7 @@ from lightning_softprune import (
     SensitivitySearch,
     UniformBaseline,
 )
+from lightning_softprune.calibration import collect_statistics
 from lightning_softprune.calibration.importance import IMPORTANCES
 from lightning_softprune.round import Goal, run_round
 from lightning_softprune.round.decision import check_agreement
@@ -447,6 +449,18 @@ def test_bounds_that_fix_a_group_keep_it_whole(tmp_path):
     module = made()
     fit(tmp_path, module, softpruning(bounds={"encoder.2": [0, 0]}))
     assert module.encoder[2].out_features == 8
+
+
+def test_readers_of_groups_that_bounds_keep_whole_are_not_measured(tmp_path, monkeypatch):
+    measured = []
+
+    def collect(model, readers, *args, **kwargs):
+        measured.extend(reader.name for reader in readers)
+        return collect_statistics(model, readers, *args, **kwargs)
+
+    monkeypatch.setattr(prepare, "collect_statistics", collect)
+    fit(tmp_path, made(), softpruning(bounds={"encoder.2": [0, 0]}))
+    assert measured == ["encoder.2", "decoder.2"]  # and not decoder.0, which reads encoder.2
 
 
 @pytest.mark.parametrize("step", [4, 8])
