@@ -264,10 +264,15 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
 
 
 def _passes(names: Sequence[str], dense: DenseRun) -> list[list[str]]:
-    """Readers in the order in which they run, with those that read the same tensor."""
+    """Readers in the order in which they run, with those that read the same tensor.
+
+    One whose outputs are added to something is alone: what is added may change with the others.
+    """
     passes: dict[str, list[str]] = {}
     for name in names:
-        passes.setdefault(dense.reads_as.get(name, name), []).append(name)
+        first = dense.reads_as.get(name, name)
+        alone = name in dense.summed or first in dense.summed
+        passes.setdefault(name if alone else first, []).append(name)
     return list(passes.values())
 
 

@@ -43,7 +43,7 @@ def rehearse_plan(
     trainer, module = runner.trainer, runner.module
     dense = None
     if settings.compensation == "least_squares":
-        dense = DenseRun(module, problem.compensation, problem.calibration)
+        dense = DenseRun(module, problem.compensation, problem.calibration, runner.memory_left)
     for averaged in copies:
         problem.prune(averaged, best.plan)
     surgery = problem.prune(module, best.plan)

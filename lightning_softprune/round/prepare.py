@@ -114,6 +114,7 @@ class PruningProblem:
             _readers_that_lose(module, groups, rounding.high),
             calibration,
             with_unfolded=settings.compensation != "none",
+            budget=runner.memory_left,
         )
         rankings: list[IntArray] = runner.broadcast(
             rank(settings.importance, module, groups, calibration, statistics, rng)

@@ -103,8 +103,8 @@ class ModuleRunner:
 
     @property
     def memory_left(self) -> int:
-        """Bytes that the round may still hold on the module's device, beside the model and the validation batches."""
-        return self._scorer.data.memory_left
+        """Bytes that the round may still hold on the module's device, beside the validation batches, on rank zero."""
+        return self.broadcast(self._scorer.data.memory_left)
 
     def sizes(self) -> list[list[int]] | None:
         """Samples of each validation batch of each loader, on rank zero; `None` where loaders are combined in rows."""

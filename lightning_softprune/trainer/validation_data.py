@@ -125,14 +125,14 @@ def free_memory(device: torch.device) -> int:
 
 
 class _Budget:
-    """Bytes that may be held, and are."""
+    """Bytes that may be held, and are: at most half of them by batches, the rest is for statistics of inputs."""
 
     def __init__(self, limit: float) -> None:
         self.limit, self.used = limit, 0
 
     def take(self, size: int) -> bool:
         """Count something in if it fits."""
-        fits = self.used + size <= self.limit
+        fits = self.used + size <= self.limit / 2
         self.used += size if fits else 0
         return fits
 

@@ -37,6 +37,10 @@ class Samples:
         self.module, self.removed, self.passes = None, (0,) * groups, 0.0
         self.realisation = SimpleNamespace(reported=tuple, coefficients=SimpleNamespace(names=list("abc")))
 
+    def emptied(self, plan):
+        """No layer is."""
+        return ()
+
     def losses(self, removed):
         """One per sample."""
         return self.base + self.weights @ (np.array(removed) / 16) ** 2

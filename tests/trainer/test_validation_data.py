@@ -111,8 +111,8 @@ def test_what_fits_is_kept_and_no_more(tmp_path):
         [whole], memory = scorer.batches, scorer.data.memory_left
         return type(whole), len(whole), memory
 
-    assert at_start(tmp_path, kinds, loader(), memory_limit=3 * BATCH) == (list, 3, 3 * BATCH - 22 * (16 + 8))
-    assert at_start(tmp_path, kinds, loader(), memory_limit=2 * BATCH)[:2] == (BatchesReadAgain, 3)
+    assert at_start(tmp_path, kinds, loader(), memory_limit=6 * BATCH) == (list, 3, 6 * BATCH - 22 * (16 + 8))
+    assert at_start(tmp_path, kinds, loader(), memory_limit=4 * BATCH)[:2] == (BatchesReadAgain, 3)
 
 
 def test_a_journal_knows_data_again_whether_they_fit_or_not(tmp_path):
