@@ -260,3 +260,11 @@ def test_a_part_is_no_point_of_the_pareto_front_and_passes_are_told() -> None:
     assert "after 2 evaluations (2.2 passes) in" in result.summary
     assert make_result().passes == make_result().evaluations
     assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result
+
+
+def test_latency_has_a_sign_only_where_its_spread_supports_one() -> None:
+    assert make_result(latency_before=0.1, latency_after=0.097, latency_spread=0.05).latency_change == "about the same"
+    sure = make_result(latency_before=0.1, latency_after=0.08, latency_spread=0.05)
+    assert sure.latency_change == "-20.0 % (spread 5.0 %)"
+    assert make_result(latency_before=0.1, latency_after=0.08).latency_change == "-20.0 %"
+    assert make_result().latency_change == ""

@@ -65,6 +65,10 @@ ACTIVATION_PRIOR = 100.0
 anything, so that few calibration batches tell less of it than of the linear fit."""
 
 
+_Source = tuple[weakref.ref[torch.Tensor], int, str]
+"""A tensor, its version, and the first layer that reads it."""
+
+
 class DenseRun:
     """What the readers did in the dense network: outputs, and inputs of those whose unfolded inputs are too wide.
 
@@ -90,7 +94,7 @@ class DenseRun:
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
         self.reads_as: dict[str, str] = {}
-        sources: list[tuple[weakref.ref[torch.Tensor], int, str]] = []
+        sources: list[_Source] = []
         readers = _within(model, compensation, len(steps), budget)
         by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
         by_channel = [name for name in readers if name not in by_feature]
@@ -102,7 +106,7 @@ class DenseRun:
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
-            meet(name, source)
+            self._meet(name, source, sources)
             see(name, outputs_at_rows(geometries[name], output, self.most[name]))
 
         def see_sum(name: str, addend: torch.Tensor | None) -> None:
@@ -110,22 +114,8 @@ class DenseRun:
             added[name].append(rows)
 
         def see_input(name: str, source: torch.Tensor) -> None:
-            meet(name, source)
+            self._meet(name, source, sources)
             see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
-
-        def meet(name: str, source: torch.Tensor) -> None:
-            """Find out who reads the same tensor; a layer that is called again reads several."""
-            if len(self.calls) > 1 or source.is_inference() or in_process_group():  # all have the same passes
-                return
-            if self.calls[-1][name]:
-                self.reads_as = {one: other for one, other in self.reads_as.items() if name not in (one, other)}
-                return
-            sources[:] = [known for known in sources if known[0]() is not None]
-            for seen, version, other in sources:
-                if seen() is source and version == source._version and self.calls[-1][other] == 1:
-                    self.reads_as[name] = other
-                    return
-            sources.append((weakref.ref(source), source._version, name))
 
         def see(name: str, rows: torch.Tensor) -> None:
             self.rows.setdefault(name, []).append(rows.float())
@@ -146,6 +136,20 @@ class DenseRun:
             if flags:
                 self.rows.pop(name, None)
         self.activations = find_following_activations(model, by_feature, steps[0]) if steps else {}
+
+    def _meet(self, name: str, source: torch.Tensor, sources: list[_Source]) -> None:
+        """Find out who reads the same tensor; a layer that is called again reads several."""
+        if len(self.calls) > 1 or source.is_inference() or in_process_group():  # all have the same passes
+            return
+        if self.calls[-1][name]:
+            self.reads_as = {one: other for one, other in self.reads_as.items() if name not in (one, other)}
+            return
+        sources[:] = [known for known in sources if known[0]() is not None]
+        for seen, version, other in sources:
+            if seen() is source and version == source._version and self.calls[-1][other] == 1:
+                self.reads_as[name] = other
+                return
+        sources.append((weakref.ref(source), source._version, name))
 
     def _take_sums(self, added: Mapping[str, Sequence[torch.Tensor | None]], device: torch.device) -> set[str]:
         """Add to outputs what the model adds to them; names of the readers, the same ones on all processes."""

@@ -12,12 +12,13 @@ from lightning_softprune.report.files import (
     write_files,
 )
 from lightning_softprune.report.messages import dense_checkpoints_stay, rounds_never_reached
-from lightning_softprune.report.progress import SearchProgress, Style
+from lightning_softprune.report.progress import Phases, SearchProgress, Style
 from lightning_softprune.report.series import log_values
 from lightning_softprune.report.tables import print_round, print_rounds, print_solutions
 
 __all__ = [
     "RESULT_FILE",
+    "Phases",
     "SearchProgress",
     "Style",
     "dense_checkpoints_stay",

@@ -141,7 +141,7 @@ def _cards(result: PruningResult) -> Markup:
     ]
     if result.latency_before is not None and result.latency_after is not None:
         seconds = result.latency_before, result.latency_after
-        note = f"{format_change(*seconds)}, one validation step"
+        note = f"{result.latency_change}, one validation step"
         cards.append(_card("Latency", _milliseconds(seconds[0]), _milliseconds(seconds[1]), note))
     scores = result.score_before, result.score_after
     change, verdict = _change(*scores), ""

@@ -1,8 +1,9 @@
-"""The search's progress bar on rank zero.
+"""A round's progress bars on rank zero: one for the search, one without an end for each other *phase*.
 
 Lightning's own bars may be alive while a search runs, and two live displays on one terminal destroy each other. So the
 search's bar follows the Trainer's: with `RichProgressBar` it is one more row of that display, with `TQDMProgressBar`
-one more tqdm bar below it, and where no bar is wanted or the output is not a terminal (a CI log), two plain lines.
+one more tqdm bar below it, and where no bar is wanted or the output is not a terminal (a CI log), plain lines: one at
+the start of the search, one at its end, and one every 30 s between them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Protocol
 
@@ -39,6 +42,9 @@ Style = Literal["auto", "rich", "tqdm", "plain", "none"]
 
 _STYLES = ("auto", "rich", "tqdm", "plain", "none")
 
+LINE_EVERY = 30.0
+"""Seconds between the lines of a search where no bar moves."""
+
 
 def progress_style(trainer: Trainer) -> Literal["rich", "tqdm", "plain"]:
     """The style that goes with the Trainer's own progress bar; `"plain"` if it has none or an unknown one."""
@@ -53,7 +59,8 @@ def progress_style(trainer: Trainer) -> Literal["rich", "tqdm", "plain"]:
 class SearchProgress:
     """A progress bar for a search: trials, best score so far, time elapsed and left.
 
-    On a terminal it moves and is gone afterwards. Elsewhere it is one line at the start and one at the end.
+    On a terminal it moves and is gone afterwards. Elsewhere it is one line at the start, one every 30 s with the time
+    left, and one at the end.
 
     Args:
         total: Number of trials, if known; an upper bound will do.
@@ -65,6 +72,9 @@ class SearchProgress:
 
     Raises:
         ValueError: If `mode` or `style` is unknown.
+
+    Attributes:
+        name: What the bar is of; plain lines are printed for the search alone.
 
     >>> with SearchProgress(total=2, monitor="val_psnr", mode="max", style="plain") as bar:
     ...     bar.advance(19.5)
@@ -89,6 +99,7 @@ class SearchProgress:
         self.monitor = monitor
         self.mode = mode
         self.style = style
+        self.name = "Search"
         self.trials = 0
         self.best = math.nan
         self._trainer = trainer
@@ -128,28 +139,70 @@ class SearchProgress:
             total = None if self.total is None else max(self.total, self.trials)  # a final check may come on top
             self._display.update(self.trials, total, self._best_text())
 
+    def say(self, line: str) -> None:
+        """Print a line above whatever moves, unless nothing is to be printed."""
+        if self.style != "none":
+            console = self._console or rich.get_console()
+            with Tqdm.external_write_mode(file=console.file):
+                print_line(console, line)
+
     def _best_text(self) -> str:
+        if self.name != "Search":
+            return ""
         return f"best {self.monitor} " + ("-" if math.isnan(self.best) else f"{self.best:.4g}")
 
-    def _open_display(self) -> _Display:
+    def _open_display(self) -> _Display | None:
         console = self._console or rich.get_console()
         plain = f"{'' if self.total is None else f'up to {self.total:,} trials, '}{self.monitor} ({self.mode})"
         style: str = self.style
         if style == "auto":
             style = "rich" if self._trainer is None else progress_style(self._trainer)
         if style == "plain" or not _is_animated(console):
-            return _PlainLines(console, plain)
+            return _PlainLines(console, plain) if self.name == "Search" else None
         if style == "tqdm":
-            return _TqdmBar(console, self.total, self._best_text())
+            return _TqdmBar(console, self.name, self.total, self._best_text())
         bar = None if self._trainer is None else self._trainer.progress_bar_callback
         if isinstance(bar, counterparts(RichProgressBar)) and bar.progress is not None and bar.progress.live.is_started:
-            return _RichRow(bar, bar.progress, self.total, self._best_text())
+            return _RichRow(bar, self.name, self.total, self._best_text())
         if console.is_jupyter:  # rich needs ipywidgets there and warns without them; tqdm copes
-            return _TqdmBar(console, self.total, self._best_text())
+            return _TqdmBar(console, self.name, self.total, self._best_text())
         try:
-            return _RichBar(console, self.total, self._best_text())
+            return _RichBar(console, self.name, self.total, self._best_text())
         except LiveError:  # rich before 14.1: somebody else's live display is on this console
-            return _PlainLines(console, plain)
+            return _PlainLines(console, plain) if self.name == "Search" else None
+
+
+class Phases:
+    """What a round does besides its search: each phase is a bar of its own while it lasts, and its time is kept.
+
+    Args:
+        style: As for `SearchProgress`.
+        trainer: The trainer whose bars are on the same screen.
+
+    Attributes:
+        seconds: Phase -> what it took; one that comes again is added up.
+    """
+
+    def __init__(self, style: Style, trainer: Trainer | None = None) -> None:
+        self.style, self.trainer = style, trainer
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Show the phase while the block runs."""
+        bar = SearchProgress(None, "", "min", self.style, trainer=self.trainer)
+        bar.name = f"SoftPruning, {name}"
+        with self.timed(name), bar:
+            yield
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Keep the time of a phase that has a bar of its own."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
 
 def _is_animated(console: Console) -> bool:
@@ -173,11 +226,17 @@ class _Display(Protocol):
 class _PlainLines:
     def __init__(self, console: Console, description: str) -> None:
         self._console = console
-        self._start = time.perf_counter()
+        self._start = self._last = time.perf_counter()
         self._print(f"Search: {description}")
 
     def update(self, trials: int, total: int | None, best: str) -> None:
-        pass
+        now = time.perf_counter()
+        if now - self._last < LINE_EVERY:
+            return
+        self._last, passed = now, now - self._start
+        count = f"{trials:,} trials" if total is None else f"{trials:,} of up to {total:,} trials"
+        left = "" if total is None else f", up to {passed / trials * (total - trials):.0f} s left"
+        self._print(f"Search: {count}, {best}, {passed:.0f} s{left}")
 
     def close(self, trials: int, best: str, complete: bool) -> None:
         seconds = time.perf_counter() - self._start
@@ -192,8 +251,10 @@ class _PlainLines:
 class _RichRow:
     """One more row in the display that Lightning's `RichProgressBar` keeps."""
 
-    def __init__(self, bar: RichProgressBar, progress: Progress, total: int | None, best: str) -> None:
-        self._bar = bar
+    def __init__(self, bar: RichProgressBar, name: str, total: int | None, best: str) -> None:
+        progress = bar.progress
+        assert progress is not None
+        self._bar, self._name = bar, name
         self._progress = progress
         # Lightning's columns take infinity, not None, for an unknown total.
         self._task: TaskID = progress.add_task(self._description(best), total=math.inf if total is None else total)
@@ -209,17 +270,16 @@ class _RichRow:
         self._progress.update(self._task, visible=False)
         self._progress.refresh()
 
-    @staticmethod
-    def _description(best: str) -> str:
-        return escape(f"Search, {best}")
+    def _description(self, best: str) -> str:
+        return escape(f"{self._name}, {best}" if best else self._name)
 
 
 class _RichBar:
     """A display of its own."""
 
-    def __init__(self, console: Console, total: int | None, best: str) -> None:
+    def __init__(self, console: Console, name: str, total: int | None, best: str) -> None:
         self._progress = Progress(
-            TextColumn("Search"),
+            TextColumn(name, markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -241,9 +301,9 @@ class _RichBar:
 class _TqdmBar:
     """One more tqdm bar, of the class that Lightning's `TQDMProgressBar` uses, in the first free line."""
 
-    def __init__(self, console: Console, total: int | None, best: str) -> None:
+    def __init__(self, console: Console, name: str, total: int | None, best: str) -> None:
         self._bar = Tqdm(
-            desc="Search",
+            desc=name,
             total=total,
             leave=False,
             dynamic_ncols=True,

@@ -123,7 +123,7 @@ def groups_table(result: PruningResult) -> Table:
     if result.latency_before is not None and result.latency_after is not None:
         latencies = result.latency_before, result.latency_after
         times = " -> ".join(f"{1000 * seconds:.4g} ms" for seconds in latencies)
-        table.add_row("latency", "", "", times, format_change(*latencies))
+        table.add_row("latency", "", "", times, result.latency_change)
     table.add_row(Text(result.monitor), "", "", f"{result.score_before:.4g} -> {result.score_after:.4g}")
     target = "" if result.target_sparsity is None else f"target {result.target_sparsity:.4g}"
     table.add_row("sparsity", "", "", f"{result.sparsity:.4g}", target)

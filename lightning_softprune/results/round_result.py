@@ -66,9 +66,11 @@ class PruningResult:
         constraints: Metric constraints, as they were given.
         latency_before: Median time of a validation step's forward before the round, in seconds; `None`: not measured.
         latency_after: The same after it.
+        latency_spread: How far the ratio of the two scattered while they were measured in turns, as a fraction.
         shares: What remains after the round of the first dense model's `params`, `macs` and, where it was measured,
             `latency`: a fraction of each.
         left_out: Everything that takes no part in the search, and why.
+        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, searching, timing, refitting.
         coverage: How much of the model takes part, as one sentence.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
@@ -126,6 +128,7 @@ class PruningResult:
     constraints: tuple[str, ...] = ()
     latency_before: float | None = None
     latency_after: float | None = None
+    latency_spread: float | None = None
     shares: dict[str, float] = field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     configuration: dict[str, str] = field(default_factory=dict)
@@ -134,6 +137,7 @@ class PruningResult:
     coverage: str = ""
     numbers: SearchNumbers | None = None
     passes: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
@@ -168,6 +172,16 @@ class PruningResult:
         whole = [trial for trial in self.trials if trial.share == 1.0]
         front = pareto_front([t.sparsity for t in whole], [t.score for t in whole], self.mode)
         return tuple(whole[index] for index in front)
+
+    @property
+    def latency_change(self) -> str:
+        """How latency has changed, as text: no sign where the spread of the measurement does not support one."""
+        if self.latency_before is None or self.latency_after is None:
+            return ""
+        if abs(self.latency_after / self.latency_before - 1.0) <= (self.latency_spread or 0.0):
+            return "about the same"
+        change = format_change(self.latency_before, self.latency_after)
+        return change if self.latency_spread is None else f"{change} (spread {100 * self.latency_spread:.1f} %)"
 
     @property
     def summary(self) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
+
+_TURNS = 3
 
 
 class Stopwatch:
     """Times the validation step of plans against that of the module as it is.
 
-    Latency is no function of counts, and measuring is noisy: the better of two medians of repeated steps on the first
-    validation batch, in eval mode after a warm-up, on the training device. Only plans that are about to be chosen are
-    timed, each once: what is reported is what was decided on.
+    Latency is no function of counts, and measuring is noisy: both are timed in turns, on the first validation batch, in
+    eval mode after a warm-up, on the training device. A turn's figure is the median of repeated steps; what is reported
+    is the best of the turns for each, with the *spread*: half the distance between the largest and the smallest of the
+    turns' ratios. Only plans that are about to be chosen are timed, each once: what is reported is what was decided on.
 
     Args:
         runner: Runs the module.
@@ -24,26 +25,27 @@ class Stopwatch:
 
     def __init__(self, runner: ModuleRunner, problem: PruningProblem, dense_latency_ratio: float) -> None:
         self.runner, self.problem, self.dense_latency_ratio = runner, problem, dense_latency_ratio
-        self.known: dict[Plan, tuple[float, float]] = {}
+        self.known: dict[Plan, tuple[float, float, float]] = {}
 
-    def compare(self, plan: Plan, runs: int = 9, seconds: float = 0.1) -> tuple[float, float]:
-        """Seconds of the module as it is and as this plan would make it."""
+    def compare(self, plan: Plan, runs: int = 5, seconds: float = 0.06) -> tuple[float, float, float]:
+        """Seconds of the module as it is and as this plan would make it, and the spread of their ratio."""
         if plan not in self.known:
             self.known[plan] = self._compare(plan, runs, seconds)
         return self.known[plan]
 
-    def share_of_dense(self, plan: Plan, runs: int = 9, seconds: float = 0.1) -> float:
+    def share_of_dense(self, plan: Plan, runs: int = 5, seconds: float = 0.06) -> float:
         """The fraction of the first dense model's time that the plan takes."""
-        before, after = self.compare(plan, runs, seconds)
+        before, after, _ = self.compare(plan, runs, seconds)
         return after / before / self.dense_latency_ratio
 
-    def _compare(self, plan: Plan, runs: int, seconds: float) -> tuple[float, float]:
-        before = after = math.inf
-        for _ in range(2):  # in turns: what else the machine does meanwhile disturbs both
-            before = min(before, self.runner.time(runs=runs, seconds=seconds))
+    def _compare(self, plan: Plan, runs: int, seconds: float) -> tuple[float, float, float]:
+        before, after = [], []
+        for _ in range(_TURNS):  # what else the machine does meanwhile disturbs both
+            before.append(self.runner.time(runs=runs, seconds=seconds))
             surgery = self.problem.prune(self.runner.module, plan)
             try:
-                after = min(after, self.runner.time(runs=runs, seconds=seconds))
+                after.append(self.runner.time(runs=runs, seconds=seconds))
             finally:
                 surgery.undo()
-        return before, after
+        ratios = [pruned / dense for dense, pruned in zip(before, after, strict=True)]
+        return min(before), min(after), (max(ratios) - min(ratios)) / 2

@@ -27,6 +27,7 @@ from lightning_softprune.graph import (
     refuse_unseen_readers,
     trace_model,
 )
+from lightning_softprune.report import Phases
 from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.round.fingerprint import digest
 from lightning_softprune.round.settings import RoundSettings
@@ -35,6 +36,7 @@ from lightning_softprune.search import (
     Coefficients,
     Plan,
     Realisation,
+    Rounding,
     SearchNumbers,
     SearchSpace,
     build_rounding,
@@ -83,7 +85,12 @@ class PruningProblem:
 
     @classmethod
     def prepare(
-        cls, runner: ModuleRunner, settings: RoundSettings, rng: np.random.Generator, judged: Set[str]
+        cls,
+        runner: ModuleRunner,
+        settings: RoundSettings,
+        rng: np.random.Generator,
+        judged: Set[str],
+        phases: Phases | None = None,
     ) -> PruningProblem:
         """Trace, rank, and prepare costs and compensation.
 
@@ -92,6 +99,7 @@ class PruningProblem:
             settings: What the user asked for.
             rng: For what is random in rankings.
             judged: Names of the parameters that validation uses: only they are counted.
+            phases: Shows what is done, and keeps the time.
 
         Raises:
             MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
@@ -99,28 +107,26 @@ class PruningProblem:
         module = runner.module
         judged, outside = runner.broadcast(judged), runner.left_alone
         how = StepsToTrace(runner.tracing(), judged, outside, runner.probing(PROBE_SAMPLES), settings.round_to)
-        found = prepare_groups(module, how, settings.components, settings.ignore, settings.twins)
+        phases = phases or Phases("none")
+        with phases("tracing"):
+            found = prepare_groups(module, how, settings.components, settings.ignore, settings.twins)
         found = runner.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
         if not groups:
             raise MisconfigurationException(nothing_prunable(found))
-        try:
-            rounding = build_rounding(groups, settings.bounds, settings.round_to)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from error
+        rounding = _rounding(groups, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
-        statistics = collect_statistics(
-            module,
-            _readers_that_lose(module, groups, rounding.high),
-            calibration,
-            with_unfolded=settings.compensation != "none",
-            budget=runner.memory_left,
-        )
-        rankings: list[IntArray] = runner.broadcast(
-            rank(settings.importance, module, groups, calibration, statistics, rng)
-        )
-        statistics = _seen_by_twins(statistics, settings.twins or {})
-        intercepts = _intercepts(runner, settings, groups)
+        with phases("measuring"):
+            readers = _readers_that_lose(module, groups, rounding.high)
+            unfolded = settings.compensation != "none"
+            statistics = collect_statistics(
+                module, readers, calibration, with_unfolded=unfolded, budget=runner.memory_left
+            )
+            rankings: list[IntArray] = runner.broadcast(
+                rank(settings.importance, module, groups, calibration, statistics, rng)
+            )
+            statistics = _seen_by_twins(statistics, settings.twins or {})
+            intercepts = _intercepts(runner, settings, groups)
         compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
         with record_macs(module, outside) as applications:
             runner.validation_step()()
@@ -128,11 +134,7 @@ class PruningProblem:
         return cls(
             groups=groups,
             coverage=str(coverage(module, found)),
-            left_out=tuple(
-                LeftOut(group.name, group.component, group.num_channels, group.reason)
-                for group in found
-                if not group.prunable
-            ),
+            left_out=tuple(LeftOut(g.name, g.component, g.num_channels, g.reason) for g in found if not g.prunable),
             realisation=Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings)),
             norms=norms(module, groups),
             costs=CostModel.build(module, groups, rankings, applications, compensation.new_biases, judged),
@@ -321,6 +323,13 @@ def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: 
     shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
     names = {reader.name for reader in find_readers(module, shrinking)}
     return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
+
+
+def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Rounding:
+    try:
+        return build_rounding(groups, settings.bounds, settings.round_to)
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:

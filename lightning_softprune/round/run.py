@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import COSTS, record_usage
+from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import all_optimizers, commit, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
@@ -53,47 +54,55 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         Exception: The user's own, with everything rolled back.
     """
     started = time.monotonic()
+    phases = Phases("auto" if settings.verbose else "none", trainer)
     seed = int(np.random.SeedSequence([settings.seed, goal.epoch]).generate_state(1)[0])
     copies, form = averaged_copies(trainer), ModelShapes.of(module)
     with (
         isolated_rng(seed),
         torch.inference_mode(False),
         Transaction(module, *copies, optimizers=all_optimizers(trainer, module)) as transaction,
-        ModuleRunner(
-            trainer,
-            module,
-            memory_limit=settings.memory_limit,
-            seed=seed,
-            calibration_batches=settings.calibration_batches,
-        ) as runner,
+        _runner(trainer, module, settings, seed) as runner,
         _journal(runner, settings, goal) as journal,
     ):
-        with record_usage(module, runner.left_alone) as judged:
+        with record_usage(module, runner.left_alone) as judged, phases("baseline"):
             journal.confirm(BASELINE, runner.metrics)
-            before = journal.scored(BASELINE, runner.metrics).metrics
-        objective = Objective(settings.monitor, settings.mode, settings.constraints)
-        objective = replace(objective, scale=monitored(before, objective))
-        problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters)
+            before, baseline_seconds = journal.scored(BASELINE, runner.metrics)
+        objective = _objective(settings, before)
+        problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)
         stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
         while True:
             evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
-            strategy, outcome, decision = _search(evaluator, settings, goal, before, stopwatch)
+            evaluator.baseline_seconds = baseline_seconds
+            with phases.timed("searching"):
+                strategy, outcome, decision = _search(evaluator, settings, goal, before, stopwatch)
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
                 break  # else the journal was wrong, and is set aside
         _tell(decision, settings, goal)
         best = decision.plan
         if best is not None:
-            stopwatch.compare(best.plan)
+            with phases("timing"):
+                stopwatch.compare(best.plan)
         if best is not None and (goal.commit or goal.rehearse):
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            best, surgery = rehearse_plan(evaluator, settings, copies, best)
+            with phases("refitting"):
+                best, surgery = rehearse_plan(evaluator, settings, copies, best)
             if goal.commit:
                 commit(runner, copies, transaction, surgery, form)
         found = _Found(before, dense, strategy, outcome, decision, best)
         result = _result(settings, goal, evaluator, stopwatch, found)
-    return replace(result, seconds=time.monotonic() - started)
+    return replace(result, seconds=time.monotonic() - started, phases=phases.seconds)
+
+
+def _runner(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, seed: int) -> ModuleRunner:
+    batches, limit = settings.calibration_batches, settings.memory_limit
+    return ModuleRunner(trainer, module, memory_limit=limit, seed=seed, calibration_batches=batches)
+
+
+def _objective(settings: RoundSettings, before: dict[str, float]) -> Objective:
+    objective = Objective(settings.monitor, settings.mode, settings.constraints)
+    return replace(objective, scale=monitored(before, objective))
 
 
 def _search(
@@ -205,6 +214,7 @@ def _result(
         constraints=tuple(constraint.text for constraint in settings.constraints),
         latency_before=None if latencies is None else latencies[0],
         latency_after=None if latencies is None else latencies[1],
+        latency_spread=None if latencies is None else latencies[2],
         shares=shares,
         left_out=problem.left_out,
         coverage=problem.coverage,

@@ -57,7 +57,10 @@ def search(
     dense = space.key(np.zeros(space.size))
     cache = {} if any(dense) else {dense: trials.objective.loss(before)}  # bounds may forbid the dense model
     style: Style = "auto" if settings.verbose else "none"
-    with SearchProgress(strategy.max_evaluations, settings.monitor, settings.mode, style, trainer=trainer) as bar:
+    planned = strategy.max_evaluations if trials.target is None else strategy.planned_evaluations(space)
+    progress_bar = SearchProgress(planned, settings.monitor, settings.mode, style, trainer=trainer)
+    progress_bar.say(_announcement(evaluator, planned))
+    with progress_bar as bar:
 
         def evaluate(x: FloatArray) -> float:
             scored = evaluator.score(x)
@@ -76,6 +79,16 @@ def search(
 
             outcome = SearchLoop(evaluate, seed, cache, on_asked=reuse).run(strategy, space)
     return strategy, outcome
+
+
+def _announcement(evaluator: Evaluator, planned: int | None) -> str:
+    """What the search is about to do, and how long that may take, judged by the pass over the module as it is."""
+    groups, size = len(evaluator.problem.groups), evaluator.trials.space.size
+    names = f"{groups} group{'' if groups == 1 else 's'}, {size} coefficient{'' if size == 1 else 's'}"
+    each = evaluator.baseline_seconds * evaluator.on.share
+    if planned is None:
+        return f"SoftPruning: {names}, {each:.2g} s for each evaluation of the model as it is"
+    return f"SoftPruning: {names}, up to {planned:,} evaluations, about {planned * each:.2g} s"
 
 
 def try_one_plan(

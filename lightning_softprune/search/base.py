@@ -135,6 +135,11 @@ class SearchStrategy:
             "override ask() and tell()."
         )
 
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """How many vectors it may ask for at most; None: it cannot tell."""
+        del space  # what subclasses may need
+        return self.max_evaluations
+
     def check(self, space: SearchSpace) -> None:
         """Raises ValueError, before any evaluation, when this strategy cannot serve this space."""
 

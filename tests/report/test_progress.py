@@ -15,7 +15,7 @@ from rich.live import Live
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import SoftPruning, UniformBaseline
-from lightning_softprune.report.progress import SearchProgress, progress_style
+from lightning_softprune.report.progress import Phases, SearchProgress, progress_style
 from lightning_softprune.report.tables import print_round
 from support.consoles import Terminal, make_console, output_of, visible
 from support.results import printed_result
@@ -374,3 +374,39 @@ def test_a_trainer_without_bar_gets_plain_lines(tmp_path: Path) -> None:
 
     assert progress_style(trainer) == "plain"
     assert len(output_of(console).splitlines()) == 2
+
+
+def test_a_log_file_gets_a_line_every_half_minute_with_count_best_and_time_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([0.0, 20.0, 40.0, 60.0, 61.0])
+    monkeypatch.setattr("lightning_softprune.report.progress.time.perf_counter", lambda: next(clock))
+    console = make_console(terminal=False)
+    with SearchProgress(4, "val_psnr", "max", style="plain", console=console) as bar:
+        bar.advance(18.0)
+        bar.advance(19.5)
+        bar.advance(19.0)
+    assert output_of(console).splitlines()[1:-1] == [
+        "Search: 2 of up to 4 trials, best val_psnr 19.5, 40 s, up to 40 s left"
+    ]
+
+
+def test_phases_have_bars_of_their_own_on_a_terminal_and_no_lines_elsewhere() -> None:
+    for terminal in (True, False):
+        console = make_console() if terminal else make_console(terminal=False)
+        phases = Phases("rich")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("rich.get_console", lambda console=console: console)
+            with phases("tracing"):
+                pass
+        assert ("SoftPruning, tracing" in visible(output_of(console))) == terminal
+        assert list(phases.seconds) == ["tracing"]
+
+
+def test_what_is_said_before_a_search_is_one_line_above_it() -> None:
+    console = make_console(terminal=False)
+    bar = SearchProgress(2, "val_psnr", "max", style="plain", console=console)
+    bar.say("SoftPruning: 2 groups")
+    with bar:
+        bar.advance(1.0)
+    assert output_of(console).splitlines()[:2] == ["SoftPruning: 2 groups", "Search: up to 2 trials, val_psnr (max)"]

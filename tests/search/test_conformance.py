@@ -227,3 +227,13 @@ def test_every_check_of_the_kit_has_a_strategy_that_fails_it_and_is_run(monkeypa
 def test_the_bound_on_the_optimum_counts():
     with pytest.raises(AssertionError, match=r"it ends at .*, the best of all is"):
         check_strategy(UniformBaseline(), within=0.001)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_strategy_evaluates_no_more_than_it_has_planned(name):
+    space = mlp_space([64, 48, 64, 32, 10])
+    strategy = copy.deepcopy(STRATEGIES[name][0])
+    planned = strategy.planned_evaluations(space)
+    outcome = run_search(strategy, space, plan_loss(space, steep([1.0, 0.5, 2.0])), seed=0)
+    assert planned is None or outcome.evaluations <= planned
+    assert (planned is None) == (name in ("gradient-uniform", "gradient-spsa"))

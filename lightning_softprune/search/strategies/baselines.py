@@ -14,6 +14,10 @@ from lightning_softprune.utilities.arrays import FloatArray
 class UniformBaseline(SearchStrategy):
     """The same coefficient everywhere, within the bounds. One evaluation."""
 
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """One."""
+        return 1
+
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields one vector."""
         yield space.scale(np.ones(space.size))
@@ -25,6 +29,10 @@ class NormBaseline(SearchStrategy):
 
     A group with smaller weights loses a larger fraction of its channels. One evaluation.
     """
+
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """One."""
+        return 1
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields one vector."""

@@ -184,9 +184,16 @@ class GradientSearch(SearchStrategy):
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields starting points, then probes and steps, all on target but for the curves of the start."""
         proposals = self._propose(space, rng)
-        if self.max_evaluations is not None or self._start != "sensitivity":
+        planned = self.planned_evaluations(space)
+        if self.max_evaluations is not None or planned is None:  # a limit of the user's is the loop's business
             return (yield from proposals)
-        return (yield from _at_most(proposals, 2 * most_evaluations(space.size) - 7))
+        return (yield from _at_most(proposals, planned))
+
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """As the class says."""
+        if self.max_evaluations is None and self._start == "sensitivity":
+            return 2 * most_evaluations(space.size) - 7
+        return self.max_evaluations
 
     def _propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         starts: list[tuple[FloatArray, float]] = []  # each with the sparsity to stay at from there

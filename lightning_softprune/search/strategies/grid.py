@@ -49,6 +49,13 @@ class GridSearch(SearchStrategy):
         if feasible > MAX_FEASIBLE:
             self._refuse(space, f"{total:,} combinations, {feasible:,} of them on target, more than {MAX_FEASIBLE:,}")
 
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """The combinations on target, and no more than `max_evaluations`; some of them may be the same plan."""
+        if self._size(space) > MAX_COMBINATIONS:
+            return self.max_evaluations
+        feasible = sum(int(space.feasible(points).sum()) for points in self._chunks(space))
+        return feasible if self.max_evaluations is None else min(feasible, self.max_evaluations)
+
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields vectors whose plans all differ and are on target, in random order."""
         whole = self._size(space) <= MAX_COMBINATIONS

@@ -26,6 +26,10 @@ class RandomSearch(SearchStrategy):
     def __init__(self, num_candidates: int = 30) -> None:
         self.num_candidates = whole_number("num_candidates", num_candidates)
 
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """As many as there are candidates."""
+        return self.num_candidates
+
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields vectors whose plans all differ and are on target."""
         seen: set[tuple[int, ...]] = set()

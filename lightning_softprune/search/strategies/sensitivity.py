@@ -161,10 +161,16 @@ class SensitivitySearch(SearchStrategy):
         self.levels = optional_whole_number("levels", levels)
         self.refine = whole_number("refine", refine)
 
+    def planned_evaluations(self, space: SearchSpace) -> int | None:
+        """As the class says."""
+        if self.levels is None:
+            return most_evaluations(space.size) + max(0, self.refine - 3)
+        return 1 + self.levels * space.size + self.refine
+
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields the vectors of the curves, then the best combinations."""
         if self.levels is None:
-            budget = most_evaluations(space.size) + max(0, self.refine - 3)
+            budget = self.planned_evaluations(space) or 0
             best, _ = yield from placed_search(space, self.known, self.refine, budget, self.keep_curves)
             return StopReason.OFF_TARGET if best is None else StopReason.EXHAUSTED
         self._curves = yield from sweep(space, self.levels)
