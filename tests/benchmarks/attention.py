@@ -7,8 +7,9 @@ reads the same patches, causally, and names the digit behind the last one; the o
 descriptions of scikit-learn's data sets. Held-out windows of that small text overlap with those it was trained on, so
 that it partly learns the text by heart.
 
-"Half" takes half of the heads and units of every layer; "searched" lets the default search take as many parameters where
-they cost least. A third of the held-out data scores plans; accuracies are those of the rest, which no plan has seen.
+"Half" takes half of the heads and units of every layer; "searched" lets the default search take as many parameters
+where they cost least. A third of the held-out data scores plans; accuracies are those of the rest, which no plan has
+seen.
 """
 
 import argparse
