@@ -116,8 +116,10 @@ def _reconstruction(
         problems = []
         for member in group.members:
             if is_reading(modules, member) and member.module in statistics:
-                stride = strides[member.module, member.slot]
-                problems.append(_Selection(member, modules[member.module], statistics[member.module], stride))
+                stride, known = strides[member.module, member.slot], statistics[member.module]
+                if _holds_heads(modules, group) and known.unfolded is not None and stride > 1:
+                    stride, known = 1, known.unfolded  # a head's dimensions, and not what they have in common
+                problems.append(_Selection(member, modules[member.module], known, stride))
         if not problems:
             scores.append(_magnitude(model, [group])[0])
             continue
@@ -133,12 +135,19 @@ def _reconstruction(
     return scores
 
 
+def _holds_heads(modules: Mapping[str, nn.Module], group: PruningGroup) -> bool:
+    """Whether the layers that produce a channel do so at several indices; positions behind a flatten have one."""
+    made = [member.owner[member.owner >= 0] for member in group.members if not is_reading(modules, member)]
+    return any(len(owner) > group.num_channels for owner in made)
+
+
 class _Selection:
     """What one reader's outputs still lack, given the channels kept so far.
 
     ``D`` is the covariance of the reader's input channels given the kept ones, ``M`` the weights that read them. To
     keep channel j next explains ``|D_j M|^2 / D_jj`` of the outputs' variance (orthogonal matching pursuit on the
-    covariance); then ``D -= D_j D_j^T / D_jj``.
+    covariance); then ``D -= D_j D_j^T / D_jj``. A channel of several indices B, as a head is, counts as a whole: it
+    explains ``tr(M^T D_B^T (D_BB)^-1 D_B M)``.
     """
 
     def __init__(self, member: Member, module: nn.Module, known: InputStatistics, stride: int) -> None:
@@ -163,21 +172,39 @@ class _Selection:
             across = covariance[own][:, ~own]
             covariance = covariance[own][:, own] - across @ torch.linalg.solve(rest, across.t())
             root, self.owner = root[own], self.owner[own]
+        self.blocks = _by_size(self.owner)
         self.left = covariance.clone()
         self.unexplained = covariance @ root
 
     def gains(self, num_channels: int) -> FloatArray:
-        variance = self.left.diagonal().clamp(min=0.0) + self.ridge
-        gain = self.unexplained.square().sum(1) / variance
-        total = torch.zeros(num_channels, dtype=torch.float64, device=gain.device)
-        return np.asarray(total.index_add(0, self.owner, gain).cpu().numpy())
+        total = torch.zeros(num_channels, dtype=torch.float64, device=self.left.device)
+        for channels, indices in self.blocks:
+            rows = self.unexplained[indices]
+            inside = self.left[indices[:, :, None], indices[:, None, :]]
+            inside.diagonal(dim1=1, dim2=2).clamp_(min=0.0).add_(self.ridge)
+            explained = rows / inside if indices.shape[1] == 1 else torch.linalg.solve(inside, rows)
+            total[channels] = (rows * explained).sum((1, 2))
+        return np.asarray(total.cpu().numpy())
 
     def keep(self, channel: int) -> None:
-        for index in torch.nonzero(self.owner == channel)[:, 0].tolist():
-            column = self.left[:, index].clone()
-            scale = 1.0 / (max(float(column[index]), 0.0) + self.ridge)
-            self.unexplained -= torch.outer(column, self.unexplained[index].clone()) * scale
-            self.left -= torch.outer(column, column) * scale
+        indices = torch.nonzero(self.owner == channel)[:, 0]
+        columns = self.left[:, indices].clone()
+        inside = columns[indices]
+        inside.diagonal().clamp_(min=0.0).add_(self.ridge)
+        coefficients = torch.linalg.solve(inside, columns.t()).t()
+        self.unexplained -= coefficients @ self.unexplained[indices]
+        self.left -= coefficients @ columns.t()
+
+
+def _by_size(owner: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Channels that have equally many indices, and these, shape ``(channels, indices)``."""
+    channels, counts = torch.unique(owner, return_counts=True)
+    starts, order = counts.cumsum(0) - counts, owner.argsort(stable=True)
+    found = []
+    for size in torch.unique(counts).tolist():
+        own = counts == size
+        found.append((channels[own], order[starts[own][:, None] + torch.arange(size, device=owner.device)]))
+    return found
 
 
 def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> list[FloatArray]:

@@ -2,7 +2,8 @@
 
 Each layer that reads channels of a group predicts the removed ones from those it keeps, by a linear regression on
 calibration data, and takes the prediction into its own weights and bias (``regression.py``). ``"bias"`` replaces
-removed channels by their means. Nothing is trained. The committed plan is refitted once more (``refit.py``).
+removed channels by their means. Nothing is trained. Queries make up for lost
+dimensions of heads (``logits.py``). The committed plan is refitted once more (``refit.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from lightning_softprune.calibration import InputStatistics, Reader, find_readers
 from lightning_softprune.compensation.intercepts import Intercepts
+from lightning_softprune.compensation.logits import LogitFits
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, Moments
 from lightning_softprune.compensation.weights import PrunedWeight
 from lightning_softprune.graph import (
@@ -44,6 +46,9 @@ class Compensation:
         rankings: The order in which each group's channels go; the first is removed first.
         statistics: What the readers see, by module name.
         intercepts: Which readers without a bias are to get none.
+
+    Attributes:
+        logits: What queries do to make up for lost dimensions of heads; nothing until it is set.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class Compensation:
         intercepts: Intercepts = Intercepts(),  # noqa: B008 - frozen
     ) -> None:
         self.mode = mode
+        self.logits = LogitFits()
         self._regressions: dict[str, FeatureRegression | ChannelRegression] = {}
         self._readers: dict[str, Reader] = {}
         self._without_bias: list[str] = []
@@ -124,6 +130,7 @@ class Compensation:
                     _take_from_mean(model.get_submodule(self._intercepts.norms[name]), name, shift, surgery)
                 elif regression.centred:
                     _add_to_bias(layer, name, pruned.geometry, shift.to(weight.device), surgery)
+        self.logits.apply(model, surgery)
         if surgery.created:
             surgery.order = list(model.parameters())
 

@@ -209,8 +209,11 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         compensation: How it was compensated.
         dense: What the readers did before.
     """
+    queries = compensation.logits.fitted(model, surgery)  # they are not to compute what they did
     lossy: dict[str, _Reader] = {}
     for name in dense.rows:
+        if name in queries:
+            continue
         layer, regression = model.get_submodule(name), compensation.regression(name)
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
         if pruned is None or not bool(pruned.kept_inputs().any()):

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, find_readers, norms, rank
-from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts
+from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts, find_logit_fits
 from lightning_softprune.graph import (
     CostModel,
     Grouping,
@@ -127,7 +127,9 @@ class PruningProblem:
             )
             statistics = _seen_by_twins(statistics, settings.twins or {})
             intercepts = _intercepts(runner, settings, groups)
-        compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
+            compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
+            if settings.compensation == "least_squares":
+                compensation.logits = find_logit_fits(module, groups, calibration)
         with record_macs(module, outside) as applications:
             runner.validation_step()()
         applications, samples = runner.broadcast((applications, runner.batch_size))

@@ -58,13 +58,14 @@ def lost_energy(centred, weight, kept, free=()):
 def slow_greedy(problems, channels):
     """Keep next the channel after which the least energy is lost, over all readers; returns the order of keeping.
 
-    A problem is (inputs, weight, index of each channel in them, indices that always stay).
+    A problem is (inputs, weight, index or indices of each channel in them, indices that always stay).
     """
     kept: list[int] = []
     while len(kept) < channels:
         left = [c for c in range(channels) if c not in kept]
         losses = [
-            sum(lost_energy(x, w, [index[k] for k in (*kept, c)], free) for x, w, index, free in problems) for c in left
+            sum(lost_energy(x, w, np.hstack([index[k] for k in (*kept, c)]), free) for x, w, index, free in problems)
+            for c in left
         ]
         kept.append(left[int(np.argmin(losses))])
     return kept
@@ -82,6 +83,18 @@ class TwoReaders(nn.Module):
         return self.left(z), self.right(z.square())
 
 
+class Heads(nn.Module):
+    def __init__(self, num_heads=5, head_dim=4):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q, self.k, self.v = (nn.Linear(9, num_heads * head_dim) for _ in range(3))
+        self.out = nn.Linear(num_heads * head_dim, 6)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_channels_are_kept_in_the_order_of_the_slow_greedy_search_with_one_reader(seed):
     torch.manual_seed(seed)
@@ -91,6 +104,19 @@ def test_channels_are_kept_in_the_order_of_the_slow_greedy_search_with_one_reade
     z = inputs_of(model, "2", x)
     problem = (z - z.mean(0), model[2].weight.detach().double().numpy(), np.arange(8), ())
     assert ranking[::-1].tolist() == slow_greedy([problem], 8)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_heads_are_kept_in_the_order_of_the_slow_greedy_search_over_whole_heads(seed):
+    torch.manual_seed(seed)
+    model = Heads()
+    with torch.no_grad():  # within the first head, dimensions say nearly the same: one of them is enough
+        model.v.weight[:4] = model.v.weight[:1] + 0.1 * model.v.weight[:4]
+    x = torch.randn(60, 5, 9) * 2.0
+    _, (ranking, *_) = ranked(model, x)
+    z = inputs_of(model, "out", x).reshape(-1, 20)
+    problem = (z - z.mean(0), model.out.weight.detach().double().numpy(), np.arange(20).reshape(5, 4), ())
+    assert ranking[::-1].tolist() == slow_greedy([problem], 5)
 
 
 @pytest.mark.parametrize("seed", range(8))
