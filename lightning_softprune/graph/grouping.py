@@ -103,7 +103,7 @@ def groups_of(
         members = table.members(found)
         if slot.startswith("dim") and len(members) < 2:
             continue
-        built = _build(label, table, found, members, ignored)
+        built = replace(_build(label, table, found, members, ignored), outputs=table.outputs(np.unique(found)))
         seen |= built.slots()
         groups.append(built)
         classes.append(np.unique(found[found >= 0]))
@@ -155,6 +155,10 @@ class _Table:
             if len(atoms) and (atoms >= 0).all():
                 found = self.all[atoms]
                 self._extents[int(found[0])].append((found, module))
+        self._outputs: dict[int, dict[tuple[str, int], None]] = defaultdict(dict)
+        for module, atoms in couplings.returned:
+            for number in np.unique(self.all[atoms[atoms >= 0]]).tolist():
+                self._outputs[number][module, len(atoms)] = None
         self.soft: set[int] = set()
         self.reasons: dict[int, str] = {}
         for atoms, reason, whole in couplings.pins:
@@ -197,6 +201,10 @@ class _Table:
     def splits(self, own: IntArray) -> dict[str, int]:
         """Places in the code at which these classes were laid out over several dimensions -> alternatives."""
         return {site: sizes for number in own.tolist() for site, sizes in self._splits.get(number, {}).items()}
+
+    def outputs(self, own: IntArray) -> tuple[tuple[str, int], ...]:
+        """Modules that give these classes, and the width of what they give."""
+        return tuple(dict.fromkeys(output for number in own.tolist() for output in self._outputs.get(number, ())))
 
     def is_averaged(self, own: IntArray) -> bool:
         """Whether something is computed over these classes that misses those that go."""

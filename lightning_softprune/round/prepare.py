@@ -206,6 +206,7 @@ class PruningProblem:
                 float(high[i]),
                 int(params[i]),
                 round(int(macs[i]) / self.samples),
+                dict(group.outputs),
             )
             for i, group in enumerate(self.groups)
         )

@@ -191,6 +191,8 @@ class Flow:
             if not feeds and self._mixes(operation):
                 self._pin_outputs(operation)
         self.couplings.pinning = True
+        for module, value in self.tape.returned:
+            self.couplings.returned += [(module, label) for label in self.labels(value) if is_atoms(label)]
         for number in sorted(self.tape.shown):
             value = Value(number)
             for label in self.labels(value):
