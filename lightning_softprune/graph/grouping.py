@@ -28,6 +28,8 @@ Place = tuple[str, str]
 
 _OUTPUT = "produces an output of the network"
 
+_LONELY = "are added to places whose size is fixed, as those of a padding; put a layer between them to prune it"
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -240,16 +242,16 @@ def _build(
         said, semicolon, hint = reason.partition("; ")
         reason = f"{said} ({len(pinned)} of its {len(numbers)} channels){semicolon}{hint}"
     if not reason and len(numbers) < 2:
-        reason = "it has a single channel" if numbers else "it has no channels that can go"
+        reason = "it has a single channel" if numbers else f"all of its {len(found)} channels {_LONELY}"
     if not len(found):
         reason = "it has no channels"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:
                 reason = f"ignored: {member.module} matches {ignored[hit]!r}"
-    least = max((_least(table.trace, member, len(numbers)) for member in members), default=1)
+    least, needy = max(((_least(table.trace, m, len(numbers)), m.module) for m in members), default=(1, name))
     if not reason and least >= len(numbers):
-        reason = "a layer needs all of its channels"
+        reason = f"{needy} needs all of its {len(numbers)} channels"
     return PruningGroup(name, "", "intra", len(numbers), members, not reason, reason, least=least)
 
 
