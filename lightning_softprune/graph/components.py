@@ -32,6 +32,10 @@ class Component:
         """Whether a module lies in this component."""
         return any(fnmatch.fnmatchcase(n, pattern) for n in self_and_parents(module) for pattern in self.patterns)
 
+    def is_whole(self, module: str) -> bool:
+        """Whether one of the patterns names this module itself."""
+        return any(fnmatch.fnmatchcase(module, pattern) for pattern in self.patterns)
+
 
 def match_modules(model: nn.Module, patterns: Iterable[str], argument: str) -> dict[str, list[str]]:
     """Find the modules (and bare parameters) that each pattern names.
@@ -98,12 +102,18 @@ def assign_components(
                 return component.name
         return module.split(".")[0]
 
+    def outputs_of(group: PruningGroup) -> tuple[tuple[str, int], ...]:
+        whole = {"": ""}  # modules that are all of a component
+        for component in (*defaults, *named):
+            whole |= {n: component.name for n, _ in group.outputs if component.is_whole(n)}
+        return tuple(dict.fromkeys((whole[n], width) for n, width in group.outputs if n in whole))
+
     assigned = []
     for group in groups:
         own = [member.module for member in group.members if not any(is_inside(member.module, twin) for twin in twins)]
         names = list(dict.fromkeys(map(component_of, own)))
         kind = "intra" if len(names) <= 1 else "inter"
-        assigned.append(replace(group, component="+".join(names), kind=kind))
+        assigned.append(replace(group, component="+".join(names), kind=kind, outputs=outputs_of(group)))
     return assigned
 
 

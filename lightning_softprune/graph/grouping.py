@@ -28,6 +28,8 @@ Place = tuple[str, str]
 
 _OUTPUT = "produces an output of the network"
 
+_LONELY = "are added to places whose size is fixed, as those of a padding; put a layer between them to prune it"
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -103,7 +105,7 @@ def groups_of(
         members = table.members(found)
         if slot.startswith("dim") and len(members) < 2:
             continue
-        built = _build(label, table, found, members, ignored)
+        built = replace(_build(label, table, found, members, ignored), outputs=table.outputs(np.unique(found)))
         seen |= built.slots()
         groups.append(built)
         classes.append(np.unique(found[found >= 0]))
@@ -155,6 +157,10 @@ class _Table:
             if len(atoms) and (atoms >= 0).all():
                 found = self.all[atoms]
                 self._extents[int(found[0])].append((found, module))
+        self._outputs: dict[int, dict[tuple[str, int], None]] = defaultdict(dict)
+        for module, atoms in couplings.returned:
+            for number in np.unique(self.all[atoms[atoms >= 0]]).tolist():
+                self._outputs[number][module, len(atoms)] = None
         self.soft: set[int] = set()
         self.reasons: dict[int, str] = {}
         for atoms, reason, whole in couplings.pins:
@@ -198,6 +204,10 @@ class _Table:
         """Places in the code at which these classes were laid out over several dimensions -> alternatives."""
         return {site: sizes for number in own.tolist() for site, sizes in self._splits.get(number, {}).items()}
 
+    def outputs(self, own: IntArray) -> tuple[tuple[str, int], ...]:
+        """Modules that give these classes, and the width of what they give."""
+        return tuple(dict.fromkeys(output for number in own.tolist() for output in self._outputs.get(number, ())))
+
     def is_averaged(self, own: IntArray) -> bool:
         """Whether something is computed over these classes that misses those that go."""
         return bool(np.isin(self._averaged, own).any())
@@ -232,16 +242,16 @@ def _build(
         said, semicolon, hint = reason.partition("; ")
         reason = f"{said} ({len(pinned)} of its {len(numbers)} channels){semicolon}{hint}"
     if not reason and len(numbers) < 2:
-        reason = "it has a single channel" if numbers else "it has no channels that can go"
+        reason = "it has a single channel" if numbers else f"all of its {len(found)} channels {_LONELY}"
     if not len(found):
         reason = "it has no channels"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:
                 reason = f"ignored: {member.module} matches {ignored[hit]!r}"
-    least = max((_least(table.trace, member, len(numbers)) for member in members), default=1)
+    least, needy = max(((_least(table.trace, m, len(numbers)), m.module) for m in members), default=(1, name))
     if not reason and least >= len(numbers):
-        reason = "a layer needs all of its channels"
+        reason = f"{needy} needs all of its {len(numbers)} channels"
     return PruningGroup(name, "", "intra", len(numbers), members, not reason, reason, least=least)
 
 

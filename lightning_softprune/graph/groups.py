@@ -67,6 +67,8 @@ class PruningGroup:
         reason: Why it does not; empty exactly when it does.
         counts: Attributes that count its channels.
         least: How many channels have to stay.
+        outputs: Who gives its channels to other code, the model itself being the empty name, and the width of what it
+            gives. These are modules until components are assigned, and components then.
     """
 
     name: str
@@ -78,6 +80,7 @@ class PruningGroup:
     reason: str = ""
     counts: tuple[Count, ...] = ()
     least: int = 1
+    outputs: tuple[tuple[str, int], ...] = ()
 
     def refuse(self, reason: str) -> PruningGroup:
         """Return this group as not prunable."""

@@ -122,6 +122,7 @@ def refuse_unjudged(groups: Sequence[PruningGroup], judged: Set[str]) -> list[Pr
         if group.prunable and not any(name in used for name in producers):
             group = group.refuse(
                 f"validation does not use {producers[0] if producers else group.name}, so no score would see the damage"
+                "; have validation_step run it to prune it"
             )
         kept.append(group)
     return kept

@@ -175,19 +175,33 @@ def format_fraction(value: float) -> str:
     return f"{value:.4g}"
 
 
-def narrowed_features(result: PruningResult) -> list[str]:
-    """A line for each component that hands fewer features to another one: code outside may rely on their number.
+_MOST_LINES = 8
+"""A network of many small components has said enough then."""
 
-    Components without channels of their own are layers of a flat model, and say nothing.
+
+def narrowed_features(result: PruningResult) -> list[str]:
+    """A line for each component that hands fewer features to other code, which may rely on their number.
+
+    These are the components, and `forward`, that were seen to give a group's channels; and those after which a group
+    that couples several is named. Of the latter, components without channels of their own are layers of a flat model,
+    and say nothing.
     """
     verb = "now gives" if result.applied else "would give"
     whole = {group.component for group in result.groups} | {item.component for item in result.left_out}
     lines = []
     for group in result.groups:
-        if group.kind != "inter" or group.channels_after == group.channels_before:
+        if group.channels_after == group.channels_before:
             continue
-        given = [name for name in group.component.split("+") if f".{group.name}.".find(f".{name}.") >= 0]
+        widths = {name or "forward": width for name, width in group.outputs.items()}
+        named = group.component.split("+") if group.kind == "inter" else []
+        given = [name for name in named if f".{group.name}.".find(f".{name}.") >= 0]
         if given and given[0] in whole:
-            before, after = group.channels_before, group.channels_after
-            lines.append(f"{given[0]} {verb} {after:,} features instead of {before:,} ({group.name})")
-    return lines
+            widths.setdefault(given[0], group.channels_before)
+        before, after = group.channels_before, group.channels_after
+        for name, width in widths.items():
+            if width == before:
+                lines.append(f"{name} {verb} {after:,} features instead of {before:,} ({group.name})")
+            else:
+                lines.append(f"{name} {verb} {after:,} of {before:,} channels among {width:,} features ({group.name})")
+    more = len(lines) - _MOST_LINES
+    return lines if more <= 1 else [*lines[:_MOST_LINES], f"and {more} more outputs with fewer features"]

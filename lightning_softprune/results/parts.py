@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 DRY_RUN = "this was a dry run"
@@ -52,6 +52,8 @@ class GroupResult:
         high: The largest one.
         params: Parameters that go when this group alone is pruned as far as its bounds allow.
         macs: Multiply-accumulate operations that go with them.
+        outputs: Components that give its channels to other code, `""` being the module's `forward`, with the width of
+            what they give before the round.
     """
 
     name: str
@@ -64,6 +66,7 @@ class GroupResult:
     high: float = 1.0
     params: int = 0
     macs: int = 0
+    outputs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ from lightning_softprune.search import (
 from lightning_softprune.surgery import Candidates, Surgery, apply_plan, probe_with_counts
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
+from lightning_softprune.utilities.threads import are_tiny, one_thread
 
 _DOES_NOT_RUN = "the model does not run with fewer channels"
 
@@ -213,6 +214,7 @@ class PruningProblem:
                 float(high[i]),
                 int(params[i]),
                 round(int(macs[i]) / self.samples),
+                dict(group.outputs),
             )
             for i, group in enumerate(self.groups)
         )
@@ -261,7 +263,8 @@ def prepare_groups(
         candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits}, grouping.averaged)
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
 
-    return _best_reading(read)
+    with one_thread(are_tiny(trace.tape.shapes)):
+        return _best_reading(read)
 
 
 def _reached(groups: Sequence[PruningGroup]) -> int:

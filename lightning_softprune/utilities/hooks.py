@@ -1,4 +1,4 @@
-"""Hooks that go when a block ends, however it ends."""
+"""Hooks that go when a block ends, however it ends; and modes of PyTorch that look away while one lasts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["forward_hook", "forward_pre_hook", "registered"]
+__all__ = ["forward_hook", "forward_pre_hook", "registered", "unwatched"]
 
 
 def forward_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
@@ -46,3 +48,15 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """No mode of PyTorch sees what is done while this lasts: it is no part of what the model computes."""
+    modes = [_pop_mode() for _ in range(torch._C._len_torch_dispatch_stack())]
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    finally:
+        for mode in reversed(modes):
+            _push_mode(mode)

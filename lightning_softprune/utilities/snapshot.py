@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_softprune.utilities.classes import is_alive, is_own, packages_of, slots
+from lightning_softprune.utilities.hooks import unwatched
 
 # Values that cannot change, or that nobody changes: never looked into.
 ATOMS = frozenset(
@@ -101,7 +102,7 @@ class Snapshot:
         self._packages = self._packages.union(*(packages_of(type(root)) for root in roots if _is(root, nn.Module)))
         objects: deque[Any] = deque()
         # Not recursive: deep networks would exceed Python's recursion limit. Level by level: what is near comes first.
-        with torch.inference_mode(False):
+        with unwatched(), torch.inference_mode(False):
             for queue in (deque[Any](roots), objects):
                 while queue:
                     value = queue.popleft()
@@ -262,9 +263,12 @@ class Snapshot:
             if gradient is not None:
                 parameter.grad = None
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Puts everything back."""
+        with unwatched(), torch.no_grad():
+            self._restore()
+
+    def _restore(self) -> None:
         for mapping, items in self._dicts:
             if items or dict.__len__(mapping):
                 _restore_dict(mapping, items)

@@ -166,8 +166,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--profile", choices=list(NETWORKS), help="profile find_groups of this one instead")
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     if arguments.profile:
         model, x = NETWORKS[arguments.profile]().eval(), torch.randn(IMAGES)
         with cProfile.Profile() as profile:

@@ -565,7 +565,7 @@ def test_low_rank_adapters_of_bare_parameters():
         b=nn.Parameter(torch.randn(6, 3)),
         head=nn.Linear(6, 2),
     )
-    check(net, torch.randn(4, 5), {"a": 3, "b": 6})
+    check(net, torch.randn(4, 5), {"b": 6, "b#2": 3})
 
 
 def test_a_layer_of_bare_parameters():

@@ -77,7 +77,7 @@ def test_a_group_of_many_members_names_the_first():
     model = nn.Sequential(nn.Linear(5, 8), Residual(*layers), nn.Linear(8, 2))
     head, line, *_ = str(find_groups(model, torch.randn(3, 5))).splitlines()
     members = line[head.index("members") : head.index("prunable?")]
-    assert members.strip() == "0, 2, 1.0.0 and 2 more"
+    assert members.strip() == "0, 1.0.0, 1.1.0 and 2 more"
 
 
 def test_groups_are_copied_and_pickled_with_their_coverage():

@@ -135,3 +135,36 @@ def test_a_layer_that_takes_channels_as_time_names_the_tensor_its_shape_and_the_
     groups = {group.name: group for group in find_groups(Turned(), torch.randn(2, 5, 4))}
     said = "second takes the output of first of shape (2, 6, 5) where it expects no channels (dimension 1)"
     assert said in groups["first"].reason
+
+
+HINTS = {
+    "argmax": (lambda m, h, x: h * h.argmax(1, keepdim=True), "which of its channels is the largest"),
+    "steps": (lambda m, h, x: h * h[:, ::3].mean(1, keepdim=True), "in steps of 3"),
+    "spectrum": (lambda m, h, x: torch.fft.fft(h, dim=1).real, "transforms along its channels"),
+    "order": (lambda m, h, x: h.flip(1), "apart by their place"),
+    "kept": (lambda m, h, x: h + h.detach().tolist()[0][0], "of shape (3, 8) is what a step returns"),
+}
+
+
+@pytest.mark.parametrize("kind", HINTS)
+def test_every_reason_ends_with_what_would_help(kind):
+    between, words = HINTS[kind]
+    said, _, hint = reason_of(between).partition("; ")
+    assert words in said
+    assert "layer" in hint
+
+
+def test_a_table_that_a_layer_shares_says_how_many_rows_it_needs_and_what_would_help():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.body, self.head = nn.Embedding(8, 6), nn.Linear(6, 8, bias=False), nn.Linear(8, 2)
+            self.body.weight = self.table.weight
+
+        def forward(self, x):
+            return self.head(self.body(self.table(x)).relu())
+
+    groups = {group.name: group for group in find_groups(Tied(), torch.tensor([1, 2, 5]))}
+    assert groups["body"].reason == (
+        "body shares its weight with table, which needs all 8 of it; give each a tensor of its own to prune them apart"
+    )

@@ -618,4 +618,4 @@ def test_units_that_have_to_stay_stay_with_any_rounding(round_to):
 def test_an_lstm_with_one_unit_more_than_projections_loses_none():
     found = {g.name: g for g in find(Projected(PROJECTED + 1), torch.randn(3, 4, IN))}
     assert not found["lstm.hidden"].prunable
-    assert found["lstm.hidden"].reason == "a layer needs all of its channels"
+    assert found["lstm.hidden"].reason == f"lstm needs all of its {PROJECTED + 1} channels"

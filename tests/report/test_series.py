@@ -47,3 +47,17 @@ def test_a_component_that_hands_on_fewer_features_is_named() -> None:
     assert narrowed_features(make_result(groups=groups, trials=(), chosen=None)) == [f"encoder now gives 12 {line}"]
     skipped = make_result(groups=groups, trials=(), chosen=None, applied=False)
     assert narrowed_features(skipped) == [f"encoder would give 12 {line}"]
+
+
+def test_components_that_were_seen_to_give_fewer_channels_are_named_wherever_these_are_made() -> None:
+    groups = (
+        GroupResult("stem", "stem+encoder", "inter", 16, 9, 0.5, outputs={"encoder": 16, "": 48}),
+        GroupResult("body", "body", "intra", 16, 16, 0.0, outputs={"body": 16}),
+    )
+    assert narrowed_features(make_result(groups=groups, trials=(), chosen=None)) == [
+        "encoder now gives 9 features instead of 16 (stem)",
+        "forward now gives 9 of 16 channels among 48 features (stem)",
+    ]
+    many = [GroupResult(f"b{i}", "a", "intra", 4, 3, 0.25, outputs={f"b{i}": 4}) for i in range(11)]
+    lines = narrowed_features(make_result(groups=tuple(many), trials=(), chosen=None))
+    assert lines[7:] == ["b7 now gives 3 features instead of 4 (b7)", "and 3 more outputs with fewer features"]

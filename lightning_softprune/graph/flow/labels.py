@@ -57,6 +57,7 @@ class Couplings:
         splits: Dimensions that were laid out over several.
         averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
         pinning: Whether pins count now; they do not where nobody reads what is computed.
+        returned: Dimensions of what modules gave that hold atoms: name of the module, atoms.
         extents: Sizes of dimensions that hold atoms where the user's code names sizes: atoms, module.
     """
 
@@ -65,6 +66,7 @@ class Couplings:
     pins: list[tuple[IntArray, str, bool]] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
+    returned: list[tuple[str, IntArray]] = field(default_factory=list)
     averaged: list[IntArray] = field(default_factory=list)
     pinning: bool = True
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)

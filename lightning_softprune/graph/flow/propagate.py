@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import OWN_CODE, RULES, unknown
+from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
 from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
@@ -146,8 +146,9 @@ class Flow:
         for dim, (layer, axis) in by_dim.items():
             others = [other for other, dims in sided.items() if dim not in dims]
             if others:
-                reason = f"{layer} shares its {axis.tensor} with {others[0]}, which needs all of it"
-                self.couplings.pin(self._along(layer, axis), reason)
+                along = self._along(layer, axis)
+                said = f"{layer} shares its {axis.tensor} with {others[0]}, which needs all {len(along)} of it"
+                self.couplings.pin(along, f"{said}; give each a tensor of its own to prune them apart")
 
     def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
         """Which of some dimensions the modules around count as heads."""
@@ -191,11 +192,14 @@ class Flow:
             if not feeds and self._mixes(operation):
                 self._pin_outputs(operation)
         self.couplings.pinning = True
+        for module, value in self.tape.returned:
+            self.couplings.returned += [(module, label) for label in self.labels(value) if is_atoms(label)]
         for number in sorted(self.tape.shown):
             value = Value(number)
             for label in self.labels(value):
                 if is_atoms(label):
                     said = f"{self.describe(value)} is what a step returns, logs, keeps or hands to Python"
+                    said = f"{said}; put a layer behind it, which keeps its width, to prune it"
                     self.couplings.pin(label, said)
         return self.couplings
 
@@ -270,7 +274,7 @@ class Flow:
             if is_atoms(label):
                 self.couplings.unite(atoms, label)
             elif label == FIXED:
-                said = f"{name} reads a tensor whose width is fixed: {self.describe(value)}"
+                said = f"{name} reads a tensor whose width is fixed: {self.describe(value)}; {FIXED_WIDTH}"
                 self.couplings.pin(atoms, said)
         for value in operation.inputs:
             for dim, label in enumerate(self.labels(value)):
@@ -280,6 +284,7 @@ class Flow:
                     leading[dim] = label
                 elif is_atoms(label):
                     said = f"{name} takes {self.describe(value)} where it expects no channels (dimension {dim})"
+                    said = f"{said}; {IN_FRONT}"
                     self.couplings.pin(label, said)
         labels: dict[int, Labels] = {}
         rank = len(self.shape(first[0])) if first is not None else -1
@@ -294,6 +299,7 @@ class Flow:
 
     def _into_cut(self, operation: Operation) -> list[Labels]:
         reason = self.reasons.get(operation.layer, "it cannot be looked into")
+        reason = reason if "; " in reason else f"{reason}; {IN_FRONT}"
         for value in operation.inputs:
             for label in self.labels(value):
                 self.couplings.pin(label, f"feeds {operation.layer}: {reason}")

@@ -62,11 +62,12 @@ def dim_of(operation: Operation, rank: int, name: str = "dim", default: int = 0)
 OWN_CODE = "put it into a module and describe that with register_layer, or name the module in ignore"
 BY_NUMBER = "what is read by its number needs a layer of its own"
 FIXED_WIDTH = "put a layer between them to prune both"
+IN_FRONT = "put a layer in front of it, which keeps its width, to prune what comes before"
 
 
-def said(operation: Operation, text: str, hint: str = "") -> str:
+def said(operation: Operation, text: str, hint: str = IN_FRONT) -> str:
     """A reason that names the operation and where it is; and what would help."""
-    return f"{operation.name} {operation.site} {text}{'; ' if hint else ''}{hint}"
+    return f"{operation.name} {operation.site} {text}; {hint}"
 
 
 def aligned(flow: Flow, values: Sequence[Value], rank: int, operation: Operation) -> Labels:

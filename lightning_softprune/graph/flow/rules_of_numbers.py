@@ -46,7 +46,9 @@ def _reduction(flow: Flow, operation: Operation) -> list[Labels]:
     over = {int(dim) % max(len(labels), 1) for dim in dims} if dims else set(range(len(labels)))
     numbers = operation.name in ("argmax", "argmin") or (dims and operation.name in ("max", "min", "median", "mode"))
     for dim in over if numbers else ():
-        flow.couplings.pin(labels[dim], said(operation, "tells which of its channels is the largest, by number"))
+        flow.couplings.pin(
+            labels[dim], said(operation, "tells which of its channels is the largest, by number", BY_NUMBER)
+        )
     for dim in over if operation.name not in ("sum", "nansum", "linalg_vector_norm", "norm", "any") else ():
         flow.couplings.average(labels[dim])
     keep = bool(argument(operation, "keepdim", False))

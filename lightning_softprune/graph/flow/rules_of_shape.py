@@ -8,7 +8,17 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Label, Labels, Moved, Split, is_atoms, move, varies
-from lightning_softprune.graph.flow.rules import BY_NUMBER, OWN_CODE, Flow, aligned, argument, dim_of, rule, said
+from lightning_softprune.graph.flow.rules import (
+    BY_NUMBER,
+    IN_FRONT,
+    OWN_CODE,
+    Flow,
+    aligned,
+    argument,
+    dim_of,
+    rule,
+    said,
+)
 from lightning_softprune.graph.flow.tape import Operation, Value
 from lightning_softprune.utilities.arrays import IntArray
 
@@ -244,7 +254,7 @@ def _slice(flow: Flow, operation: Operation) -> list[Labels]:
     flow.couplings.extents += [(labels[dim], operation.site.module), (whole, operation.site.module)]
     if step > 1:
         if size % step:
-            flow.couplings.pin(whole, said(operation, f"takes its channels in steps of {step}"))
+            flow.couplings.pin(whole, said(operation, f"takes its channels in steps of {step}", BY_NUMBER))
         else:  # in every run of so many channels, all stay or all go
             for place in range(1, step):
                 flow.couplings.unite(np.ascontiguousarray(whole[0::step]), np.ascontiguousarray(whole[place::step]))
@@ -331,7 +341,7 @@ def _unfollowed(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.outputs[0]
     if result is not None and flow.shape(source) == flow.shape(result) and operation.name.startswith("as_strided"):
         return [list(flow.labels(source))]
-    _pin_all(flow, operation, source, f"picks elements of {flow.shape(source)} by their place; {OWN_CODE}")
+    _pin_all(flow, operation, source, f"picks elements of {flow.shape(source)} by their place", OWN_CODE)
     return [[FIXED] * len(flow.shape(value)) for value in operation.outputs if value is not None]
 
 
@@ -340,6 +350,6 @@ def _pin_dims(flow: Flow, operation: Operation, labels: Labels, dims: Sequence[i
         flow.couplings.pin(labels[dim], said(operation, "tells its channels apart by their place"))
 
 
-def _pin_all(flow: Flow, operation: Operation, value: Value, text: str) -> None:
+def _pin_all(flow: Flow, operation: Operation, value: Value, text: str, hint: str = IN_FRONT) -> None:
     for label in flow.labels(value):
-        flow.couplings.pin(label, said(operation, text))
+        flow.couplings.pin(label, said(operation, text, hint))

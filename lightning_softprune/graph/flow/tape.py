@@ -97,6 +97,7 @@ class Tape:
         custom: Value -> name of the user's own autograd function that made it.
         aliases: Of each value, the number of the memory that it looks at.
         shown: Values that leave the steps: returned, read by Python, kept.
+        returned: What modules that are no layers gave: name of the module, value.
         ran: Names of the modules that ran.
         order: The same, in the order in which they were first done.
     """
@@ -109,6 +110,7 @@ class Tape:
     custom: dict[int, str] = field(default_factory=dict)
     aliases: list[int] = field(default_factory=list)
     shown: set[int] = field(default_factory=set)
+    returned: list[tuple[str, Value]] = field(default_factory=list)
     ran: set[str] = field(default_factory=set)
     order: dict[str, None] = field(default_factory=dict)
 
@@ -267,6 +269,8 @@ class Recorder:
             if not whole:
                 self.tape.ran.add(name)
                 self.tape.order.setdefault(name)
+                if not self._whole:
+                    self.tape.returned += [(name, self.value(tensor)) for tensor in tensors_in(output)]
                 return
             inputs: dict[str | int, Any] = {}
             while self._whole:
