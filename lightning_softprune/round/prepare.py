@@ -113,16 +113,10 @@ class PruningProblem:
             found = prepare_groups(module, how, settings.components, settings.ignore, settings.twins)
         found = runner.broadcast(found)  # a probe may fail on one process's batch only
         groups = [group for group in found if group.prunable]
-        if not groups:
-            raise MisconfigurationException(nothing_prunable(found))
-        rounding = _rounding(groups, settings)
+        rounding = _rounding(found, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
-            readers = _readers_that_lose(module, groups, rounding.high)
-            unfolded = settings.compensation != "none"
-            statistics = collect_statistics(
-                module, readers, calibration, with_unfolded=unfolded, budget=runner.memory_left
-            )
+            statistics = _statistics(runner, settings, _readers_that_lose(module, groups, rounding.high), calibration)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
@@ -330,11 +324,22 @@ def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: 
     return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
 
 
-def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Rounding:
+def _rounding(found: Sequence[PruningGroup], settings: RoundSettings) -> Rounding:
+    """How coefficients of the prunable groups become channels; an error where there are none."""
+    groups = [group for group in found if group.prunable]
+    if not groups:
+        raise MisconfigurationException(nothing_prunable(found))
     try:
         return build_rounding(groups, settings.bounds, settings.round_to)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
+
+
+def _statistics(
+    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], calibration: Steps
+) -> dict[str, InputStatistics]:
+    unfolded, budget = settings.compensation != "none", runner.memory_left
+    return collect_statistics(runner.module, readers, calibration, with_unfolded=unfolded, budget=budget)
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:
