@@ -262,6 +262,18 @@ def test_a_part_is_no_point_of_the_pareto_front_and_passes_are_told() -> None:
     assert type(result).from_dict(json.loads(json.dumps(result.to_dict()))) == result
 
 
+def test_a_result_is_its_summary_and_in_a_notebook_a_small_table() -> None:
+    result = make_result(monitor="<b>psnr</b>")
+
+    assert repr(result) == f"<PruningResult, {result.summary}>"
+    page = result._repr_html_()
+    assert len(page) < 2000
+    assert "&lt;b&gt;psnr" in page
+    assert "<b>" not in page
+    assert "1,079,344" in page
+    assert sum(page.count(bar) for bar in "▁▂▃▄▅▆▇█") == len(result.groups)
+
+
 def test_latency_has_a_sign_only_where_its_spread_supports_one() -> None:
     assert make_result(latency_before=0.1, latency_after=0.097, latency_spread=0.05).latency_change == "about the same"
     sure = make_result(latency_before=0.1, latency_after=0.08, latency_spread=0.05)

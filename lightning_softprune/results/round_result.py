@@ -17,6 +17,7 @@ import numpy as np
 
 from lightning_softprune.results.fronts import MODES, format_change, pareto_front
 from lightning_softprune.results.parts import DRY_RUN, Costs, GroupResult, LeftOut, Outcome, Sensitivity, Trial
+from lightning_softprune.results.shown import as_html
 from lightning_softprune.search import (
     Known,
     OutOfReachError,
@@ -32,7 +33,7 @@ from lightning_softprune.utilities.plain_types import from_plain, to_plain
 _COSTS = ("params", "macs")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningResult:
     """One round: what it found, what it cost, and what became of the model.
 
@@ -271,6 +272,12 @@ class PruningResult:
             with contextlib.suppress(OutOfReachError):
                 found.append(self.solve(target))
         return tuple(found)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}, {self.summary}>"
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The result in plain types; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.
