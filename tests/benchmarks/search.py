@@ -219,9 +219,8 @@ def ratios(options: argparse.Namespace, cases: dict[str, Case]) -> None:
     except ImportError:
         print("torch-pruning is not installed: no column `copies`\n")
         with_copies = False
-    rows, split = [], []
     for name, case in cases.items():
-        contest = Contest(case)
+        rows, split, contest = [], [], Contest(case)
         found: dict[tuple[str, int], list[float]] = defaultdict(list)
         runs: dict[int, list[dict[str, float]]] = defaultdict(list)
         for _ in range(options.repeats):
@@ -245,11 +244,11 @@ def ratios(options: argparse.Namespace, cases: dict[str, Case]) -> None:
             order = ("bare", "trials", "round", "copies", "masks", "copies/round", "epoch")
             rows.append([name, str(workers), *(cells[key] for key in order)])
             split.append([name, str(workers), *phases_row(runs[workers])])
-    print("### Multiples of the bare passes: median (least to most)\n")
-    head = ["bare, s", "trials", "round", "copies", "masks", "copies / round", "default round / epoch"]
-    table(["network", "workers", *head], rows)
-    print("### Seconds of the round by phase\n")
-    table(["network", "workers", *PHASES_HEAD], split)
+        print(f"### {name}: multiples of the bare passes, median (least to most)\n")
+        head = ["bare, s", "trials", "round", "copies", "masks", "copies / round", "default round / epoch"]
+        table(["network", "workers", *head], rows)
+        print(f"### {name}: seconds of the round by phase\n")
+        table(["network", "workers", *PHASES_HEAD], split)
 
 
 def growth(options: argparse.Namespace, _: dict[str, Case]) -> None:
@@ -359,7 +358,7 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="two networks, 3 repeats, an eighth of the images for all but the autoencoder",
+        help="two networks, 3 repeats, a sixteenth of the images for all but the autoencoder",
     )
     options = parser.parse_args()
     options.repeats = options.repeats or (3 if options.quick else 7)
@@ -367,7 +366,7 @@ def main() -> None:
     cases = {name: NETWORKS[name] for name in names}
     if options.quick:
         cases = {
-            name: replace(case, images=case.images // (1 if name == "autoencoder" else 8))
+            name: replace(case, images=case.images // (1 if name == "autoencoder" else 16))
             for name, case in cases.items()
         }
     quiet(options.threads)
