@@ -94,8 +94,8 @@ class SlimResNet18(L.LightningModule):
 class Phases:
     """Seconds by phase, each without those within it."""
 
-    def __init__(self, clock) -> None:
-        self.clock = clock
+    def __init__(self, clock, phases=PHASES) -> None:
+        self.clock, self.phases = clock, phases
         self.seconds: dict[str, float] = defaultdict(float)
         self._running: list[tuple[str, float]] = []
 
@@ -124,8 +124,8 @@ class Phases:
     @contextlib.contextmanager
     def measured(self):
         """While this lasts, the phases of rounds are timed."""
-        before = [(owner, name, owner.__dict__[name]) for places in PHASES.values() for owner, name in places]
-        phase_of = {(id(owner), name): phase for phase, places in PHASES.items() for owner, name in places}
+        before = [(owner, name, owner.__dict__[name]) for places in self.phases.values() for owner, name in places]
+        phase_of = {(id(owner), name): phase for phase, places in self.phases.items() for owner, name in places}
         try:
             for owner, name, _ in before:
                 setattr(owner, name, self._timed(phase_of[id(owner), name], getattr(owner, name)))
