@@ -674,8 +674,10 @@ def test_a_dry_run_says_what_the_fit_then_does(tmp_path):
     real = softpruning(epochs=0, search=SensitivitySearch(levels=3))
     trainer_of(tmp_path, real, max_epochs=1).fit(made(), datamodule=Data())
     assert [g.name for g in dry.results[0].groups] == [g.name for g in real.results[0].groups]
-    ours = [(t.coefficients, t.score) for t in dry.results[0].trials]
-    assert ours == [(t.coefficients, t.score) for t in real.results[0].trials][: len(ours)]
+    ours, theirs = dry.results[0].trials, real.results[0].trials[: len(dry.results[0].trials)]
+    assert [t.coefficients for t in ours] == [t.coefficients for t in theirs]
+    # products in single precision depend on where in memory their operands lie
+    assert [t.score for t in ours] == pytest.approx([t.score for t in theirs], rel=1e-6)
     assert dry.results[0].costs_after == real.results[0].costs_after
 
 

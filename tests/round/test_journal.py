@@ -130,7 +130,14 @@ def uninterrupted(tmp_path_factory):
 
 def without_times(result):
     trials = tuple(dataclasses.replace(trial, seconds=0.0) for trial in result.trials)
-    timed = {"seconds": 0.0, "latency_before": None, "latency_after": None, "shares": {}}
+    timed = {
+        "seconds": 0.0,
+        "phases": {},
+        "latency_before": None,
+        "latency_after": None,
+        "latency_spread": None,
+        "shares": {},
+    }
     return dataclasses.replace(result, **timed, trials=trials, configuration={})
 
 
