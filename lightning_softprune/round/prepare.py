@@ -42,7 +42,7 @@ from lightning_softprune.search import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.surgery import Candidates, Surgery, apply_plan, probe_with_counts
+from lightning_softprune.surgery import Candidates, Surgery, apply_plan, forget_weights, probe_with_counts
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.threads import are_tiny, one_thread
@@ -258,7 +258,10 @@ def prepare_groups(
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
 
     with one_thread(are_tiny(trace.tape.shapes)):
-        return _best_reading(read)
+        try:
+            return _best_reading(read)
+        finally:
+            forget_weights()
 
 
 def _reached(groups: Sequence[PruningGroup]) -> int:

@@ -2,6 +2,7 @@
 
 from lightning_softprune.surgery.apply import Surgery, apply_plan
 from lightning_softprune.surgery.attempts import Candidates, probe_with_counts
+from lightning_softprune.surgery.fingerprints import forget_weights
 from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
 from lightning_softprune.surgery.probe import probe_groups
 from lightning_softprune.surgery.references import References, inner_optimizers
@@ -13,6 +14,7 @@ __all__ = [
     "Surgery",
     "Transaction",
     "apply_plan",
+    "forget_weights",
     "inner_optimizers",
     "probe_groups",
     "probe_with_counts",

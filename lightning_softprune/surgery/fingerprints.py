@@ -127,6 +127,11 @@ def _fingerprint(tensor: torch.Tensor) -> tuple[float, float]:
     return float(across @ (rows @ along)), norm
 
 
+def forget_weights() -> None:
+    """Let go of what fingerprints of many sizes share: probing is over."""
+    _weights.cache_clear()
+
+
 @lru_cache(maxsize=64)
 def _weights(size: int, pace: float, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
