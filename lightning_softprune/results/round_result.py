@@ -17,7 +17,7 @@ import numpy as np
 
 from lightning_softprune.results.fronts import MODES, format_change, pareto_front
 from lightning_softprune.results.parts import DRY_RUN, Costs, GroupResult, LeftOut, Outcome, Sensitivity, Trial
-from lightning_softprune.results.shown import as_html
+from lightning_softprune.results.shown import html_table
 from lightning_softprune.search import (
     Known,
     OutOfReachError,
@@ -277,7 +277,17 @@ class PruningResult:
         return f"<{type(self).__name__}, {self.summary}>"
 
     def _repr_html_(self) -> str:
-        return as_html(self)
+        before, after = self.costs_before, self.costs_after
+        rows = [
+            ("parameters", f"{before.params:,}", f"{after.params:,}", format_change(before.params, after.params)),
+            ("MACs", f"{before.macs:,}", f"{after.macs:,}", format_change(before.macs, after.macs)),
+            (self.monitor, f"{self.score_before:.4g}", f"{self.score_after:.4g}", ""),
+        ]
+        if self.latency_before is not None and self.latency_after is not None:
+            dense, pruned = (f"{1000 * seconds:.4g} ms" for seconds in (self.latency_before, self.latency_after))
+            rows.insert(2, ("latency", dense, pruned, self.latency_change))
+        kept = [group.channels_after / max(group.channels_before, 1) for group in self.groups]
+        return html_table(f"SoftPruning, epoch {self.epoch}{'' if self.applied else ', not applied'}", rows, kept)
 
     def to_dict(self) -> dict[str, Any]:
         """The result in plain types; NaN and infinities become `"nan"`, `"inf"` and `"-inf"`.
