@@ -14,8 +14,8 @@ class Stopwatch:
 
     Latency is no function of counts, and measuring is noisy: both are timed in turns, on the first validation batch, in
     eval mode after a warm-up, on the training device. A turn's figure is the median of repeated steps; what is reported
-    is the best of the turns for each, with the *spread*: half the distance between the largest and the smallest of the
-    turns' ratios. Only plans that are about to be chosen are timed, each once: what is reported is what was decided on.
+    is the best of the turns for each, with the *spread*: the distance between the largest and the smallest of the turns'
+    ratios. Only plans that are about to be chosen are timed, each once: what is reported is what was decided on.
 
     Args:
         runner: Runs the module.
@@ -48,4 +48,4 @@ class Stopwatch:
             finally:
                 surgery.undo()
         ratios = [pruned / dense for dense, pruned in zip(before, after, strict=True)]
-        return min(before), min(after), (max(ratios) - min(ratios)) / 2
+        return min(before), min(after), max(ratios) - min(ratios)
