@@ -14,7 +14,7 @@ class Stopwatch:
 
     Latency is no function of counts, and measuring is noisy: both are timed in turns, on the first validation batch, in
     eval mode after a warm-up, on the training device. A turn's figure is the median of repeated steps; what is reported
-    is the best of the turns for each, with the *spread*: the distance between the largest and the smallest of the turns'
+    is the best of the turns for each, with the *spread*: the distance between the largest and the smallest of their
     ratios. Only plans that are about to be chosen are timed, each once: what is reported is what was decided on.
 
     Args:
