@@ -77,8 +77,8 @@ class SoftPruning(pl.Callback):
             ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each.
         target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
             (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
-            sparsity that meets every constraint, to within `tolerance`. On an autoencoder with five groups that took 39
-            evaluations with `SensitivitySearch` and 49 with `GradientSearch`.
+            sparsity that meets every constraint, to within `tolerance`. With five groups that takes about 40
+            evaluations with `SensitivitySearch` and 50 with `GradientSearch`.
         tolerance: A plan is feasible when its sparsity is at most this far from the target.
         cost: What sparsity is measured in, "params" or "macs" (multiply-accumulate operations of the validation step).
         limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain, as in

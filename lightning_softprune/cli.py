@@ -35,7 +35,7 @@ from lightning_softprune.report import (
     round_folders,
 )
 from lightning_softprune.results import PruningResult
-from lightning_softprune.search import Solution
+from lightning_softprune.search import OutOfReachError, Solution
 from lightning_softprune.utilities.files import refuse_other_than_file
 from lightning_softprune.utilities.version import __version__
 
@@ -158,21 +158,24 @@ def _solve(arguments: argparse.Namespace) -> int:
     if len(folders) > 1:
         raise FileError(f"{path}: holds {len(folders)} rounds; name the folder of one, as {folders[0]}")
     result = _result(folders[0], read_round)
-    limits = dict(arguments.limit or ()) or None
-    targets = arguments.target or [n / 10 for n in range(1, 10)]
-    answers = [_answer(path, result, target, arguments.cost, limits) for target in targets]
+    question = {"cost": arguments.cost, "limits": dict(arguments.limit) if arguments.limit else None}
+    try:
+        if arguments.target is None:  # as far as there is something
+            answers: Sequence[Solution | FileError] = result.solve_targets([n / 10 for n in range(1, 10)], **question)
+        else:
+            answers = [_answer(path, result, target, question) for target in arguments.target]
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
     found = [answer for answer in answers if isinstance(answer, Solution)]
     if found:
         print_solutions(found, result, Console())
-    return max(_complain(answer) if isinstance(answer, FileError) else 0 for answer in answers)
+    return max((_complain(answer) for answer in answers if isinstance(answer, FileError)), default=0)
 
 
-def _answer(
-    path: Path, result: PruningResult, target: float, cost: str | None, limits: dict[str, float] | None
-) -> Solution | FileError:
+def _answer(path: Path, result: PruningResult, target: float, question: dict[str, Any]) -> Solution | FileError:
     try:
-        return result.solve(target, cost=cost, limits=limits)
-    except ValueError as error:
+        return result.solve(target, **question)
+    except OutOfReachError as error:
         return FileError(f"{path}: {error}")
 
 

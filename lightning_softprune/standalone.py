@@ -8,7 +8,6 @@ prune.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,7 +42,6 @@ from lightning_softprune.trainer import (
     what_a_step_shows,
 )
 from lightning_softprune.utilities.libraries import counterpart, counterparts, library_of
-from lightning_softprune.utilities.threads import are_tiny, one_thread, parameter_shapes, shapes_noted
 
 
 def find_groups(
@@ -95,10 +93,8 @@ def find_groups(
         steps = {"": lambda: model(*batch) if isinstance(batch, tuple) else model(batch)}
     runs = {name: _put_back(model, step) for name, step in steps.items()}
     outside = metrics_in(model)
-    with isolated_rng(0), torch.inference_mode(False), Transaction(model), ExitStack() as stack:
-        with one_thread(are_tiny(parameter_shapes(model))), shapes_noted(model) as shapes:
-            _run_once(model, list(steps.values()))
-        stack.enter_context(one_thread(are_tiny(shapes)))
+    with isolated_rng(0), torch.inference_mode(False), Transaction(model):
+        _run_once(model, list(steps.values()))
         with record_usage(model, outside) as judged:
             run_steps([runs.get("validation_step", next(iter(runs.values())))])
         how = StepsToTrace(list(runs.values()), judged.parameters, outside)

@@ -545,3 +545,24 @@ def test_solve_takes_limits_and_says_what_one_looks_like(
         main(["solve", str(folder), "--limit", "half"])
     assert stopped.value.code == 2
     assert "macs=0.5" in capsys.readouterr().err
+
+
+def test_solve_prints_a_table_of_what_is_in_reach_without_a_target(
+    round_with_curves: tuple[Path, PruningResult], capsys: Captured
+) -> None:
+    folder, result = round_with_curves
+    assert main(["solve", str(folder)]) == 0
+    printed = rows(capsys.readouterr().out)
+    expected = result.solve_targets([n / 10 for n in range(1, 10)])
+    assert len(expected) > 3
+    assert all(printed[f"{found.target_sparsity:.3g}"][0] == f"{found.sparsity:.4f}" for found in expected)
+
+
+def test_solve_says_once_what_stands_in_the_way_of_all_targets(
+    round_with_curves: tuple[Path, PruningResult], tmp_path: Path, capsys: Captured
+) -> None:
+    _, result = round_with_curves
+    write_files(replace(result, sensitivity=()), tmp_path)
+    folder = next(tmp_path.rglob("result.json")).parent
+    assert "measured no sensitivity curves" in failure(capsys, "solve", folder, "--target", 0.3, "--target", 0.4)
+    assert "limits: 'speed'" in failure(capsys, "solve", round_with_curves[0], "--limit", "speed=0.5")

@@ -2,8 +2,8 @@
 
 Each layer that reads channels of a group predicts the removed ones from those it keeps, by a linear regression on
 calibration data, and takes the prediction into its own weights and bias (``regression.py``). ``"bias"`` replaces
-removed channels by their means. Nothing is trained. Queries make up for lost
-dimensions of heads (``logits.py``). The committed plan is refitted once more (``refit.py``).
+removed channels by their means. Queries make up for lost dimensions of heads (``logits.py``). Nothing is trained. The
+committed plan is refitted once more (``refit.py``).
 """
 
 from __future__ import annotations

@@ -73,15 +73,7 @@ class CostModel:
     biases: tuple[tuple[Slot, Term], ...] = ()
 
     def count(self, what: str, counts: IntArray) -> IntArray:
-        """Count plans.
-
-        Args:
-            what: ``"params"`` or ``"macs"``.
-            counts: Channels removed from each group, shape ``(n, m)``.
-
-        Returns:
-            Exact counts, shape ``(n,)``.
-        """
+        """Exact counts, shape ``(n,)``; see :meth:`StoredCosts.count`."""
         return self.stored.count(what, counts)
 
     @cached_property

@@ -74,7 +74,7 @@ class SearchProgress:
         ValueError: If `mode` or `style` is unknown.
 
     Attributes:
-        name: What the bar is of; plain lines are printed for the search alone.
+        name: What the bar is of.
 
     >>> with SearchProgress(total=2, monitor="val_psnr", mode="max", style="plain") as bar:
     ...     bar.advance(19.5)
@@ -82,6 +82,8 @@ class SearchProgress:
     Search: up to 2 trials, val_psnr (max)
     Search: 2 trials, best val_psnr 19.7, ... s
     """
+
+    name = "Search"
 
     def __init__(
         self,
@@ -99,7 +101,6 @@ class SearchProgress:
         self.monitor = monitor
         self.mode = mode
         self.style = style
-        self.name = "Search"
         self.trials = 0
         self.best = math.nan
         self._trainer = trainer
@@ -147,18 +148,15 @@ class SearchProgress:
                 print_line(console, line)
 
     def _best_text(self) -> str:
-        if self.name != "Search":
-            return ""
         return f"best {self.monitor} " + ("-" if math.isnan(self.best) else f"{self.best:.4g}")
 
     def _open_display(self) -> _Display | None:
         console = self._console or rich.get_console()
-        plain = f"{'' if self.total is None else f'up to {self.total:,} trials, '}{self.monitor} ({self.mode})"
         style: str = self.style
         if style == "auto":
             style = "rich" if self._trainer is None else progress_style(self._trainer)
         if style == "plain" or not _is_animated(console):
-            return _PlainLines(console, plain) if self.name == "Search" else None
+            return self._plain_lines(console)
         if style == "tqdm":
             return _TqdmBar(console, self.name, self.total, self._best_text())
         bar = None if self._trainer is None else self._trainer.progress_bar_callback
@@ -169,7 +167,25 @@ class SearchProgress:
         try:
             return _RichBar(console, self.name, self.total, self._best_text())
         except LiveError:  # rich before 14.1: somebody else's live display is on this console
-            return _PlainLines(console, plain) if self.name == "Search" else None
+            return self._plain_lines(console)
+
+    def _plain_lines(self, console: Console) -> _Display | None:
+        total = "" if self.total is None else f"up to {self.total:,} trials, "
+        return _PlainLines(console, f"{total}{self.monitor} ({self.mode})")
+
+
+class _PhaseBar(SearchProgress):
+    """A bar without an end and without trials; nothing where no bar moves."""
+
+    def __init__(self, name: str, style: Style, trainer: Trainer | None) -> None:
+        super().__init__(None, "", "min", style, trainer=trainer)
+        self.name = f"SoftPruning, {name}"
+
+    def _best_text(self) -> str:
+        return ""
+
+    def _plain_lines(self, console: Console) -> None:
+        return None
 
 
 class Phases:
@@ -190,9 +206,7 @@ class Phases:
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Show the phase while the block runs."""
-        bar = SearchProgress(None, "", "min", self.style, trainer=self.trainer)
-        bar.name = f"SoftPruning, {name}"
-        with self.timed(name), bar:
+        with self.timed(name), _PhaseBar(name, self.style, self.trainer):
             yield
 
     @contextmanager

@@ -27,7 +27,7 @@ from lightning_softprune.search import (
     Solution,
     solve,
 )
-from lightning_softprune.utilities.checks import fraction, one_of
+from lightning_softprune.utilities.checks import fraction, mapping, number_between, one_of, ordered_pair
 from lightning_softprune.utilities.plain_types import from_plain, to_plain
 
 _COSTS = ("params", "macs")
@@ -217,7 +217,7 @@ class PruningResult:
         Args:
             target_sparsity: Sparsity to reach, against the first dense model; default: the round's.
             limits: Further budgets, as in `SoftPruning`; default: the round's. A limit on latency cannot be solved for.
-            bounds: Pattern of group or component names -> `[low, high]`; default: the round's.
+            bounds: Pattern of group or component names -> `[low, high]`, in the place of the round's; default: these.
             tolerance: How far from the target the plan may lie; default: the round's.
             cost: What sparsity is measured in; default: as in the round.
 
@@ -235,12 +235,14 @@ class PruningResult:
         for name, limit in limits.items():
             one_of("limits", name, _COSTS)
             fraction(f"limits[{name!r}]", limit)
+        if tolerance is not None:
+            tolerance = number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
         question = Question(
             target=self.sparsity if aim is None else aim,
             tolerance=self.tolerance if tolerance is None else tolerance,
             cost=one_of("cost", self.cost if cost is None else cost, _COSTS),
             limits=limits,
-            bounds=bounds,
+            bounds=mapping("bounds", bounds, ordered_pair),
         )
         found = solve(self.numbers, self._known(self.numbers), question)
         return replace(found, score=self._signed(found.score))
@@ -262,15 +264,25 @@ class PruningResult:
         first = [owners.index(n) for n in range(len(numbers.coefficients))]
         scored = [trial for trial in self.trials if math.isfinite(trial.score) and trial.share == 1.0]
         points = np.array([[trial.coefficients[n] for n in first] for trial in scored]).reshape(len(scored), len(first))
+        counted = numbers.costs.count(self.cost, numbers.realisation().counts_of(points)) if scored else np.zeros(0)
+        # what is reported of a shared coefficient may stand for another plan than the one that was scored
+        same = np.isclose(1.0 - counted / numbers.dense[self.cost], [trial.sparsity for trial in scored], atol=1e-9)
         losses = np.array([self._signed(trial.score) for trial in scored])
-        return Known(tuple(curves), points, losses, self._signed(self.score_before))
+        lowest = curves[0].losses[0]
+        dense = lowest if math.isfinite(lowest) else self._signed(self.score_before)
+        return Known(tuple(curves), points[same], losses[same], dense)
 
-    def solve_targets(self, targets: Sequence[float]) -> tuple[Solution, ...]:
-        """`solve` for several targets, without those out of reach: how score and size are traded."""
+    def solve_targets(self, targets: Sequence[float], **question: Any) -> tuple[Solution, ...]:
+        """`solve` for several targets, without those out of reach: how score and size are traded.
+
+        Args:
+            targets: Sparsities.
+            question: Further arguments of `solve`.
+        """
         found: list[Solution] = []
         for target in targets:
             with contextlib.suppress(OutOfReachError):
-                found.append(self.solve(target))
+                found.append(self.solve(target, **question))
         return tuple(found)
 
     def __repr__(self) -> str:

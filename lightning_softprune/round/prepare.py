@@ -112,8 +112,8 @@ class PruningProblem:
         with phases("tracing"):
             found = prepare_groups(module, how, settings.components, settings.ignore, settings.twins)
         found = runner.broadcast(found)  # a probe may fail on one process's batch only
-        groups = [group for group in found if group.prunable]
-        rounding = _rounding(found, settings)
+        groups = _prunable(found)
+        rounding = _rounding(groups, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
             statistics = _statistics(runner, settings, _readers_that_lose(module, groups, rounding.high), calibration)
@@ -322,16 +322,21 @@ def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
 
 def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: FloatArray) -> list[Reader]:
     """Readers of groups that can lose channels; the bounds of some are 0."""
+    if (high > 0).all():
+        return find_readers(module, groups)
     shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
     names = {reader.name for reader in find_readers(module, shrinking)}
     return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
 
 
-def _rounding(found: Sequence[PruningGroup], settings: RoundSettings) -> Rounding:
-    """How coefficients of the prunable groups become channels; an error where there are none."""
+def _prunable(found: Sequence[PruningGroup]) -> list[PruningGroup]:
     groups = [group for group in found if group.prunable]
     if not groups:
         raise MisconfigurationException(nothing_prunable(found))
+    return groups
+
+
+def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Rounding:
     try:
         return build_rounding(groups, settings.bounds, settings.round_to)
     except ValueError as error:

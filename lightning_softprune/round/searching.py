@@ -87,7 +87,7 @@ def _announcement(evaluator: Evaluator, planned: int | None) -> str:
     names = f"{groups} group{'' if groups == 1 else 's'}, {size} coefficient{'' if size == 1 else 's'}"
     each = evaluator.baseline_seconds * evaluator.on.share
     if planned is None:
-        return f"SoftPruning: {names}, {each:.2g} s for each evaluation of the model as it is"
+        return f"SoftPruning: {names}, about {each:.2g} s for each evaluation"
     return f"SoftPruning: {names}, up to {planned:,} evaluations, about {planned * each:.2g} s"
 
 

@@ -128,12 +128,11 @@ class PlacedCurves:
             found.append(SensitivityCurve(i, coefficients, (self._whole, *(points[value] for value in values))))
         return tuple(found)
 
-    def measure(self, budget: int, near: float = _NEAR) -> Generator[FloatArray, float, int]:
+    def measure(self, budget: int) -> Generator[FloatArray, float, int]:
         """Yields the vectors of the points, and receives their losses.
 
         Args:
             budget: Vectors at most, besides the lowest.
-            near: In log odds; a point that close to a measured one is not measured.
 
         Returns:
             How many vectors were asked for.
@@ -143,7 +142,7 @@ class PlacedCurves:
         wanted = space.scale(np.ones(space.size))
         asked, looked_up = 0, self._is_informed
         for _ in range(_ROUNDS):
-            fresh = [i for i in self._order(wanted) if not self._is_known(i, float(wanted[i]), near)]
+            fresh = [i for i in self._order(wanted) if not self._is_known(i, float(wanted[i]))]
             for i in fresh[: budget - asked]:
                 x = space.low.copy()
                 x[i] = wanted[i]
@@ -160,7 +159,7 @@ class PlacedCurves:
             solutions = best_combinations(space, self.curves(), 1, increases=modelled_increases)
             if not solutions:
                 break
-            wanted = np.array([self._away_from_broken(i, float(solutions[0][i]), near) for i in range(space.size)])
+            wanted = np.array([self._away_from_broken(i, float(solutions[0][i])) for i in range(space.size)])
         return asked
 
     def _beyond(self, i: int) -> float:
@@ -168,12 +167,12 @@ class PlacedCurves:
         top = max(self._points[i], default=float(self.space.low[i]))
         return float(np.clip(1 / (1 + np.exp(-(log_odds([top])[0] + 1.0))), self.space.low[i], self.space.high[i]))
 
-    def _away_from_broken(self, i: int, value: float, near: float) -> float:
+    def _away_from_broken(self, i: int, value: float) -> float:
         """The value, or one step of log odds below a point without a loss that is closer to it than any with one."""
         broken = [log_odds([c])[0] for c, loss in self._points[i].items() if not np.isfinite(loss)]
         usable = [log_odds([c])[0] for c, loss in self._points[i].items() if np.isfinite(loss)]
         t = log_odds([value])[0]
-        if not broken or any(abs(t - u) <= near for u in usable) or t < min(broken) - 1.0:
+        if not broken or any(abs(t - u) <= _NEAR for u in usable) or t < min(broken) - 1.0:
             return value
         return float(np.clip(1 / (1 + np.exp(1.0 - min(broken))), self.space.low[i], self.space.high[i]))
 
@@ -186,7 +185,7 @@ class PlacedCurves:
         known = np.array([c for c, loss in self._points[i].items() if np.isfinite(loss) or value >= c])
         return float(np.abs(log_odds(known) - log_odds([value])).min()) if len(known) else np.inf
 
-    def _is_known(self, i: int, value: float, near: float) -> bool:
+    def _is_known(self, i: int, value: float) -> bool:
         """Whether a point would tell nothing: close to a measured one, or the same plan, or nothing removed."""
         space = self.space
         if value <= space.low[i] + 1e-12:
@@ -199,4 +198,4 @@ class PlacedCurves:
             at[0, i] = other
             if space.key(at[0]) == space.key(at[1]):
                 return True
-        return self._distance(i, value) <= near
+        return self._distance(i, value) <= _NEAR

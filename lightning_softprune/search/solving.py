@@ -40,6 +40,11 @@ class Known:
     losses: FloatArray
     dense: float
 
+    def within(self, space: SearchSpace) -> Known:
+        """The same, with those vectors alone that a space's bounds allow."""
+        inside = ((self.points >= space.low - 1e-9) & (self.points <= space.high + 1e-9)).all(axis=1)
+        return replace(self, points=self.points[inside], losses=self.losses[inside])
+
 
 def predicted_losses(space: SearchSpace, known: Known, points: FloatArray) -> FloatArray:
     """The losses that plans are expected to have.
@@ -162,7 +167,7 @@ def solve(numbers: SearchNumbers, known: Known, question: Question) -> Solution:
     realisation = numbers.realisation(question.bounds)
     budgets = Budgets(numbers.dense, question.target, question.tolerance, question.cost, question.limits)
     space = numbers.space(realisation, budgets)
-    found = best_plan(space, replace(known, points=space.clip(known.points)) if len(known.points) else known)
+    found = best_plan(space, known.within(space))
     if found is None:
         raise OutOfReachError(
             f"target_sparsity={question.target}: no plan within {question.tolerance} of it was found"

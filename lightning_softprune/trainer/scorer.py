@@ -209,12 +209,12 @@ class ValidationScorer:
     def loaders(self) -> list[int]:
         """The loaders that give batches of their own; the first alone where Lightning combines their batches."""
         given = [number for number, count in enumerate(self.data.counts) if count]
-        return given if self._opened(ALL)._mode == "sequential" else given[:1]
+        return given if self.data.in_turn else given[:1]
 
     def first_batch(self, loader: int | None = None) -> LoadedBatch:
         """A fresh copy of the first validation batch on the module's device: of all, or of one of the `loaders`."""
         data = self.data
-        if self._opened(ALL)._mode != "sequential":
+        if not data.in_turn:
             batch, _, _ = next(iter(self._opened(ALL)))
             return LoadedBatch(transfer(self._trainer, self._module, batch))
         loader = self.loaders[0] if loader is None else loader

@@ -11,11 +11,6 @@ from contextlib import contextmanager
 from math import prod
 
 import torch
-from torch import nn
-from torch.nn.parameter import is_lazy
-
-from lightning_softprune.utilities.hooks import forward_hook, registered
-from lightning_softprune.utilities.nested import tensors_in
 
 TINY = 2**15
 """Elements of a tensor below which PyTorch shares no work element by element (its grain size)."""
@@ -44,20 +39,3 @@ def one_thread(needed: bool = True) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def parameter_shapes(model: nn.Module) -> list[tuple[int, ...]]:
-    """The shapes of the parameters that have one already."""
-    return [tuple(parameter.shape) for parameter in model.parameters() if not is_lazy(parameter)]
-
-
-@contextmanager
-def shapes_noted(model: nn.Module) -> Iterator[list[tuple[int, ...]]]:
-    """Note the shapes of the parameters, and of all that modules give while this lasts."""
-    shapes = parameter_shapes(model)
-
-    def note(_: nn.Module, __: object, output: object) -> None:
-        shapes.extend(tuple(tensor.shape) for tensor in tensors_in(output))
-
-    with registered(forward_hook(module, note) for module in model.modules()):
-        yield shapes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -89,6 +90,31 @@ def test_bounds_limits_and_costs_are_kept(result):
     assert abs(result.solve(0.5, cost="macs").macs / result.costs_before.macs - 0.5) <= result.tolerance + 1e-6
 
 
+def test_a_plan_that_new_bounds_forbid_is_not_what_was_measured(result):
+    """Moved into the bounds, it would be another plan with the score of the first."""
+    chosen = result.solve()
+    assert chosen.measured
+    most = max(chosen.coefficients, key=chosen.coefficients.get)
+    at = [group.name for group in result.groups].index(most)
+    high = chosen.coefficients[most] - 0.05
+    miracle = dataclasses.replace(result.trials[result.chosen], score=0.001)
+    trials = [t for t in result.trials if t.coefficients[at] <= high]
+    narrowed = dataclasses.replace(result, trials=(miracle, *trials), chosen=0).solve(
+        bounds={most: [0.0, high]}, tolerance=0.1
+    )
+    assert narrowed.coefficients[most] <= high
+    assert narrowed.score > 1
+
+
+def test_a_trial_whose_coefficients_stand_for_another_plan_is_not_what_was_measured(result):
+    """Of a coefficient that several groups share, each group reports its own, and the first may stand for another."""
+    trial = dataclasses.replace(result.trials[result.chosen], score=0.001)
+    other = dataclasses.replace(trial, coefficients=tuple(0.5 for _ in trial.coefficients))
+    found = dataclasses.replace(result, trials=(other,), chosen=0).solve(tolerance=0.3)
+    assert found.score > 1
+    assert dataclasses.replace(result, trials=(trial,), chosen=0).solve().score == 0.001
+
+
 def test_what_cannot_be_solved_is_said(result):
     with pytest.raises(OutOfReachError, match=r"target_sparsity=1.0: .* the nearest has 0\.\d+"):
         result.solve(1.0)
@@ -96,4 +122,10 @@ def test_what_cannot_be_solved_is_said(result):
         result.solve(0.5, limits={"latency": 0.5})
     with pytest.raises(ValueError, match="target_sparsity"):
         result.solve(1.5)
+    with pytest.raises(ValueError, match="tolerance"):
+        result.solve(0.5, tolerance=-0.1)
+    with pytest.raises(ValueError, match=r"bounds\['encoder.0'\]"):
+        result.solve(0.5, bounds={"encoder.0": [0.9, 0.1]})
+    with pytest.raises(ValueError, match="bounds"):
+        result.solve(0.5, bounds={"nothing of the sort": [0.1, 0.9]})
     assert [s.target_sparsity for s in result.solve_targets([0.3, 0.5, 1.0])] == [0.3, 0.5]
