@@ -69,7 +69,7 @@ def main(arguments=None):
 def row_of(architecture):
     """The cells of an architecture: a number, a word, or why there is none."""
     if not architecture.available:
-        return dict.fromkeys(COLUMNS, f"{architecture.library} is not installed")
+        return dict.fromkeys(COLUMNS, f"{architecture.needs} is not installed")
     row = {}
 
     def cell(name, function):

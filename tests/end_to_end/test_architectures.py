@@ -96,7 +96,7 @@ every_prunable_one = pytest.mark.parametrize("name", [name for name, (share, _) 
 def architecture_of(name):
     architecture = BY_NAME[name]
     if not architecture.available:
-        pytest.skip(f"{architecture.library} is not installed")
+        pytest.skip(f"{architecture.needs} is not installed")
     return architecture
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from torch import nn
+from torch import library, nn
 from torch.nn import functional as F
 
 from lightning_softprune import find_groups
@@ -358,7 +358,7 @@ class Squared(torch.autograd.Function):
         return 2 * x * gradient
 
 
-@torch.library.custom_op("softprune_tests::turned", mutates_args=())
+@library.custom_op("softprune_tests::turned", mutates_args=())
 def turned(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1).clone()
 

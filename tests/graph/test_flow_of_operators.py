@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 from torch.nn import functional as F
 
 from support.masked import Net, check
@@ -777,11 +777,11 @@ def test_a_value_that_python_reads_is_an_output():
 
 @pytest.fixture(scope="module")
 def custom():
-    library = torch.library.Library("softprune_tests", "DEF")
-    library.define("twisted(Tensor x) -> Tensor")
-    library.impl("twisted", lambda x: x * torch.linspace(1, 2, x.shape[-1]), "CompositeExplicitAutograd")
+    twisted = library.Library("softprune_tests", "DEF")
+    twisted.define("twisted(Tensor x) -> Tensor")
+    twisted.impl("twisted", lambda x: x * torch.linspace(1, 2, x.shape[-1]), "CompositeExplicitAutograd")
     yield torch.ops.softprune_tests.twisted
-    library._destroy()
+    twisted._destroy()
 
 
 def test_an_operator_that_is_not_known_is_refused_by_its_name(custom):

@@ -66,7 +66,7 @@ class Architecture:
         classes: Whether its outputs are scores of classes (its last dimension), else numbers.
         head: Width of an attention head; 0 without attention.
         mixed: What makes masking channels another thing than removing them.
-        library: The library that it comes from.
+        needs: The package that it comes from.
     """
 
     name: str
@@ -75,12 +75,12 @@ class Architecture:
     classes: bool = True
     head: int = 0
     mixed: str = ""
-    library: str = ""
+    needs: str = ""
 
     @property
     def available(self) -> bool:
-        """Whether its library is installed."""
-        return not self.library or importlib.util.find_spec(self.library) is not None
+        """Whether its package is installed."""
+        return not self.needs or importlib.util.find_spec(self.needs) is not None
 
     def make(self, seed: int = 0) -> Task:
         """The module, with reproducible weights, in eval mode."""
@@ -123,7 +123,7 @@ def pictures(size=16, channels=3):
 
 IMAGES, VECTORS = (pictures(),), (reals(BATCH, 16),)
 SENTENCES = (words(vocabulary=100),)
-LIBRARY = {"library": "transformers"}
+LIBRARY = {"needs": "transformers"}
 QUERIES = "softmax over queries and keys"
 NORM = "a norm over the channels"
 WIDTHS = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
