@@ -585,13 +585,14 @@ def test_a_layer_of_bare_parameters():
     assert {str(m) for m in net_groups["w"].members} == {"w (dim0)", "b (dim0)", "v (dim0)"}
 
 
-def test_the_weight_of_another_layer_is_used_transposed():
-    """A tied autoencoder: the decoder is the encoder's transposed weight."""
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_weight_of_another_layer_is_used_transposed(bias):
+    """A tied autoencoder: the decoder is the transposed weight; without a bias, nothing else has parameters."""
 
     def forward(net, x):
         return F.linear(net.encoder(x).relu(), net.encoder.weight.t(), net.bias)
 
-    net = Net(forward, encoder=nn.Linear(5, 6), bias=nn.Parameter(torch.randn(5)))
+    net = Net(forward, encoder=nn.Linear(5, 6), bias=nn.Parameter(torch.randn(5)) if bias else None)
     check(net, torch.randn(3, 5), {"encoder": 6})
 
 

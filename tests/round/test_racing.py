@@ -267,3 +267,16 @@ def test_the_highest_sparsity_on_a_part_meets_its_constraint_on_all_data():
 )
 def test_a_part_has_eight_batches_and_a_thousand_samples_at_least(sizes, share):
     assert least_share(sizes) == share
+
+
+def test_what_a_part_says_is_shifted_by_what_the_dense_model_has_on_all_data_and_not_on_the_part():
+    samples = Samples(2)
+    _, evaluator = searched(samples, settings_of())
+    samples.undo()
+    offset = samples.metrics()["loss"] - samples.metrics(evaluator.on.part)["loss"]
+    part = [scored for scored in evaluator.trials.done if scored.trial.share < 1.0]
+    assert part
+    assert abs(offset) > 1e-3
+    for scored in part:
+        assert scored.judged["loss"] == pytest.approx(scored.trial.score + offset)
+        assert scored.loss == scored.judged["loss"]

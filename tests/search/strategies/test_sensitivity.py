@@ -210,3 +210,21 @@ def test_the_model_between_points_is_straight_in_log_odds():
     assert at_half[0] == pytest.approx(math.sqrt(0.1 * 0.9), rel=1e-4)  # log odds of 0.2, 0.5, 0.8 are evenly spaced
     (known,) = modelled_increases([curve], [np.array([0.0, 0.2, 0.8])])
     np.testing.assert_allclose(known, [0.0, 0.1, 0.9], rtol=1e-4, atol=1e-9)
+
+
+def test_exchanges_go_on_where_curves_measured_alone_know_nothing_of_each_other():
+    """Groups that act on each other: the best combination of the curves is not the best plan."""
+    widths, weights = CASES["4 groups"]
+    space = mlp_space(widths, 0.5)
+    loss, asked = plan_loss(space, coupled(weights)), []
+    run_search(SensitivitySearch(), space, loss, seed=0, on_asked=lambda x, value, _: asked.append((x, value)))
+    on_target = [value for x, value in asked if space.on_target(x)]
+    assert len(on_target) > 3
+    assert min(on_target[3:]) < min(on_target[:3])
+
+
+def test_a_plan_that_loses_nothing_ends_the_exchanges():
+    space = mlp_space([64, 48, 64, 32, 10], 0.7)
+    asked = []
+    run_search(SensitivitySearch(), space, lambda x: 1.0, seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert sum(space.on_target(x) for x in asked) <= 3
