@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.callback as callback
+import lightning_softprune.callback.rounds as callback
 import lightning_softprune.round.commit as commit
 import lightning_softprune.round.prepare as prepare
 from lightning_softprune import SoftPruning, UniformBaseline

@@ -44,7 +44,7 @@ from fixed_costs import PHASES, SCORING, Phases
 from networks import NETWORKS, Case, perceptron
 from torch import nn
 
-import lightning_softprune.callback as callback
+import lightning_softprune.callback.rounds as callback
 import lightning_softprune.round.run as run
 from lightning_softprune import RandomSearch, SoftPruning
 from lightning_softprune.round.prepare import PruningProblem

@@ -1,0 +1,157 @@
+"""Which hook of the Trainer does what: rounds that are due, and the state of a fit around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_softprune.callback.rounds import Rounds
+from lightning_softprune.checkpoint import LoadHook, is_recorded, order_parameters
+from lightning_softprune.graph import register_layers
+from lightning_softprune.report import rounds_never_reached
+from lightning_softprune.results import PruningResult
+from lightning_softprune.trainer import (
+    MisconfigurationException,
+    averaged_copies,
+    end_epoch_at_this_batch,
+    refuse_schedule,
+    refuse_sharded_optimizers,
+    refuse_sharding,
+    refuse_undeclared_twins,
+    refuse_unsuited,
+    take_epoch_back,
+    take_epoch_back_in,
+    why_training_ended,
+)
+
+
+class PruningHooks(Rounds):
+    """Called by the Trainer."""
+
+    @property
+    def state_key(self) -> str:
+        """One key for every configuration, so that a checkpoint is understood after an argument was changed."""
+        return "SoftPruning"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds so far, in plain types; a dry run is none."""
+        return {"results": [result.to_dict() for result in self._real_results()]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the rounds of a checkpoint: they are not repeated."""
+        if self._evaluating and self.results:
+            return  # validate, test and predict look at a checkpoint; what a fit has done stays on record
+        self.results = [PruningResult.from_dict(result) for result in state_dict["results"]]
+        self._dense = self.results[0].costs_before if self.results else None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse, before anything runs, what cannot work with this trainer."""
+        register_layers(self.layers)  # in a process of its own, or after another callback's
+        self._evaluating = stage != "fit"
+        if self._evaluating:
+            if stage == "validate":
+                refuse_sharding(trainer)
+            self._loading = LoadHook(pl_module)
+            return
+        self.results = self._real_results()
+        others = [callback for callback in trainer.callbacks if isinstance(callback, PruningHooks)]  # type: ignore[attr-defined]
+        if len(others) > 1:
+            raise MisconfigurationException(
+                f"callbacks: {len(others)} SoftPruning callbacks in one Trainer; one callback takes several `epochs`"
+            )
+        refuse_unsuited(trainer, pl_module)
+        refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
+        self._untrained = None
+        progress = trainer.current_epoch > 0 or trainer.global_step > 0
+        pruned = any(result.applied for result in self.results)
+        if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
+            self.results, self._dense = [], None
+        self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """A fit that resumes has the history of its checkpoint, even if that is none."""
+        if not self._evaluating:
+            self.results, self._dense = [], None
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave an epoch in which nothing was trained to whoever trains on from this checkpoint."""
+        if self._untrained is not None:
+            take_epoch_back_in(checkpoint, self._untrained)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the hook for loading off the module."""
+        self._end_loading()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Take the hook for loading off the module."""
+        self._end_loading()
+
+    def _end_loading(self) -> dict[str, Any] | None:
+        """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
+        loading, self._loading, self._evaluating = self._loading, None, False
+        if loading is None:
+            return None
+        loading.remove()
+        return loading.record
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check names against the module, and ask it for the rounds of earlier fits."""
+        order_parameters(pl_module, trainer.optimizers, self._end_loading())
+        refuse_sharded_optimizers(trainer)
+        self._check_names(pl_module)
+        refuse_undeclared_twins(trainer, pl_module, self.twins or {}, self.ignore)
+        self._remember(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Train no further if the checkpoint is at the end of the fine-tuning that was asked for."""
+        if self._finished(trainer.current_epoch):
+            trainer.should_stop = True
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Run the rounds that are due."""
+        self._run_due_rounds(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches."""
+        rounds = len(self.results)
+        self._run_due_rounds(trainer, pl_module)
+        if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
+            end_epoch_at_this_batch()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._rehearse_last_round(trainer, pl_module)
+        if self._finished(trainer.current_epoch + 1):
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Within `Trainer.validate`, try the next round and leave everything as it is: a dry run."""
+        pending = self._pending()
+        if trainer.state.fn != TrainerFn.VALIDATING or not pending:
+            return
+        self._check_names(pl_module)
+        self._remember(pl_module)
+        epoch, target = pending[0]
+        result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False)
+        self.results = [*self._real_results(), result]
+        self._tell(result, trainer.log_dir or trainer.default_root_dir)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do not count an epoch in which nothing was trained."""
+        if self._untrained is not None:
+            take_epoch_back(trainer, self._untrained)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn of rounds that training did not come to, whatever it was that ended it."""
+        unreached = [epoch for epoch, _ in self._pending()]
+        if unreached and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            why = why_training_ended(trainer)
+            rank_zero_warn(rounds_never_reached(unreached, self.results, trainer.current_epoch, why))

@@ -1,0 +1,151 @@
+"""What a fit has done and what is due: rounds by epoch, and one of them run, recorded, told and logged.
+
+A round for epoch ``e`` runs at the start of that epoch's training: validation of the epoch before is over, and what
+checkpoints, schedulers and EarlyStopping did with its metrics belongs to the weights those metrics came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+
+from lightning_softprune.checkpoint import LoadHook, ModelShapes, keep_record, rounds_of
+from lightning_softprune.graph import LayerSpec, check_layers, match_modules
+from lightning_softprune.report import dense_checkpoints_stay, log_figures, log_values, print_round, try_write_files
+from lightning_softprune.results import Costs, PruningResult
+from lightning_softprune.round import Goal, RoundSettings, run_round
+from lightning_softprune.trainer import (
+    MisconfigurationException,
+    finish_epoch_without_training,
+    logging_step,
+    reset_monitors,
+)
+from lightning_softprune.utilities.libraries import of_both_libraries
+from lightning_softprune.utilities.version import versions
+
+
+@of_both_libraries
+class Rounds(pl.Callback):
+    """The rounds of a callback; its arguments are attributes of the same names, `SoftPruning` documents and sets them.
+
+    Attributes:
+        results: One :class:`PruningResult` per round.
+        as_given: Whether a module that was pruned before is measured against itself as it is now, as `prune` does.
+    """
+
+    epochs: list[int]
+    targets: Sequence[float | None]
+    ignore: tuple[str, ...]
+    layers: tuple[LayerSpec, ...]
+    twins: dict[str, str] | None
+    components: dict[str, list[str]] | None
+    finetune_epochs: int | None
+    reset_monitors: bool
+    report: bool
+    verbose: bool
+
+    def __init__(self, configuration: dict[str, str]) -> None:
+        super().__init__()
+        self._configuration = configuration
+        self.results: list[PruningResult] = []
+        self._earlier: list[PruningResult] = []  # rounds of earlier fits, which the module remembers
+        self.as_given = False  # whether such rounds count for nothing
+        self._dense: Costs | None = None
+        self._loading: LoadHook | None = None
+        self._evaluating = False
+        self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
+
+    def _real_results(self) -> list[PruningResult]:
+        return [result for result in self.results if not result.is_dry_run]
+
+    def _finished(self, epochs: int) -> bool:
+        """Whether the fine-tuning that was asked for is over after so many epochs."""
+        last = max(self.epochs)
+        # with 0 epochs more, the round is yet to come
+        pruned = any(result.epoch == last for result in self._real_results())
+        return self.finetune_epochs is not None and pruned and epochs >= last + self.finetune_epochs
+
+    def _remember(self, pl_module: pl.LightningModule) -> None:
+        """Ask the module for the rounds of earlier fits: what these have removed is gone already."""
+        self._earlier = [] if self.as_given else rounds_of(pl_module)
+        own = [result.to_dict() for result in self._real_results()]
+        if own and [result.to_dict() for result in self._earlier[-len(own) :]] == own:  # a fit that goes on
+            self._earlier = self._earlier[: -len(own)]
+
+    def _check_names(self, pl_module: pl.LightningModule) -> None:
+        try:
+            check_layers(pl_module)
+            match_modules(pl_module, self.ignore, "ignore")
+            match_modules(pl_module, [*(self.twins or {}), *(self.twins or {}).values()], "twins")
+            for name, patterns in (self.components or {}).items():
+                match_modules(pl_module, patterns, f"components[{name!r}]")
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from error
+
+    def _pending(self) -> list[tuple[int, float | None]]:
+        """Epoch and target of the rounds that have not run."""
+        done = {result.epoch for result in self._real_results()}
+        rounds = zip(self.epochs, self.targets, strict=True)
+        return [(epoch, target) for epoch, target in rounds if epoch not in done]
+
+    def _run_due_rounds(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for epoch, target in self._pending():
+            if epoch > trainer.current_epoch:
+                return
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                self._rehearse_last_round(trainer, pl_module)
+            else:
+                self._run_round(trainer, pl_module, epoch, target)
+            if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
+                self._untrained = trainer.current_epoch
+                finish_epoch_without_training(trainer)
+
+    def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go through the last round once, with one plan and no file, and leave everything as it is."""
+        pending = self._pending()
+        if pending and len(self._real_results()) == len(self.results):  # once in a fit
+            epoch, target = pending[-1]
+            result = self._search(trainer, pl_module, epoch=epoch, target=target, commit=False, rehearse=True)
+            self.results.append(result)
+            self._tell(result, None)
+
+    def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
+        before = ModelShapes.of(pl_module)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target)
+        self._dense = self._dense or result.costs_before
+        self.results.append(result)
+        if self._earlier or any(done.applied for done in self.results):
+            keep_record(pl_module, before, self.results, self._earlier)
+        dense = reset_monitors(trainer) if self.reset_monitors and result.applied else ()
+        notes = dense_checkpoints_stay(dense)
+        for note in notes:
+            rank_zero_info(f"SoftPruning: {note}")
+        self._tell(result, trainer.log_dir or trainer.default_root_dir, notes)  # a collective: asked for on every rank
+        for logger in trainer.loggers:  # last: a logger's exception is the user's, and finds the round complete
+            logger.log_metrics(log_values(result), step=logging_step(trainer))
+        if self.report:
+            log_figures(result, trainer.loggers, step=logging_step(trainer))
+
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+        applied = [result for result in (*self._earlier, *self.results) if result.applied]
+        faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
+        dense = self._earlier[0].costs_before if self._earlier else self._dense
+        aim = Goal(dense=dense, dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+        result = run_round(trainer, pl_module, self._settings(trainer), aim)
+        return dataclasses.replace(result, configuration=self._configuration, versions=versions())
+
+    @rank_zero_only
+    def _tell(self, result: PruningResult, root: str | None, notes: Sequence[str] = ()) -> None:
+        folder = try_write_files(result, Path(root)) if self.report and root is not None else None
+        if self.verbose:
+            print_round(result, folder=folder, notes=notes)
+
+    def _settings(self, trainer: pl.Trainer) -> RoundSettings:
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(RoundSettings)}
+        return RoundSettings(**{**values, "verbose": self.verbose and trainer.is_global_zero})

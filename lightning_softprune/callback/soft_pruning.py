@@ -1,0 +1,156 @@
+"""SoftPruning: what a user may ask for, checked and kept. What it does with it is in the classes below it."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Literal, Union
+
+from lightning_softprune.calibration import IMPORTANCES
+from lightning_softprune.callback.hooks import PruningHooks
+from lightning_softprune.compensation import COMPENSATIONS
+from lightning_softprune.graph import COSTS, LayerSpec, checked_layers, register_layers
+from lightning_softprune.round import checked_bounds, checked_epochs, checked_limits, checked_patterns, checked_targets
+from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
+from lightning_softprune.utilities import checks
+
+_NO_ARGUMENTS = frozenset({"self", "__class__"})
+
+
+class SoftPruning(PruningHooks):
+    """Make the network physically smaller while it trains, and keep its task metric.
+
+    Args:
+        monitor: The score of a plan: any metric the module logs while validating.
+        mode: Whether a lower ("min") or a higher ("max") score is better.
+        epochs: When to prune: with epoch ``e``, counted from 0, the search runs after the validation that closed epoch
+            ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each.
+        target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
+            (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
+            sparsity that meets every constraint, to within `tolerance`. With five groups that takes about 40
+            evaluations with `SensitivitySearch` and 50 with `GradientSearch`.
+        tolerance: A plan is feasible when its sparsity is at most this far from the target.
+        cost: What sparsity is measured in, "params" or "macs" (multiply-accumulate operations of the validation step).
+        limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain, as in
+            ``{"macs": 0.5}``. Latency is the median time of the validation step's forward in eval mode on the training
+            device, relative to the dense model in the same run. It is measured on up to 6 finalists, and is noisy,
+            above all for small models and on a busy machine: leave it some room.
+        constraints: Metric constraints such as ``"val_psnr >= 19.5"``, on any metric logged while validating; operators
+            ``<=``, ``>=``, ``<``, ``>``.
+        on_violation: What happens when no plan meets the constraints: "skip" leaves the model as it is and warns,
+            "prune" prunes with the least violating plan and warns, "error" raises.
+        search: How coefficients are searched; the callback works on a copy.
+        granularity: What has a coefficient of its own: every group ("group"), or every component ("component"), whose
+            coefficient all groups inside it share; groups that couple several components keep their own.
+        components: Component name -> module-name patterns; ``None``: the top-level children of the module.
+        ignore: Module-name patterns (fnmatch) that must keep their outputs and their inputs.
+        layers: Layer types of your own, as for :func:`register_layer`; they are known from here on.
+        twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders inside the
+            module): a twin gets the same plan and has no coefficients of its own. What is not trained and looks like
+            something that is has to be named here or in `ignore`.
+        bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
+        importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
+            selection of the channels from which the consumers' outputs are best rebuilt) or "random".
+        compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
+            "least_squares" (they are predicted from the kept channels). Closed form, no training.
+        round_to: Kept channels are a multiple of it, unless a group is left whole.
+        search_batches: Validation batches of each loader that plans are scored on while they are searched for;
+            ``None``: as few as it takes to tell plans apart, but at least 8 and 1,000 samples. Finalists, and the plan
+            that is committed, are scored on all.
+        memory_limit: GiB that a round may hold beside the model: validation batches that do not fit are read again from
+            the loader in each pass. ``None``: a quarter of the free memory.
+        calibration_batches: Training batches that rankings and compensation look at.
+        finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
+            0: stop with the pruned, validated, checkpointed model.
+        reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
+        seed: A round depends on seed and epoch alone: same data and weights, same plan.
+        report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and
+            figures for the loggers that show any (with matplotlib).
+        verbose: Show a progress bar and tables, on rank zero.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        TypeError: An argument is of the wrong type.
+
+    Attributes:
+        results: One :class:`PruningResult` per round.
+        as_given: Whether a module that was pruned before is measured against itself as it is now, as `prune` does.
+
+    >>> SoftPruning(target_sparsity=1.5)
+    Traceback (most recent call last):
+        ...
+    ValueError: target_sparsity: 1.5 is not between 0 and 1 (both excluded)
+    """
+
+    def __init__(
+        self,
+        *,
+        monitor: str = "val_loss",
+        mode: Literal["min", "max"] = "min",
+        epochs: Union[int, list[int]] = 1,  # noqa: UP007 - the command line parser reads these annotations
+        target_sparsity: Union[float, list[float], None] = 0.5,  # noqa: UP007
+        tolerance: float = 0.02,
+        cost: Literal["params", "macs"] = "params",
+        limits: dict[str, float] | None = None,
+        constraints: list[str] | None = None,
+        on_violation: Literal["skip", "prune", "error"] = "skip",
+        search: SearchStrategy = GradientSearch(),  # noqa: B008 - never changed, see `self.search`
+        granularity: Literal["group", "component"] = "group",
+        components: dict[str, list[str]] | None = None,
+        ignore: list[str] | None = None,
+        layers: list[LayerSpec] | None = None,
+        twins: dict[str, str] | None = None,
+        bounds: dict[str, list[float]] | None = None,
+        importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
+        compensation: Literal["none", "bias", "least_squares"] = "least_squares",
+        round_to: int = 1,
+        search_batches: int | None = None,
+        memory_limit: float | None = None,
+        calibration_batches: int = 8,
+        finetune_epochs: int | None = None,
+        reset_monitors: bool = True,
+        seed: int = 0,
+        report: bool = True,
+        verbose: bool = True,
+    ) -> None:
+        super().__init__({name: repr(value) for name, value in locals().items() if name not in _NO_ARGUMENTS})
+        self.monitor = checks.instance_of("monitor", monitor, str)
+        if not monitor:
+            raise ValueError("monitor: '' is not the name of a metric that the module logs while validating")
+        self.mode = checks.one_of("mode", mode, ("min", "max"))
+        self.epochs = checked_epochs(epochs)
+        self.targets = checked_targets(target_sparsity, len(self.epochs))
+        self.tolerance = checks.number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
+        self.cost = checks.one_of("cost", cost, COSTS)
+        self.limits = checked_limits(limits)
+        self.constraints = tuple(
+            parse_constraint(text, f"constraints[{number}]")
+            for number, text in enumerate(checks.strings("constraints", constraints))
+        )
+        self.on_violation = checks.one_of("on_violation", on_violation, ("skip", "prune", "error"))
+        if target_sparsity is None and not self.constraints:
+            raise ValueError(
+                "target_sparsity: None asks for the highest sparsity that meets every metric constraint, and there are "
+                'no constraints; give some, as in constraints=["val_psnr >= 19.5"], or a number'
+            )
+        if not isinstance(search, SearchStrategy):
+            raise TypeError(f"search: {search!r} is not a SearchStrategy, for example GradientSearch()")
+        self.search = copy.deepcopy(search)
+        self.granularity = checks.one_of("granularity", granularity, ("group", "component"))
+        self.components = checked_patterns("components", components)
+        self.ignore = tuple(checks.strings("ignore", ignore))
+        self.layers = checked_layers("layers", layers)
+        register_layers(self.layers)
+        self.twins: dict[str, str] | None = checks.mapping("twins", twins, partial(checks.instance_of, kind=str))
+        self.bounds = checked_bounds(bounds)
+        self.importance = checks.one_of("importance", importance, IMPORTANCES)
+        self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
+        self.round_to = checks.whole_number("round_to", round_to, 1)
+        self.search_batches = checks.optional_whole_number("search_batches", search_batches)
+        self.memory_limit = checks.optional_positive("memory_limit", memory_limit)
+        self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
+        self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
+        self.reset_monitors = checks.instance_of("reset_monitors", reset_monitors, bool)
+        self.seed = checks.whole_number("seed", seed, 0)
+        self.report = checks.instance_of("report", report, bool)
+        self.verbose = checks.instance_of("verbose", verbose, bool)
