@@ -19,8 +19,9 @@ from lightning_softprune.checkpoint import LoadHook, ModelShapes, keep_record, r
 from lightning_softprune.graph import LayerSpec, check_layers, match_modules
 from lightning_softprune.report import dense_checkpoints_stay, log_figures, log_values, print_round, try_write_files
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import Goal, RoundSettings, run_round
+from lightning_softprune.round import Goal, RoundSettings, check_ahead, run_round
 from lightning_softprune.trainer import (
+    LoadedBatch,
     MisconfigurationException,
     finish_epoch_without_training,
     logging_step,
@@ -59,6 +60,7 @@ class Rounds(pl.Callback):
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
         self._evaluating = False
+        self._looked_ahead = True
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
     def _real_results(self) -> list[PruningResult]:
@@ -132,12 +134,21 @@ class Rounds(pl.Callback):
         if self.report:
             log_figures(result, trainer.loggers, step=logging_step(trainer))
 
-    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+    def _look_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: LoadedBatch) -> None:
+        """Say before training what the rounds to come would say after it."""
+        goals = [self._goal(epoch=epoch, target=target) for epoch, target in self._pending()]
+        if goals:
+            check_ahead(trainer, pl_module, self._settings(trainer), goals, batch)
+
+    def _goal(self, **goal: Any) -> Goal:
+        """What a round aims at, against the first dense model."""
         applied = [result for result in (*self._earlier, *self.results) if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
         dense = self._earlier[0].costs_before if self._earlier else self._dense
-        aim = Goal(dense=dense, dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
-        result = run_round(trainer, pl_module, self._settings(trainer), aim)
+        return Goal(dense=dense, dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+        result = run_round(trainer, pl_module, self._settings(trainer), self._goal(**goal))
         return dataclasses.replace(result, configuration=self._configuration, versions=versions())
 
     @rank_zero_only

@@ -35,6 +35,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.passes import BASELINE, Key, Pass, lines_of, near, parse_pass, read_json, told
+from lightning_softprune.search import AUTO, mode_of_name
 from lightning_softprune.utilities.files import being_replaced, open_to_append, remove_leftovers, sync_file
 
 __all__ = ["BASELINE", "Journal", "Key", "Pass", "journal_path", "open_journal"]
@@ -373,6 +374,8 @@ def open_journal(
             for field in dataclasses.fields(settings)
             if field.name not in _WITHOUT_INFLUENCE and (field.name, getattr(settings, field.name)) not in _ADDED
         }
+        if settings.mode == AUTO:  # what a name says was the default of release 0.1.0
+            configuration["mode"] = mode_of_name(settings.monitor) or AUTO
         configuration.update(epoch=epoch, target=target, precision=trainer.precision, world_size=trainer.world_size)
         expected = fingerprint(module, configuration, data)
         if "://" in str(root):

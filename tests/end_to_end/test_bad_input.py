@@ -538,7 +538,7 @@ def test_a_score_that_is_missing_for_pruned_networks_only_is_an_error_with_every
                 self.log("val_sometimes", 1.0)
 
     assert_says(
-        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes")), "monitor='val_sometimes'", "'val_loss'"
+        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes", mode="min")), "monitor='val_sometimes'", "'val_loss'"
     )
 
 

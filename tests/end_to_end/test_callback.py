@@ -524,7 +524,7 @@ def test_a_nan_score_survives_json(tmp_path):
             super().validation_step(batch, batch_idx)
             self.log("val_nan", math.nan)
 
-    callback = softpruning(monitor="val_nan", report=True)
+    callback = softpruning(monitor="val_nan", mode="min", report=True)
     with pytest.warns(UserWarning, match="nan"):
         fit(tmp_path, made(Nan), callback)
     assert json.loads(json.dumps(callback.state_dict())) == callback.state_dict()
