@@ -32,6 +32,7 @@ from lightning_softprune.trainer import (
     isolated_rng,
     may_log,
 )
+from lightning_softprune.utilities.checks import near_miss
 
 
 def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
@@ -45,7 +46,9 @@ def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
         logged = ", ".join(map(repr, sorted(metrics))) or "nothing"
         argument, name = missing
         what = "" if argument.startswith("monitor") else f": {name!r}"
-        raise MisconfigurationException(f"{argument}{what} is not logged while validating; logged are: {logged}")
+        raise MisconfigurationException(
+            f"{argument}{what} is not logged while validating; logged are: {logged}{near_miss(name, metrics)}"
+        )
     return metrics[objective.monitor]
 
 

@@ -128,7 +128,7 @@ class PruningProblem:
 
     @classmethod
     def sketch(cls, runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> PruningProblem:
-        """What can be known without calibration: channels go in their order, and nothing makes up for them.
+        """What can be known at little cost: channels go in their order, nothing makes up for them, one group is tried.
 
         Args:
             runner: Runs the module.
@@ -138,7 +138,9 @@ class PruningProblem:
         Raises:
             MisconfigurationException: As for `prepare`.
         """
-        found = _traced(runner, settings, judged)
+        found = _traced(runner, settings, judged, probed=False)
+        if not _one_can_go(runner, [group for group in found if group.prunable], settings.round_to):
+            found = _traced(runner, settings, judged)
         groups = _prunable(found)
         rankings = tuple(np.arange(group.num_channels, dtype=np.int64) for group in groups)
         nothing = Compensation("none", runner.module, groups, rankings, {})
@@ -260,6 +262,7 @@ class StepsToTrace:
         outside: Modules that are left alone with all that is in them -> why.
         probing: The same on fewer samples, for probes; empty: the steps themselves.
         round_to: Kept channels are a multiple of it.
+        probed: Whether groups are tried; else they are what the trace says.
     """
 
     steps: Steps
@@ -267,6 +270,7 @@ class StepsToTrace:
     outside: Mapping[str, str] = field(default_factory=dict)
     probing: Steps = field(default_factory=list)
     round_to: int = 1
+    probed: bool = True
 
 
 def prepare_groups(
@@ -289,6 +293,8 @@ def prepare_groups(
         groups = refuse_unjudged(mirror_twins(model, grouping.groups, twins), how.judged)
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
         groups = assign_components(model, groups, components, twins)
+        if not how.probed:
+            return groups, grouping
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
         candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits}, grouping.averaged)
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
@@ -365,11 +371,31 @@ def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: 
     return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
 
 
-def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> list[PruningGroup]:
+def _traced(
+    runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True
+) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
-    probing = runner.probing(PROBE_SAMPLES)
-    how = StepsToTrace(runner.tracing(), judged, runner.left_alone, probing, settings.round_to)
+    probing = runner.probing(PROBE_SAMPLES) if probed else []
+    how = StepsToTrace(runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed)
     return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
+
+
+def _one_can_go(runner: ModuleRunner, groups: Sequence[PruningGroup], number: int) -> bool:
+    """Whether the model runs with so many channels of some group gone."""
+    rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
+    for one, group in enumerate(groups):
+        if group.num_channels - number < max(group.least, 1):
+            continue
+        plan = Plan.from_counts([number if other == one else 0 for other in range(len(groups))], rankings)
+        surgery = apply_plan(runner.module, groups, plan)
+        try:
+            run_steps(runner.tracing(PROBE_SAMPLES))
+            return True
+        except Exception:  # the user's code, which does not take this width
+            continue
+        finally:
+            surgery.undo()
+    return False
 
 
 def _prunable(found: Sequence[PruningGroup]) -> list[PruningGroup]:
