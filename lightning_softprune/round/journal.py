@@ -119,8 +119,16 @@ class Journal:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        written = self._file is not None
         self._close()
-        if exception_type is None or not any(key.kind == "trial" for key in self._passes):
+        useful = any(key.kind == "trial" for key in self._passes)
+        if written and useful and exception_type is not None and issubclass(exception_type, KeyboardInterrupt):
+            rank_zero_info(
+                f"SoftPruning: the search was interrupted, and can go on: its {len(self._passes)} evaluations are in "
+                f"{self._path}. Start the same run again, from the same weights (`ckpt_path` with a checkpoint of this "
+                "epoch, the same seed, or `prune` with the same model): they are taken over from there"
+            )
+        if exception_type is None or not useful:
             self._remove()
 
     def scored(self, key: Key, score: Callable[[], dict[str, float]], **details: object) -> Pass:
