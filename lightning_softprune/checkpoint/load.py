@@ -147,7 +147,7 @@ def _explain_misfits(module_class: type[pl.LightningModule]) -> None:
     @functools.wraps(nn.Module.load_state_dict)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         try:
-            return super(module_class, self).load_state_dict(state_dict, *args, **kwargs)
+            return super(module_class, self).load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
         except RuntimeError as error:
             if is_marked(state_dict):
                 raise RuntimeError(f"{_ADVICE} (of lightning_softprune)\n{error}") from error

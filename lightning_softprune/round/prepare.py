@@ -170,9 +170,7 @@ class PruningProblem:
             left_out=tuple(LeftOut(g.name, g.component, g.num_channels, g.reason) for g in found if not g.prunable),
             realisation=realisation,
             norms=norms(module, groups),
-            costs=CostModel.build(
-                module, groups, realisation.rankings, applications, compensation.new_biases, judged
-            ),
+            costs=CostModel.build(module, groups, realisation.rankings, applications, compensation.new_biases, judged),
             compensation=compensation,
             calibration=calibration,
             samples=samples,
@@ -371,9 +369,7 @@ def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: 
     return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
 
 
-def _traced(
-    runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True
-) -> list[PruningGroup]:
+def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
     probing = runner.probing(PROBE_SAMPLES) if probed else []
     how = StepsToTrace(runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed)

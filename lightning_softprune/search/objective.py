@@ -31,8 +31,44 @@ AUTO = "auto"
 """The mode that is found out."""
 
 _LOW_IS_GOOD = frozenset(
-    "loss losses error errors err mae mse rmse nmse nrmse mape smape wape mase msle rmsle nll bce ce crossentropy logloss"
-    " perplexity ppl wer cer mer ter fid kid lpips kl kld brier ece epe mpjpe".split()
+    [
+        "loss",
+        "losses",
+        "error",
+        "errors",
+        "err",
+        "mae",
+        "mse",
+        "rmse",
+        "nmse",
+        "nrmse",
+        "mape",
+        "smape",
+        "wape",
+        "mase",
+        "msle",
+        "rmsle",
+        "nll",
+        "bce",
+        "ce",
+        "crossentropy",
+        "logloss",
+        "perplexity",
+        "ppl",
+        "wer",
+        "cer",
+        "mer",
+        "ter",
+        "fid",
+        "kid",
+        "lpips",
+        "kl",
+        "kld",
+        "brier",
+        "ece",
+        "epe",
+        "mpjpe",
+    ]
 )
 """Words that say that less is better."""
 

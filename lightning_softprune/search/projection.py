@@ -148,7 +148,12 @@ def reaches_target(space: PlanLookUps) -> bool:
         _, values, overrun = space.table
         return bool((space.within(values) & (overrun == 0)).any())
     rng = np.random.default_rng(0)
-    starts = [scale(space, np.ones(space.size)), space.low, space.high, *rng.uniform(space.low, space.high, (4, space.size))]
+    starts = [
+        scale(space, np.ones(space.size)),
+        space.low,
+        space.high,
+        *rng.uniform(space.low, space.high, (4, space.size)),
+    ]
     return any(space.on_target(project(space, start)) for start in starts)
 
 

@@ -97,12 +97,12 @@ def one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]
 def as_if_at_epoch(trainer: pl.Trainer, epoch: int) -> Iterator[None]:
     """While this lasts, whoever asks for the fit's epoch is told this one."""
     counter = trainer.fit_loop.epoch_progress.current
-    before = counter.processed
-    counter.processed = epoch
+    before = counter.completed
+    counter.completed = epoch
     try:
         yield
     finally:
-        counter.processed = before
+        counter.completed = before
 
 
 def end_epoch_at_this_batch() -> NoReturn:

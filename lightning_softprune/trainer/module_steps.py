@@ -134,7 +134,5 @@ def may_log(module: nn.Module, name: str) -> bool:
                 codes.append(constant)
             found = constant if isinstance(constant, tuple) else (constant,)
             pieces |= {text for text in found if isinstance(text, str) and len(text) > 1}
-    starts, ends = (
-        [len(piece) for piece in pieces if fits(piece)] or [0] for fits in (name.startswith, name.endswith)
-    )
+    starts, ends = ([len(piece) for piece in pieces if fits(piece)] or [0] for fits in (name.startswith, name.endswith))
     return max(starts) + max(ends) >= len(name) - 1

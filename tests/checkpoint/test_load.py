@@ -256,13 +256,13 @@ def test_without_the_callback_a_misfit_of_a_pruned_checkpoint_says_what_to_do(tm
             """A hook of the user's own that asks no base class."""
 
     plain = made(Plain)
+    load = {
+        "test": lambda: trainer_of(tmp_path).test(plain, loaders(plain)["val_dataloaders"], ckpt_path=path),
+        "load_from_checkpoint": lambda: Plain.load_from_checkpoint(path),
+        "load_state_dict": lambda: plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"]),
+    }[how]
     with pytest.raises(RuntimeError, match=re.escape(ADVICE)) as raised:
-        if how == "test":
-            trainer_of(tmp_path).test(plain, loaders(plain)["val_dataloaders"], ckpt_path=path)
-        elif how == "load_from_checkpoint":
-            Plain.load_from_checkpoint(path)
-        else:
-            plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+        load()
     assert "size mismatch" in str(raised.value)
     with pytest.raises(RuntimeError) as other:
         plain.load_state_dict(made(AutoEncoder, hidden=4).state_dict())

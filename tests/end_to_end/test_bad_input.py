@@ -351,7 +351,9 @@ def test_nothing_prunable_names_the_modules_in_the_way(tmp_path):
             return nn.functional.mse_loss(self.decoder[2](hidden), batch[0]) + 0 * self(batch[0]).sum()
 
     assert_says(refused(tmp_path, made(OneLayer), softpruning()), "nothing that can be pruned", "encoder")
-    assert_says(refused(tmp_path, made(), softpruning(ignore=["*"])), "encoder.0", "encoder.2", "decoder.0", "decoder.2")
+    assert_says(
+        refused(tmp_path, made(), softpruning(ignore=["*"])), "encoder.0", "encoder.2", "decoder.0", "decoder.2"
+    )
     assert_says(refused(tmp_path, made(Stubborn), softpruning()), "encoder.0", "encoder.2", "decoder.0")
 
 
@@ -567,7 +569,7 @@ def test_a_step_that_fails_in_one_trial_makes_it_infeasible_and_leaves_no_mess(t
     assert_optimizers_hold_live_parameters(trainer, module)
 
 
-def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, monkeypatch, trap):
+def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, monkeypatch, trap, caplog):
     calls = trap("validation_step", "trial", search=RandomSearch(num_candidates=6))
     monkeypatch.setattr(Trap, "error", KeyboardInterrupt)
     monkeypatch.setattr(Trap, "at", calls[-8])
@@ -581,6 +583,8 @@ def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, m
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores further interrupts from then on
     assert_same(training_state(trainer, module), before.state)
+    [line] = [line for line in caplog.messages if "can go on" in line]
+    assert_says(line, str(tmp_path / "softprune" / "journal" / "epoch=1.jsonl"), "Start the same run again")
     assert callback.results == []
     monkeypatch.setattr(Trap, "at", -1)
     fit(tmp_path, module, softpruning())
@@ -622,7 +626,9 @@ def test_a_score_that_is_missing_for_pruned_networks_only_is_an_error_with_every
                 self.log("val_sometimes", 1.0)
 
     assert_says(
-        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes", mode="min")), "monitor='val_sometimes'", "'val_loss'"
+        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes", mode="min")),
+        "monitor='val_sometimes'",
+        "'val_loss'",
     )
 
 

@@ -93,7 +93,9 @@ def test_the_search_is_drawn_to_where_constraints_on_other_metrics_hold(tmp_path
     fit(tmp_path, made(), free)
     best = max(t.metrics["val_psnr"] for t in free.results[0].trials if t.feasible)
     bound = best - 0.1
-    callback = softpruning(monitor="val_constant", mode="min", search=GradientSearch(), constraints=[f"val_psnr >= {bound}"])
+    callback = softpruning(
+        monitor="val_constant", mode="min", search=GradientSearch(), constraints=[f"val_psnr >= {bound}"]
+    )
     fit(tmp_path, made(), callback)
     assert callback.results[0].applied
     assert callback.results[0].metrics_after["val_psnr"] >= bound

@@ -135,8 +135,14 @@ def test_what_is_not_logged_is_named_with_its_argument():
 @pytest.mark.parametrize(
     ("name", "mode"),
     [
-        *((name, "min") for name in ("val_loss", "val/wer", "valMSE", "rmse.val", "val-nll", "MeanAbsoluteError", "FID")),
-        *((name, None) for name in ("val_acc", "lossless", "merit", "neg_mean_squared_error", "answer", "val_psnr", "")),
+        *(
+            (name, "min")
+            for name in ("val_loss", "val/wer", "valMSE", "rmse.val", "val-nll", "MeanAbsoluteError", "FID")
+        ),
+        *(
+            (name, None)
+            for name in ("val_acc", "lossless", "merit", "neg_mean_squared_error", "answer", "val_psnr", "")
+        ),
     ],
 )
 def test_whole_words_of_a_name_say_that_less_is_better(name, mode):
