@@ -30,8 +30,8 @@ class SoftPruning(PruningHooks):
             (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
             sparsity that meets every constraint, to within `tolerance`. With five groups that takes about 40
             evaluations with `SensitivitySearch` and 50 with `GradientSearch`.
-        tolerance: A plan is feasible when its sparsity is at most this far from the target. Of feasible plans only those
-            are chosen that remove at least what was asked for, where there are any.
+        tolerance: A plan is feasible when its sparsity is at most this far from the target. Where feasible plans remove
+            at least what was asked for, one of them is chosen.
         cost: What sparsity is measured in, "params" or "macs" (multiply-accumulate operations of the validation step).
         limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain, as in
             ``{"macs": 0.5}``. Latency is the median time of the validation step's forward in eval mode on the training

@@ -5,8 +5,8 @@ relative to the bound; 0 where it is met, infinite where the metric is not a num
 minimises: the score, turned so that lower is better, and a penalty on violations, so that a search for the best score
 is drawn to where the constraints hold. Which trials are feasible is decided on the violations alone.
 
-The *mode* says which scores are better, "min" or "max". With "auto" the metric tells: a torchmetrics object knows whether
-higher is better, and some names say that they are losses or errors.
+The *mode* says which scores are better, "min" or "max". With "auto" the metric tells: a torchmetrics object knows
+whether higher is better, and some names say that they are losses or errors.
 """
 
 from __future__ import annotations
@@ -31,44 +31,9 @@ AUTO = "auto"
 """The mode that is found out."""
 
 _LOW_IS_GOOD = frozenset(
-    [
-        "loss",
-        "losses",
-        "error",
-        "errors",
-        "err",
-        "mae",
-        "mse",
-        "rmse",
-        "nmse",
-        "nrmse",
-        "mape",
-        "smape",
-        "wape",
-        "mase",
-        "msle",
-        "rmsle",
-        "nll",
-        "bce",
-        "ce",
-        "crossentropy",
-        "logloss",
-        "perplexity",
-        "ppl",
-        "wer",
-        "cer",
-        "mer",
-        "ter",
-        "fid",
-        "kid",
-        "lpips",
-        "kl",
-        "kld",
-        "brier",
-        "ece",
-        "epe",
-        "mpjpe",
-    ]
+    {"loss", "losses", "error", "errors", "err", "mae", "mse", "rmse", "nmse", "nrmse", "mape", "smape", "wape", "mase"}
+    | {"msle", "rmsle", "nll", "bce", "ce", "crossentropy", "logloss", "perplexity", "ppl", "wer", "cer", "mer", "ter"}
+    | {"fid", "kid", "lpips", "kl", "kld", "brier", "ece", "epe", "mpjpe"}
 )
 """Words that say that less is better."""
 
