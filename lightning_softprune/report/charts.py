@@ -29,7 +29,7 @@ WIDTH, HEIGHT = 480, 300
 
 _RIGHT, _TOP, _BOTTOM = 14, 12, 50
 
-_SMALL_WIDTH, _SMALL_HEIGHT = 220, 128
+_SMALL_WIDTH, _SMALL_HEIGHT = 220, 150
 
 _MANY = 400  # more points than this: one path for all of them, without a tooltip each
 
@@ -148,7 +148,8 @@ def sensitivity_charts(result: PruningResult) -> Markup:
     for number, curve in enumerate(result.sensitivity):
         group = groups.get(curve.group)
         colour = colours[group.component] if group else "c0"
-        chart = _small_chart(curve, low, high, None if group is None else group.coefficient, f"sensitivity-{number}")
+        key = Heading(f"sensitivity-{number}", result.monitor, "")
+        chart = _small_chart(curve, (low, high), None if group is None else group.coefficient, key)
         figures.append(tag("figure", tag("figcaption", curve.group), chart, class_=f"small {colour}"))
     return tag("div", *figures, class_="smalls")
 
@@ -196,7 +197,8 @@ class _Frame:
             parts.append(tag("text", format(value, form), x=at, y=y.start + 19, class_="tick x"))
         parts.append(tag("text", name, x=(x.start + x.end) / 2, y=HEIGHT - 7, class_="label x"))
         middle = (y.start + y.end) / 2
-        parts.append(tag("text", "score", x=14, y=middle, transform=f"rotate(-90 14 {middle:g})", class_="label x"))
+        turned = f"rotate(-90 14 {middle:g})"
+        parts.append(tag("text", short_name(result.monitor), x=14, y=middle, transform=turned, class_="label x"))
         return cls(result, x, y, join(parts))
 
     def figure(
@@ -282,17 +284,24 @@ class _Frame:
         return f"trial {index}: score {trial.score:.5g}{part}, sparsity {trial.sparsity:.4g}, {feasible}{chosen}"
 
 
-def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float | None, key: str) -> Markup:
-    labels = [f"{value:.4g}" for value in ticks(low, high, 2)]
-    left = 8 + 8.0 * max(map(len, labels))
+def _small_chart(curve: Sensitivity, ends: tuple[float, float], coefficient: float | None, heading: Heading) -> Markup:
+    low, high = ends
+    marks = ticks(low, high, 2)
+    marks = marks if len(marks) > 1 else ticks(low, high, 4)  # one mark alone is no scale
+    labels = [f"{value:.4g}" for value in marks]
+    left = 22 + 8.0 * max(map(len, labels))
     x = Axis(0.0, 1.0, left, _SMALL_WIDTH - 8)
-    y = Axis(low, high, _SMALL_HEIGHT - 22, 6)
+    y = Axis(low, high, _SMALL_HEIGHT - 42, 6)
     parts = []
-    for value, label in zip(ticks(low, high, 2), labels, strict=True):
+    for value, label in zip(marks, labels, strict=True):
         parts.append(tag("line", x1=x.start, x2=x.end, y1=y.at(value), y2=y.at(value), class_="grid"))
         parts.append(tag("text", label, x=x.start - 5, y=y.at(value), dy="0.34em", class_="tick y"))
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-    parts += [tag("text", f"{v:g}", x=x.at(v), y=_SMALL_HEIGHT - 6, class_="tick x") for v in (0.0, 0.5, 1.0)]
+    parts += [tag("text", f"{v:g}", x=x.at(v), y=_SMALL_HEIGHT - 25, class_="tick x") for v in (0.0, 0.5, 1.0)]
+    parts.append(tag("text", "coefficient", x=(x.start + x.end) / 2, y=_SMALL_HEIGHT - 6, class_="label x"))
+    middle = (y.start + y.end) / 2
+    turned = f"rotate(-90 11 {middle:g})"
+    parts.append(tag("text", short_name(heading.title, 14), x=11, y=middle, transform=turned, class_="label x"))
     if coefficient is not None and math.isfinite(coefficient):
         note = tag("title", f"coefficient {coefficient:.3g}")
         at = x.at(coefficient)
@@ -311,7 +320,7 @@ def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float
             note = tag("title", f"coefficient {a:.3g}: score {b:.5g}")
             parts.append(tag("circle", note, cx=x.at(a), cy=y.at(b), r=2.5, class_="dot"))
     values = "; ".join(f"{a:.3g}: {b:.5g}" for a, b in points)
-    return _picture(key, f"Sensitivity of {curve.group}", values, _SMALL_WIDTH, _SMALL_HEIGHT, join(parts))
+    return _picture(heading.key, f"Sensitivity of {curve.group}", values, _SMALL_WIDTH, _SMALL_HEIGHT, join(parts))
 
 
 def _picture(key: str, title: str, summary: str, width: int, height: int, drawing: Markup) -> Markup:
@@ -324,6 +333,15 @@ def _picture(key: str, title: str, summary: str, width: int, height: int, drawin
         role="img",
         aria_labelledby=f"{key}-title {key}-desc",
     )
+
+
+def short_name(name: str, most: int = 32) -> str:
+    """A name that fits beside an axis; its end says more than its start.
+
+    >>> short_name("validation/reconstruction/val_psnr", 12)
+    '…on/val_psnr'
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _legend(kind: str) -> Markup:

@@ -39,6 +39,7 @@ class RoundSettings:
     on_violation: str = "skip"
     granularity: str = "group"
     memory_limit: float | None = None
+    latency_batch: int | None = None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from lightning_softprune.trainer.other_callbacks import (
     reset_monitors,
     users_callbacks,
 )
-from lightning_softprune.trainer.processes import wrap_again
+from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.support import (
     refuse_schedule,
@@ -57,6 +57,7 @@ __all__ = [
     "is_overridden",
     "isolated_rng",
     "logging_step",
+    "mean_over_processes",
     "metrics_in",
     "one_epoch_more",
     "record_new_parameters",

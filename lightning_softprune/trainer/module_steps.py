@@ -108,3 +108,27 @@ def head_of_batch(batch: Any, count: int | None) -> Any:
 
     shorter = cut(batch) if count else batch
     return shorter if len(lengths) == 1 and None not in lengths else batch
+
+
+def batch_of(batch: Any, count: int) -> tuple[Any, bool]:
+    """A batch of so many samples, the given ones over and over; and whether it could be made.
+
+    Where the batch is not made of tensors of one length, it is returned as it is.
+
+    >>> batch_of([torch.arange(3)], 7)[0][0].tolist()
+    [0, 1, 2, 0, 1, 2, 0]
+    >>> batch_of([torch.arange(3), "text"], 7)[1]
+    False
+    """
+    lengths: set[int | None] = set()
+
+    def repeated(part: Any) -> Any:
+        if is_container(part):
+            return rebuild(part, repeated)
+        whole = isinstance(part, torch.Tensor) and part.ndim > 0 and len(part) > 0
+        lengths.add(len(part) if whole else None)
+        return part[torch.arange(count, device=part.device) % len(part)] if whole else part
+
+    longer = repeated(batch)
+    made = len(lengths) == 1 and None not in lengths
+    return (longer if made else batch), made

@@ -27,6 +27,7 @@ from lightning_softprune.trainer.module_steps import (
     Step,
     Steps,
     attributes_of,
+    batch_of,
     head_of_batch,
     run_steps,
     same_layer_calls,
@@ -136,14 +137,20 @@ class ModuleRunner:
             raise failure or RuntimeError("another process has failed in this validation pass")
         return mean_over_processes(self.trainer, metrics)
 
-    def time(self, *, runs: int, seconds: float) -> float:
+    def takes_batch_of(self, samples: int) -> bool:
+        """Whether a batch of so many samples can be made of the first validation batch."""
+        return self.all_agree(batch_of(self._scorer.first_batch().data, samples)[1])
+
+    def time(self, *, runs: int, seconds: float, samples: int | None = None) -> float:
         """Median seconds of the module's `validation_step` on the first batch, the mean over the processes.
 
         Args:
             runs: How many runs at most.
             seconds: Roughly how long to measure at most.
+            samples: How many samples the batch is to have, if that can be made; `None`: as many as it has.
         """
-        measured = time_validation_step(self.trainer, self.module, self._scorer, runs=runs, seconds=seconds)
+        how: dict[str, Any] = {"runs": runs, "seconds": seconds, "samples": samples}
+        measured = time_validation_step(self.trainer, self.module, self._scorer, **how)
         return mean_over_processes(self.trainer, {"seconds": measured})["seconds"]
 
     # --------------------------------------------------------------------------------------------------- training

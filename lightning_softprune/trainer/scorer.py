@@ -30,6 +30,7 @@ from lightning_softprune.trainer.isolation import (
     untouched,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
+from lightning_softprune.trainer.module_steps import batch_of
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
     compiler_off,
@@ -267,7 +268,13 @@ class ValidationScorer:
 
 
 def time_validation_step(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, scorer: ValidationScorer, *, runs: int, seconds: float
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    scorer: ValidationScorer,
+    *,
+    runs: int,
+    seconds: float,
+    samples: int | None = None,
 ) -> float:
     """Times the module's `validation_step` on the first validation batch, leaving nothing behind.
 
@@ -279,6 +286,7 @@ def time_validation_step(
         scorer: Has the batch.
         runs: How many runs at most, after a warm-up of one and a third as many.
         seconds: Roughly how long to measure at most; there is one run in any case.
+        samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
 
     Returns:
         The median of the runs, in seconds.
@@ -290,6 +298,8 @@ def time_validation_step(
 
     def run(begin: bool = False) -> float:
         batch = scorer.first_batch()
+        if samples is not None:
+            batch = batch._replace(data=batch_of(batch.data, samples)[0])
         wait()
         started = time.perf_counter()
         run_step(trainer, pl_module, "validation_step", batch, autocast=True, begin=begin)
