@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from lightning_softprune.report.files import (
+    INDEX_FILE,
     RESULT_FILE,
     read_result,
     read_round,
@@ -11,6 +12,7 @@ from lightning_softprune.report.files import (
     round_folders,
     try_write_files,
     write_files,
+    write_index,
 )
 from lightning_softprune.report.messages import dense_checkpoints_stay, rounds_never_reached
 from lightning_softprune.report.series import log_values
@@ -25,6 +27,7 @@ else:  # these know Lightning, which takes seconds to import; the command line h
     __getattr__ = lazily(__name__, {"log_figures": "figures", **dict.fromkeys(_IN_PROGRESS, "progress")})
 
 __all__ = [
+    "INDEX_FILE",
     "RESULT_FILE",
     "Phases",
     "SearchProgress",
@@ -44,4 +47,5 @@ __all__ = [
     "rounds_never_reached",
     "try_write_files",
     "write_files",
+    "write_index",
 ]

@@ -66,21 +66,26 @@ def plain_table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str
     return scrolling(tag("table", head, tag("tbody", *lines), class_=class_ or None), len(lines), label)
 
 
-def sortable_table(columns: Sequence[tuple[str, str]], rows: Sequence[Markup], label: str) -> Markup:
+def sortable_table(columns: Sequence[tuple[str, str]], rows: Iterable[tuple[Sequence[str], str]], label: str) -> Markup:
     """The same, sorted by a click on a column's head.
 
     Args:
         columns: Head and kind, `"number"` or `"text"`; the rows come by the first.
-        rows: Finished.
+        rows: Cells, and the class of the row.
         label: What it holds.
     """
     heads = [
-        tag("th", tag("button", name, type="button"), scope="col", data_kind=kind,
+        tag("th", tag("button", name, type="button"), scope="col", data_kind=kind, class_=kind,
             aria_sort="ascending" if number == 0 else None)
         for number, (name, kind) in enumerate(columns)
     ]  # fmt: skip
-    table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="sortable")
-    return scrolling(table, len(rows), label)
+    kinds = [kind if kind == "text" else None for _, kind in columns]
+    lines = [
+        tag("tr", *(tag("td", cell, class_=kind) for cell, kind in zip(cells, kinds, strict=True)), class_=row or None)
+        for cells, row in rows
+    ]
+    table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *lines), class_="sortable")
+    return scrolling(table, len(lines), label)
 
 
 def scrolling(content: Markup, rows: int, label: str) -> Markup:

@@ -131,7 +131,7 @@ def sparsity_chart(result: PruningResult) -> Markup:
     front = sorted(trials_on_front(result), key=lambda index: sparsities[index])
     points = [(trials[index].sparsity, trials[index].score) for index in front]
     points = [point for point in points if is_drawable(point[0]) and is_drawable(point[1])]
-    corners = " ".join(dict.fromkeys(_pair(x.at(a), y.at(b)) for a, b in points))
+    corners = corners_of([(x.at(a), y.at(b)) for a, b in points])
     line = tag("polyline", points=corners, class_="front") if points else Markup()
     if points:
         summary += f" {len(points):,} of them are on the Pareto front."
@@ -165,6 +165,39 @@ _KEYS = {
 }
 
 
+def axes_of(
+    ends: tuple[float, float], heights: tuple[float, float], marks: dict[float, str], names: tuple[str, str]
+) -> tuple[Axis, Axis, Markup]:
+    """Two axes, to the right and upwards, and their drawing.
+
+    Args:
+        ends: Of the one to the right.
+        heights: Of the one upwards.
+        marks: What is written where on the one to the right.
+        names: Of both.
+    """
+    low, high = heights
+    labels = {value: f"{value:.6g}" for value in ticks(low, high)}
+    left = 30 + 9.2 * max(map(len, labels.values()))  # wide enough for the larger type of small screens
+    x = Axis(*ends, start=left, end=WIDTH - _RIGHT)
+    y = Axis(low, high, start=HEIGHT - _BOTTOM, end=_TOP)
+    parts = []
+    for value, label in labels.items():
+        at = y.at(value)
+        parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
+        parts.append(tag("text", label, x=x.start - 7, y=at, dy="0.34em", class_="tick y"))
+    parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
+    for value, label in marks.items():
+        at = x.at(value)
+        parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"))
+        parts.append(tag("text", label, x=at, y=y.start + 19, class_="tick x"))
+    parts.append(tag("text", names[0], x=(x.start + x.end) / 2, y=HEIGHT - 7, class_="label x"))
+    middle = (y.start + y.end) / 2
+    turned = f"rotate(-90 14 {middle:g})"
+    parts.append(tag("text", short_name(names[1]), x=14, y=middle, transform=turned, class_="label x"))
+    return x, y, join(parts)
+
+
 @dataclass(frozen=True)
 class _Frame:
     """A chart with its axes: scores upwards, one of two things to the right."""
@@ -181,25 +214,8 @@ class _Frame:
         scores = [trial.score for trial in result.trials]
         important = [score for _, score in best_so_far(result)[-1:]] + [result.score_before, result.score_after]
         low, high = score_limits(scores, important)
-        labels = {value: f"{value:.6g}" for value in ticks(low, high)}
-        left = 30 + 9.2 * max(map(len, labels.values()))  # wide enough for the larger type of small screens
-        x = Axis(*ends, start=left, end=WIDTH - _RIGHT)
-        y = Axis(low, high, start=HEIGHT - _BOTTOM, end=_TOP)
-        parts = []
-        for value, label in labels.items():
-            at = y.at(value)
-            parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-            parts.append(tag("text", label, x=x.start - 7, y=at, dy="0.34em", class_="tick y"))
-        parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-        for value in marks:
-            at = x.at(value)
-            parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"))
-            parts.append(tag("text", format(value, form), x=at, y=y.start + 19, class_="tick x"))
-        parts.append(tag("text", name, x=(x.start + x.end) / 2, y=HEIGHT - 7, class_="label x"))
-        middle = (y.start + y.end) / 2
-        turned = f"rotate(-90 14 {middle:g})"
-        parts.append(tag("text", short_name(result.monitor), x=14, y=middle, transform=turned, class_="label x"))
-        return cls(result, x, y, join(parts))
+        names = {value: format(value, form) for value in marks}
+        return cls(result, *axes_of(ends, (low, high), names, (name, result.monitor)))
 
     def figure(
         self,
@@ -236,8 +252,8 @@ class _Frame:
         return tag(
             "figure",
             tag("h3", heading.title),
-            _picture(*heading, WIDTH, HEIGHT, drawing),
-            tag("ul", *(_legend(name) for name in shown), class_="legend"),
+            picture(heading, (WIDTH, HEIGHT), drawing),
+            tag("ul", *(legend_of(name, _KEYS[name]) for name in shown), class_="legend"),
             tag("figcaption", " ".join(notes)),
         )
 
@@ -320,18 +336,20 @@ def _small_chart(curve: Sensitivity, ends: tuple[float, float], coefficient: flo
             note = tag("title", f"coefficient {a:.3g}: score {b:.5g}")
             parts.append(tag("circle", note, cx=x.at(a), cy=y.at(b), r=2.5, class_="dot"))
     values = "; ".join(f"{a:.3g}: {b:.5g}" for a, b in points)
-    return _picture(heading.key, f"Sensitivity of {curve.group}", values, _SMALL_WIDTH, _SMALL_HEIGHT, join(parts))
+    told = Heading(heading.key, f"Sensitivity of {curve.group}", values)
+    return picture(told, (_SMALL_WIDTH, _SMALL_HEIGHT), join(parts))
 
 
-def _picture(key: str, title: str, summary: str, width: int, height: int, drawing: Markup) -> Markup:
+def picture(heading: Heading, size: tuple[int, int], drawing: Markup) -> Markup:
+    """A drawing of this size, with what it shows in words."""
     return tag(
         "svg",
-        tag("title", title, id=f"{key}-title"),
-        tag("desc", summary, id=f"{key}-desc"),
+        tag("title", heading.title, id=f"{heading.key}-title"),
+        tag("desc", heading.summary, id=f"{heading.key}-desc"),
         drawing,
-        viewBox=f"0 0 {width} {height}",
+        viewBox=f"0 0 {size[0]} {size[1]}",
         role="img",
-        aria_labelledby=f"{key}-title {key}-desc",
+        aria_labelledby=f"{heading.key}-title {heading.key}-desc",
     )
 
 
@@ -344,7 +362,8 @@ def short_name(name: str, most: int = 32) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def _legend(kind: str) -> Markup:
+def legend_of(kind: str, name: str) -> Markup:
+    """An entry of a legend."""
     if kind in ("feasible", "infeasible"):
         mark = tag("circle", cx=10, cy=7, r=3.5, class_=kind)
     elif kind == "chosen":
@@ -353,7 +372,12 @@ def _legend(kind: str) -> Markup:
         mark = tag("rect", x=4, y=0, width=12, height=14, class_=kind)
     else:
         mark = tag("line", x1=0, x2=20, y1=7, y2=7, class_=kind)
-    return tag("li", tag("svg", mark, width=20, height=14, aria_hidden="true"), _KEYS[kind])
+    return tag("li", tag("svg", mark, width=20, height=14, aria_hidden="true"), name)
+
+
+def corners_of(points: Sequence[tuple[float, float]]) -> str:
+    """The corners of a line."""
+    return " ".join(dict.fromkeys(_pair(x, y) for x, y in points))
 
 
 def _diamond(x: float, y: float, title: str) -> Markup:

@@ -12,15 +12,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from lightning_softprune.report.index import index_page
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import trial_rows
 from lightning_softprune.results import PruningResult
 from lightning_softprune.utilities.files import read_file, refuse_link, replace_file
 
-RESULT_FILE = "result.json"
+RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
 _ROOT, _ROUND, _VERSION = "softprune", "epoch=", "version_"
 
@@ -212,6 +213,24 @@ def rebuild_files(folder: Path) -> list[Path]:
     result = read_round(folder)
     texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
     return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
+
+
+def write_index(root: Path, folders: Sequence[Path]) -> Path:
+    """Write a page that compares rounds, beside the folders that they are below.
+
+    Args:
+        root: Where to write it.
+        folders: Those of the rounds.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: If a result cannot be read or the page not written.
+        ValueError: If a file is no result.
+    """
+    rounds = [(folder.relative_to(root).as_posix(), read_round(folder)) for folder in folders]
+    return replace_file(root / INDEX_FILE, index_page(root.resolve().name, rounds).encode())
 
 
 def _json_text(result: PruningResult) -> str:

@@ -66,6 +66,7 @@ const saving = {
   },
 };
 for (const figure of document.querySelectorAll("figure")) {
+  if (!figure.querySelector(":scope > svg")) continue;
   const title = figure.querySelector("svg > title").textContent;
   const name = title.replace(/[^\w.-]+/g, "_");
   const box = document.createElement("div");

@@ -111,25 +111,22 @@ def _banner(result: PruningResult) -> Markup:
 def _cards(result: PruningResult) -> Markup:
     before, after = result.costs_before, result.costs_after
     cards = [
-        card(
-            "Parameters",
-            f"{before.params:,}",
-            f"{after.params:,}",
-            _saved(result, "params", before.params, after.params),
-        ),
-        card("MACs", f"{before.macs:,}", f"{after.macs:,}", _saved(result, "macs", before.macs, after.macs)),
+        card(shown, f"{dense:,}", f"{pruned:,}", _saved(result, name, dense, pruned))
+        for shown, name, dense, pruned in (
+            ("Parameters", "params", before.params, after.params),
+            ("MACs", "macs", before.macs, after.macs),
+        )
     ]
     if result.latency_before is not None and result.latency_after is not None:
         seconds = result.latency_before, result.latency_after
         notes = [result.latency_change, _of_dense(result, "latency", seconds[1] / seconds[0] if seconds[0] else 1.0)]
         note = ", ".join(filter(None, [*notes, "one validation step", result.measured_on]))
         cards.append(card("Latency", _milliseconds(seconds[0]), _milliseconds(seconds[1]), note))
-    scores = [result.score_before, result.score_after]
-    cards.append(card(_monitor(result), *map(format_number, scores), _verdict(result, scores[1])))
+    scores = format_number(result.score_before), format_number(result.score_after)
+    cards.append(card(_monitor(result), *scores, _verdict(result, result.score_after)))
     if result.score_finetuned is not None:
-        scores.append(result.score_finetuned)
-        path = f"{format_number(scores[0])} → {format_number(scores[1])}"
-        cards.append(card("After fine-tuning", path, format_number(scores[2]), _verdict(result, scores[2])))
+        score = result.score_finetuned
+        cards.append(card("After fine-tuning", " → ".join(scores), format_number(score), _verdict(result, score)))
     if result.target_sparsity is None:
         target = "no target: as high as the constraints allow"
     else:
@@ -335,8 +332,7 @@ def _trials(result: PruningResult) -> Markup:
         cells += [", ".join(notes), f"{trial.seconds:.3g}", *([format_fraction(trial.share)] if parts else [])]
         cells += [format_number(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
         cells += [format_fraction(coefficient) for coefficient in trial.coefficients] if groups else []
-        row = tag("tr", *(tag("td", cell) for cell in cells), class_="chosen" if index == chosen else None)
-        rows.append(row)
+        rows.append((cells, "chosen" if index == chosen else ""))
     note: list[str] = ["“front”: no other trial is better in both sparsity and score."]
     if parts:
         note[0] += " Scores of a part of the validation batches are of that part alone; finalists were scored on all."

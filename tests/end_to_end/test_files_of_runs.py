@@ -33,6 +33,7 @@ def test_no_run_overwrites_anothers_files(tmp_path):
     assert [result_in(root / name).is_dry_run for name in found] == [False] * 4 + [True] * 2
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 def test_a_fit_that_goes_on_keeps_its_own_files(tmp_path):
     checkpoints = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     fit(tmp_path, made(), searching(), checkpoints, max_epochs=2, enable_checkpointing=True)
