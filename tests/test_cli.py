@@ -77,7 +77,6 @@ def test_show_prints_rounds_and_groups_of_a_checkpoint(
             f"{before.params:,} -> {after.params:,}",
             f"{before.macs:,} -> {after.macs:,}",
             f"{result.score_before:.4g} -> {result.score_after:.4g}",
-            *([f"{result.score_finetuned:.4g}"] if result.score_finetuned is not None else []),
             f"{result.strategy}: {result.stop_reason}",
             "yes",
         ]
@@ -386,7 +385,8 @@ def test_a_linked_round_is_named_and_the_others_are_built(tmp_path: Path, capsys
     captured = capsys.readouterr()
     refused = [f"lightning-softprune: {link}: a link, which is not followed" for link in links[:2]]
     assert sorted(captured.err.splitlines()) == sorted(refused)
-    assert captured.out.splitlines() == [str(own / name) for name in ("trials.csv", "report.html")]
+    built = [*(own / name for name in ("trials.csv", "report.html")), tmp_path / "run" / "softprune.html"]
+    assert captured.out.splitlines() == list(map(str, built))
     assert not (round_folder(elsewhere, 5) / "report.html").exists()
 
 

@@ -24,10 +24,12 @@ from lightning_softprune.report.series import (
     budget_rows,
     chosen_trial,
     component_colours,
+    evaluations_line,
     format_fraction,
     format_number,
     has_parts,
     knobs_line,
+    stages,
     trials_on_front,
 )
 from lightning_softprune.results import GroupResult, LayerShapes, PruningResult, format_change
@@ -308,7 +310,7 @@ def _trials(result: PruningResult) -> Markup:
     if not result.trials:
         return Markup()
     trials, chosen = result.trials, chosen_trial(result)
-    front = trials_on_front(result)
+    front, stage = trials_on_front(result), stages(result)
     metrics = list(dict.fromkeys(name for trial in trials for name in trial.metrics if name != result.monitor))
     wide = len(result.groups) > MAX_COEFFICIENT_COLUMNS
     groups = [] if wide else result.groups
@@ -323,6 +325,7 @@ def _trials(result: PruningResult) -> Markup:
     for index in shown:
         trial = trials[index]
         notes = [note for note, holds in (("chosen", index == chosen), ("front", index in front)) if holds]
+        notes += [stage[index]] if stage[index] != "search" else []
         cells = [
             str(index),
             format_number(trial.sparsity),
@@ -342,7 +345,7 @@ def _trials(result: PruningResult) -> Markup:
         note.insert(0, f"The coefficients of {len(result.groups):,} groups are in ")
     if len(note) == 2:  # the link is part of the sentence
         note.insert(1, join([tag("a", "trials.csv", href="trials.csv"), ". "]))
-    note.append(" The dense model is an evaluation and no trial.")
+    note.append(f" {evaluations_line(result)}.")
     return section("Trials", sortable_table(columns, rows, "Trials"), note=join(note))
 
 

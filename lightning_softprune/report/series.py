@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from lightning_softprune.results import PruningResult, Trial, format_change, pareto_front
@@ -33,19 +34,20 @@ def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
     """The trials as a table.
 
     Returns:
-        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `share`, `metric/<name>` for every
-        metric any trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an
-        empty cell. `share` is the fraction of the validation batches that score and metrics are of.
+        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `share`, `stage`, `metric/<name>` for
+        every metric any trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log
+        is an empty cell. `share` is the fraction of the validation batches that score and metrics are of; `stage` is
+        what the trial was run for, see `stages`.
     """
     metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.metrics))
-    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds", "share"]
+    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds", "share", "stage"]
     header += [f"metric/{name}" for name in metrics]
     header += [f"coefficient/{group.name}" for group in result.groups]
     front = trials_on_front(result)
     rows = []
-    for index, trial in enumerate(result.trials):
+    for index, (trial, stage) in enumerate(zip(result.trials, stages(result), strict=True)):
         row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
-        row += [float(trial.seconds), float(trial.share)]
+        row += [float(trial.seconds), float(trial.share), stage]
         row += [float(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
         row += map(float, trial.coefficients)
         rows.append(row)
@@ -61,6 +63,33 @@ def trials_on_front(result: PruningResult) -> set[int]:
 def whole_scores(result: PruningResult) -> list[float]:
     """The scores of the trials on all validation batches; NaN for those on a part, which do not compare with them."""
     return [trial.score if trial.share == 1.0 else math.nan for trial in result.trials]
+
+
+def stages(result: PruningResult) -> list[str]:
+    """What each trial was run for.
+
+    `"search"`, `"finalist"` (a plan of the search, then on all validation batches) or `"committed"` (the chosen plan
+    once more, as the round leaves it).
+    """
+    found: list[str] = []
+    seen: dict[tuple[float, ...], set[float]] = {}
+    for trial in result.trials:
+        shares = seen.setdefault(trial.coefficients, set())
+        found.append("committed" if trial.share in shares else "finalist" if shares else "search")
+        shares.add(trial.share)
+    return found
+
+
+def evaluations_line(result: PruningResult) -> str:
+    """What the evaluations were spent on; those of finalists are told apart, as they are not among them."""
+    counts = Counter(stages(result))
+    parts = ["the dense model", f"{counts['search']:,} of the search"]
+    parts += [f"{counts['committed']:,} of the plan as it is committed"] if counts["committed"] else []
+    line = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}: {', '.join(parts)}"
+    finalists = f"{counts['finalist']:,} finalist{'' if counts['finalist'] == 1 else 's'}"
+    extra = f"; besides, {finalists} on all validation batches" if counts["finalist"] else ""
+    known = 1 + counts["search"] + counts["committed"] - result.evaluations
+    return line + extra + (f"; {known:,} had a score that was known" if known > 0 else "")
 
 
 def has_parts(result: PruningResult) -> bool:
@@ -180,9 +209,17 @@ def against_dense(result: PruningResult) -> list[tuple[str, float]]:
 
 def against_dense_line(result: PruningResult) -> str:
     """The same in one line, with what latency was measured on; empty where nothing is known."""
-    shares = [f"{name} {format_change(1.0, share)}" for name, share in against_dense(result)]
+    shares = [
+        f"{name} {'about the same' if name == 'latency' and _is_noise(result, share) else format_change(1.0, share)}"
+        for name, share in against_dense(result)
+    ]
     measured = f" ({result.measured_on})" if "latency" in result.shares and result.measured_on else ""
     return f"Against dense: {', '.join(shares)}{measured}" if shares else ""
+
+
+def _is_noise(result: PruningResult, share: float) -> bool:
+    """Whether the spread of its measurement does not support that latency has changed."""
+    return abs(share - 1.0) <= (result.latency_spread or 0.0)
 
 
 def knobs_line(result: PruningResult) -> str:
@@ -199,7 +236,7 @@ def knobs_line(result: PruningResult) -> str:
     knobs += [f'limits={{"latency": {1.0 - target / 2:.2g}}}'] if "latency" not in result.limits else []
     knobs += ["round_to=8"] if result.configuration.get("round_to", "1") == "1" else []
     what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
-    came = f"latency falls by {gain:.0%}" if gain > 0 else "latency does not fall"
+    came = f"latency falls by {gain:.0%}" if gain > (result.latency_spread or 0.0) else "latency does not fall"
     line = f"{target:.0%} fewer {what} were asked for, and {came}"
     if not knobs:
         return f"{line}: where layers are this small, time goes elsewhere than into them"

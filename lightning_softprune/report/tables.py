@@ -16,7 +16,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lightning_softprune.report.messages import score_path
-from lightning_softprune.report.series import against_dense_line, budget_rows, knobs_line, narrowed_features
+from lightning_softprune.report.series import (
+    against_dense_line,
+    budget_rows,
+    evaluations_line,
+    knobs_line,
+    narrowed_features,
+)
 from lightning_softprune.results import GroupResult, PruningResult, format_change
 from lightning_softprune.search import Solution
 
@@ -57,7 +63,12 @@ def print_round(
         if result.coverage:
             print_line(console, result.coverage)
         print_line(console, result.summary)
-        for line in (against_dense_line(result), knobs_line(result), *narrowed_features(result)):
+        for line in (
+            evaluations_line(result),
+            against_dense_line(result),
+            knobs_line(result),
+            *narrowed_features(result),
+        ):
             if line:
                 print_line(console, line)
         if folder is not None:

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from lightning_softprune.report.series import best_so_far, knobs_line, narrowed_features, score_limits
+from lightning_softprune.report.series import (
+    best_so_far,
+    evaluations_line,
+    knobs_line,
+    narrowed_features,
+    score_limits,
+    stages,
+)
 from lightning_softprune.results import (
     GroupResult,
     Trial,
@@ -45,6 +52,16 @@ def test_knobs_are_named_where_latency_gains_less_than_half_of_the_target(change
     assert bool(line) == (knobs is not None)
     every = ('cost="macs"', 'limits={"latency": 0.65}', "round_to=8")
     assert [knob for knob in every if knob in line] == (knobs or [])
+
+
+def test_every_evaluation_is_accounted_for() -> None:
+    shares = [((0.1, 0.2), 0.5), ((0.3, 0.4), 0.5), ((0.3, 0.4), 1.0), ((0.3, 0.4), 1.0)]
+    trials = tuple(Trial(coefficients, 0.5, 1.0, {}, True, 0.0, share=share) for coefficients, share in shares)
+    result = full_result(trials=trials, chosen=3, evaluations=4)
+
+    assert stages(result) == ["search", "search", "finalist", "committed"]
+    told = "4 evaluations: the dense model, 2 of the search, 1 of the plan as it is committed"
+    assert evaluations_line(result) == f"{told}; besides, 1 finalist on all validation batches"
 
 
 def test_best_so_far_does_not_compare_a_part_with_all() -> None:

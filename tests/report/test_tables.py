@@ -86,7 +86,7 @@ def test_a_dry_run_shows_bounds_costs_and_what_is_left_out() -> None:
     assert row_with(text, "decoder.4") == ["decoder.4", "decoder", "64", "its outputs are the module's outputs"]
     assert row_with(text, "scale[red]") == ["scale[red]", "a parameter that validation never runs"]
     assert text.index("sparsity") < text.index("One group") < text.index("Left out") < text.index("scale[red]")
-    assert text.splitlines()[-1].startswith("epoch 10, not applied (this was a dry run)")
+    assert text.splitlines()[-2].startswith("epoch 10, not applied (this was a dry run)")
 
 
 @pytest.mark.parametrize("changes", [{}, {"applied": False, "reason": "nothing is feasible"}])
@@ -228,7 +228,7 @@ def test_in_a_log_neither_table_nor_summary_is_folded() -> None:
 
     print_round(result, console)
 
-    assert output_of(console).splitlines()[-1] == result.summary
+    assert result.summary in output_of(console).splitlines()
     assert row_with(output_of(console), long_name)[-2:] == ["0.699", "━━━"]
 
 
