@@ -76,6 +76,7 @@ class Rounds(pl.Callback):
         self._loading: LoadHook | None = None
         self._evaluating = False
         self._identity = new_identity()  # of this fit, by which its files are told from those of others
+        self._unwritten = False  # whether the files of the last round could not be written
         self._validated: float | None = None  # the score of the last validation of this fit, if there was a round since
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
@@ -167,6 +168,7 @@ class Rounds(pl.Callback):
     @rank_zero_only
     def _tell(self, result: PruningResult, root: str | None, notes: Sequence[str] = ()) -> None:
         folder = try_write_files(result, Path(root)) if self.report and root is not None else None
+        self._unwritten = folder is None and root is not None
         if self.verbose:
             print_round(result, folder=folder, notes=notes)
 
@@ -193,7 +195,7 @@ class Rounds(pl.Callback):
 
     @rank_zero_only
     def _tell_finetuned(self, result: PruningResult, root: str) -> None:
-        if self.report:
+        if self.report and not self._unwritten:  # that has been said once
             try_write_files(result, Path(root))
         if self.verbose:
             print_finetuned(result, (*self._earlier, *self.results)[0].score_before)
