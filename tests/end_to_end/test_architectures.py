@@ -66,6 +66,9 @@ FOUND = {
     "ConvNeXt": (99, 45),
     "Whisper encoder": (94, 45),
     "Wav2Vec2": (98, 45),
+    "MONAI UNet": (99, 45),
+    "MONAI AttentionUnet": (99, 45),
+    "MONAI SegResNet": (99, 45),
 }
 
 # Groups whose channels are heads.
