@@ -90,7 +90,8 @@ class PruningResult:
             told which part will do and with the finalists on all; default: `evaluations`.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
         score_finetuned: The monitored metric of the last validation of the fit, once that is over; `None` until then,
-            where nothing was trained after the round, and for rounds before the last one.
+            where nothing was trained after the round, and for rounds before the last one. No part of a comparison of
+            two results: a checkpoint from before the end has the same round.
         device: What latency was measured on; `""`: it was not measured.
         latency_batch: Samples of the batch that it was measured with.
         layers: The layers whose tensors the round has made smaller, with their shapes.
@@ -156,7 +157,7 @@ class PruningResult:
     numbers: SearchNumbers | None = None
     passes: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
-    score_finetuned: float | None = None
+    score_finetuned: float | None = field(default=None, compare=False)
     device: str = ""
     latency_batch: int | None = None
     layers: tuple[LayerShapes, ...] = ()
