@@ -14,6 +14,7 @@ from lightning_softprune.graph import register_layers
 from lightning_softprune.report import rounds_never_reached
 from lightning_softprune.results import PruningResult
 from lightning_softprune.trainer import (
+    LoadedBatch,
     MisconfigurationException,
     averaged_copies,
     end_epoch_at_this_batch,
@@ -112,6 +113,7 @@ class PruningHooks(Rounds):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Train no further if the checkpoint is at the end of the fine-tuning that was asked for."""
+        self._looked_ahead = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # which rehearses the round
         if self._finished(trainer.current_epoch):
             trainer.should_stop = True
 
@@ -119,12 +121,20 @@ class PruningHooks(Rounds):
         """Run the rounds that are due."""
         self._run_due_rounds(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches.
+
+        Before the first batch of a fit, find what would be wrong with the rounds to come.
+        """
         rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
         if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
             end_epoch_at_this_batch()
+        if not self._looked_ahead:
+            self._looked_ahead = True
+            self._look_ahead(trainer, pl_module, LoadedBatch(batch, batch_idx))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""

@@ -28,8 +28,9 @@ from lightning_softprune.report import (
     try_write_files,
 )
 from lightning_softprune.results import Costs, Origin, PruningResult
-from lightning_softprune.round import Goal, RoundSettings, run_round
+from lightning_softprune.round import Goal, RoundSettings, check_ahead, run_round
 from lightning_softprune.trainer import (
+    LoadedBatch,
     MisconfigurationException,
     finish_epoch_without_training,
     logging_step,
@@ -78,6 +79,7 @@ class Rounds(pl.Callback):
         self._identity = new_identity()  # of this fit, by which its files are told from those of others
         self._unwritten = False  # whether the files of the last round could not be written
         self._validated: float | None = None  # the score of the last validation of this fit, if there was a round since
+        self._looked_ahead = True
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
     def _real_results(self) -> list[PruningResult]:
@@ -152,12 +154,22 @@ class Rounds(pl.Callback):
         if self.report:
             log_figures(result, trainer.loggers, step=logging_step(trainer))
 
-    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+    def _look_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: LoadedBatch) -> None:
+        """Say before training what the rounds to come would say after it."""
+        goals = [self._goal(epoch=epoch, target=target) for epoch, target in self._pending()]
+        if goals:
+            check_ahead(trainer, pl_module, self._settings(trainer), goals, batch)
+
+    def _goal(self, **goal: Any) -> Goal:
+        """What a round aims at, against the first dense model."""
         applied = [result for result in (*self._earlier, *self.results) if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
         goal["dense"] = self._earlier[0].costs_before if self._earlier else self._dense
         goal["earlier"] = next((result for result in reversed(self._real_results()) if result.sensitivity), None)
-        aim = Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+        return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+        aim = self._goal(**goal)
         result = run_round(trainer, pl_module, self._settings(trainer), aim)
         root = str(trainer.log_dir or trainer.default_root_dir)
         identity = self._identity if aim.commit else new_identity()  # a dry run is a run of its own

@@ -70,7 +70,7 @@ class PruningResult:
         monitor: Name of the monitored metric.
         mode: `"min"` or `"max"`.
         sensitivity: One curve per group, where the strategy took them.
-        reason: Why nothing was applied; empty otherwise.
+        reason: Why nothing was applied, or why less is removed than was asked for; empty otherwise.
         chosen: Index of the trial that the pruned model is, or that a dry run would have applied; `None`: there is none.
         tolerance: How far from the target a feasible plan may lie.
         cost: What sparsity is measured in, `"params"` or `"macs"`.
@@ -233,6 +233,7 @@ class PruningResult:
             f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "
             f"after {evaluations} in {self.seconds:.1f} s ({self.strategy}: {self.stop_reason})"
             f"{'' if self.score_finetuned is None else f', {self.score_finetuned:.4g} after fine-tuning'}"
+            f"{f'; {self.reason}' if self.applied and self.reason else ''}"
         )
 
     def solve(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from inspect import unwrap
+from types import CodeType
 from typing import Any
 
 import torch
@@ -132,3 +134,29 @@ def batch_of(batch: Any, count: int) -> tuple[Any, bool]:
     longer = repeated(batch)
     made = len(lengths) == 1 and None not in lengths
     return (longer if made else batch), made
+
+
+def may_log(module: nn.Module, name: str) -> bool:
+    """Whether a module's own code has a name in it, as a whole or in two pieces, that it may log at other times.
+
+    Args:
+        module: The module.
+        name: Of a metric that was not logged.
+    """
+    pieces: set[str] = set()
+    packages = ("lightning.", "pytorch_lightning.", "torch.", "builtins")
+    functions = [
+        value
+        for kind in type(module).__mro__
+        if not f"{kind.__module__}.".startswith(packages)
+        for value in vars(kind).values()
+    ]
+    codes = [code for function in functions if (code := getattr(unwrap(function), "__code__", None)) is not None]
+    while codes:
+        for constant in codes.pop().co_consts:
+            if isinstance(constant, CodeType):
+                codes.append(constant)
+            found = constant if isinstance(constant, tuple) else (constant,)
+            pieces |= {text for text in found if isinstance(text, str) and len(text) > 1}
+    starts, ends = ([len(piece) for piece in pieces if fits(piece)] or [0] for fits in (name.startswith, name.endswith))
+    return max(starts) + max(ends) >= len(name) - 1

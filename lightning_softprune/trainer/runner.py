@@ -56,6 +56,8 @@ class ModuleRunner:
         memory_limit: GiB that the round may hold beside the model; `None`: a quarter of the free memory.
         seed: For whatever is random in data and steps.
         calibration_batches: Training batches that will be asked for at most.
+        glance: A training batch as `training_step` is about to get it: then this one alone, and the first of each
+            validation loader, are looked at, no training loader is read, and every process is on its own.
 
     Raises:
         MisconfigurationException: On entering, see `ValidationScorer`.
@@ -69,13 +71,16 @@ class ModuleRunner:
         memory_limit: float | None = None,
         seed: int = 0,
         calibration_batches: int = 1,
+        glance: LoadedBatch | None = None,
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
         self._most = calibration_batches
         self._trained_on: list[Any] | None = None
         self._traced: list[Callable[[int | None], Step]] | None = None
         limit = None if memory_limit is None else memory_limit * GIB
-        self._scorer = ValidationScorer(trainer, module, memory_limit=limit, seed=seed)
+        self._glance = glance
+        most = None if glance is None else 1
+        self._scorer = ValidationScorer(trainer, module, memory_limit=limit, seed=seed, most=most)
 
     def __enter__(self) -> ModuleRunner:
         self._scorer.__enter__()
@@ -126,7 +131,7 @@ class ModuleRunner:
         Raises:
             Exception: The user's own, as it is, with everything put back; on all processes, if it is raised on one.
         """
-        if self.trainer.world_size == 1:
+        if self.trainer.world_size == 1 or self._glance is not None:
             return self._scorer.metrics(part)
         metrics, failure = {}, None
         try:
@@ -140,6 +145,11 @@ class ModuleRunner:
     def takes_batch_of(self, samples: int) -> bool:
         """Whether a batch of so many samples can be made of the first validation batch."""
         return self.all_agree(batch_of(self._scorer.first_batch().data, samples)[1])
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """Whether higher is better, of the metrics that the last pass has logged as torchmetrics objects, by name."""
+        return self._scorer.directions
 
     def time(self, *, runs: int, seconds: float, samples: int | None = None) -> float:
         """Median seconds of the module's `validation_step` on the first batch, the mean over the processes.
@@ -171,6 +181,8 @@ class ModuleRunner:
 
     def _training_batches(self, n: int) -> list[Any]:
         """The same in memory, for what works on copies itself."""
+        if self._glance is not None:
+            return [self._glance.data]
         if self._trained_on is None or len(self._trained_on) == self._most < n:
             self._most = max(n, self._most)
             with isolated_rng(self.seed):
@@ -204,7 +216,10 @@ class ModuleRunner:
         """
 
         def step() -> Any:
-            batch = transfer(self.trainer, self.module, raw, step="training_step")
+            if self._glance is None:
+                batch = transfer(self.trainer, self.module, raw, step="training_step")
+            else:
+                batch = copy_batch(raw)
             return self._ran("training_step", LoadedBatch(batch, number), samples, shown)
 
         return step
@@ -290,12 +305,14 @@ class ModuleRunner:
 
     def broadcast(self, value: Value) -> Value:
         """Rank zero's value, on every process."""
+        if self._glance is not None:
+            return value
         found: Value = self.trainer.strategy.broadcast(value)
         return found
 
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is set on every process."""
-        return self.trainer.strategy.reduce_boolean_decision(flag, all=True)
+        return flag if self._glance is not None else self.trainer.strategy.reduce_boolean_decision(flag, all=True)
 
 
 def _on_samples(make: Callable[..., Step], samples: int | None) -> Step:

@@ -63,6 +63,13 @@ def of_both_libraries(cls: Class) -> Class:
     return cls
 
 
+def in_both_libraries(kind: Class, then: Callable[[Class], None]) -> None:
+    """Do something to a class of Lightning now, and to its counterpart when that is imported."""
+    then(kind)
+    if other := _name_in_other(kind.__module__):
+        _once_imported(other, lambda module: then(getattr(module, kind.__name__)))
+
+
 def _name_in_other(module: str) -> str | None:
     """The name that a file of one library has in the other; `None` for files of anybody else."""
     for package, other in _PACKAGES.items():
