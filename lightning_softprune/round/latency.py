@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 
-_TURNS = 3
+_TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
+"""Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
 
 
 class Stopwatch:
@@ -39,8 +42,12 @@ class Stopwatch:
         return after / before / self.dense_latency_ratio
 
     def _compare(self, plan: Plan, runs: int, seconds: float) -> tuple[float, float, float]:
-        before, after = [], []
-        for _ in range(_TURNS):  # what else the machine does meanwhile disturbs both
+        before: list[float] = []
+        after: list[float] = []
+        started = time.monotonic()
+        while len(before) < _TURNS:  # what else the machine does meanwhile disturbs both
+            if len(before) >= _LEAST_TURNS and time.monotonic() - started > _ENOUGH:
+                break
             before.append(self.runner.time(runs=runs, seconds=seconds))
             surgery = self.problem.prune(self.runner.module, plan)
             try:
