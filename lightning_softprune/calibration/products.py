@@ -26,7 +26,7 @@ PRODUCT_ERROR = 2.0**-14
 LARGEST = 2.0**53
 """What is larger counts as broken: the squares of a block of it are to be finite in single precision."""
 
-_PANEL = 512
+_PANEL = 256
 """Columns of a symmetric matrix that are computed at a time, from the diagonal on."""
 
 
@@ -35,6 +35,10 @@ def observations(rows: torch.Tensor) -> torch.Tensor:
     rows = rows.detach()
     if rows.dtype != torch.float64:
         rows = rows.float()
+    if rows.device.type == "cpu" and rows.numel():  # elsewhere, to ask would be to wait for the device
+        least, most = rows.aminmax()
+        if -LARGEST <= least and most <= LARGEST:  # nor is any not a number
+            return rows
     return torch.where(rows.abs() <= LARGEST, rows, 0.0)
 
 
@@ -47,7 +51,10 @@ def mean_of(rows: torch.Tensor) -> torch.Tensor:
     """The mean of observations, in double precision."""
     if rows.device.type == "mps":
         rows = rows.cpu()
-    return rows.mean(0, dtype=torch.float64)
+    total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    for block in rows.split(BLOCK_ROWS):  # a product takes half the time of a mean in another precision
+        total += torch.ones(len(block), dtype=torch.float64, device=rows.device) @ block.double()
+    return total / len(rows)
 
 
 def centred(rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
