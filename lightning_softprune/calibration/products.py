@@ -37,7 +37,7 @@ def observations(rows: torch.Tensor) -> torch.Tensor:
         rows = rows.float()
     if rows.device.type == "cpu" and rows.numel():  # elsewhere, to ask would be to wait for the device
         least, most = rows.aminmax()
-        if -LARGEST <= least and most <= LARGEST:  # nor is any not a number
+        if least >= -LARGEST and most <= LARGEST:  # nor is any not a number
             return rows
     return torch.where(rows.abs() <= LARGEST, rows, 0.0)
 
@@ -87,7 +87,13 @@ def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor | 
 
 def mirrored(upper: torch.Tensor) -> torch.Tensor:
     """The symmetric matrix of an upper triangle."""
-    return upper.triu() + upper.triu(1).t()
+    whole = upper.clone()
+    for first in range(0, len(whole), _PANEL):  # block by block: whole triangles are walked through four times
+        after = first + _PANEL
+        block = whole[first:after, first:after]
+        block.copy_(block.triu() + block.triu(1).t())
+        whole[after:, first:after] = whole[first:after, after:].t()
+    return whole
 
 
 def cross_products(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:

@@ -4,8 +4,8 @@ Compensation of one layer knows nothing of the errors that the layers before it 
 reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5), those that
 read the same tensor in one pass (neighbours in a chain must not: each would miss what the refit before it changes, and
 in deep chains that adds up to more than the one-shot error). Each pass ends at its reader, and what ran before the last
-one is not computed again (`replay`). With the
-dense network's outputs ``y``, what its outputs read now ``z``, and the compensated weights ``W0``,
+one is not computed again (`replay`). With the dense network's outputs ``y``, what its outputs read now ``z``, and the
+compensated weights ``W0``,
 
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
 

@@ -2,10 +2,10 @@
 
 The refit runs each calibration step once per reader, and nothing that runs before a reader has changed since the last
 time. So the outputs of layers are kept, and given out again in place of a computation. The user's code runs as it does
-without, with its hooks; only the layers of PyTorch's own that have weights and no parts are spared, for theirs are known
-to depend on nothing else. An output is computed again where the layer's weights have changed since, where it is given
-something else than the last time (a few elements tell), or where its place in the step is another layer's now: then all
-that came later in the step is forgotten too.
+without, with its hooks; only those layers of PyTorch's own are spared that have weights and no parts, since they depend
+on nothing else. An output is computed again where the layer's weights have changed since, where it is given something
+else than the last time (a few elements tell), or where its place in the step is another layer's now: then all that came
+later in the step is forgotten too.
 """
 
 from __future__ import annotations
@@ -64,17 +64,20 @@ class Replay:
         self._steps: dict[int, dict[int, _Kept]] = {}
         self._known: dict[int, _Kept] | None = None
         self._place = 0
+        self._changed: set[int] = set()  # places of outputs that the model changes in place, in whatever step
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """While this lasts, a step of this number is run, always in the same way."""
-        self._known, self._place = self._steps.setdefault(number, {}), 0
+        known = self._steps.setdefault(number, {})
+        self._known, self._place = known, 0
         try:
             for layer in self.layers:
                 vars(layer)["forward"] = self._replacing(layer)
             yield
         finally:
             self._known = None
+            self._changed.update(place for place, kept in known.items() if kept.output._version != kept.version)
             for layer in self.layers:
                 vars(layer).pop("forward", None)
 
@@ -102,7 +105,7 @@ class Replay:
                 self._forget_from(known, place)
             output = own(*args, **kwargs)
             with torch._C.DisableTorchFunction():
-                self._keep(known, place, (layer, source, output), changes=same)
+                self._keep(known, place, (layer, source, output), changes=same or place in self._changed)
             return output
 
         return forward
