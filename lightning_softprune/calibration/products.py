@@ -52,7 +52,8 @@ def mean_of(rows: torch.Tensor) -> torch.Tensor:
     if rows.device.type == "mps":
         rows = rows.cpu()
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for block in rows.split(BLOCK_ROWS):  # a product takes half the time of a mean in another precision
+    for start in range(0, len(rows), BLOCK_ROWS):  # a product takes half the time of a mean in another precision
+        block = rows[start : start + BLOCK_ROWS]
         total += torch.ones(len(block), dtype=torch.float64, device=rows.device) @ block.double()
     return total / len(rows)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -135,7 +135,7 @@ def _is_known(layer: nn.Module) -> bool:
     return own and not layer._modules and any(one is not None for one in weights)
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any) -> TypeGuard[torch.Tensor]:
     return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_inference()
 
 
