@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
@@ -11,7 +13,8 @@ from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 
-_TURNS = 3
+_TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
+"""Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
 
 
 class Stopwatch:
@@ -67,9 +70,13 @@ class Stopwatch:
         return self.runner.time(runs=runs, seconds=seconds, samples=self._samples)
 
     def _compare(self, plan: Plan, runs: int, seconds: float) -> tuple[float, float, float]:
-        before, after = [], []
+        before: list[float] = []
+        after: list[float] = []
         shapes = shapes_of(self.runner.module)
-        for _ in range(_TURNS):  # what else the machine does meanwhile disturbs both
+        started = time.monotonic()
+        while len(before) < _TURNS:  # what else the machine does meanwhile disturbs both
+            if len(before) >= _LEAST_TURNS and time.monotonic() - started > _ENOUGH:
+                break
             before.append(self._time(runs, seconds))
             surgery = self.problem.prune(self.runner.module, plan)
             try:

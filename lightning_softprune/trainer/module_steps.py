@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from inspect import unwrap
 from types import CodeType
 from typing import Any
@@ -70,24 +71,26 @@ def _numbers_in(value: Any) -> list[torch.Tensor]:
     return tensors_in(value)
 
 
-def same_layer_calls(model: nn.Module, few: Steps, whole: Steps) -> bool:
+@contextmanager
+def layer_calls(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often each module is called while this lasts."""
+    seen: Counter[str] = Counter()
+    with registered(
+        forward_hook(layer, lambda *_, name=name: seen.update([name])) for name, layer in model.named_modules()
+    ):
+        yield seen
+
+
+def calls_as_often(model: nn.Module, few: Steps, wanted: Counter[str]) -> bool:
     """Whether steps on fewer samples run, and call every layer of the model as often as those on whole batches."""
-
-    def calls(steps: Steps) -> Counter[str]:
-        seen: Counter[str] = Counter()
-        with registered(
-            forward_hook(layer, lambda *_, name=name: seen.update([name])) for name, layer in model.named_modules()
-        ):
-            run_steps(steps)
-        return seen
-
-    wanted = calls(whole)
     try:
-        return calls(few) == wanted
+        with layer_calls(model) as seen:
+            run_steps(few)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever the user's code says to fewer samples: whole batches do
         return False
+    return seen == wanted
 
 
 def head_of_batch(batch: Any, count: int | None) -> Any:

@@ -313,7 +313,7 @@ def time_validation_step(
         pl_module: Its module.
         scorer: Has the batch.
         runs: How many runs at most, after a warm-up of one and a third as many.
-        seconds: Roughly how long to measure at most; there is one run in any case.
+        seconds: Roughly how long to measure at most; a step that takes longer is run once, after a warm-up of one.
         samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
 
     Returns:
@@ -338,7 +338,10 @@ def time_validation_step(
         clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
         run(begin=True)
-        runs = max(1, min(runs, int(seconds / run())))
+        once = run()
+        runs = min(runs, int(seconds / once))
+        if runs < 2:
+            return once
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_softprune.round.latency as latency
 from lightning_softprune.results import LayerShapes
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.search import Plan
@@ -46,6 +47,13 @@ def test_the_best_of_the_turns_is_reported_with_the_distance_of_their_ratios():
     assert (before, after) == (1.0, 0.4)
     assert spread == pytest.approx(0.8 - 0.32)
     assert clock.order == [False, True] * 3
+
+
+def test_two_turns_are_enough_of_what_is_slow(monkeypatch):
+    monkeypatch.setattr(latency, "_ENOUGH", 0.0)
+    clock = Clock([1.0, 2.0], [0.5, 1.6])
+    assert Stopwatch(clock, clock, 1.0).compare(PLAN) == (1.0, 0.5, pytest.approx(0.3))
+    assert clock.order == [False, True] * 2
 
 
 def test_a_plan_is_timed_once_and_compared_with_the_first_dense_model():
