@@ -2,8 +2,8 @@
 
 Most parameters of this network are in a linear layer, and most of its time goes into convolutions. Removing 60 % of the
 parameters takes them where they are, and saves little time. `cost="macs"` measures sparsity in multiply-accumulate
-operations instead; `limits={"latency": 0.5}` asks, besides, for half of the time, which is measured here on the best
-plans of the search; and `round_to=8` keeps widths that vector units like.
+operations instead; `limits={"latency": 0.7}` allows, besides, at most 70 % of the time, which is measured here on the
+best plans of the search; and `round_to=8` keeps widths that vector units like.
 
 In the picture: what remains of the dense network's parameters, operations and time, for each wish.
 """
@@ -22,7 +22,7 @@ from lightning_softprune import PruningResult, SensitivitySearch, prune
 WISHES: dict[str, dict[str, Any]] = {
     "60 % of the parameters": {"target_sparsity": 0.6},
     "60 % of the MACs": {"target_sparsity": 0.6, "cost": "macs"},
-    "half the time": {"target_sparsity": 0.6, "cost": "macs", "limits": {"latency": 0.5}, "round_to": 8},
+    "30 % of the time": {"target_sparsity": 0.6, "cost": "macs", "limits": {"latency": 0.7}, "round_to": 8},
 }
 
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             monitor="val_acc",
             mode="max",
             search=SensitivitySearch(),
-            on_violation="prune",  # where a busy machine never gets to half the time: the plan that comes nearest
+            on_violation="prune",  # a busy machine may not get there: then the nearest plan
             trainer=trainer(args, 1),
             **arguments,
         )

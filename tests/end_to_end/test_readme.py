@@ -35,7 +35,7 @@ def test_ci_runs_the_readme_test_command():
 
 
 def test_readme_commands_install_the_same_torch():
-    versions = [re.findall(r"torch==\S+", block) for block in code_blocks("bash") if "pip install" in block]
+    versions = [re.findall(r"torch==\S+", block) for block in code_blocks("bash") if "-m venv" in block]
     assert len(versions) == 2
     assert versions[0] == versions[1]
     assert len(versions[0]) == 1
@@ -67,8 +67,8 @@ def test_every_code_block_is_run_by_a_test():
     of_the_cli = [block for _, block in blocks if "--trainer.callbacks" in block or "class_path" in block]
     assert len(of_the_cli) == 2  # tests/test_lightning_cli.py
     others = [(language, block) for language, block in blocks if block not in of_the_cli]
-    # the setup, the command that CI runs and the snippets: the tests of this file
-    assert sorted(language for language, _ in others) == ["bash", "bash", "bibtex", *["python"] * 5, "yaml"]
+    # the setup, the command that CI runs and the snippets: the tests of this file; the reference: tests/examples
+    assert sorted(language for language, _ in others) == ["bash", "bash", "bash", "bibtex", *["python"] * 5, "yaml"]
 
 
 @pytest.fixture
