@@ -4,8 +4,8 @@ It trains for eight epochs, then `SoftPruning` searches which layers can spare h
 parameters, and the same fit trains on with what remains.
 
 In the picture: on the left, accuracy from epoch to epoch; the dashed line is the prune, and the orange dot the accuracy
-right after it, before a step of training. On the right, the channels that every layer keeps: the last layers, where
-most parameters are, give most, and the first one hardly any.
+right after it, before a step of training. On the right, the channels that every layer keeps: the first one can spare
+none, as the search found, and the others more than half or a third.
 """
 
 from __future__ import annotations

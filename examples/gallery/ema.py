@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     axes.axvline(8, color=ORANGE, linestyle="--", linewidth=1)
     axes.annotate(" 80 % of both removed", (8, 0.81), color=ORANGE)
     axes.set(xlabel="epochs trained", ylabel="accuracy", ylim=(0.8, None))
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(0.05, 0.3))
+    axes.legend(frameon=False, loc="upper left")
     save(picture, args)
 
 

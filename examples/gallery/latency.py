@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         axes.bar_label(bars, fmt="%.0f %%", fontsize=8)
     axes.axhline(100, color=GREY, linestyle=":", linewidth=1)
     axes.set_xticks(range(len(results)), results)
-    axes.set(ylabel="% of the dense network", ylim=(0, 118))
-    axes.legend(frameon=False, ncols=3, loc="upper right")
+    axes.set(ylabel="% of the dense network")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     save(picture, args)
 
 
