@@ -51,7 +51,8 @@ def trainer(args: argparse.Namespace, epochs: int, *callbacks: L.Callback) -> L.
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_train_batches=3 if args.quick else 1.0,
+        limit_train_batches=2 if args.quick else 1.0,
+        limit_val_batches=1 if args.quick else 1.0,
         default_root_dir=args.out / args.name,
     )
 
@@ -126,7 +127,7 @@ def save(picture: Any, args: argparse.Namespace) -> None:
 def draw_mosaic(axes: Any, rows: Sequence[Tensor], names: Sequence[str]) -> None:
     """Rows of small images, `(images, height, width)` each, with a name for each row."""
     framed = [torch.nn.functional.pad(row.clamp(0, 1), (1, 1, 1, 1), value=1.0) for row in rows]
-    axes.imshow(torch.cat([torch.cat(list(row), dim=1) for row in framed]), cmap="gray", vmin=0, vmax=1)
+    axes.imshow(torch.cat([torch.cat(list(row), dim=1) for row in framed]).numpy(), cmap="gray", vmin=0, vmax=1)
     height = framed[0].shape[1]
     axes.set_yticks([height * (row + 0.5) for row in range(len(rows))], names)
     axes.set_xticks([])

@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("after fine-tuning", count(model), f"{fit.callback_metrics['val_iou']:.3f}"),
     )
 
-    images, masks = val[:6]
+    images, masks = val[:5]
     with torch.no_grad():
         found = model.eval()(images).argmax(1)
     picture, (left, right) = figure(columns=2, size=(9.0, 3.0), width_ratios=[1.7, 1])
