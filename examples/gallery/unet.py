@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     images, masks = val[:5]
     with torch.no_grad():
         found = model.eval()(images).argmax(1)
-    picture, (left, right) = figure(columns=2, size=(9.0, 3.0), width_ratios=[1.7, 1])
+    picture, (left, right) = figure(columns=2, size=(8.2, 2.7), width_ratios=[1.7, 1])
     draw_mosaic(left, [images[:, 0], masks / 2, found / 2], ["image", "true mask", "pruned\nnetwork"])
     draw_channels(right, result)
     save(picture, args)
