@@ -199,7 +199,7 @@ class PruningResult:
 
     @property
     def latency_change(self) -> str:
-        """How latency has changed, as text: no sign where the spread of the measurement does not support one."""
+        """How latency has changed, as text, with no sign where the spread of the measurement does not support one."""
         if self.latency_before is None or self.latency_after is None:
             return ""
         if abs(self.latency_after / self.latency_before - 1.0) <= (self.latency_spread or 0.0):
