@@ -66,7 +66,7 @@ def find_groups(
         layers: Layer types of your own, as for :func:`register_layer`; they are known from here on.
 
     Returns:
-        The groups in the order in which the model runs them: a list that prints as a table, with a last line, its
+        The groups in the order in which the model runs them, a list that prints as a table, with a last line, its
         ``coverage``, that says how much of the model they reach.
 
     Raises:

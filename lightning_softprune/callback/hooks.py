@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_softprune.callback.rounds import Rounds
+from lightning_softprune.callback.rounds import Rounds, new_identity
 from lightning_softprune.checkpoint import LoadHook, is_recorded, order_parameters
 from lightning_softprune.graph import register_layers
 from lightning_softprune.report import rounds_never_reached
@@ -39,7 +39,7 @@ class PruningHooks(Rounds):
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds so far, in plain types; a dry run is none."""
-        return {"results": [result.to_dict() for result in self._real_results()]}
+        return {"results": [result.to_dict() for result in self._real_results()], "run": self._identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the rounds of a checkpoint: they are not repeated."""
@@ -47,6 +47,7 @@ class PruningHooks(Rounds):
             return  # validate, test and predict look at a checkpoint; what a fit has done stays on record
         self.results = [PruningResult.from_dict(result) for result in state_dict["results"]]
         self._dense = self.results[0].costs_before if self.results else None
+        self._identity = state_dict.get("run") or self._identity
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what cannot work with this trainer."""
@@ -65,11 +66,11 @@ class PruningHooks(Rounds):
             )
         refuse_unsuited(trainer, pl_module)
         refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
-        self._untrained = None
+        self._untrained = self._validated = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
-            self.results, self._dense = [], None
+            self.results, self._dense, self._identity = [], None, new_identity()
         self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
 
     def on_load_checkpoint(
@@ -144,6 +145,8 @@ class PruningHooks(Rounds):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Within `Trainer.validate`, try the next round and leave everything as it is: a dry run."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._keep_score(trainer)
         pending = self._pending()
         if trainer.state.fn != TrainerFn.VALIDATING or not pending:
             return
@@ -155,7 +158,8 @@ class PruningHooks(Rounds):
         self._tell(result, trainer.log_dir or trainer.default_root_dir)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do not count an epoch in which nothing was trained."""
+        """Tell what fine-tuning has come to, and do not count an epoch in which nothing was trained."""
+        self._finish(trainer, pl_module)
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)
 

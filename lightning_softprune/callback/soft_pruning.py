@@ -62,6 +62,8 @@ class SoftPruning(PruningHooks):
             that is committed, are scored on all.
         memory_limit: GiB that a round may hold beside the model: validation batches that do not fit are read again from
             the loader in each pass. ``None``: a quarter of the free memory.
+        latency_batch: Samples of the batch that latency is measured with, as in deployment: the first validation
+            batch's, again and again where it has fewer. ``None``: that batch as it is.
         calibration_batches: Training batches that rankings and compensation look at.
         finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
             0: stop with the pruned, validated, checkpointed model.
@@ -112,6 +114,7 @@ class SoftPruning(PruningHooks):
         round_to: int = 1,
         search_batches: int | None = None,
         memory_limit: float | None = None,
+        latency_batch: int | None = None,
         calibration_batches: int = 8,
         finetune_epochs: int | None = None,
         reset_monitors: bool = True,
@@ -152,6 +155,7 @@ class SoftPruning(PruningHooks):
         self.round_to = checks.whole_number("round_to", round_to, 1)
         self.search_batches = checks.optional_whole_number("search_batches", search_batches)
         self.memory_limit = checks.optional_positive("memory_limit", memory_limit)
+        self.latency_batch = checks.optional_whole_number("latency_batch", latency_batch)
         self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
         self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
         self.reset_monitors = checks.instance_of("reset_monitors", reset_monitors, bool)

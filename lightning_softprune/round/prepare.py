@@ -52,7 +52,7 @@ _DOES_NOT_RUN = "the model does not run with fewer channels"
 _MOST_READINGS = 3
 """So many ways to take a reshape are tried where the first does not work."""
 
-PROBE_SAMPLES = 32
+PROBE_SAMPLES = 4
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
 
 

@@ -72,7 +72,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)
-        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
+        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio, settings.latency_batch)
         while True:
             evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
             evaluator.baseline_seconds = baseline_seconds
@@ -212,6 +212,9 @@ def _result(
         latency_before=None if latencies is None else latencies[0],
         latency_after=None if latencies is None else latencies[1],
         latency_spread=None if latencies is None else latencies[2],
+        device="" if latencies is None else stopwatch.device,
+        latency_batch=None if latencies is None else stopwatch.batch,
+        layers=stopwatch.layers.get(final.plan, ()),
         shares=shares,
         left_out=problem.left_out,
         coverage=problem.coverage,

@@ -36,7 +36,7 @@ from lightning_softprune.trainer.other_callbacks import (
     reset_monitors,
     users_callbacks,
 )
-from lightning_softprune.trainer.processes import wrap_again
+from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.steps import LoadedBatch
 from lightning_softprune.trainer.support import (
@@ -69,6 +69,7 @@ __all__ = [
     "isolated_rng",
     "logging_step",
     "may_log",
+    "mean_over_processes",
     "metrics_in",
     "one_epoch_more",
     "record_new_parameters",

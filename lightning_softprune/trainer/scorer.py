@@ -31,6 +31,7 @@ from lightning_softprune.trainer.isolation import (
     untouched,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
+from lightning_softprune.trainer.module_steps import batch_of
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
     compiler_off,
@@ -295,7 +296,13 @@ class ValidationScorer:
 
 
 def time_validation_step(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, scorer: ValidationScorer, *, runs: int, seconds: float
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    scorer: ValidationScorer,
+    *,
+    runs: int,
+    seconds: float,
+    samples: int | None = None,
 ) -> float:
     """Times the module's `validation_step` on the first validation batch, leaving nothing behind.
 
@@ -306,7 +313,8 @@ def time_validation_step(
         pl_module: Its module.
         scorer: Has the batch.
         runs: How many runs at most, after a warm-up of one and a third as many.
-        seconds: Roughly how long to measure at most; there is one run in any case.
+        seconds: Roughly how long to measure at most; a step that takes longer is run once, after a warm-up of one.
+        samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
 
     Returns:
         The median of the runs, in seconds.
@@ -318,6 +326,8 @@ def time_validation_step(
 
     def run(begin: bool = False) -> float:
         batch = scorer.first_batch()
+        if samples is not None:
+            batch = batch._replace(data=batch_of(batch.data, samples)[0])
         wait()
         started = time.perf_counter()
         run_step(trainer, pl_module, "validation_step", batch, autocast=True, begin=begin)
@@ -328,7 +338,10 @@ def time_validation_step(
         clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
         run(begin=True)
-        runs = max(1, min(runs, int(seconds / run())))
+        once = run()
+        runs = min(runs, int(seconds / once))
+        if runs < 2:
+            return once
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))

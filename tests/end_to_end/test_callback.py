@@ -283,7 +283,7 @@ def test_a_loggers_exception_reaches_the_user_and_finds_the_round_complete(tmp_p
     again, other = softpruning(), made(seed=3)
     trainer = trainer_of(tmp_path, again)
     trainer.fit(other, **loaders(other), ckpt_path=tmp_path / "broken.ckpt")
-    assert [r.to_dict() for r in again.results] == [result.to_dict()]
+    assert again.results == [result]
     assert count(other) == count(module)
     assert_optimizers_hold_live_parameters(trainer, other)
 
@@ -547,7 +547,8 @@ def test_checkpoints_load_with_weights_only(tmp_path):
     callback = softpruning()
     fit(tmp_path, made(), callback, checkpoint, enable_checkpointing=True)
     saved = torch.load(tmp_path / "epoch=2.ckpt", weights_only=True)
-    assert saved["callbacks"][callback.state_key] == callback.state_dict()
+    kept = [PruningResult.from_dict(result) for result in saved["callbacks"][callback.state_key]["results"]]
+    assert kept == callback.results
 
 
 def test_a_nan_score_survives_json(tmp_path):
