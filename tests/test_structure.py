@@ -22,6 +22,7 @@ LEVELS = (
     {"trainer", "surgery", "checkpoint", "report"},
     {"calibration"},
     {"compensation"},
+    {"healing"},
     {"round"},
     {"callback"},
     {"standalone", "testing"},

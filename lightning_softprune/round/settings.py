@@ -39,6 +39,7 @@ class RoundSettings:
     on_violation: str = "skip"
     granularity: str = "group"
     memory_limit: float | None = None
+    healing: int = 0
 
 
 @dataclass(frozen=True)

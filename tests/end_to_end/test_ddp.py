@@ -53,6 +53,7 @@ FITS = {
     "unused parameters": {"unused": True, "ddp": {"find_unused_parameters": True}},
     "static graph": {"ddp": {"static_graph": True}},
     "convolutions": {"convolutions": True},
+    "healing": {"convolutions": True, "pruning": {"target_sparsity": 0.5, "healing": 4}},
     "report and logger": {"report": True},
     "highest sparsity": {"pruning": {"target_sparsity": None, "constraints": ["val_loss <= 1.1", "val_acc >= 0.2"]}},
     "budgets": {
