@@ -22,7 +22,6 @@ LEVELS = (
     {"trainer", "surgery", "checkpoint", "report"},
     {"calibration"},
     {"compensation"},
-    {"healing"},
     {"round"},
     {"callback"},
     {"standalone", "testing"},

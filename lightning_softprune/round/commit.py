@@ -12,8 +12,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprune.checkpoint import ModelShapes, keep_dense
-from lightning_softprune.compensation import DenseRun, refit_readers
-from lightning_softprune.healing import DenseNetwork, changeable, healing_bytes, teach
+from lightning_softprune.compensation import (
+    DenseNetwork,
+    DenseRun,
+    changeable,
+    healing_bytes,
+    refit_readers,
+    teach,
+)
 from lightning_softprune.report import Phases
 from lightning_softprune.results import Healing
 from lightning_softprune.round.evaluation import Evaluator

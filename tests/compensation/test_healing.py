@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_softprune.healing import DenseNetwork
-from lightning_softprune.healing.points import mismatch, watch_outputs
-from lightning_softprune.healing.pupil import RATE, Lesson, Pupil
+from lightning_softprune.compensation.healing import DenseNetwork
+from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
+from lightning_softprune.compensation.healing.pupil import RATE, Lesson, Pupil
 from lightning_softprune.surgery import apply_plan
 from support.modules import (
     AtEpochStart,

@@ -11,16 +11,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Generator, Mapping, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from lightning_softprune.healing.dense import DenseNetwork
-from lightning_softprune.healing.points import mismatch, watch_outputs
-from lightning_softprune.healing.pupil import Lesson, Pupil
-from lightning_softprune.trainer import ModuleRunner
+from lightning_softprune.compensation.healing.dense import DenseNetwork
+from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
+from lightning_softprune.compensation.healing.pupil import Lesson, Pupil
 from lightning_softprune.utilities.distributed import sum_over_processes
+
+if TYPE_CHECKING:
+    from lightning_softprune.trainer import ModuleRunner
 
 _HELD = 5
 """Copies of the network that healing holds: the dense one, that before healing, gradients, Adam's two averages."""
