@@ -135,8 +135,9 @@ class Rounds(pl.Callback):
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
         applied = [result for result in (*self._earlier, *self.results) if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
-        dense = self._earlier[0].costs_before if self._earlier else self._dense
-        aim = Goal(dense=dense, dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+        goal["dense"] = self._earlier[0].costs_before if self._earlier else self._dense
+        goal["earlier"] = next((result for result in reversed(self._real_results()) if result.sensitivity), None)
+        aim = Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
         result = run_round(trainer, pl_module, self._settings(trainer), aim)
         return dataclasses.replace(result, configuration=self._configuration, versions=versions())
 

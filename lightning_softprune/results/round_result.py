@@ -25,6 +25,7 @@ from lightning_softprune.search import (
     SearchNumbers,
     SensitivityCurve,
     Solution,
+    carried_over,
     solve,
 )
 from lightning_softprune.utilities.checks import fraction, mapping, number_between, one_of, ordered_pair
@@ -276,6 +277,26 @@ class PruningResult:
         lowest = curves[0].losses[0]
         dense = lowest if math.isfinite(lowest) else self._signed(self.score_before)
         return Known(tuple(curves), points[same], losses[same], dense)
+
+    def expected_curves(self, names: Sequence[str]) -> tuple[SensitivityCurve, ...]:
+        """What a later round may expect of its coefficients' curves, going by this one's and what it has removed.
+
+        Args:
+            names: The later round's coefficients.
+
+        Returns:
+            One curve per name, in losses; nothing where this round knows none of one of them.
+        """
+        if self.numbers is None or {one.group for one in self.sensitivity} != set(names):
+            return ()
+        known = {self.numbers.coefficients[curve.index]: curve for curve in self._known(self.numbers).curves}
+        before, after = np.zeros(len(names)), np.zeros(len(names))
+        for group, stored in zip(self.groups, self.numbers.groups, strict=True):
+            place = list(names).index(self.numbers.coefficients[stored.owner])
+            before[place] += group.channels_before
+            after[place] += group.channels_after
+        gone = (1.0 - after / before).tolist()
+        return carried_over([known[name] for name in names], gone)
 
     def solve_targets(self, targets: Sequence[float], **question: Any) -> tuple[Solution, ...]:
         """`solve` for several targets, without those out of reach: how score and size are traded.

@@ -124,7 +124,7 @@ def _search(
         return settings.search, SearchOutcome(0, 0, "pruned already"), enough
     if not goal.rehearse:
         evaluator.on = choose_part(evaluator, settings, before)
-    strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, runner.seed, before)
+    strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, goal, before)
     if trials.failure is not None and all(scored.trial.reason for scored in trials.done):
         raise trials.failure
     if failed := [scored.trial.reason for scored in trials.done if scored.trial.reason]:

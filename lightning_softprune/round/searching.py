@@ -12,7 +12,7 @@ import numpy as np
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable
-from lightning_softprune.round.settings import RoundSettings
+from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import (
     MaxSparsitySearch,
     SearchLoop,
@@ -26,14 +26,14 @@ from lightning_softprune.utilities.arrays import FloatArray
 
 
 def search(
-    evaluator: Evaluator, settings: RoundSettings, seed: int, before: Mapping[str, float]
+    evaluator: Evaluator, settings: RoundSettings, goal: Goal, before: Mapping[str, float]
 ) -> tuple[SearchStrategy, SearchOutcome]:
     """Run a copy of the user's strategy on the round's space; what it has asked for are the evaluator's trials.
 
     Args:
         evaluator: Scores plans.
         settings: What the user asked for.
-        seed: Of the strategy's random numbers.
+        goal: What the round aims at.
         before: Metrics of the module as it is.
 
     Returns:
@@ -47,6 +47,8 @@ def search(
     check_reachable(space, settings, trials.target)
     strategy = copy.deepcopy(settings.search)
     strategy.is_global_zero = trainer.is_global_zero
+    if goal.earlier is not None:
+        strategy.expected = goal.earlier.expected_curves(evaluator.problem.realisation.coefficients.names)
 
     def check(at: SearchSpace) -> None:
         try:
@@ -70,14 +72,14 @@ def search(
         if trials.target is None:
             unpruned = trials.unpruned(evaluator.problem.unpruned_plan(), before)
             progress = _Progress(trials.highest_feasible_sparsity(unpruned), trials.least_violation_at, check)
-            outcome = MaxSparsitySearch(strategy, space, evaluate, progress, seed, cache).run()
+            outcome = MaxSparsitySearch(strategy, space, evaluate, progress, evaluator.runner.seed, cache).run()
         else:
             check(space)
 
             def reuse(x: FloatArray, *_: object) -> None:
                 evaluator.reuse_unpruned(x, before)
 
-            outcome = SearchLoop(evaluate, seed, cache, on_asked=reuse).run(strategy, space)
+            outcome = SearchLoop(evaluate, evaluator.runner.seed, cache, on_asked=reuse).run(strategy, space)
     return strategy, outcome
 
 
@@ -91,9 +93,7 @@ def _announcement(evaluator: Evaluator, planned: int | None) -> str:
     return f"SoftPruning: {names}, up to {planned:,} evaluations, about {planned * each:.2g} s"
 
 
-def try_one_plan(
-    evaluator: Evaluator, settings: RoundSettings, seed: int, *_: object
-) -> tuple[SearchStrategy, SearchOutcome]:
+def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> tuple[SearchStrategy, SearchOutcome]:
     """Score the plan with the same coefficient everywhere, and ask the user's strategy whether it could search here.
 
     Without a target, the plan lies halfway to the highest sparsity that the bounds allow. Takes what `search` takes.
@@ -117,7 +117,7 @@ def try_one_plan(
         scored = evaluator.score(x)
         return math.nan if scored.trial.reason else trials.objective.loss(scored.judged)
 
-    outcome = SearchLoop(evaluate, seed).run(UniformBaseline(), space)
+    outcome = SearchLoop(evaluate, evaluator.runner.seed).run(UniformBaseline(), space)
     return UniformBaseline(), outcome
 
 

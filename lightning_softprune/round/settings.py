@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from lightning_softprune.graph import COSTS
-from lightning_softprune.results import Costs
+from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.search import Constraint, SearchStrategy
 from lightning_softprune.utilities import checks
 
@@ -55,6 +55,7 @@ class Goal:
         commit: Whether to prune; ``False`` searches only and leaves the module as it is.
         rehearse: Whether to go through a whole round with a single plan, commit included, for the sake of the errors
             it may find. Give it with ``commit=False``: all of it is taken back, and no file is written.
+        earlier: The round of this fit before this one; where its curves lie, tells where to look first.
         pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
     """
 
@@ -65,6 +66,7 @@ class Goal:
     commit: bool = True
     rehearse: bool = False
     pruned_before: bool = False
+    earlier: PruningResult | None = None
 
 
 LIMITS = (*COSTS, "latency")

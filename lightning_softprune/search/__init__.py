@@ -5,6 +5,7 @@
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
 from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_rounding, build_space
+from lightning_softprune.search.curves import carried_over
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
 from lightning_softprune.search.objective import Constraint, Objective, better, parse_constraint
@@ -59,6 +60,7 @@ __all__ = [
     "better",
     "build_rounding",
     "build_space",
+    "carried_over",
     "compressed",
     "parse_constraint",
     "run_search",

@@ -40,9 +40,8 @@ import numpy as np
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
-_RUNNING = frozenset(
-    {"is_global_zero", "known", "stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"}
-)
+_GIVEN = frozenset({"is_global_zero", "known", "expected"})
+_RUNNING = _GIVEN | {"stop_reason", "_space", "_seed", "_generator", "_pending", "_told", "_curves"}
 
 
 class StopReason(str, Enum):
@@ -106,12 +105,15 @@ class SearchStrategy:
         stop_reason: Why the search ended; empty while it runs.
         known: Sensitivity curves that were measured on the same network before, for strategies that can use them.
             Whoever runs the strategy sets them before `start`.
+        expected: Curves that this network should have, going by those of an earlier round: nothing of them is
+            measured, but they tell where to look first. Set like `known`.
     """
 
     max_evaluations: int | None = None
     first_tries: int = 1
     is_global_zero: bool = True
     known: tuple[SensitivityCurve, ...] = ()
+    expected: tuple[SensitivityCurve, ...] = ()
     stop_reason: str = ""
 
     _space: SearchSpace | None = None

@@ -101,16 +101,47 @@ def _heights(curve: SensitivityCurve) -> FloatArray:
     return np.asarray(rising - rising[0], dtype=np.float64)
 
 
+def carried_over(curves: Sequence[SensitivityCurve], gone: Sequence[float]) -> tuple[SensitivityCurve, ...]:
+    """The curves that a network should have after a round, going by those from before it.
+
+    Removing the fraction c of what a round has left of a group is like removing gone + (1 - gone) c of all of it; the
+    increase counts from where the round has come to.
+
+    Args:
+        curves: One per coefficient, in order.
+        gone: The fraction that the round removed, per coefficient.
+
+    >>> before = SensitivityCurve(0, (0.0, 0.5, 0.9), (1.0, 1.1, 2.9))
+    >>> after, = carried_over([before], [0.5])
+    >>> round(float(np.interp(0.8, after.coefficients, after.losses)), 3)  # of the half that is left: 0.9 in all
+    1.8
+    """
+    values = np.arange(20) / 20
+    of_all = [share + (1 - share) * values for share in gone]
+    increases = modelled_increases(curves, of_all)
+    return tuple(
+        SensitivityCurve(n, tuple(values.tolist()), tuple((increase - increase[0]).tolist()))
+        for n, increase in enumerate(increases)
+    )
+
+
 class PlacedCurves:
     """Points of curves, taken one by one.
 
     Args:
         space: What is searched.
         known: Curves that were measured on the same network before; their points cost nothing.
+        expected: One curve per coefficient that may be about right; the first points lie where their solution is.
     """
 
-    def __init__(self, space: SearchSpace, known: Sequence[SensitivityCurve] = ()) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        known: Sequence[SensitivityCurve] = (),
+        expected: Sequence[SensitivityCurve] = (),
+    ) -> None:
         self.space = space
+        self._expected = expected
         self._points: list[dict[float, float]] = [{} for _ in range(space.size)]
         for curve in known:
             for value, loss in zip(curve.coefficients[1:], curve.losses[1:], strict=True):
@@ -139,7 +170,7 @@ class PlacedCurves:
         """
         space = self.space
         self._whole = yield space.low.copy()
-        wanted = space.scale(np.ones(space.size))
+        wanted = self._first()
         asked, looked_up = 0, self._is_informed
         for _ in range(_ROUNDS):
             fresh = [i for i in self._order(wanted) if not self._is_known(i, float(wanted[i]))]
@@ -161,6 +192,14 @@ class PlacedCurves:
                 break
             wanted = np.array([self._away_from_broken(i, float(solutions[0][i])) for i in range(space.size)])
         return asked
+
+    def _first(self) -> FloatArray:
+        """Where to look first: the same coefficient everywhere, or the solution of what is expected."""
+        if self._expected:
+            solutions = best_combinations(self.space, self._expected, 1, increases=modelled_increases)
+            if solutions:
+                return solutions[0]
+        return self.space.scale(np.ones(self.space.size))
 
     def _beyond(self, i: int) -> float:
         """A coefficient one step of log odds above what was measured."""

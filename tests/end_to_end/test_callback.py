@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 import lightning_softprune.report.files as report_module
 import lightning_softprune.round.journal as journal_module
 import lightning_softprune.round.trials as trials_module
-from lightning_softprune import GradientSearch, PruningResult, RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune import (
+    GradientSearch,
+    PruningResult,
+    RandomSearch,
+    SensitivitySearch,
+    SoftPruning,
+    UniformBaseline,
+)
 from lightning_softprune.round.settings import cubic_schedule
 from support.modules import (
     FEATURES,
@@ -202,6 +209,31 @@ def test_the_logger_gets_one_row_per_round_at_the_current_step(tmp_path):
         assert float(row["softprune/evaluations"]) == result.evaluations
         for group in result.groups:
             assert float(row[f"softprune/coefficient/{group.name}"]) == pytest.approx(group.coefficient)
+
+
+class Remembering(SensitivitySearch):
+    """Keeps what it was told to expect."""
+
+    seen = ()
+
+    def propose(self, space, rng):
+        type(self).seen = (*self.seen, self.expected)
+        return (yield from super().propose(space, rng))
+
+
+def test_a_later_round_is_told_the_curves_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(Remembering, "seen", ())
+    callback = softpruning(epochs=[1, 2], target_sparsity=[0.3, 0.5], search=Remembering())
+    fit(tmp_path, made(), callback)
+    first, second = callback.results
+    assert first.applied
+    assert second.applied
+    nothing, expected = Remembering.seen
+    assert nothing == ()
+    assert [curve.index for curve in expected] == list(range(len(second.groups)))
+    assert all(curve.losses[0] == 0 and curve.losses[-1] > 0 for curve in expected)
+    assert expected == first.expected_curves(second.numbers.coefficients)
+    assert first.expected_curves(["of another model"]) == ()
 
 
 def test_verbose_speaks_and_its_absence_is_silent(tmp_path, capsys):

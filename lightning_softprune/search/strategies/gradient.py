@@ -192,18 +192,19 @@ class GradientSearch(SearchStrategy):
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """As the class says."""
         if self.max_evaluations is None and self._start == "sensitivity":
-            return 2 * most_evaluations(space.size) - 7
+            most = most_evaluations(space.size, is_expected=bool(self.expected))
+            return most + most_evaluations(space.size) - 7
         return self.max_evaluations
 
     def _propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         starts: list[tuple[FloatArray, float]] = []  # each with the sparsity to stay at from there
         dense = np.nan  # the loss of the whole model
         if self._start == "sensitivity":
-            budget = most_evaluations(space.size)
+            budget = most_evaluations(space.size, is_expected=bool(self.expected))
             if self.max_evaluations is not None:
                 budget = min(budget, self.max_evaluations // 2)
             if budget > space.size + 2:
-                best, _ = yield from placed_search(space, self.known, 3, budget, self.keep_curves)
+                best, _ = yield from placed_search(space, (self.known, self.expected), 3, budget, self.keep_curves)
                 starts = [] if best is None else [(best, space.floor)]
                 dense = self._curves[0].losses[0]
         uniform = space.scale(np.ones(space.size))

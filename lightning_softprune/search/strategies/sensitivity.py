@@ -45,12 +45,16 @@ def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple
     return tuple(curves)
 
 
-def most_evaluations(size: int) -> int:
+def most_evaluations(size: int, *, is_expected: bool = False) -> int:
     """How many vectors a search with placed curves asks for at most: 3 k + 8.
 
     With the pass over the dense model and that over the pruned one, that makes 3 k + 10 for k coefficients.
+
+    Args:
+        size: Coefficients.
+        is_expected: Whether an earlier round tells where to look first: then 2 k + 8.
     """
-    return 3 * size + 8
+    return (2 if is_expected else 3) * size + 8
 
 
 def exchanges(
@@ -101,7 +105,7 @@ def exchanges(
 
 def placed_search(
     space: SearchSpace,
-    known: Sequence[SensitivityCurve],
+    known: tuple[Sequence[SensitivityCurve], Sequence[SensitivityCurve]],
     refine: int,
     budget: int,
     keep: Callable[[tuple[SensitivityCurve, ...]], None],
@@ -110,7 +114,7 @@ def placed_search(
 
     Args:
         space: What is searched.
-        known: Curves that were measured on the same network before.
+        known: Curves that were measured on the same network before, and those that an earlier round lets expect.
         refine: Combinations that are tried.
         budget: Vectors at most.
         keep: Is given the curves once they are measured.
@@ -118,7 +122,7 @@ def placed_search(
     Returns:
         The best vector on target (None: there is none) and its loss.
     """
-    placed = PlacedCurves(space, known)
+    placed = PlacedCurves(space, *known)
     budget -= 1 + (yield from placed.measure(min(2 * space.size + 2, budget - refine - 1)))
     curves = placed.curves()
     keep(curves)
@@ -149,7 +153,8 @@ class SensitivitySearch(SearchStrategy):
     groups under the real cost (`search/separable.py`). Curves are interpolated, so the combination may remove any
     number of channels, not only those that were measured.
 
-    Evaluations are linear in the number k of coefficients: at most 3 k + 8 by default; with `levels`, one for the whole
+    Evaluations are linear in the number k of coefficients: at most 3 k + 8 by default, and 2 k + 8 in a later round, to
+    which the one before has told where to look first; with `levels`, one for the whole
     model (usually known already), `levels` per coefficient, and `refine`.
 
     Args:
@@ -164,14 +169,16 @@ class SensitivitySearch(SearchStrategy):
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """As the class says."""
         if self.levels is None:
-            return most_evaluations(space.size) + max(0, self.refine - 3)
+            return most_evaluations(space.size, is_expected=bool(self.expected)) + max(0, self.refine - 3)
         return 1 + self.levels * space.size + self.refine
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """Yields the vectors of the curves, then the best combinations."""
         if self.levels is None:
             budget = self.planned_evaluations(space) or 0
-            best, _ = yield from placed_search(space, self.known, self.refine, budget, self.keep_curves)
+            best, _ = yield from placed_search(
+                space, (self.known, self.expected), self.refine, budget, self.keep_curves
+            )
             return StopReason.OFF_TARGET if best is None else StopReason.EXHAUSTED
         self._curves = yield from sweep(space, self.levels)
         points = best_combinations(space, self._curves, self.refine, separation=0.5 / self.levels)

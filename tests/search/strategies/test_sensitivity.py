@@ -6,7 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from lightning_softprune.search import SensitivityCurve, SensitivitySearch, best_combinations, run_search
+from lightning_softprune.search import (
+    SensitivityCurve,
+    SensitivitySearch,
+    best_combinations,
+    carried_over,
+    run_search,
+)
 from lightning_softprune.search import separable as separable_module
 from lightning_softprune.search.curves import modelled_increases
 from lightning_softprune.search.separable import envelope, increases
@@ -228,3 +234,39 @@ def test_a_plan_that_loses_nothing_ends_the_exchanges():
     asked = []
     run_search(SensitivitySearch(), space, lambda x: 1.0, seed=0, on_asked=lambda x, *_: asked.append(x))
     assert sum(space.on_target(x) for x in asked) <= 3
+
+
+@pytest.mark.parametrize("make", [steep, coupled])
+def test_a_later_round_looks_first_where_the_curves_of_the_one_before_lead(make):
+    """The second round removes from what the first has left: about as good a plan, found with fewer evaluations."""
+    widths, function = [40, 24, 40, 32, 20, 28, 10], make(np.geomspace(0.2, 3.0, 5).tolist())
+    first = mlp_space(widths, 0.4)
+    before, cache = SensitivitySearch(), {}
+    run_search(before, first, plan_loss(first, function), seed=0, cache=cache)
+    on_target = {plan: loss for plan, loss in cache.items() if first.within(first.sparsity(np.array([plan])))[0]}
+    removed = np.array(min(on_target, key=on_target.get))
+    gone = removed / first.channels
+    second = mlp_space([40, *(first.channels - removed), 10], 0.5)
+
+    def loss(x):
+        return function(gone + (1 - gone) * np.array(second.key(x)) / second.channels)
+
+    def searched(expected):
+        search, losses, asked = SensitivitySearch(), [], []
+        search.expected = expected
+
+        def keep(x, value, _):
+            asked.append(x)
+            losses.append(value if second.on_target(x) else np.inf)
+
+        outcome = run_search(search, second, loss, seed=0, on_asked=keep)
+        assert outcome.asked <= search.planned_evaluations(second)
+        return min(losses) - function(gone), outcome.evaluations, asked
+
+    alone, most, uninformed = searched(())
+    told, fewer, informed = searched(carried_over(before.sensitivity, gone))
+    assert told <= 1.05 * alone
+    assert fewer <= 2 * second.size + 8 < most
+    heights = [np.sort(np.concatenate([x[x > 0] for x in asked[1:6]])) for asked in (uninformed, informed)]
+    assert np.ptp(heights[0]) < 0.05  # the same coefficient everywhere
+    assert np.ptp(heights[1]) > 0.2
