@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightning_softprune.compensation.healing import DenseNetwork
 from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
-from lightning_softprune.compensation.healing.pupil import RATE, Lesson, Pupil
+from lightning_softprune.compensation.healing.pupil import RATE, SMALLEST, Lesson, Pupil
 from lightning_softprune.surgery import apply_plan
 from support.modules import (
     AtEpochStart,
@@ -85,13 +85,14 @@ def test_the_dense_network_is_there_again_whatever_was_learned_and_the_pruned_on
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_a_pupil_takes_adams_steps_at_a_rate_that_falls_linearly(dtype):
-    parameter = nn.Parameter(torch.ones(3, dtype=dtype))
-    pupil = Pupil([parameter], 4)
-    wanted = torch.ones(3, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+@pytest.mark.parametrize("size", [2.0, 0.0])
+def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements(dtype, size):
+    parameter = nn.Parameter(torch.tensor([size, -size], dtype=dtype))
+    pupil = Pupil([parameter], 20)
+    wanted = parameter.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     optimizer = torch.optim.Adam([wanted])
-    for number in range(4):
-        optimizer.param_groups[0]["lr"] = RATE * (1 - number / 4)
+    for number, share in enumerate([0.5, 0.95, 0.9, 0.85]):
+        optimizer.param_groups[0]["lr"] = RATE * max(size, SMALLEST) * share
         wanted.grad = torch.full_like(wanted, 1.0 + number)
         optimizer.step()
         gradients = pupil.gradients((parameter * (1.0 + number)).sum())

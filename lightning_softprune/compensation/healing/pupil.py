@@ -1,6 +1,8 @@
 """The pupil: parameters that learn from lessons, by an optimizer of their own.
 
-Adam, whose steps have one size whatever the outputs' is, at a rate that falls linearly to nothing.
+Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements are
+(their root mean square), so that it fits any network; it rises over the first tenth of the lessons, in which Adam has
+seen too little to step in good directions, and falls linearly to nothing.
 """
 
 from __future__ import annotations
@@ -13,8 +15,14 @@ from torch import nn
 
 from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
 
-RATE = 2e-3
-"""The rate of the first step."""
+RATE = 0.04
+"""The highest rate, as a fraction of the size of a tensor's elements."""
+
+SMALLEST = 1e-3
+"""The size of elements that are smaller still, such as biases that begin at zero."""
+
+RISING = 0.1
+"""The fraction of the lessons over which the rate rises."""
 
 _SCALE = 2.0**10  # of what is differentiated in half precision
 
@@ -44,7 +52,9 @@ class Pupil:
         self._copies = [  # of the others, the same numbers in another tensor
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters
         ]
-        self._optimizer = torch.optim.Adam(self._copies, RATE) if self._copies else None
+        self._rates = [RATE * max(float(copy.square().mean().sqrt()), SMALLEST) for copy in self._copies]
+        groups = [{"params": [copy], "lr": rate} for copy, rate in zip(self._copies, self._rates, strict=True)]
+        self._optimizer = torch.optim.Adam(groups) if groups else None
 
     def gradients(self, error: torch.Tensor) -> list[torch.Tensor]:
         """The gradients of an error, of which no parameter's `grad` hears."""
@@ -74,8 +84,9 @@ class Pupil:
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             self._scale = max(self._scale / 2.0, 1.0)
             return error
-        for group in self._optimizer.param_groups:
-            group["lr"] = RATE * (1.0 - number / self._lessons)
+        risen = min((number + 1) / max(RISING * self._lessons, 1.0), 1.0)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * min(risen, 1.0 - number / self._lessons)
         for copy, gradient in zip(self._copies, gradients, strict=True):
             copy.grad = gradient
         self._optimizer.step()
