@@ -23,7 +23,7 @@ from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
-from lightning_softprune.round.feasibility import monitored
+from lightning_softprune.round.feasibility import objective_of
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
@@ -31,7 +31,7 @@ from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
-from lightning_softprune.search import Objective, SearchOutcome, SearchStrategy
+from lightning_softprune.search import SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, averaged_copies, isolated_rng
 
@@ -67,11 +67,12 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         with record_usage(module, runner.left_alone) as judged, phases("baseline"):
             journal.confirm(BASELINE, runner.metrics)
             before, baseline_seconds = journal.scored(BASELINE, runner.metrics)
-        objective = _objective(settings, before)
+        objective = objective_of(settings, before, runner.directions)
+        settings = replace(settings, mode=objective.mode)
         problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)
-        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
+        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio, settings.latency_batch)
         while True:
             evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
             evaluator.baseline_seconds = baseline_seconds
@@ -103,11 +104,6 @@ def _runner(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSett
 def _shorter(settings: RoundSettings, goal: Goal) -> RoundSettings:
     """The settings of a commit; one batch of healing shows all that could fail where all of it is taken back."""
     return settings if goal.commit else replace(settings, healing=min(settings.healing, 1))
-
-
-def _objective(settings: RoundSettings, before: dict[str, float]) -> Objective:
-    objective = Objective(settings.monitor, settings.mode, settings.constraints)
-    return replace(objective, scale=monitored(before, objective))
 
 
 def _search(
@@ -187,9 +183,10 @@ def _result(
     latencies = None if found.best is None else stopwatch.compare(found.best.plan)
     if latencies is not None:
         shares["latency"] = stopwatch.share_of_dense(final.plan)
-    reason = "" if found.best else found.decision.sentence
+    reason = trials.shortfall(found.best) if found.best else found.decision.sentence
     if not goal.commit:
-        reason = f"{DRY_RUN}; {found.decision.sentence}" if found.decision.sentence else DRY_RUN
+        sentence = found.decision.sentence or reason
+        reason = f"{DRY_RUN}; {sentence}" if sentence else DRY_RUN
     return PruningResult(
         epoch=goal.epoch,
         sparsity=1.0 - getattr(costs_after, settings.cost) / getattr(found.dense, settings.cost),
@@ -221,6 +218,9 @@ def _result(
         latency_before=None if latencies is None else latencies[0],
         latency_after=None if latencies is None else latencies[1],
         latency_spread=None if latencies is None else latencies[2],
+        device="" if latencies is None else stopwatch.device,
+        latency_batch=None if latencies is None else stopwatch.batch,
+        layers=stopwatch.layers.get(final.plan, ()),
         shares=shares,
         left_out=problem.left_out,
         coverage=problem.coverage,
