@@ -33,7 +33,7 @@ import lightning as L
 import numpy as np
 import quality
 import torch
-from mnist_autoencoder import read_idx
+from mnist_autoencoder_data import read_idx
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
