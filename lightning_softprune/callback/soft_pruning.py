@@ -56,6 +56,9 @@ class SoftPruning(PruningHooks):
             selection of the channels from which the consumers' outputs are best rebuilt) or "random".
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
+        healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense
+            network computes; 0: none. By the module's own steps, without labels and without your loss; what is learned
+            is kept where the score is better.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
         search_batches: Validation batches of each loader that plans are scored on while they are searched for;
             ``None``: as few as it takes to tell plans apart, but at least 8 and 1,000 samples. Finalists, and the plan
@@ -111,6 +114,7 @@ class SoftPruning(PruningHooks):
         bounds: dict[str, list[float]] | None = None,
         importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
+        healing: int = 0,
         round_to: int = 1,
         search_batches: int | None = None,
         memory_limit: float | None = None,
@@ -152,6 +156,7 @@ class SoftPruning(PruningHooks):
         self.bounds = checked_bounds(bounds)
         self.importance = checks.one_of("importance", importance, IMPORTANCES)
         self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
+        self.healing = checks.whole_number("healing", healing, 0)
         self.round_to = checks.whole_number("round_to", round_to, 1)
         self.search_batches = checks.optional_whole_number("search_batches", search_batches)
         self.memory_limit = checks.optional_positive("memory_limit", memory_limit)

@@ -148,6 +148,22 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Healing:
+    """How the committed plan was trained to compute what the dense network computes.
+
+    Attributes:
+        score: The score with what was learned, on all validation data.
+        kept: Whether it was better than without, and stayed.
+        errors: On each training batch, before it was learned from, the fraction that the pruned network missed of the
+            variance of what steps use.
+    """
+
+    score: float
+    kept: bool
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Sensitivity:
     """The score as one group alone is pruned.
 

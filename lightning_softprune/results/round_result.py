@@ -20,6 +20,7 @@ from lightning_softprune.results.parts import (
     DRY_RUN,
     Costs,
     GroupResult,
+    Healing,
     LayerShapes,
     LeftOut,
     Origin,
@@ -82,7 +83,10 @@ class PruningResult:
         shares: What remains after the round of the first dense model's `params`, `macs` and, where it was measured,
             `latency`: a fraction of each.
         left_out: Everything that takes no part in the search, and why.
-        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, searching, timing, refitting.
+        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, searching, timing, refitting,
+            healing.
+        score_compensated: The monitored metric of the chosen plan before healing; `None` where nothing was applied.
+        healing: What healing has done; `None`: there was none.
         coverage: How much of the model takes part, as one sentence.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
@@ -157,6 +161,8 @@ class PruningResult:
     numbers: SearchNumbers | None = None
     passes: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    score_compensated: float | None = None
+    healing: Healing | None = None
     score_finetuned: float | None = field(default=None, compare=False)
     device: str = ""
     latency_batch: int | None = None

@@ -20,7 +20,7 @@ from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
-from lightning_softprune.round.commit import all_optimizers, commit, rehearse_plan
+from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import objective_of
@@ -81,17 +81,17 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
                 break  # else the journal was wrong, and is set aside
         _tell(decision, settings, goal)
-        best = decision.plan
+        best, rehearsed = decision.plan, None
         if best is not None:
             with phases("timing"):
                 stopwatch.compare(best.plan)
         if best is not None and (goal.commit or goal.rehearse):
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            with phases("refitting"):
-                best, surgery = rehearse_plan(evaluator, settings, copies, best)
+            rehearsed = rehearse_plan(evaluator, _shorter(settings, goal), copies, best, judged.parameters, phases)
+            best = rehearsed.plan
             if goal.commit:
-                commit(runner, copies, transaction, surgery, form)
-        found = _Found(before, dense, strategy, outcome, decision, best)
+                commit(runner, copies, transaction, rehearsed.surgery, form)
+        found = _Found(before, dense, strategy, outcome, decision, best, rehearsed)
         result = _result(settings, goal, evaluator, stopwatch, found)
     return replace(result, seconds=time.monotonic() - started, phases=phases.seconds)
 
@@ -99,6 +99,11 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
 def _runner(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, seed: int) -> ModuleRunner:
     batches, limit = settings.calibration_batches, settings.memory_limit
     return ModuleRunner(trainer, module, memory_limit=limit, seed=seed, calibration_batches=batches)
+
+
+def _shorter(settings: RoundSettings, goal: Goal) -> RoundSettings:
+    """The settings of a commit; one batch of healing shows all that could fail where all of it is taken back."""
+    return settings if goal.commit else replace(settings, healing=min(settings.healing, 1))
 
 
 def _search(
@@ -157,7 +162,7 @@ def _tell(decision: Decision, settings: RoundSettings, goal: Goal) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a round has found: metrics before, costs of the dense model, the search, the decision, the final trial."""
+    """What a round has found: metrics before, dense costs, the search, the decision, and what was made of it."""
 
     before: dict[str, float]
     dense: Costs
@@ -165,6 +170,7 @@ class _Found:
     outcome: SearchOutcome
     decision: Decision
     best: ScoredPlan | None
+    rehearsed: Rehearsed | None
 
 
 def _result(
@@ -219,4 +225,6 @@ def _result(
         left_out=problem.left_out,
         coverage=problem.coverage,
         numbers=problem.numbers(found.dense),
+        score_compensated=None if found.rehearsed is None else found.rehearsed.compensated,
+        healing=None if found.rehearsed is None else found.rehearsed.healing,
     )

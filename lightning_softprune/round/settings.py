@@ -42,6 +42,7 @@ class RoundSettings:
     on_violation: str = "skip"
     granularity: str = "group"
     memory_limit: float | None = None
+    healing: int = 0
     latency_batch: int | None = None
 
 

@@ -7,7 +7,8 @@ for. Where several processes train together, every process runs its share, and a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -17,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_softprune.graph import record_usage
-from lightning_softprune.trainer.batches import copy_batch, training_batches
+from lightning_softprune.trainer.batches import copy_batch, read_training_batches, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     isolated_rng,
@@ -200,7 +201,48 @@ class ModuleRunner:
                 self._trained_on = training_batches(self.trainer, self._most)
         return self._trained_on[:n]
 
+    def further_training_batches(self, n: int) -> Generator[Any]:
+        """The same, as many as are asked for, and none kept in memory; they go on into further epochs.
+
+        Close it if it is not read to its end.
+        """
+        return read_training_batches(self.trainer, n, self.seed)
+
     # ------------------------------------------------------------------------------------------------------ steps
+
+    def teaching_step(self, raw: Any, number: int) -> Step:
+        """The module's step on one training batch, to be differentiated: in the trainer's precision.
+
+        `training_step`; where that optimizes by itself, `validation_step`. The mode and what the step leaves behind are
+        the caller's business (`undisturbed`). Every call has the same batch and the same random numbers.
+
+        Args:
+            raw: The batch as the loader yields it.
+            number: Its index.
+        """
+        name = "training_step" if self.trains_by_itself else "validation_step"
+        seed = self.seed + 1 + number * self.trainer.world_size + self.trainer.global_rank
+        with isolated_rng(seed):
+            batch = transfer(self.trainer, self.module, raw, step=name)
+
+        def step() -> Any:
+            with isolated_rng(seed):
+                loaded = LoadedBatch(copy_batch(batch), number)
+                return run_step(self.trainer, self.module, name, loaded, autocast=True).returned
+
+        return step
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What steps change around the parameters is put back; metrics start afresh, gradients are set aside."""
+        with untouched(self.trainer, self.module):
+            clone_inference_tensors_and_reset_metrics(self.module)
+            yield
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether gradients would be too small for the trainer's precision without a factor on the loss."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def validation_step(self, samples: int | None = None, loader: int | None = None, shown: bool = False) -> Step:
         """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind.
