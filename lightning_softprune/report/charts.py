@@ -18,6 +18,7 @@ from lightning_softprune.report.series import (
     best_so_far,
     chosen_trial,
     component_colours,
+    healing_errors,
     is_drawable,
     score_limits,
     target_band,
@@ -136,6 +137,27 @@ def sparsity_chart(result: PruningResult) -> Markup:
     if points:
         summary += f" {len(points):,} of them are on the Pareto front."
     return frame.figure(Heading("sparsity", "Score against sparsity", summary), below, line, sparsities, keys)
+
+
+def healing_chart(result: PruningResult) -> Markup:
+    """How far the pruned network was from the dense one on each training batch of healing."""
+    count = 0 if result.healing is None else len(result.healing.errors)
+    points = healing_errors(result, _MANY)
+    low, high = score_limits([error for _, error in points], [error for _, error in points[-1:]])
+    marks = {value: format(value, ",.0f") for value in ticks(1, count) if value == int(value)}
+    ends = (0.5, max(count, 1) + 0.5)
+    x, y, axes = axes_of(ends, (max(low, 0.0), high), marks, ("training batch", "fraction of variance missed"))
+    corners = corners_of([(x.at(a), y.at(b)) for a, b in points])
+    line = tag("polyline", points=corners, class_="best") if points else Markup()
+    summary = f"{count:,} training batch{'' if count == 1 else 'es'}."
+    if points:
+        summary += f" From {points[0][1]:.4g} to {points[-1][1]:.4g}."
+    return tag(
+        "figure",
+        tag("h3", "Error by batch"),
+        picture(Heading("healing", "Error by batch", summary), (WIDTH, HEIGHT), join([axes, line])),
+        tag("figcaption", f"Lower is better. {summary}"),
+    )
 
 
 def sensitivity_charts(result: PruningResult) -> Markup:

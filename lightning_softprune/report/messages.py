@@ -50,13 +50,16 @@ def dense_checkpoints_stay(paths: Sequence[str]) -> list[str]:
 
 
 def score_path(result: PruningResult, dense: float) -> str:
-    """Word what became of the score: of the dense model, pruned, and after fine-tuning.
+    """Word what became of the score: of the dense model, pruned (compensated and healed), and after fine-tuning.
 
     Args:
         result: The last round.
         dense: The score of the first dense model.
     """
     scores = f"{result.monitor}: dense {dense:.4g}, pruned {result.score_after:.4g}"
+    if result.healing is not None and result.healing.kept and result.score_compensated is not None:
+        healed = f"compensated {result.score_compensated:.4g}, healed {result.healing.score:.4g}"
+        scores = f"{result.monitor}: dense {dense:.4g}, {healed}"
     return scores if result.score_finetuned is None else f"{scores}, after fine-tuning {result.score_finetuned:.4g}"
 
 

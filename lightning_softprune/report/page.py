@@ -18,7 +18,7 @@ from lightning_softprune.report.blocks import (
     section,
     sortable_table,
 )
-from lightning_softprune.report.charts import history_chart, sensitivity_charts, sparsity_chart
+from lightning_softprune.report.charts import healing_chart, history_chart, sensitivity_charts, sparsity_chart
 from lightning_softprune.report.markup import Markup, join, tag
 from lightning_softprune.report.series import (
     budget_rows,
@@ -28,6 +28,7 @@ from lightning_softprune.report.series import (
     format_fraction,
     format_number,
     has_parts,
+    healing_rows,
     knobs_line,
     stages,
     trials_on_front,
@@ -66,6 +67,7 @@ def report_page(result: PruningResult) -> str:
         _groups(result),
         _layers(result),
         _search(result),
+        _healing(result),
         _sensitivity(result),
         _trials(result),
         _metrics(result),
@@ -292,6 +294,23 @@ def _search(result: PruningResult) -> Markup:
         return section("Search", tag("p", "No plan was scored.", class_="empty"))
     charts = tag("div", history_chart(result), sparsity_chart(result), class_="charts")
     return section("Search", charts, note=f"The score is {_monitor(result)}.")
+
+
+def _healing(result: PruningResult) -> Markup:
+    rows = healing_rows(result)
+    if not rows:
+        return Markup()
+    scores = [["before", format_number(result.score_before), ""]]
+    scores += [[name, format_number(score), note] for name, score, note in rows]
+    return section(
+        "Healing",
+        tag("div", healing_chart(result), class_="charts"),
+        tag("p", class_="gap"),
+        plain_table(["healing", result.monitor, ""], scores, "Scores around healing", "plain"),
+        note="The pruned network is trained to compute what the dense one computes, without labels. The error of a"
+        " batch, before it is learned from: the fraction that the pruned network misses of the variance of what the"
+        " module's steps use.",
+    )
 
 
 def _sensitivity(result: PruningResult) -> Markup:

@@ -16,8 +16,8 @@ def log_values(result: PruningResult) -> dict[str, float]:
     """The scalars that the Trainer's loggers get at a round.
 
     Returns:
-        `softprune/sparsity`, `softprune/params`, `softprune/macs`, `softprune/score`, `softprune/evaluations` and one
-        `softprune/coefficient/<group>` per group.
+        `softprune/sparsity`, `softprune/params`, `softprune/macs`, `softprune/score`, `softprune/evaluations`, one
+        `softprune/coefficient/<group>` per group, and `softprune/score_compensated` where there was healing after that.
     """
     values: dict[str, float] = {
         "sparsity": result.sparsity,
@@ -26,8 +26,39 @@ def log_values(result: PruningResult) -> dict[str, float]:
         "score": result.score_after,
         "evaluations": result.evaluations,
         **{f"coefficient/{group.name}": group.coefficient for group in result.groups},
+        **{f"score_{name}": score for name, score, _ in healing_rows(result)[:1]},
     }
     return {f"softprune/{name}": float(value) for name, value in values.items()}
+
+
+def healing_rows(result: PruningResult) -> list[tuple[str, float, str]]:
+    """What healing has come to: the score after the refit and that after healing, each with its name and a note.
+
+    Nothing where there was no healing.
+    """
+    if result.healing is None or result.score_compensated is None:
+        return []
+    note = "" if result.healing.kept else "not better, taken back"
+    return [("compensated", result.score_compensated, ""), ("healed", result.healing.score, note)]
+
+
+def healing_errors(result: PruningResult, most: int) -> list[tuple[float, float]]:
+    """The error of healing by training batch, counted from 1.
+
+    Of more batches than `most`, means of as many neighbours as it takes, each at the middle of its batches. What is not
+    finite has no place.
+
+    >>> from types import SimpleNamespace as Some
+    >>> healing_errors(Some(healing=Some(errors=(0.5, 0.25, 0.25, 0.75, 0.125))), 3)
+    [(1.5, 0.375), (3.5, 0.5), (5.0, 0.125)]
+    """
+    errors = () if result.healing is None else result.healing.errors
+    width = max(1, -(-len(errors) // most))
+    points = []
+    for start in range(0, len(errors), width):
+        part = errors[start : start + width]
+        points.append((start + (len(part) + 1) / 2, sum(part) / len(part)))
+    return [point for point in points if is_drawable(point[1])]
 
 
 def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:

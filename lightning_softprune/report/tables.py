@@ -20,6 +20,7 @@ from lightning_softprune.report.series import (
     against_dense_line,
     budget_rows,
     evaluations_line,
+    healing_rows,
     knobs_line,
     narrowed_features,
 )
@@ -157,6 +158,8 @@ def groups_table(result: PruningResult) -> FittedTable:
         if spread:
             table.add_row("  spread", "", "", spread.removesuffix(")"))
     table.add_row(Text(result.monitor), "", "", f"{result.score_before:.4g} -> {result.score_after:.4g}")
+    for name, score, note in healing_rows(result):
+        table.add_row(f"  {name}", "", "", f"{score:.4g}", note)
     if result.score_finetuned is not None:
         table.add_row("  fine-tuned", "", "", f"{result.score_finetuned:.4g}")
     target = "" if result.target_sparsity is None else f"target {result.target_sparsity:.4g}"

@@ -236,7 +236,7 @@ class PruningResult:
             evaluations += f" ({self.passes:.1f} passes)"
         return (
             f"{epoch}: {before:,} -> {after:,} parameters ({format_change(before, after)}), "
-            f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "
+            f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g}{self._healed} "
             f"after {evaluations} in {self.seconds:.1f} s ({self.strategy}: {self.stop_reason})"
             f"{'' if self.score_finetuned is None else f', {self.score_finetuned:.4g} after fine-tuning'}"
             f"{f'; {self.reason}' if self.applied and self.reason else ''}"
@@ -353,6 +353,13 @@ class PruningResult:
     @property
     def _finetuned(self) -> str:
         return "" if self.score_finetuned is None else f"{self.score_finetuned:.4g} after fine-tuning"
+
+    @property
+    def _healed(self) -> str:
+        if self.healing is None or self.score_compensated is None:
+            return ""
+        back = "" if self.healing.kept else ", taken back"
+        return f" (compensated {self.score_compensated:.4g}, healed {self.healing.score:.4g}{back})"
 
     def _repr_html_(self) -> str:
         before, after = self.costs_before, self.costs_after

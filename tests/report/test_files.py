@@ -10,6 +10,7 @@ import pytest
 from lightning_softprune.report.files import read_result, rebuild_files, round_folder, round_folders, write_files
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import log_values, trial_rows
+from lightning_softprune.results import Healing
 from support.results import read_csv, recorded_result
 
 
@@ -230,6 +231,8 @@ def test_log_values_are_the_scalars_of_the_contract() -> None:
         "softprune/coefficient/encoder.4": 0.25,
     }
     assert {type(value) for value in values.values()} == {float}
+    healed = log_values(recorded_result(score_compensated=19.4, healing=Healing(19.7, True, (0.5,))))
+    assert healed == {**values, "softprune/score_compensated": 19.4}
 
 
 NUMBERS = ["1" + "0" * 400, "-1" + "0" * 400, "1e400", "-1e999", "9" * 5000, "9" * 5000 + ".5", '"1e400"', "1" * 20]

@@ -105,6 +105,23 @@ def test_trials_on_a_part_of_the_data_say_so_and_are_on_no_front() -> None:
     assert "score 19.9 on 25.0% of the validation batches" in page
 
 
+def test_healing_is_a_curve_of_its_error_and_a_table_of_scores() -> None:
+    page = Page(report_page(RESULTS["healed"]))
+
+    (axes,) = [a for tag, a in page.elements if tag == "polyline" and a.get("class") == "best"][1:]
+    heights = [float(corner.split(",")[1]) for corner in str(axes["points"]).split()]
+    assert [heights.index(height) for height in sorted(heights)] == [0, 2, 1, 3]  # upwards is less
+    assert "4 training batches. From 0.5 to 0.125." in page.text
+    assert page.table("healing")[1:] == [
+        ["before", "19.9712", ""],
+        ["compensated", "19.4", ""],
+        ["healed", "19.7089", ""],
+    ]
+    back = Page(report_page(RESULTS["healed for nothing"]))
+    assert back.table("healing")[2:] == [["compensated", "19.7089", ""], ["healed", "19.3", "not better, taken back"]]
+    assert "Healing" not in Page(report_page(full_result())).text
+
+
 def test_limits_and_constraints_say_what_was_reached() -> None:
     assert Page(report_page(full_result())).table("budget")[1:] == [
         ["macs <= 0.5 of dense", "0.3214 of dense: met"],
@@ -286,7 +303,9 @@ def test_a_drop_is_red_only_where_a_constraint_is_not_met(constraint, red):
 
 
 def test_every_panel_names_its_axes():
-    page = Page(report_page(full_result()))
+    page = Page(report_page(RESULTS["healed"]))
     labels = [attributes for tag, attributes in page.elements if tag == "text" and attributes["class"] == "label x"]
-    assert len(labels) == 2 * (2 + 2)  # charts, sensitivity
+    assert len(labels) == 2 * (2 + 1 + 2)  # charts, healing, sensitivity
+    assert "training batch" in page.text
+    assert "fraction of variance missed" in page.text
     assert page.text.count("coefficient") >= 2

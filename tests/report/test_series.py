@@ -7,6 +7,7 @@ import pytest
 from lightning_softprune.report.series import (
     best_so_far,
     evaluations_line,
+    healing_errors,
     knobs_line,
     narrowed_features,
     score_limits,
@@ -14,6 +15,7 @@ from lightning_softprune.report.series import (
 )
 from lightning_softprune.results import (
     GroupResult,
+    Healing,
     Trial,
 )
 from support.results import full_result, make_result
@@ -69,6 +71,16 @@ def test_best_so_far_does_not_compare_a_part_with_all() -> None:
     trials = tuple(Trial((0.0, 0.0), 0.5, score, {}, True, 0.0, share=share) for score, share in scores)
 
     assert best_so_far(full_result(trials=trials, chosen=None)) == [(0, 5.0), (1, 6.0), (2, 5.5)]
+
+
+def test_a_long_curve_of_healing_is_drawn_by_means_and_without_what_is_not_finite() -> None:
+    errors = (*(1.0 / n for n in range(1, 10)), math.nan, math.inf)
+    healed = full_result(score_compensated=19.4, healing=Healing(19.7, True, errors))
+
+    assert healing_errors(healed, 400) == [(float(n), 1.0 / n) for n in range(1, 10)]
+    means = [(2.0, 11 / 18), (5.0, 37 / 180), (8.0, (1 / 7 + 1 / 8 + 1 / 9) / 3)]
+    assert healing_errors(healed, 4) == [(place, pytest.approx(mean)) for place, mean in means]
+    assert healing_errors(full_result(), 4) == []
 
 
 @pytest.mark.parametrize("scores", [[], [math.nan], [1.0], [0.0, 0.0], [1e300, -1e300, math.inf], [3.0, 3.0, 3.0]])

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from lightning_softprune.report.messages import score_path
 from lightning_softprune.report.progress import SearchProgress
 from lightning_softprune.report.tables import groups_table, print_round, print_rounds
-from lightning_softprune.results import DRY_RUN, GroupResult, LeftOut
+from lightning_softprune.results import DRY_RUN, GroupResult, Healing, LeftOut
 from support.consoles import make_console, output_of, visible
 from support.results import printed_result
 
@@ -35,6 +36,27 @@ def test_the_table_shows_each_group_before_and_after() -> None:
     assert row_with(text, "MACs") == ["MACs", "2.00 M -> 500 K", "-75.0 %"]
     assert row_with(text, "val_psnr") == ["val_psnr", "19.97 -> 19.71"]
     assert row_with(text, "sparsity") == ["sparsity", "0.7016", "target 0.7"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_scores_before_and_after_healing_are_told(kept: bool) -> None:
+    console = make_console(terminal=False)
+    healing = Healing(19.71 if kept else 19.2, kept, (0.5, 0.25))
+    result = printed_result(score_compensated=19.4 if kept else 19.71, healing=healing)
+    print_round(result, console)
+    lines = [re.split(r"\s{2,}", line.strip()) for line in output_of(console).splitlines()]
+
+    if kept:
+        assert [line for line in lines if line[0] in ("compensated", "healed")] == [
+            ["compensated", "19.4"],
+            ["healed", "19.71"],
+        ]
+        assert "val_psnr 19.97 -> 19.71 (compensated 19.4, healed 19.71) after" in result.summary
+        assert score_path(result, 19.97) == "val_psnr: dense 19.97, compensated 19.4, healed 19.71"
+    else:
+        assert ["healed", "19.2", "not better, taken back"] in lines
+        assert "val_psnr 19.97 -> 19.71 (compensated 19.71, healed 19.2, taken back) after" in result.summary
+        assert score_path(result, 19.97) == "val_psnr: dense 19.97, pruned 19.71"
 
 
 def test_the_table_says_when_nothing_was_applied_and_why() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_softprune.results import Costs, GroupResult, LeftOut, PruningResult, Sensitivity, Trial
+from lightning_softprune.results import Costs, GroupResult, Healing, LeftOut, PruningResult, Sensitivity, Trial
 
 INFINITE = (math.inf, 1e300, -1e300, 1e-300)
 EVIL = "<script>alert(\"x\")</script> & 'q' é漢字 \x00\ud800 </title></style></svg> " + "x" * 200
@@ -183,6 +183,8 @@ RESULTS = {
     ),
     "chosen out of range": full_result(chosen=99),
     "sensitivity of an unknown group": full_result(sensitivity=(Sensitivity("gone", (0.5,), (1.0,)),)),
+    "healed": full_result(score_compensated=19.4, healing=Healing(19.7089, True, (0.5, 0.25, 0.3, 0.125))),
+    "healed for nothing": full_result(score_compensated=19.7089, healing=Healing(19.3, False, (math.nan,))),
     "no channels": full_result(groups=(GroupResult("a", "b", "intra", 0, 0, math.nan), full_result().groups[1])),
     "evil": evil_result(),
     "many trials": large_result(5000, 5),
