@@ -190,7 +190,7 @@ def prune(
         val_dataloaders: Validation data, which trials are scored on.
         trainer: For devices, precision, strategy and folders; its callbacks and loggers take part. Its count of epochs
             is afterwards what it was. Default: a Trainer with one device and neither logger nor checkpoints.
-        **arguments: Those of :class:`SoftPruning`, except `epochs` and `finetune_epochs`.
+        **arguments: Those of :class:`SoftPruning`, except `epochs`, `finetune_epochs` and `teacher`.
 
     Returns:
         What was found; ``applied`` says whether the module was pruned. As after every fit, the module is on the CPU.
@@ -206,6 +206,9 @@ def prune(
     for name in _WITHOUT_MEANING:
         if name in arguments:
             raise TypeError(f"{name}: {arguments[name]!r} has no meaning in prune(), which runs one round at once")
+    if arguments.get("teacher", 0.0) != 0.0:
+        given = arguments["teacher"]
+        raise ValueError(f"teacher: {given!r} has no meaning in prune(), after which nothing is trained; see `healing`")
     if datamodule is not None and not isinstance(datamodule, counterparts(pl.LightningDataModule)):
         raise TypeError(
             f"datamodule: {datamodule!r} is not a LightningDataModule; loaders go to train_dataloaders, val_dataloaders"

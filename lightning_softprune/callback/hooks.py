@@ -16,11 +16,14 @@ from lightning_softprune.results import PruningResult
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
+    ModuleRunner,
     averaged_copies,
+    copy_batch,
     end_epoch_at_this_batch,
     refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
+    refuse_teacher,
     refuse_undeclared_twins,
     refuse_unsuited,
     take_epoch_back,
@@ -66,7 +69,7 @@ class PruningHooks(Rounds):
             )
         refuse_unsuited(trainer, pl_module)
         refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
-        self._untrained = self._validated = None
+        self._untrained = self._validated = self._teacher = self._lesson = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
@@ -88,12 +91,14 @@ class PruningHooks(Rounds):
             take_epoch_back_in(checkpoint, self._untrained)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Take the hook for loading off the module."""
+        """Take the hook for loading off the module, and let the teacher go."""
         self._end_loading()
+        self._teacher = self._lesson = None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Take the hook for loading off the module."""
+        """Take the hook for loading off the module, and let the teacher go."""
         self._end_loading()
+        self._teacher = self._lesson = None
 
     def _end_loading(self) -> dict[str, Any] | None:
         """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
@@ -107,6 +112,8 @@ class PruningHooks(Rounds):
         """Check names against the module, and ask it for the rounds of earlier fits."""
         order_parameters(pl_module, trainer.optimizers, self._end_loading())
         refuse_sharded_optimizers(trainer)
+        if self.teacher > 0.0:
+            refuse_teacher(trainer, pl_module)
         self._check_names(pl_module)
         refuse_undeclared_twins(trainer, pl_module, self.twins or {}, self.ignore)
         self._remember(pl_module)
@@ -116,6 +123,11 @@ class PruningHooks(Rounds):
         self._looked_ahead = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # which rehearses the round
         if self._finished(trainer.current_epoch):
             trainer.should_stop = True
+        elif self.teacher > 0.0 and any(result.applied for result in self._real_results()):
+            rank_zero_warn(
+                f"SoftPruning: teacher={self.teacher}: the dense network is in no checkpoint; this fit goes on from a "
+                "pruned model, without a teacher"
+            )
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the rounds that are due."""
@@ -135,6 +147,24 @@ class PruningHooks(Rounds):
         if not self._looked_ahead:
             self._looked_ahead = True
             self._look_ahead(trainer, pl_module, LoadedBatch(batch, batch_idx))
+        if self._teacher is not None:  # a copy: steps may change their batch
+            self._lesson = LoadedBatch(copy_batch(batch), batch_idx)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add what the teacher says of this batch to the gradients of the module's own loss."""
+        if self._teacher is None or self._lesson is None:
+            return
+        seed = self.seed + (trainer.current_epoch << 20)  # other random numbers in every epoch
+        runner = ModuleRunner(trainer, pl_module, seed=seed, glance=self._lesson)
+        trained = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+        weight = self.teacher / trainer.accumulate_grad_batches  # as losses are
+        self._teacher.add_gradients(runner, self._lesson, weight, trained)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let the batch go."""
+        self._lesson = None
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""

@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, rounds_of
+from lightning_softprune.compensation import Teacher
 from lightning_softprune.graph import LayerSpec, check_layers, match_modules
 from lightning_softprune.report import (
     dense_checkpoints_stay,
@@ -62,7 +63,9 @@ class Rounds(pl.Callback):
     layers: tuple[LayerSpec, ...]
     twins: dict[str, str] | None
     components: dict[str, list[str]] | None
+    teacher: float
     finetune_epochs: int | None
+    seed: int
     reset_monitors: bool
     report: bool
     verbose: bool
@@ -80,6 +83,8 @@ class Rounds(pl.Callback):
         self._unwritten = False  # whether the files of the last round could not be written
         self._validated: float | None = None  # the score of the last validation of this fit, if there was a round since
         self._looked_ahead = True
+        self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
+        self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
     def _real_results(self) -> list[PruningResult]:
@@ -166,6 +171,7 @@ class Rounds(pl.Callback):
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
         goal["dense"] = self._earlier[0].costs_before if self._earlier else self._dense
         goal["earlier"] = next((result for result in reversed(self._real_results()) if result.sensitivity), None)
+        goal["take_teacher"] = self._take_teacher
         return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
@@ -176,6 +182,9 @@ class Rounds(pl.Callback):
         date = datetime.now().strftime("%Y-%m-%d %H:%M")
         origin = Origin(type(pl_module).__name__, root, date, identity)
         return dataclasses.replace(result, configuration=self._configuration, versions=versions(), origin=origin)
+
+    def _take_teacher(self, teacher: Teacher) -> None:
+        self._teacher = teacher
 
     @rank_zero_only
     def _tell(self, result: PruningResult, root: str | None, notes: Sequence[str] = ()) -> None:

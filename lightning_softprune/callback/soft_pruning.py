@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Literal, Union
 
@@ -59,6 +60,12 @@ class SoftPruning(PruningHooks):
         healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense
             network computes; 0: none. By the module's own steps, without labels and without your loss; what is learned
             is kept where the score is better.
+        teacher: After the round, the same matching goes on in ordinary training: the gradients of `teacher` times the
+            error of each training batch, the fraction that the pruned network misses of the variance of the dense one's
+            outputs, are added to those of your loss. That takes a pass of the dense network and a pass and its gradient
+            of the pruned one beside each training step, about twice its time, and the memory of a dense copy until the
+            fit ends. The dense network is in no checkpoint: a fit that resumes goes on without. Automatic optimization
+            on one device, not compiled. 0: none.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
         search_batches: Validation batches of each loader that plans are scored on while they are searched for;
             ``None``: as few as it takes to tell plans apart, but at least 8 and 1,000 samples. Finalists, and the plan
@@ -115,6 +122,7 @@ class SoftPruning(PruningHooks):
         importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
         healing: int = 0,
+        teacher: float = 0.0,
         round_to: int = 1,
         search_batches: int | None = None,
         memory_limit: float | None = None,
@@ -157,12 +165,15 @@ class SoftPruning(PruningHooks):
         self.importance = checks.one_of("importance", importance, IMPORTANCES)
         self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
         self.healing = checks.whole_number("healing", healing, 0)
+        self.teacher = checks.number_between("teacher", teacher, 0.0, math.inf, low_included=True)
         self.round_to = checks.whole_number("round_to", round_to, 1)
         self.search_batches = checks.optional_whole_number("search_batches", search_batches)
         self.memory_limit = checks.optional_positive("memory_limit", memory_limit)
         self.latency_batch = checks.optional_whole_number("latency_batch", latency_batch)
         self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
         self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
+        if self.teacher > 0.0 and self.finetune_epochs == 0:
+            raise ValueError(f"teacher: {teacher} with finetune_epochs=0, where nothing is trained after the round")
         self.reset_monitors = checks.instance_of("reset_monitors", reset_monitors, bool)
         self.seed = checks.whole_number("seed", seed, 0)
         self.report = checks.instance_of("report", report, bool)

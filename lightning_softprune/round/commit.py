@@ -15,6 +15,7 @@ from lightning_softprune.checkpoint import ModelShapes, keep_dense
 from lightning_softprune.compensation import (
     DenseNetwork,
     DenseRun,
+    Teacher,
     changeable,
     healing_bytes,
     refit_readers,
@@ -44,12 +45,14 @@ class Rehearsed:
         surgery: What was done to the module.
         compensated: The score before healing.
         healing: What healing has done; ``None``: there was none.
+        teacher: What the module was, where it is to teach further.
     """
 
     plan: ScoredPlan
     surgery: Surgery
     compensated: float
     healing: Healing | None = None
+    teacher: Teacher | None = None
 
 
 def rehearse_plan(
@@ -81,17 +84,19 @@ def rehearse_plan(
         for averaged in copies:
             problem.prune(averaged, best.plan)
         surgery = problem.prune(module, best.plan)
-        teacher = DenseNetwork(module, surgery) if heals else None
+        taught = settings.teacher > 0.0
+        beside = DenseNetwork(module, surgery, everything=taught) if heals or taught else None
         repair_optimizers(all_optimizers(trainer, module), surgery)
         if dense is not None:
             best = _refined(evaluator, surgery, dense, best)
         runner.rehearse()
-    rehearsed = Rehearsed(best, surgery, best.trial.score)
-    if teacher is None:
+    teacher = Teacher(beside, judged) if beside is not None and taught else None
+    rehearsed = Rehearsed(best, surgery, best.trial.score, teacher=teacher)
+    if beside is None or not heals:
         return rehearsed
     with phases.counted("healing", settings.healing) as advance:
         before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
-        errors = teach(runner, teacher, judged, settings.healing, advance)
+        errors = teach(runner, beside, judged, settings.healing, advance)
         return _if_better(evaluator, rehearsed, before, errors)
 
 

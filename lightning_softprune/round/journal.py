@@ -47,7 +47,7 @@ SAME, NEARLY_SAME = 1e-6, 1e-3
 """How far a metric may be off, relative to its value, when the same weights are scored once more: on a CPU; and where
 sums run in any order, as on other devices. A sample of a thousand may fall to the other side there."""
 
-_WITHOUT_INFLUENCE = frozenset({"verbose", "latency_batch", "healing"})  # settings that no score depends on
+_WITHOUT_INFLUENCE = frozenset({"verbose", "latency_batch", "healing", "teacher"})  # settings that no score depends on
 
 _ADDED = (("memory_limit", None),)  # settings that release 0.1.0 had not, with which a round is as it was
 

@@ -93,7 +93,15 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
                 commit(runner, copies, transaction, rehearsed.surgery, form)
         found = _Found(before, dense, strategy, outcome, decision, best, rehearsed)
         result = _result(settings, goal, evaluator, stopwatch, found)
+    _hand_over(goal, rehearsed)
     return replace(result, seconds=time.monotonic() - started, phases=phases.seconds)
+
+
+def _hand_over(goal: Goal, rehearsed: Rehearsed | None) -> None:
+    """Give the dense network to whoever lets it teach further."""
+    if goal.commit and goal.take_teacher is not None and rehearsed is not None and rehearsed.teacher is not None:
+        rehearsed.teacher.let_go()
+        goal.take_teacher(rehearsed.teacher)
 
 
 def _runner(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, seed: int) -> ModuleRunner:

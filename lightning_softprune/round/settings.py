@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lightning_softprune.compensation import Teacher
 from lightning_softprune.graph import COSTS
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.search import Constraint, SearchStrategy
@@ -43,6 +44,7 @@ class RoundSettings:
     granularity: str = "group"
     memory_limit: float | None = None
     healing: int = 0
+    teacher: float = 0.0
     latency_batch: int | None = None
 
 
@@ -60,6 +62,7 @@ class Goal:
         rehearse: Whether to go through a whole round with a single plan, commit included, for the sake of the errors
             it may find. Give it with ``commit=False``: all of it is taken back, and no file is written.
         earlier: The round of this fit before this one; where its curves lie, tells where to look first.
+        take_teacher: Is given the dense network after a commit, where the settings ask for a teacher.
         pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
     """
 
@@ -71,6 +74,7 @@ class Goal:
     rehearse: bool = False
     pruned_before: bool = False
     earlier: PruningResult | None = None
+    take_teacher: Callable[[Teacher], None] | None = None
 
 
 LIMITS = (*COSTS, "latency")

@@ -4,6 +4,7 @@ Everything this library takes from Lightning's private interface is in this fold
 fails by name when a release of Lightning moves any of it.
 """
 
+from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.ending import why_training_ended
 from lightning_softprune.trainer.fit_loop import (
     as_if_at_epoch,
@@ -43,6 +44,7 @@ from lightning_softprune.trainer.support import (
     refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
+    refuse_teacher,
     refuse_undeclared_twins,
     refuse_unsuited,
 )
@@ -61,6 +63,7 @@ __all__ = [
     "attributes_of",
     "averaged_copies",
     "clone_inference_tensors_and_reset_metrics",
+    "copy_batch",
     "end_epoch_at_this_batch",
     "finish_epoch_without_training",
     "forget_compiled",
@@ -76,6 +79,7 @@ __all__ = [
     "refuse_schedule",
     "refuse_sharded_optimizers",
     "refuse_sharding",
+    "refuse_teacher",
     "refuse_undeclared_twins",
     "refuse_unsuited",
     "reset_monitors",

@@ -217,13 +217,13 @@ class ModuleRunner:
         the caller's business (`undisturbed`). Every call has the same batch and the same random numbers.
 
         Args:
-            raw: The batch as the loader yields it.
+            raw: The batch as the loader yields it; with a glance, as `training_step` gets it.
             number: Its index.
         """
         name = "training_step" if self.trains_by_itself else "validation_step"
         seed = self.seed + 1 + number * self.trainer.world_size + self.trainer.global_rank
         with isolated_rng(seed):
-            batch = transfer(self.trainer, self.module, raw, step=name)
+            batch = raw if self._glance is not None else transfer(self.trainer, self.module, raw, step=name)
 
         def step() -> Any:
             with isolated_rng(seed):
@@ -243,6 +243,11 @@ class ModuleRunner:
     def scales_losses(self) -> bool:
         """Whether gradients would be too small for the trainer's precision without a factor on the loss."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """A loss as the trainer's precision scales it before it is differentiated."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return loss if scaler is None else scaler.scale(loss)
 
     def validation_step(self, samples: int | None = None, loader: int | None = None, shown: bool = False) -> Step:
         """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind.

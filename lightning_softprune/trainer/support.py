@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
 from lightning_softprune.graph import undeclared_twins
 from lightning_softprune.trainer.isolation import metrics_in
@@ -100,6 +101,26 @@ def refuse_sharding(trainer: pl.Trainer) -> None:
         f"strategy: {how} is not supported: SoftPruning needs the whole model in every process, and processes that run "
         'the script (`strategy="ddp"`). Train as you do, then prune on one device from a consolidated checkpoint'
     )
+
+
+def refuse_teacher(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Refuse fits in which nothing can be added to the gradients of the module's own loss.
+
+    Raises:
+        MisconfigurationException: Says what is in the way.
+    """
+    compiled = [part for part in pl_module.modules() if part._compiled_call_impl is not None]
+    if not pl_module.automatic_optimization:
+        why = "optimization is manual, and its gradients are the module's own business"
+    elif not isinstance(trainer.strategy, counterparts(SingleDeviceStrategy)):
+        why = f"{type(trainer.strategy).__name__} trains in several processes, and it works on one device alone"
+    elif is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
+        why = "`training_step` takes its batches from an iterator, and they have to be run again"
+    elif compiled or pl_module._compiler_ctx is not None:
+        why = "the module is compiled, and would be traced for the dense network and the pruned one in turns"
+    else:
+        return
+    raise MisconfigurationException(f"teacher: anything but 0 is not supported here: {why}. Leave it at 0")
 
 
 def refuse_sharded_optimizers(trainer: pl.Trainer) -> None:

@@ -2,5 +2,6 @@
 
 from lightning_softprune.compensation.healing.dense import DenseNetwork, changeable
 from lightning_softprune.compensation.healing.lessons import healing_bytes, teach
+from lightning_softprune.compensation.healing.teacher import Teacher
 
-__all__ = ["DenseNetwork", "changeable", "healing_bytes", "teach"]
+__all__ = ["DenseNetwork", "Teacher", "changeable", "healing_bytes", "teach"]

@@ -21,17 +21,24 @@ class DenseNetwork:
     Args:
         module: The pruned module, with nothing changed yet in the tensors that the plan has not touched.
         surgery: What was done to it.
+        everything: Whether to keep values of frozen parameters too: training that goes on may thaw them.
 
     Attributes:
         created: Names of the parameters that it did not have.
     """
 
-    def __init__(self, module: nn.Module, surgery: Surgery) -> None:
+    def __init__(self, module: nn.Module, surgery: Surgery, everything: bool = False) -> None:
         self._surgery = surgery
         self.created = {name for name, _, _ in surgery.created}
         with surgery.undone():
-            before = {id(tensor) for tensor in changeable(module)}
-        self._shared = [(tensor, tensor.detach().clone()) for tensor in changeable(module) if id(tensor) in before]
+            before = {id(tensor) for tensor in _tensors_of(module)}
+        kept = _tensors_of(module) if everything else changeable(module)
+        self._shared = [(tensor, tensor.detach().clone()) for tensor in kept if id(tensor) in before]
+
+    def let_go(self) -> None:
+        """Drop what only a rollback would need: the gradients that were pending in the former tensors."""
+        for former, _, _ in self._surgery.parameters:
+            former.grad = None
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -50,3 +57,7 @@ class DenseNetwork:
 def changeable(module: nn.Module) -> list[torch.Tensor]:
     """What healing may change: parameters that are not frozen, and buffers."""
     return [*(parameter for parameter in module.parameters() if parameter.requires_grad), *module.buffers()]
+
+
+def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -9,7 +9,7 @@ back.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Mapping, Set
+from collections.abc import Callable, Generator, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def teach(
     Raises:
         Exception: The user's own.
     """
-    classroom = _Classroom.of(runner, dense, judged)
+    classroom = Classroom.of(runner, dense, judged)
     pupil = Pupil(classroom.parameters, batches, halved=runner.scales_losses)
     errors: list[float] = []
     with contextlib.closing(_endless(runner, batches)) as stream:
@@ -103,7 +103,7 @@ def statistics_in(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Classroom:
+class Classroom:
     """The dense and the pruned network, side by side.
 
     Attributes:
@@ -121,7 +121,8 @@ class _Classroom:
     modes: Mapping[nn.Module, bool]
 
     @classmethod
-    def of(cls, runner: ModuleRunner, dense: DenseNetwork, judged: Set[str]) -> _Classroom:
+    def of(cls, runner: ModuleRunner, dense: DenseNetwork, judged: Set[str]) -> Classroom:
+        """The two of a runner's module as it is now: what is frozen does not learn."""
         module = runner.module
         names = {*judged, *dense.created}
         learning = {
@@ -134,8 +135,12 @@ class _Classroom:
         modes |= {part: part.training for part in module.modules() if isinstance(part, nn.RNNBase)}
         return cls(runner, dense, judged, list(learning.values()), modes)
 
-    def lesson(self, raw: Any, number: int, pupil: Pupil) -> Lesson | None:
-        """What one batch teaches; ``None`` where the two have nothing in common."""
+    @contextlib.contextmanager
+    def compared(self, raw: Any, number: int) -> Iterator[torch.Tensor | None]:
+        """The error on one batch, to be differentiated within the block; ``None`` where the two have nothing in common.
+
+        What the steps have changed is put back after the block.
+        """
         runner, module = self.runner, self.runner.module
         step = runner.teaching_step(raw, number)
         with self.dense.in_place(), runner.undisturbed(), torch.no_grad():
@@ -148,7 +153,12 @@ class _Classroom:
                 part.training = training
             with watch_outputs(module, self.judged) as found:
                 step()
-            error = mismatch(wanted, found)
+            yield mismatch(wanted, found)
+
+    def lesson(self, raw: Any, number: int, pupil: Pupil) -> Lesson | None:
+        """What one batch teaches; ``None`` where the two have nothing in common."""
+        module = self.runner.module
+        with self.compared(raw, number) as error:
             if error is None:
                 return None
             gradients = pupil.gradients(error)

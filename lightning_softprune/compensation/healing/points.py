@@ -32,6 +32,7 @@ def watch_outputs(model: nn.Module, parameters: Collection[str]) -> Iterator[dic
     """
     outputs: dict[Place, torch.Tensor] = {}
     calls, depth = Counter[str](), 0
+    counted = {"", *(name[:end] for name in parameters for end, letter in enumerate(name) if letter == ".")}
 
     def enter(*_: Any) -> None:
         nonlocal depth
@@ -48,7 +49,7 @@ def watch_outputs(model: nn.Module, parameters: Collection[str]) -> Iterator[dic
 
     def hooks() -> Iterator[RemovableHandle]:
         for name, module in model.named_modules():
-            if _holds(name, parameters):
+            if name in counted:
                 yield forward_pre_hook(module, enter)
                 yield nn.Module.register_forward_hook(
                     module, lambda _, __, output, name=name: leave(name, output), always_call=True
@@ -56,11 +57,6 @@ def watch_outputs(model: nn.Module, parameters: Collection[str]) -> Iterator[dic
 
     with registered(hooks()):
         yield outputs
-
-
-def _holds(module: str, parameters: Collection[str]) -> bool:
-    prefix = f"{module}." if module else ""
-    return any(name.startswith(prefix) for name in parameters)
 
 
 def mismatch(dense: Mapping[Place, torch.Tensor], pruned: Mapping[Place, torch.Tensor]) -> torch.Tensor | None:
