@@ -62,10 +62,10 @@ class SoftPruning(PruningHooks):
             is kept where the score is better.
         teacher: After the round, the same matching goes on in ordinary training: the gradients of `teacher` times the
             error of each training batch, the fraction that the pruned network misses of the variance of the dense one's
-            outputs, are added to those of your loss. That takes a pass of the dense network and a pass and its gradient
-            of the pruned one beside each training step, about twice its time, and the memory of a dense copy until the
-            fit ends. The dense network is in no checkpoint: a fit that resumes goes on without. Automatic optimization
-            on one device, not compiled. 0: none.
+            outputs, are added to those of your loss. Beside each training step that takes a pass of the dense network
+            and a step of the pruned one, so that it is about twice as long, and until the fit ends the memory of a
+            dense copy. The dense network is in no checkpoint: a fit that resumes goes on without. Automatic
+            optimization on one device, not compiled. 0: none.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
         search_batches: Validation batches of each loader that plans are scored on while they are searched for;
             ``None``: as few as it takes to tell plans apart, but at least 8 and 1,000 samples. Finalists, and the plan
