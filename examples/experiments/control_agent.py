@@ -47,7 +47,7 @@ def train(cache: Path, args: argparse.Namespace) -> Path:
     path = cache / f"dense-{args.seed}.ckpt"
     if not path.is_file():
         L.seed_everything(args.seed, verbose=False)
-        agent = Agent()
+        agent = Agent(latent=8, hidden=16, samples=8) if args.quick else Agent()
         best = ModelCheckpoint(cache, f"training-{args.seed}", monitor="val_return", mode="max")
         settings = _settings(cache) | {"enable_checkpointing": True}
         trainer = L.Trainer(max_epochs=args.epochs, callbacks=[best, Progress()], gradient_clip_val=10.0, **settings)

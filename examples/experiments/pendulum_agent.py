@@ -149,7 +149,7 @@ class Agent(L.LightningModule):
         return mean, spread
 
     @torch.no_grad()
-    def play(self, seeds: list[int], explore: float = 0.0, steps: int = STEPS) -> tuple[Episodes, Tensor]:
+    def play(self, seeds: list[int], explore: float = 0.0, steps: int | None = None) -> tuple[Episodes, Tensor]:
         """Plays one episode per seed, all side by side, in the real environment.
 
         Starts and the planner's samples depend on the seeds alone: whatever plays them meets the same luck.
@@ -157,12 +157,13 @@ class Agent(L.LightningModule):
         Args:
             seeds: Of the environments; the first one is the planner's too.
             explore: Standard deviation of what is added to actions.
-            steps: Length of the episodes.
+            steps: Length of the episodes; `None`: `STEPS`.
 
         Returns:
             The episodes, and the value of every state by the agent's own estimate, `(episodes, steps + 1)`.
         """
-        environments = [gymnasium.make("Pendulum-v1", max_episode_steps=steps) for _ in seeds]
+        steps = STEPS if steps is None else steps
+        environments = [gymnasium.make("Pendulum-v1") for _ in seeds]
         seen = [np.stack([e.reset(seed=s)[0] for e, s in zip(environments, seeds, strict=True)])]
         random = torch.Generator().manual_seed(seeds[0])
         guess = torch.zeros(len(seeds), self.horizon, 1)

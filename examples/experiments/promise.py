@@ -1,10 +1,10 @@
 """The promise "70/1/0" on ten small networks: 70 % of the parameters gone, 1 % of the metric at most, 0 labels.
 
 Every network of `promise_networks.py` is trained on MNIST and pruned once, by `prune` with its defaults. It keeps the
-promise if 70 % of its parameters are gone (to within the search's tolerance), its metric on the test images is at most
-1 % (relative) below what it was, nothing was trained on labels after the prune, and the whole round took no longer than
-half a training epoch. Times are processor seconds of one thread, since machines are shared. The search scores plans on
-2,000 images held out of the training images; the test images are seen by no search.
+promise if at least 70 % of its parameters are gone, its metric on the test images is at most 1 % (relative) below what
+it was, nothing was trained on labels after the prune, and the whole round took no longer than half a training epoch.
+Times are processor seconds of one thread, since machines are shared. The search scores plans on 2,000 images held out
+of the training images; the test images are seen by no search.
 
     python examples/experiments/promise.py --data-dir DIR                  # an hour on two cores
     python examples/experiments/promise.py --data-dir DIR --healing 0.25   # with a quarter of an epoch of healing
@@ -27,8 +27,8 @@ from promise_networks import NETWORKS, Network
 
 from lightning_softprune import prune
 
-TARGET = 0.7
-TOLERANCE = 0.02
+PROMISED = 0.7
+TOLERANCE = 0.005  # a search may end at either edge of it: with its middle a little higher, 70 % are really gone
 BATCH_SIZE = 128
 
 
@@ -53,8 +53,10 @@ def trained(name: str, data: Images, cache: Path, args: argparse.Namespace) -> t
     L.seed_everything(args.seed, verbose=False)
     network, path, times = NETWORKS[name](), cache / f"{name}-{args.seed}.pt", EpochTimes()
     if not path.is_file():
-        trainer = L.Trainer(max_epochs=args.epochs, callbacks=[times], limit_val_batches=0, **_settings(cache))
-        trainer.fit(network, data.training(BATCH_SIZE))
+        trainer = L.Trainer(
+            max_epochs=1 if args.quick else network.epochs, callbacks=[times], limit_val_batches=0, **_settings(cache)
+        )
+        trainer.fit(network, data.training(BATCH_SIZE), data.validation())
         torch.save({"state": network.state_dict(), "seconds": sum(times.seconds) / len(times.seconds)}, path)
     stored = torch.load(path, weights_only=True)
     network.load_state_dict(stored["state"])
@@ -74,7 +76,7 @@ def measure(name: str, data: Images, cache: Path, args: argparse.Namespace) -> R
         trainer=L.Trainer(max_epochs=1, **_settings(cache)),
         monitor=network.monitor,
         mode="max",
-        target_sparsity=TARGET,
+        target_sparsity=PROMISED + TOLERANCE,
         tolerance=TOLERANCE,
         seed=args.seed,
         report=False,
@@ -104,7 +106,7 @@ def measure(name: str, data: Images, cache: Path, args: argparse.Namespace) -> R
 def misses(row: Row) -> list[str]:
     """What of the promise a row does not keep."""
     broken = {
-        f"{row['sparsity']:.1%} removed": row["sparsity"] < TARGET - TOLERANCE,
+        f"{row['sparsity']:.1%} removed": row["sparsity"] < PROMISED,
         f"{row['lost']:.1%} lost": row["lost"] > 0.01,
         f"{row['round_in_epochs']:.2f} epochs": row["round_in_epochs"] > 0.5,
     }
@@ -176,17 +178,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments("promise", __doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST's four idx files")
     parser.add_argument("--healing", type=float, default=0.0, metavar="EPOCHS", help="training epochs of healing")
-    parser.add_argument("--epochs", type=int, default=2, help="training epochs of the dense networks")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     args = parser.parse_args(argv)
     if args.data_dir is None and not args.quick:
         parser.error("--data-dir is missing; only --quick does without it")
     output, cache = folders("promise", args)
-    args.epochs = 1 if args.quick else args.epochs
     torch.set_num_threads(1)
     data = load_images(args.data_dir, *((500, 2000) if args.quick else (2000, None)))
     suffix = f"-healing-{args.healing:g}" if args.healing else ""
-    results = Results(output, {"seed": args.seed, "healing": args.healing, "epochs": args.epochs}, f"results{suffix}")
+    results = Results(output, {"seed": args.seed, "healing": args.healing, "quick": args.quick}, f"results{suffix}")
     for name in args.networks:
         results.row(name, lambda name=name: measure(name, data, cache, args))
         rows = {known: results.rows[known] for known in NETWORKS if known in results.rows}

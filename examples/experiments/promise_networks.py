@@ -20,9 +20,9 @@ Batch = tuple[Tensor, Tensor]
 class Network(L.LightningModule):
     """A body with a task: to name the digit (`val_acc`), or to rebuild the picture from a noisy one (`val_psnr`)."""
 
-    def __init__(self, body: nn.Module, rebuilds: bool, noise: float = 0.0, lr: float = 3e-3) -> None:
+    def __init__(self, body: nn.Module, rebuilds: bool, noise: float = 0.0, lr: float = 3e-3, epochs: int = 2) -> None:
         super().__init__()
-        self.body, self.rebuilds, self.noise, self.lr = body, rebuilds, noise, lr
+        self.body, self.rebuilds, self.noise, self.lr, self.epochs = body, rebuilds, noise, lr, epochs
         self.monitor = "val_psnr" if rebuilds else "val_acc"
         self.metric: Metric = (
             PeakSignalNoiseRatio(data_range=1.0) if rebuilds else MulticlassAccuracy(10, average="micro")
@@ -248,8 +248,8 @@ def autoencoder() -> nn.Sequential:
 
 
 NETWORKS: dict[str, Callable[[], Network]] = {
-    "MLP": lambda: Network(perceptron(784, 256, 256, 10), rebuilds=False, lr=1e-3),
-    "autoencoder": lambda: Network(autoencoder(), rebuilds=True, lr=1e-3),
+    "MLP": lambda: Network(perceptron(784, 256, 256, 10), rebuilds=False, epochs=4),
+    "autoencoder": lambda: Network(autoencoder(), rebuilds=True, epochs=5),
     "residual": lambda: Network(residual(), rebuilds=False),
     "VGG": lambda: Network(vgg(), rebuilds=False),
     "MobileNetV2": lambda: Network(mobilenet(), rebuilds=False),
