@@ -266,7 +266,7 @@ class Agent(L.LightningModule):
         return DataLoader(Replay(self, batches), batch_size=None)
 
 
-def descent(values: Tensor, stride: int = 10, near: float = 2.0) -> Tensor:
+def descent(values: Tensor, stride: int = 10, near: float = 5.0) -> Tensor:
     """How much like a Lyapunov function the negated value is on trajectories: 1 if it falls wherever it is not small.
 
     Args:
