@@ -15,6 +15,7 @@ import argparse
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,9 @@ def film(agents: dict[str, Agent], path: Path, seed: int = UNSEEN[0]) -> None:
             environment.step(TORQUE * action.numpy())
         strips.append(frames)
     pictures = []
-    for frames in zip(*strips, strict=True):
-        wide = Image.new("RGB", (150 * len(frames), 150))
-        for place, frame in enumerate(frames):
+    for moment in zip(*strips, strict=True):
+        wide = Image.new("RGB", (150 * len(moment), 150))
+        for place, frame in enumerate(moment):
             wide.paste(frame, (150 * place, 0))
         pictures.append(wide.quantize(16))
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=150, loop=0)
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     results.row("dense", dense)
     for sparsity in sparsities:
         for method in METHODS:
-            results.row(f"{method} {sparsity:.0%}", lambda s=sparsity, m=method: row_of(m, s))  # type: ignore[misc]
+            results.row(f"{method} {sparsity:.0%}", partial(row_of, method, sparsity))
             (output / "table.md").write_text(table(results.rows))
     if not args.quick and 0.5 in sparsities:
         bound = f"default, {CONSTRAINT}"

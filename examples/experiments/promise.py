@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     suffix = f"-healing-{args.healing:g}" if args.healing else ""
     results = Results(output, {"seed": args.seed, "healing": args.healing, "quick": args.quick}, f"results{suffix}")
     for name in args.networks:
-        results.row(name, lambda name=name: measure(name, data, cache, args))
+        results.row(name, partial(measure, name, data, cache, args))
         rows = {known: results.rows[known] for known in NETWORKS if known in results.rows}
         (output / f"table{suffix}.md").write_text(table(rows))
     draw(rows, output / f"figure{suffix}.png")

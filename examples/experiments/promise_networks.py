@@ -151,7 +151,8 @@ class ConvNeXtBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Adds to its input."""
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        return x + self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+        summed: Tensor = x + self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
+        return summed
 
 
 def convnext() -> nn.Sequential:
