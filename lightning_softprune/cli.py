@@ -4,6 +4,8 @@ Whatever is wrong with a file is one line on stderr that names it, and exit code
 
 Files may come from anybody. Below the folder that the user names, no link is followed and nothing but regular files is
 opened; what the user names may be a link.
+
+What a command needs is imported by the command: `--help` waits for none of it, and only checkpoints need torch.
 """
 
 from __future__ import annotations
@@ -19,27 +21,18 @@ import zipfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import torch
-from rich.console import Console
-
-from lightning_softprune.checkpoint import RECORD, recorded_rounds
-from lightning_softprune.report import (
-    RESULT_FILE,
-    print_rounds,
-    print_solutions,
-    read_result,
-    read_round,
-    rebuild_files,
-    round_folders,
-)
-from lightning_softprune.results import PruningResult
-from lightning_softprune.search import OutOfReachError, Solution
 from lightning_softprune.utilities.files import refuse_other_than_file
 from lightning_softprune.utilities.version import __version__
 
+if TYPE_CHECKING:
+    from lightning_softprune.results import PruningResult
+    from lightning_softprune.search import Solution
+
 PROGRAM = "lightning-softprune"
+
+RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
 
 class FileError(Exception):
@@ -89,11 +82,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help=f"a checkpoint (.ckpt) of a pruned model, a round's {RESULT_FILE}, or a folder with rounds below it",
     )
+    show.add_argument("--json", action="store_true", help="print all that is known, as JSON: a list of runs")
     show.set_defaults(run=_show)
     report = commands.add_parser(
         "report",
-        help="write report.html and trials.csv again",
-        description=f"Write report.html and trials.csv again, from the {RESULT_FILE} beside them; print their paths.",
+        help="write report.html and trials.csv again, and a page that compares rounds and runs",
+        description=(
+            f"Write report.html and trials.csv again, from the {RESULT_FILE} beside them, and {INDEX_FILE}, which "
+            "compares all rounds and runs below DIR; print their paths."
+        ),
     )
     report.add_argument(
         "path", type=Path, metavar="DIR", help="the folder of a round, or one with rounds below it: rewrites all"
@@ -129,30 +126,45 @@ def _limit(text: str) -> tuple[str, float]:
 
 
 def _show(arguments: argparse.Namespace) -> int:
+    from lightning_softprune.report import read_result, read_round
+
     path: Path = arguments.path
-    console = Console()
+    runs: dict[Path, list[PruningResult]] = {}
     if path.is_dir():
-        runs: dict[Path, list[PruningResult]] = {}
         for folder in _folders(path):
             runs.setdefault(folder.parent, []).append(_result(folder, read_round))
-        for place, results in runs.items():
-            _print(console, place if len(runs) > 1 else path, results)
+        if len(runs) == 1:
+            runs = {path: next(iter(runs.values()))}
     elif path.suffix == ".json":
-        _print(console, path, [_result(path, partial(read_result, follow_links=True))])
+        runs[path] = [_result(path, partial(read_result, follow_links=True))]
     else:
-        _print(console, path, _recorded(path))
+        runs[path] = _recorded(path)
+    if arguments.json:
+        found = [{"path": str(place), "rounds": [one.to_dict() for one in results]} for place, results in runs.items()]
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return 0
+    for place, results in runs.items():
+        _print(place, results)
     return 0
 
 
-def _print(console: Console, path: Path, results: Sequence[PruningResult]) -> None:
+def _print(path: Path, results: Sequence[PruningResult]) -> None:
+    from rich.console import Console
+
+    from lightning_softprune.report import print_rounds
+
     rounds = f"{len(results)} round{'' if len(results) == 1 else 's'}"
     print(f"{_one_line(path, sys.stdout)}: {rounds}\n", flush=True)
     if results:
-        print_rounds(results, console)
+        print_rounds(results, Console())
 
 
 def _solve(arguments: argparse.Namespace) -> int:
     """Print what was found for each target; one that is out of reach is complained of, and the others are printed."""
+    from rich.console import Console
+
+    from lightning_softprune.report import print_solutions, read_round
+
     path: Path = arguments.path
     folders = _folders(path.parent if path.name == RESULT_FILE and path.is_file() else path)
     if len(folders) > 1:
@@ -166,13 +178,15 @@ def _solve(arguments: argparse.Namespace) -> int:
             answers = [_answer(path, result, target, question) for target in arguments.target]
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-    found = [answer for answer in answers if isinstance(answer, Solution)]
+    found = [answer for answer in answers if not isinstance(answer, FileError)]
     if found:
         print_solutions(found, result, Console())
     return max((_complain(answer) for answer in answers if isinstance(answer, FileError)), default=0)
 
 
 def _answer(path: Path, result: PruningResult, target: float, question: dict[str, Any]) -> Solution | FileError:
+    from lightning_softprune.search import OutOfReachError
+
     try:
         return result.solve(target, **question)
     except OutOfReachError as error:
@@ -181,12 +195,23 @@ def _answer(path: Path, result: PruningResult, target: float, question: dict[str
 
 def _report(arguments: argparse.Namespace) -> int:
     """Build every report that can be built; one that cannot is no reason to leave out the others."""
+    from lightning_softprune.report import write_index
+
     path: Path = arguments.path
     folders = _folders(path.parent if path.name == RESULT_FILE and path.is_file() else path)
-    return max(map(_rebuild, folders))
+    built = {folder: _rebuild(folder) for folder in folders}
+    good = [folder for folder, code in built.items() if code == 0]
+    if good and folders != [path] and path.is_dir():
+        try:
+            print(_one_line(write_index(path, good), sys.stdout))
+        except (OSError, ValueError) as error:
+            return _complain(_file_error(path, error))
+    return max(built.values())
 
 
 def _rebuild(folder: Path) -> int:
+    from lightning_softprune.report import rebuild_files
+
     try:
         written = rebuild_files(folder)
     except (OSError, ValueError) as error:
@@ -200,6 +225,8 @@ def _rebuild(folder: Path) -> int:
 
 
 def _folders(path: Path) -> list[Path]:
+    from lightning_softprune.report import round_folders
+
     try:
         folders = round_folders(path)
     except (OSError, ValueError) as error:
@@ -218,6 +245,8 @@ def _result(path: Path, read: Callable[[Path], PruningResult]) -> PruningResult:
 
 def _recorded(path: Path) -> list[PruningResult]:
     """The rounds in a checkpoint's record."""
+    from lightning_softprune.checkpoint import RECORD, recorded_rounds
+
     checkpoint = _load(path)
     record = checkpoint.get(RECORD) if isinstance(checkpoint, dict) else None
     if record is None:
@@ -232,6 +261,8 @@ def _recorded(path: Path) -> list[PruningResult]:
 
 def _load(path: Path) -> Any:
     """What is in a checkpoint: plain types and tensors only, which stay on disk where they can."""
+    import torch
+
     try:
         refuse_other_than_file(path)
         path.open("rb").close()

@@ -7,6 +7,7 @@ prune.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ from lightning_softprune.trainer import (
     run_steps,
     what_a_step_shows,
 )
+from lightning_softprune.utilities.checks import check_names
 from lightning_softprune.utilities.libraries import counterpart, counterparts, library_of
 
 
@@ -64,7 +66,7 @@ def find_groups(
         layers: Layer types of your own, as for :func:`register_layer`; they are known from here on.
 
     Returns:
-        The groups in the order in which the model runs them: a list that prints as a table, with a last line, its
+        The groups in the order in which the model runs them, a list that prints as a table, with a last line, its
         ``coverage``, that says how much of the model they reach.
 
     Raises:
@@ -200,6 +202,7 @@ def prune(
     """
     if not isinstance(model, counterparts(pl.LightningModule)):
         raise TypeError(f"model: {type(model).__name__} is not a LightningModule, which is needed to score plans")
+    check_names("prune", arguments, [*inspect.signature(SoftPruning).parameters, *inspect.signature(prune).parameters])
     for name in _WITHOUT_MEANING:
         if name in arguments:
             raise TypeError(f"{name}: {arguments[name]!r} has no meaning in prune(), which runs one round at once")

@@ -5,7 +5,7 @@ metric. A cell whose measurement fails says so.
 
     python tests/support_table.py --only BERT        # those with this in their name
     python tests/support_table.py --json table.json  # the numbers
-    python tests/support_table.py --write            # into tests/SUPPORT.md and README.md
+    python tests/support_table.py --write            # into tests/SUPPORT.md and the guide
 """
 
 import argparse
@@ -20,6 +20,7 @@ from support.architectures import measure
 from support.architectures.table import ARCHITECTURES
 
 ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "examples" / "guide" / "architectures.md"
 BEGIN, END = "<!-- support table: begin -->", "<!-- support table: end -->"
 CLOSE = 1e-4
 
@@ -37,14 +38,14 @@ COLUMNS = {
     "onnx": "ONNX",
     "compile": "`torch.compile`",
 }
-IN_README = ("share", "heads", "sparsity", "masking", "loads", "export", "onnx")
+IN_GUIDE = ("share", "heads", "sparsity", "masking", "loads", "export", "onnx")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAME", default="", help="architectures with this in their name")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the cells to a file")
-    parser.add_argument("--write", action="store_true", help="write the table into tests/SUPPORT.md and README.md")
+    parser.add_argument("--write", action="store_true", help="write the table into tests/SUPPORT.md and the guide")
     given = parser.parse_args(arguments)
     if given.write and given.only:
         parser.error("--write: it needs all architectures, so --only has no place beside it")
@@ -189,15 +190,14 @@ def with_table(text, rows):
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise SystemExit(f"README.md: it has not the lines {BEGIN} and {END}")
-    return f"{before}{BEGIN}\n{markdown(rows, IN_README)}\n{END}{after}"
+        raise SystemExit(f"{GUIDE.name}: it has not the lines {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{markdown(rows, IN_GUIDE)}\n{END}{after}"
 
 
 def write(rows):
     """Write the table where it is kept."""
     (ROOT / "tests" / "SUPPORT.md").write_text(document(rows), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8"), rows), encoding="utf-8")
+    GUIDE.write_text(with_table(GUIDE.read_text(encoding="utf-8"), rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_softprune
-from lightning_softprune.cli import main
+from lightning_softprune import report
+from lightning_softprune.cli import INDEX_FILE, RESULT_FILE, main
 from lightning_softprune.report.files import round_folder, write_files
 from lightning_softprune.report.page import report_page
 from lightning_softprune.results import PruningResult
@@ -50,6 +51,10 @@ def failure(capsys: Captured, *arguments: object) -> str:
     return captured.err.strip()
 
 
+def test_names_of_files_are_the_reports() -> None:
+    assert (INDEX_FILE, RESULT_FILE) == (report.INDEX_FILE, report.RESULT_FILE)
+
+
 # show
 
 
@@ -71,7 +76,7 @@ def test_show_prints_rounds_and_groups_of_a_checkpoint(
             f"{result.sparsity:.4g}",
             f"{before.params:,} -> {after.params:,}",
             f"{before.macs:,} -> {after.macs:,}",
-            f"val_loss {result.score_before:.4g} -> {result.score_after:.4g}",
+            f"{result.score_before:.4g} -> {result.score_after:.4g}",
             f"{result.strategy}: {result.stop_reason}",
             "yes",
         ]
@@ -263,8 +268,35 @@ def test_report_builds_every_round_below_a_log_directory(tmp_path: Path, capsys:
     assert main(["report", str(tmp_path)]) == 0
 
     expected = [str(folder / name) for folder in folders for name in ("trials.csv", "report.html")]
+    expected.append(str(tmp_path / "softprune.html"))
     assert capsys.readouterr().out.splitlines() == expected
     assert all(map(os.path.exists, expected))
+
+
+def test_show_prints_json_for_programs(tmp_path: Path, capsys: Captured) -> None:
+    for run, epoch in (("a", 4), ("a", 10), ("b", 4)):
+        write_files(full_result(epoch=epoch), round_folder(tmp_path / run, epoch))
+
+    assert main(["show", str(tmp_path), "--json"]) == 0
+
+    runs = json.loads(capsys.readouterr().out)
+    assert [run["path"] for run in runs] == [str(tmp_path / run / "softprune") for run in ("a", "b")]
+    found = [[PruningResult.from_dict(one).epoch for one in run["rounds"]] for run in runs]
+    assert found == [[4, 10], [4]]
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["solve", "--help"], ["solve", "."], ["report", "."]])
+def test_commands_that_need_no_torch_do_not_wait_for_it(tmp_path: Path, arguments: list[str]) -> None:
+    write_files(full_result(), tmp_path)
+    code = (
+        "import sys\nfrom lightning_softprune.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print(*({'torch', 'lightning', 'scipy', 'matplotlib', 'optuna'} & {n.partition('.')[0] for n in sys.modules}))"
+    )
+    path = os.pathsep.join([str(Path(lightning_softprune.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    run = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "", done.stderr
 
 
 def test_report_takes_the_result_itself(tmp_path: Path, capsys: Captured) -> None:
@@ -353,7 +385,8 @@ def test_a_linked_round_is_named_and_the_others_are_built(tmp_path: Path, capsys
     captured = capsys.readouterr()
     refused = [f"lightning-softprune: {link}: a link, which is not followed" for link in links[:2]]
     assert sorted(captured.err.splitlines()) == sorted(refused)
-    assert captured.out.splitlines() == [str(own / name) for name in ("trials.csv", "report.html")]
+    built = [*(own / name for name in ("trials.csv", "report.html")), tmp_path / "run" / "softprune.html"]
+    assert captured.out.splitlines() == list(map(str, built))
     assert not (round_folder(elsewhere, 5) / "report.html").exists()
 
 

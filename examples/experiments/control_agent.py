@@ -22,7 +22,7 @@ from typing import Any
 import gymnasium
 import lightning as L
 import torch
-from common.results import Results, Row, arguments, folders, markdown
+from shared.results import Results, Row, arguments, folders, markdown
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pendulum_agent import REWARD_SCALE, TORQUE, Agent, descent, episodes_of
 

@@ -22,8 +22,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from common.mnist import Images, load_images
-from common.results import Results, Row, arguments, folders, markdown
+from shared.mnist import Images, load_images
+from shared.results import Results, Row, arguments, folders, markdown
 from promise_networks import NETWORKS, Network
 
 from lightning_softprune import prune

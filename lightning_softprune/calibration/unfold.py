@@ -31,6 +31,9 @@ p / n more than it has to: 6 % with these, of the share of the outputs' variance
 MOST_ROWS, ROW_NUMBERS, LEAST_WIDE_ROWS = 4096, 2**21, 512
 """One call gives at most so many rows; wide ones so many numbers, but not fewer rows than the last."""
 
+_SPARSE = 4
+"""An input with so many times the numbers that are wanted of it is not laid out anew for them."""
+
 
 def rows_per_call(features: int, calls: int = 1) -> int:
     """How many rows of this width one call is to contribute at most.
@@ -68,11 +71,10 @@ def unfold_inputs(geometry: WeightGeometry, source: torch.Tensor, most: int) -> 
     dims = len(kernel.size)
     if source.ndim == dims + 1:
         source = source[None]
-    view = _unfolded_transposed(kernel, source) if kernel.transposed else _unfolded(kernel, source)
-    view = view.movedim(1, 1 + dims)  # (batch, *places, channels, *kernel)
-    places = view.shape[: 1 + dims]
-    rows = view[torch.unravel_index(evenly_spaced(places, most, source.device), places)]
-    return (rows.flip(tuple(range(2, 2 + dims))) if kernel.transposed else rows).flatten(1)
+    if not kernel.transposed:
+        return _rows_under(_padded(kernel, source), kernel, kernel.stride, most).flatten(1)
+    rows = _rows_under(_stretched(kernel, source), kernel, (1,) * dims, most)
+    return rows.flip(tuple(range(2, 2 + dims))).flatten(1)  # its kernel goes backwards
 
 
 def outputs_at_rows(geometry: WeightGeometry, output: torch.Tensor, most: int) -> torch.Tensor:
@@ -93,31 +95,48 @@ def evenly_spaced(places: Sequence[int], most: int, device: torch.device) -> tor
     return torch.arange(0, total, step, device=device)
 
 
-def _unfolded(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
-    """A view of shape ``(batch, channels, *places, *kernel)``."""
-    if any(kernel.around):
-        mode = "constant" if kernel.padding_mode == "zeros" else kernel.padding_mode
-        source = F.pad(source, kernel.around, mode=mode)
-    return _sliding(source, kernel.size, kernel.stride, kernel.dilation)
+def _padded(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
+    if not any(kernel.around):
+        return source
+    mode = "constant" if kernel.padding_mode == "zeros" else kernel.padding_mode
+    return F.pad(source, kernel.around, mode=mode)
 
 
-def _unfolded_transposed(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
-    """The same, its kernel backwards: a transposed convolution is one over an input that its steps spread out."""
-    dims = len(kernel.size)
+def _stretched(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
+    """A transposed convolution is one over an input that its steps spread out."""
     sizes = [(size - 1) * step + 1 for size, step in zip(source.shape[2:], kernel.stride, strict=True)]
     stretched = source.new_zeros(*source.shape[:2], *sizes)
     every: Any = (..., *(slice(None, None, step) for step in kernel.stride))
     stretched[every] = source
     around: list[int] = []
-    for dim in reversed(range(dims)):
+    for dim in reversed(range(len(kernel.size))):
         before = kernel.dilation[dim] * (kernel.size[dim] - 1) - int(kernel.padding[dim])
         around += [before, before + kernel.output_padding[dim]]
-    return _sliding(F.pad(stretched, around), kernel.size, (1,) * dims, kernel.dilation)
+    return F.pad(stretched, around)
 
 
-def _sliding(
-    source: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
-) -> torch.Tensor:
-    for dim, (size, step, apart) in enumerate(zip(kernel, stride, dilation, strict=True), start=2):
-        source = source.unfold(dim, apart * (size - 1) + 1, step)[..., ::apart]
-    return source
+def _rows_under(source: torch.Tensor, kernel: Kernel, stride: Sequence[int], most: int) -> torch.Tensor:
+    """What is under a kernel that moves over an input, shape ``(rows, channels, *kernel)``."""
+    sizes = source.shape[2:]
+    spans = [apart * (size - 1) + 1 for size, apart in zip(kernel.size, kernel.dilation, strict=True)]
+    places = [(size - span) // step + 1 for size, span, step in zip(sizes, spans, stride, strict=True)]
+    places = [source.shape[0], *places]
+    chosen = evenly_spaced(places, most, source.device)
+    if not len(chosen):
+        return source.new_zeros(0, source.shape[1], *kernel.size)
+    dims = len(sizes)
+    first, *moved = torch.unravel_index(chosen, places)
+    at = [first.reshape(-1, *[1] * dims)]
+    for dim, along in enumerate(moved):
+        offsets = torch.arange(kernel.size[dim], device=source.device) * kernel.dilation[dim]
+        here = along[:, None] * stride[dim] + offsets
+        at.append(here.reshape(-1, *(kernel.size[dim] if one == dim else 1 for one in range(dims))))
+    source = source.detach().movedim(1, -1)
+    if source[..., 0].numel() > _SPARSE * len(chosen) * math.prod(kernel.size):
+        return source[tuple(at)].movedim(-1, 1)
+    # whole channels are copied at a time: elements one by one take five times as long
+    where = at[0]
+    for size, here in zip(sizes, at[1:], strict=True):
+        where = where * size + here
+    rows = source.flatten(0, -2).index_select(0, where.flatten())
+    return rows.reshape(*where.shape, source.shape[-1]).movedim(-1, 1)

@@ -8,12 +8,13 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_softprune.callback.rounds import Rounds
+from lightning_softprune.callback.rounds import Rounds, new_identity
 from lightning_softprune.checkpoint import LoadHook, is_recorded, order_parameters
 from lightning_softprune.graph import register_layers
 from lightning_softprune.report import rounds_never_reached
 from lightning_softprune.results import PruningResult
 from lightning_softprune.trainer import (
+    LoadedBatch,
     MisconfigurationException,
     averaged_copies,
     end_epoch_at_this_batch,
@@ -38,7 +39,7 @@ class PruningHooks(Rounds):
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds so far, in plain types; a dry run is none."""
-        return {"results": [result.to_dict() for result in self._real_results()]}
+        return {"results": [result.to_dict() for result in self._real_results()], "run": self._identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the rounds of a checkpoint: they are not repeated."""
@@ -46,6 +47,7 @@ class PruningHooks(Rounds):
             return  # validate, test and predict look at a checkpoint; what a fit has done stays on record
         self.results = [PruningResult.from_dict(result) for result in state_dict["results"]]
         self._dense = self.results[0].costs_before if self.results else None
+        self._identity = state_dict.get("run") or self._identity
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what cannot work with this trainer."""
@@ -64,11 +66,11 @@ class PruningHooks(Rounds):
             )
         refuse_unsuited(trainer, pl_module)
         refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
-        self._untrained = None
+        self._untrained = self._validated = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
-            self.results, self._dense = [], None
+            self.results, self._dense, self._identity = [], None, new_identity()
         self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
 
     def on_load_checkpoint(
@@ -111,6 +113,7 @@ class PruningHooks(Rounds):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Train no further if the checkpoint is at the end of the fine-tuning that was asked for."""
+        self._looked_ahead = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # which rehearses the round
         if self._finished(trainer.current_epoch):
             trainer.should_stop = True
 
@@ -118,12 +121,20 @@ class PruningHooks(Rounds):
         """Run the rounds that are due."""
         self._run_due_rounds(trainer, pl_module)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches."""
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Run a round whose epoch start was skipped: resuming from an epoch's last step goes straight to batches.
+
+        Before the first batch of a fit, find what would be wrong with the rounds to come.
+        """
         rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
         if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
             end_epoch_at_this_batch()
+        if not self._looked_ahead:
+            self._looked_ahead = True
+            self._look_ahead(trainer, pl_module, LoadedBatch(batch, batch_idx))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""
@@ -134,6 +145,8 @@ class PruningHooks(Rounds):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Within `Trainer.validate`, try the next round and leave everything as it is: a dry run."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._keep_score(trainer)
         pending = self._pending()
         if trainer.state.fn != TrainerFn.VALIDATING or not pending:
             return
@@ -145,7 +158,8 @@ class PruningHooks(Rounds):
         self._tell(result, trainer.log_dir or trainer.default_root_dir)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do not count an epoch in which nothing was trained."""
+        """Tell what fine-tuning has come to, and do not count an epoch in which nothing was trained."""
+        self._finish(trainer, pl_module)
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)
 

@@ -8,26 +8,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 
-from lightning_softprune.checkpoint import LoadHook, ModelShapes, keep_record, rounds_of
+from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, rounds_of
 from lightning_softprune.graph import LayerSpec, check_layers, match_modules
-from lightning_softprune.report import dense_checkpoints_stay, log_figures, log_values, print_round, try_write_files
-from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.round import Goal, RoundSettings, run_round
+from lightning_softprune.report import (
+    dense_checkpoints_stay,
+    log_figures,
+    log_values,
+    print_finetuned,
+    print_round,
+    try_write_files,
+)
+from lightning_softprune.results import Costs, Origin, PruningResult
+from lightning_softprune.round import Goal, RoundSettings, check_ahead, run_round
 from lightning_softprune.trainer import (
+    LoadedBatch,
     MisconfigurationException,
     finish_epoch_without_training,
     logging_step,
+    mean_over_processes,
     reset_monitors,
 )
 from lightning_softprune.utilities.libraries import of_both_libraries
 from lightning_softprune.utilities.version import versions
+
+
+def new_identity() -> str:
+    """What tells one run's files from another's; no seed decides it."""
+    return secrets.token_hex(8)
 
 
 @of_both_libraries
@@ -39,6 +55,7 @@ class Rounds(pl.Callback):
         as_given: Whether a module that was pruned before is measured against itself as it is now, as `prune` does.
     """
 
+    monitor: str
     epochs: list[int]
     targets: Sequence[float | None]
     ignore: tuple[str, ...]
@@ -59,6 +76,10 @@ class Rounds(pl.Callback):
         self._dense: Costs | None = None
         self._loading: LoadHook | None = None
         self._evaluating = False
+        self._identity = new_identity()  # of this fit, by which its files are told from those of others
+        self._unwritten = False  # whether the files of the last round could not be written
+        self._validated: float | None = None  # the score of the last validation of this fit, if there was a round since
+        self._looked_ahead = True
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
     def _real_results(self) -> list[PruningResult]:
@@ -119,6 +140,7 @@ class Rounds(pl.Callback):
         before = ModelShapes.of(pl_module)
         result = self._search(trainer, pl_module, epoch=epoch, target=target)
         self._dense = self._dense or result.costs_before
+        self._validated = None
         self.results.append(result)
         if self._earlier or any(done.applied for done in self.results):
             keep_record(pl_module, before, self.results, self._earlier)
@@ -132,20 +154,63 @@ class Rounds(pl.Callback):
         if self.report:
             log_figures(result, trainer.loggers, step=logging_step(trainer))
 
-    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+    def _look_ahead(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: LoadedBatch) -> None:
+        """Say before training what the rounds to come would say after it."""
+        goals = [self._goal(epoch=epoch, target=target) for epoch, target in self._pending()]
+        if goals:
+            check_ahead(trainer, pl_module, self._settings(trainer), goals, batch)
+
+    def _goal(self, **goal: Any) -> Goal:
+        """What a round aims at, against the first dense model."""
         applied = [result for result in (*self._earlier, *self.results) if result.applied]
         faster = [r.latency_after / r.latency_before for r in applied if r.latency_before and r.latency_after]
         goal["dense"] = self._earlier[0].costs_before if self._earlier else self._dense
         goal["earlier"] = next((result for result in reversed(self._real_results()) if result.sensitivity), None)
-        aim = Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+        return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
+
+    def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
+        aim = self._goal(**goal)
         result = run_round(trainer, pl_module, self._settings(trainer), aim)
-        return dataclasses.replace(result, configuration=self._configuration, versions=versions())
+        root = str(trainer.log_dir or trainer.default_root_dir)
+        identity = self._identity if aim.commit else new_identity()  # a dry run is a run of its own
+        date = datetime.now().strftime("%Y-%m-%d %H:%M")
+        origin = Origin(type(pl_module).__name__, root, date, identity)
+        return dataclasses.replace(result, configuration=self._configuration, versions=versions(), origin=origin)
 
     @rank_zero_only
     def _tell(self, result: PruningResult, root: str | None, notes: Sequence[str] = ()) -> None:
         folder = try_write_files(result, Path(root)) if self.report and root is not None else None
+        self._unwritten = folder is None and root is not None
         if self.verbose:
             print_round(result, folder=folder, notes=notes)
+
+    # ------------------------------------------------------------------------------------------- the end of the fit
+
+    def _keep_score(self, trainer: pl.Trainer) -> None:
+        """Remember what a validation of the fit has found."""
+        score = trainer.callback_metrics.get(self.monitor)
+        self._validated = None if score is None or score.numel() != 1 else float(score)
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the last round's result, its files and the loggers know the score that fine-tuning has come to."""
+        numbers = [number for number, result in enumerate(self.results) if result.applied]
+        if self._validated is None or not numbers or self._untrained is not None:
+            return
+        score = mean_over_processes(trainer, {self.monitor: self._validated})[self.monitor]
+        result = dataclasses.replace(self.results[numbers[-1]], score_finetuned=score)
+        self.results[numbers[-1]] = result
+        if is_recorded(pl_module):
+            keep_record(pl_module, ModelShapes.of(pl_module), self.results, self._earlier)
+        self._tell_finetuned(result, trainer.log_dir or trainer.default_root_dir)
+        for logger in trainer.loggers:
+            logger.log_metrics({"softprune/score_finetuned": score}, step=logging_step(trainer))
+
+    @rank_zero_only
+    def _tell_finetuned(self, result: PruningResult, root: str) -> None:
+        if self.report and not self._unwritten:  # that has been said once
+            try_write_files(result, Path(root))
+        if self.verbose:
+            print_finetuned(result, (*self._earlier, *self.results)[0].score_before)
 
     def _settings(self, trainer: pl.Trainer) -> RoundSettings:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(RoundSettings)}

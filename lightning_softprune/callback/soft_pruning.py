@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from typing import Literal, Union
 
@@ -11,7 +10,7 @@ from lightning_softprune.callback.hooks import PruningHooks
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, LayerSpec, checked_layers, register_layers
 from lightning_softprune.round import checked_bounds, checked_epochs, checked_limits, checked_patterns, checked_targets
-from lightning_softprune.search import GradientSearch, SearchStrategy, parse_constraint
+from lightning_softprune.search import AUTO, GradientSearch, SearchStrategy, parse_constraint, strategy_of
 from lightning_softprune.utilities import checks
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})
@@ -22,14 +21,17 @@ class SoftPruning(PruningHooks):
 
     Args:
         monitor: The score of a plan: any metric the module logs while validating.
-        mode: Whether a lower ("min") or a higher ("max") score is better.
+        mode: Whether a lower ("min") or a higher ("max") score is better. "auto": what the logged torchmetrics object
+            says (`higher_is_better`), else "min" for names of losses and errors (`val_loss`, `rmse`); where neither
+            tells, it has to be given.
         epochs: When to prune: with epoch ``e``, counted from 0, the search runs after the validation that closed epoch
             ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each.
         target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
             (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
             sparsity that meets every constraint, to within `tolerance`. With five groups that takes about 40
             evaluations with `SensitivitySearch` and 50 with `GradientSearch`.
-        tolerance: A plan is feasible when its sparsity is at most this far from the target.
+        tolerance: A plan is feasible when its sparsity is at most this far from the target. Where feasible plans remove
+            at least what was asked for, one of them is chosen.
         cost: What sparsity is measured in, "params" or "macs" (multiply-accumulate operations of the validation step).
         limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain, as in
             ``{"macs": 0.5}``. Latency is the median time of the validation step's forward in eval mode on the training
@@ -39,7 +41,8 @@ class SoftPruning(PruningHooks):
             ``<=``, ``>=``, ``<``, ``>``.
         on_violation: What happens when no plan meets the constraints: "skip" leaves the model as it is and warns,
             "prune" prunes with the least violating plan and warns, "error" raises.
-        search: How coefficients are searched; the callback works on a copy.
+        search: How coefficients are searched: a strategy, of which the callback works on a copy, or the name of one
+            with its default arguments ("gradient", "sensitivity", "grid", "random", "uniform", "norm", "optuna").
         granularity: What has a coefficient of its own: every group ("group"), or every component ("component"), whose
             coefficient all groups inside it share; groups that couple several components keep their own.
         components: Component name -> module-name patterns; ``None``: the top-level children of the module.
@@ -53,12 +56,17 @@ class SoftPruning(PruningHooks):
             selection of the channels from which the consumers' outputs are best rebuilt) or "random".
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
+        healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense
+            network computes; 0: none. By the module's own steps, without labels and without your loss; what is learned
+            is kept where the score is better.
         round_to: Kept channels are a multiple of it, unless a group is left whole.
         search_batches: Validation batches of each loader that plans are scored on while they are searched for;
             ``None``: as few as it takes to tell plans apart, but at least 8 and 1,000 samples. Finalists, and the plan
             that is committed, are scored on all.
         memory_limit: GiB that a round may hold beside the model: validation batches that do not fit are read again from
             the loader in each pass. ``None``: a quarter of the free memory.
+        latency_batch: Samples of the batch that latency is measured with, as in deployment: the first validation
+            batch's, again and again where it has fewer. ``None``: that batch as it is.
         calibration_batches: Training batches that rankings and compensation look at.
         finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
             0: stop with the pruned, validated, checkpointed model.
@@ -82,11 +90,12 @@ class SoftPruning(PruningHooks):
     ValueError: target_sparsity: 1.5 is not between 0 and 1 (both excluded)
     """
 
+    @checks.suggesting
     def __init__(
         self,
         *,
         monitor: str = "val_loss",
-        mode: Literal["min", "max"] = "min",
+        mode: Literal["auto", "min", "max"] = "auto",
         epochs: Union[int, list[int]] = 1,  # noqa: UP007 - the command line parser reads these annotations
         target_sparsity: Union[float, list[float], None] = 0.5,  # noqa: UP007
         tolerance: float = 0.02,
@@ -94,7 +103,9 @@ class SoftPruning(PruningHooks):
         limits: dict[str, float] | None = None,
         constraints: list[str] | None = None,
         on_violation: Literal["skip", "prune", "error"] = "skip",
-        search: SearchStrategy = GradientSearch(),  # noqa: B008 - never changed, see `self.search`
+        search: Union[  # noqa: UP007
+            SearchStrategy, Literal["gradient", "sensitivity", "grid", "random", "uniform", "norm", "optuna"]
+        ] = GradientSearch(),  # noqa: B008 - never changed, see `self.search`
         granularity: Literal["group", "component"] = "group",
         components: dict[str, list[str]] | None = None,
         ignore: list[str] | None = None,
@@ -103,9 +114,11 @@ class SoftPruning(PruningHooks):
         bounds: dict[str, list[float]] | None = None,
         importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
+        healing: int = 0,
         round_to: int = 1,
         search_batches: int | None = None,
         memory_limit: float | None = None,
+        latency_batch: int | None = None,
         calibration_batches: int = 8,
         finetune_epochs: int | None = None,
         reset_monitors: bool = True,
@@ -117,7 +130,7 @@ class SoftPruning(PruningHooks):
         self.monitor = checks.instance_of("monitor", monitor, str)
         if not monitor:
             raise ValueError("monitor: '' is not the name of a metric that the module logs while validating")
-        self.mode = checks.one_of("mode", mode, ("min", "max"))
+        self.mode = checks.one_of("mode", mode, (AUTO, "min", "max"))
         self.epochs = checked_epochs(epochs)
         self.targets = checked_targets(target_sparsity, len(self.epochs))
         self.tolerance = checks.number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
@@ -133,9 +146,7 @@ class SoftPruning(PruningHooks):
                 "target_sparsity: None asks for the highest sparsity that meets every metric constraint, and there are "
                 'no constraints; give some, as in constraints=["val_psnr >= 19.5"], or a number'
             )
-        if not isinstance(search, SearchStrategy):
-            raise TypeError(f"search: {search!r} is not a SearchStrategy, for example GradientSearch()")
-        self.search = copy.deepcopy(search)
+        self.search = strategy_of(search)
         self.granularity = checks.one_of("granularity", granularity, ("group", "component"))
         self.components = checked_patterns("components", components)
         self.ignore = tuple(checks.strings("ignore", ignore))
@@ -145,9 +156,11 @@ class SoftPruning(PruningHooks):
         self.bounds = checked_bounds(bounds)
         self.importance = checks.one_of("importance", importance, IMPORTANCES)
         self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
+        self.healing = checks.whole_number("healing", healing, 0)
         self.round_to = checks.whole_number("round_to", round_to, 1)
         self.search_batches = checks.optional_whole_number("search_batches", search_batches)
         self.memory_limit = checks.optional_positive("memory_limit", memory_limit)
+        self.latency_batch = checks.optional_whole_number("latency_batch", latency_batch)
         self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
         self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
         self.reset_monitors = checks.instance_of("reset_monitors", reset_monitors, bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,12 +14,13 @@ from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
-from lightning_softprune.checkpoint.record import InstanceHook
+from lightning_softprune.checkpoint.record import InstanceHook, is_marked
 from lightning_softprune.checkpoint.resize_plan import plan_resize, resize_together
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
-from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.libraries import counterparts, in_both_libraries
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -131,6 +133,33 @@ def resizing_class(module_class: type[pl.LightningModule]) -> Iterator[None]:
                     setattr(cls, name, own)
 
 
+# ------------------------------------------------------------------------------------------ loaded by somebody else
+
+_ADVICE = "this checkpoint was pruned by SoftPruning: add the callback, use load_from_checkpoint or resizing()"
+
+
+def _explain_misfits(module_class: type[pl.LightningModule]) -> None:
+    """Let modules say what to do where the weights of a pruned one do not fit; else they load as ever.
+
+    Without the callback nobody else is asked: Lightning builds the dense module, and PyTorch compares sizes.
+    """
+
+    @functools.wraps(nn.Module.load_state_dict)
+    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super(module_class, self).load_state_dict(state_dict, *args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if is_marked(state_dict):
+                raise RuntimeError(f"{_ADVICE} (of lightning_softprune)\n{error}") from error
+            raise
+
+    if "load_state_dict" not in vars(module_class):
+        module_class.load_state_dict = load_state_dict  # type: ignore[method-assign]
+
+
+in_both_libraries(pl.LightningModule, _explain_misfits)
+
+
 _FOREIGN = (AttributeError, KeyError, TypeError)
 
 _DAMAGED = (EOFError, OSError, RuntimeError, UnpicklingError, struct.error)
@@ -177,11 +206,65 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, *args
         return module_class.load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
-class PrunedCheckpointMixin:
-    """Makes `load_from_checkpoint` of a LightningModule understand pruned checkpoints.
+_Hook = Callable[[Any, dict[str, Any]], None]
 
-    To be named first: ``class Net(PrunedCheckpointMixin, LightningModule)``. The arguments stay the same.
+_BEING_RESIZED: list[object] = []  # modules whose hook runs, and may call those of its base classes
+
+
+def _resizing_hook(original: _Hook) -> _Hook:
+    """A module's `on_load_checkpoint` after the module has taken the checkpoint's shape."""
+
+    @functools.wraps(original)
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        if any(module is self for module in _BEING_RESIZED):
+            original(self, checkpoint)
+            return
+        _refuse_to_train_on(self, checkpoint)
+        _BEING_RESIZED.append(self)
+        try:
+            _resize_around(self, checkpoint, lambda: original(self, checkpoint))
+        finally:
+            _BEING_RESIZED.remove(self)
+
+    return on_load_checkpoint
+
+
+def _refuse_to_train_on(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a fit from a pruned checkpoint whose optimizers only the callback brings into order.
+
+    Raises:
+        ValueError: There are biases in it that the class does not make, and the module has not its shape.
     """
+    record = checkpoint.get(RECORD)
+    if not isinstance(record, Mapping) or not record.get("created_biases"):
+        return
+    try:
+        fitting = module.trainer.state.fn == TrainerFn.FITTING
+    except RuntimeError:  # it has no trainer
+        return
+    names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    if fitting and not names.issuperset(record["created_biases"]):
+        raise ValueError(f"{_ADVICE} (to train on, the callback is needed: the optimizers have biases that it made)")
+
+
+class PrunedCheckpointMixin:
+    """Makes a LightningModule understand pruned checkpoints, with no callback.
+
+    `load_from_checkpoint` gives a module of the checkpoint's shape, and so do the `validate`, `test` and `predict` of a
+    Trainer with ``ckpt_path``. To be named first: ``class Net(PrunedCheckpointMixin, LightningModule)``. The arguments
+    stay the same.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """A hook of the subclass's own comes after the module has its shape."""
+        super().__init_subclass__(**kwargs)
+        if LoadHook.name in vars(cls):
+            setattr(cls, LoadHook.name, _resizing_hook(vars(cls)[LoadHook.name]))
+
+    @_resizing_hook
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Called by Lightning before weights are loaded."""
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:

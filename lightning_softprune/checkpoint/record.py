@@ -70,10 +70,23 @@ class SaveHook(InstanceHook):
             "dense": self.dense.to_dict(),
             "results": list(self.results),
         }
+        mark(checkpoint.get("state_dict"))
         if self.earlier:
             checkpoint[RECORD]["earlier"] = list(self.earlier)
         if "optimizer_states" in checkpoint:
             checkpoint[RECORD]["optimizers"] = _parameter_names(self.module, self.module.trainer.optimizers)
+
+
+def mark(state: Any) -> None:
+    """Let a state dict say that it is of a pruned module, where no tensor is: beside the versions of its modules."""
+    if isinstance(versions := getattr(state, "_metadata", None), dict):
+        versions.setdefault("", {})[RECORD] = True
+
+
+def is_marked(state: Any) -> bool:
+    """Whether a state dict says so."""
+    versions = getattr(state, "_metadata", None)
+    return isinstance(versions, dict) and RECORD in versions.get("", {})
 
 
 def keep_dense(

@@ -1,6 +1,7 @@
-"""What the readers of removed channels do to make up for them, in closed form."""
+"""What the readers of removed channels do to make up for them, in closed form; and healing, without labels."""
 
 from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
+from lightning_softprune.compensation.healing import DenseNetwork, changeable, healing_bytes, teach
 from lightning_softprune.compensation.intercepts import Intercepts, find_intercepts
 from lightning_softprune.compensation.logits import find_logit_fits
 from lightning_softprune.compensation.refit import DenseRun, refit_readers
@@ -8,9 +9,13 @@ from lightning_softprune.compensation.refit import DenseRun, refit_readers
 __all__ = [
     "COMPENSATIONS",
     "Compensation",
+    "DenseNetwork",
     "DenseRun",
     "Intercepts",
+    "changeable",
     "find_intercepts",
     "find_logit_fits",
+    "healing_bytes",
     "refit_readers",
+    "teach",
 ]

@@ -98,51 +98,59 @@ class _Problem:
 
     def solved(self) -> tuple[torch.Tensor, torch.Tensor]:
         w = torch.cat([self.start.weight, self.start.bias[:, None]], 1)
+        outputs = self.forth(w)
         for _ in range(STEPS):
-            w = self.stepped(w)
+            w, outputs = self.stepped(w, outputs)
         return w[:, :-1], w[:, -1]
 
-    def stepped(self, w: torch.Tensor) -> torch.Tensor:
-        error, slope = self.error_and_slope(w)
+    def stepped(self, w: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weights after a step, and the outputs, which move along a line with them."""
+        error, slope = self.error_and_slope(outputs)
         square = slope.square()
         scale = sum_over_processes(square.sum(0)) / self.total  # mean squared slope of each output
         pull = self.ridge * self.total * scale
         gradient = self.back(slope * error) - self.pulled(pull, w - self.prior)
-        step = self.conjugate_gradients(gradient, square, scale, pull)
-        before, length = self.objective(w, pull), (scale > 0).to(w.dtype)
+        step, moved = self.conjugate_gradients(gradient, square, scale, pull)
+        before, length = self.objective(w, outputs, pull), (scale > 0).to(w.dtype)
         for halving in range(HALVINGS + 1):
-            worse = ~(self.objective(w + length[:, None] * step, pull) <= before)
+            after = self.objective(w + length[:, None] * step, outputs + length * moved, pull)
+            worse = ~(after <= before)
             if not worse.any():
                 break
             length = torch.where(worse, 0.0 if halving == HALVINGS else length / 2, length)
-        return torch.where(length[:, None] > 0, w + length[:, None] * step, w)
+        stays = length == 0
+        w = torch.where(stays[:, None], w, w + length[:, None] * step)
+        return w, torch.where(stays, outputs, outputs + length * moved)
 
     def conjugate_gradients(
         self, residual: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step, and what it adds to the outputs."""
         tiny = torch.finfo(residual.dtype).tiny
-        step = torch.zeros_like(residual)
+        step, moved = torch.zeros_like(residual), torch.zeros_like(square)
         direction = ahead = self.preconditioned(residual, scale)
         energy = (residual * ahead).sum(1)
         for _ in range(SOLVES):
-            product = self.back(square * self.forth(direction)) + self.pulled(pull, direction)
+            along = self.forth(direction)
+            product = self.back(square * along) + self.pulled(pull, direction)
             length = energy / (direction * product).sum(1).clamp(min=tiny)
             step = step + length[:, None] * direction
+            moved = moved.addcmul_(along, length)
             residual = residual - length[:, None] * product
             ahead = self.preconditioned(residual, scale)
             last, energy = energy, (residual * ahead).sum(1)
             direction = ahead + (energy / last.clamp(min=tiny))[:, None] * direction
-        return step
+        return step, moved
 
-    def error_and_slope(self, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def error_and_slope(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
-            outputs = self.forth(w).requires_grad_()
+            outputs = outputs.detach().requires_grad_()
             after = self.activation(outputs)
             (slope,) = torch.autograd.grad(after.sum(), outputs)
         return self.target - after.detach(), slope
 
-    def objective(self, w: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-        error = sum_over_processes((self.target - self.activation(self.forth(w))).square().sum(0))
+    def objective(self, w: torch.Tensor, outputs: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
+        error = sum_over_processes((self.target - self.activation(outputs)).square().sum(0))
         return error + pull * (w - self.prior)[:, :-1].square().sum(1)
 
     def forth(self, w: torch.Tensor) -> torch.Tensor:

@@ -3,8 +3,9 @@
 Compensation of one layer knows nothing of the errors that the layers before it leave. Once a plan is chosen, each
 reader is therefore fitted again, in the order in which they run (He et al. 2017, arXiv 1707.06168, eq. 5), those that
 read the same tensor in one pass (neighbours in a chain must not: each would miss what the refit before it changes, and
-in deep chains that adds up to more than the one-shot error); with the
-dense network's outputs ``y``, what its outputs read now ``z``, and the compensated weights ``W0``,
+in deep chains that adds up to more than the one-shot error). Each pass ends at its reader, and what ran before the last
+one is not computed again (`replay`). With the dense network's outputs ``y``, what its outputs read now ``z``, and the
+compensated weights ``W0``,
 
     W = (S_yz + r W0) (S_zz + r I)^-1,    b = m_y - W m_z;
 
@@ -45,6 +46,7 @@ from lightning_softprune.compensation.activation_fit import Start, fit_after_act
 from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
 from lightning_softprune.compensation.fold import Compensation
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, cholesky, ridge_of
+from lightning_softprune.compensation.replay import Replay
 from lightning_softprune.compensation.sums import watch_sums
 from lightning_softprune.compensation.weights import PrunedWeight
 from lightning_softprune.graph import WeightGeometry, weight_of, write_weight
@@ -136,6 +138,8 @@ class DenseRun:
             if flags:
                 self.rows.pop(name, None)
         self.activations = find_following_activations(model, by_feature, steps[0]) if steps else {}
+        taken = sum(rows.numel() * rows.element_size() for seen in self.rows.values() for rows in seen)
+        self.room = None if budget is None else max(budget - taken, 0.0)
 
     def _meet(self, name: str, source: torch.Tensor, sources: list[_Source]) -> None:
         """Find out who reads the same tensor; a layer that is called again reads several."""
@@ -220,8 +224,9 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
             continue  # in the latter case, groups have taken all that it read: its bias has made up for them
         if pruned.geometry.groups == 1 or isinstance(regression, FeatureRegression):
             lossy[name] = _Reader(name, layer, pruned, regression)
+    replay = Replay(model, dense.room)
     for names in _passes(list(lossy), dense):
-        given, added = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense)
+        given, added = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense, replay)
         for name in names:
             _refit(lossy[name], surgery, dense, (given.pop(name), added.pop(name, None)))
 
@@ -288,7 +293,7 @@ class _StopForward(BaseException):
 
 
 def _given(
-    model: nn.Module, geometries: Mapping[str, WeightGeometry], dense: DenseRun
+    model: nn.Module, geometries: Mapping[str, WeightGeometry], dense: DenseRun, replay: Replay
 ) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
     """What readers are given now, call by call, and what is added to the outputs of those in `dense.summed`.
 
@@ -306,6 +311,7 @@ def _given(
             raise _StopForward
 
     def see(name: str, source: torch.Tensor) -> None:
+        replay.stop()
         if name in dense.most:
             rows = unfold_inputs(geometries[name], source, dense.most[name])
         else:
@@ -319,10 +325,10 @@ def _given(
             count()
 
     with watch_inputs(model, list(geometries), see), torch.no_grad():
-        for step, calls in zip(dense.steps, dense.calls, strict=True):
+        for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
             left = sum(calls[name] for name in (*geometries, *summed))
             if left:
-                with suppress(_StopForward), watch_sums(model, summed, see_sum):
+                with suppress(_StopForward), replay.step(number), watch_sums(model, summed, see_sum):
                     step()
     return seen, added
 

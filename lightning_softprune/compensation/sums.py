@@ -52,6 +52,8 @@ class _Readers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not self.watched:
+            return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
         read = [(output, name) for output, name in self.watched if any(output is tensor for tensor in given)]
         addends = [_addend(func, output, args, kwargs) for output, _ in read]

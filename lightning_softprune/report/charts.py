@@ -29,7 +29,7 @@ WIDTH, HEIGHT = 480, 300
 
 _RIGHT, _TOP, _BOTTOM = 14, 12, 50
 
-_SMALL_WIDTH, _SMALL_HEIGHT = 220, 128
+_SMALL_WIDTH, _SMALL_HEIGHT = 220, 150
 
 _MANY = 400  # more points than this: one path for all of them, without a tooltip each
 
@@ -131,7 +131,7 @@ def sparsity_chart(result: PruningResult) -> Markup:
     front = sorted(trials_on_front(result), key=lambda index: sparsities[index])
     points = [(trials[index].sparsity, trials[index].score) for index in front]
     points = [point for point in points if is_drawable(point[0]) and is_drawable(point[1])]
-    corners = " ".join(dict.fromkeys(_pair(x.at(a), y.at(b)) for a, b in points))
+    corners = corners_of([(x.at(a), y.at(b)) for a, b in points])
     line = tag("polyline", points=corners, class_="front") if points else Markup()
     if points:
         summary += f" {len(points):,} of them are on the Pareto front."
@@ -148,7 +148,8 @@ def sensitivity_charts(result: PruningResult) -> Markup:
     for number, curve in enumerate(result.sensitivity):
         group = groups.get(curve.group)
         colour = colours[group.component] if group else "c0"
-        chart = _small_chart(curve, low, high, None if group is None else group.coefficient, f"sensitivity-{number}")
+        key = Heading(f"sensitivity-{number}", result.monitor, "")
+        chart = _small_chart(curve, (low, high), None if group is None else group.coefficient, key)
         figures.append(tag("figure", tag("figcaption", curve.group), chart, class_=f"small {colour}"))
     return tag("div", *figures, class_="smalls")
 
@@ -162,6 +163,39 @@ _KEYS = {
     "band": "target sparsity and tolerance",
     "before": "before pruning",
 }
+
+
+def axes_of(
+    ends: tuple[float, float], heights: tuple[float, float], marks: dict[float, str], names: tuple[str, str]
+) -> tuple[Axis, Axis, Markup]:
+    """Two axes, to the right and upwards, and their drawing.
+
+    Args:
+        ends: Of the one to the right.
+        heights: Of the one upwards.
+        marks: What is written where on the one to the right.
+        names: Of both.
+    """
+    low, high = heights
+    labels = {value: f"{value:.6g}" for value in ticks(low, high)}
+    left = 30 + 9.2 * max(map(len, labels.values()))  # wide enough for the larger type of small screens
+    x = Axis(*ends, start=left, end=WIDTH - _RIGHT)
+    y = Axis(low, high, start=HEIGHT - _BOTTOM, end=_TOP)
+    parts = []
+    for value, label in labels.items():
+        at = y.at(value)
+        parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
+        parts.append(tag("text", label, x=x.start - 7, y=at, dy="0.34em", class_="tick y"))
+    parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
+    for value, label in marks.items():
+        at = x.at(value)
+        parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"))
+        parts.append(tag("text", label, x=at, y=y.start + 19, class_="tick x"))
+    parts.append(tag("text", names[0], x=(x.start + x.end) / 2, y=HEIGHT - 7, class_="label x"))
+    middle = (y.start + y.end) / 2
+    turned = f"rotate(-90 14 {middle:g})"
+    parts.append(tag("text", short_name(names[1]), x=14, y=middle, transform=turned, class_="label x"))
+    return x, y, join(parts)
 
 
 @dataclass(frozen=True)
@@ -180,24 +214,8 @@ class _Frame:
         scores = [trial.score for trial in result.trials]
         important = [score for _, score in best_so_far(result)[-1:]] + [result.score_before, result.score_after]
         low, high = score_limits(scores, important)
-        labels = {value: f"{value:.6g}" for value in ticks(low, high)}
-        left = 30 + 9.2 * max(map(len, labels.values()))  # wide enough for the larger type of small screens
-        x = Axis(*ends, start=left, end=WIDTH - _RIGHT)
-        y = Axis(low, high, start=HEIGHT - _BOTTOM, end=_TOP)
-        parts = []
-        for value, label in labels.items():
-            at = y.at(value)
-            parts.append(tag("line", x1=x.start, x2=x.end, y1=at, y2=at, class_="grid"))
-            parts.append(tag("text", label, x=x.start - 7, y=at, dy="0.34em", class_="tick y"))
-        parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-        for value in marks:
-            at = x.at(value)
-            parts.append(tag("line", x1=at, x2=at, y1=y.start, y2=y.start + 4, class_="axis"))
-            parts.append(tag("text", format(value, form), x=at, y=y.start + 19, class_="tick x"))
-        parts.append(tag("text", name, x=(x.start + x.end) / 2, y=HEIGHT - 7, class_="label x"))
-        middle = (y.start + y.end) / 2
-        parts.append(tag("text", "score", x=14, y=middle, transform=f"rotate(-90 14 {middle:g})", class_="label x"))
-        return cls(result, x, y, join(parts))
+        names = {value: format(value, form) for value in marks}
+        return cls(result, *axes_of(ends, (low, high), names, (name, result.monitor)))
 
     def figure(
         self,
@@ -234,8 +252,8 @@ class _Frame:
         return tag(
             "figure",
             tag("h3", heading.title),
-            _picture(*heading, WIDTH, HEIGHT, drawing),
-            tag("ul", *(_legend(name) for name in shown), class_="legend"),
+            picture(heading, (WIDTH, HEIGHT), drawing),
+            tag("ul", *(legend_of(name, _KEYS[name]) for name in shown), class_="legend"),
             tag("figcaption", " ".join(notes)),
         )
 
@@ -282,17 +300,24 @@ class _Frame:
         return f"trial {index}: score {trial.score:.5g}{part}, sparsity {trial.sparsity:.4g}, {feasible}{chosen}"
 
 
-def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float | None, key: str) -> Markup:
-    labels = [f"{value:.4g}" for value in ticks(low, high, 2)]
-    left = 8 + 8.0 * max(map(len, labels))
+def _small_chart(curve: Sensitivity, ends: tuple[float, float], coefficient: float | None, heading: Heading) -> Markup:
+    low, high = ends
+    marks = ticks(low, high, 2)
+    marks = marks if len(marks) > 1 else ticks(low, high, 4)  # one mark alone is no scale
+    labels = [f"{value:.4g}" for value in marks]
+    left = 22 + 8.0 * max(map(len, labels))
     x = Axis(0.0, 1.0, left, _SMALL_WIDTH - 8)
-    y = Axis(low, high, _SMALL_HEIGHT - 22, 6)
+    y = Axis(low, high, _SMALL_HEIGHT - 42, 6)
     parts = []
-    for value, label in zip(ticks(low, high, 2), labels, strict=True):
+    for value, label in zip(marks, labels, strict=True):
         parts.append(tag("line", x1=x.start, x2=x.end, y1=y.at(value), y2=y.at(value), class_="grid"))
         parts.append(tag("text", label, x=x.start - 5, y=y.at(value), dy="0.34em", class_="tick y"))
     parts.append(tag("line", x1=x.start, x2=x.end, y1=y.start, y2=y.start, class_="axis"))
-    parts += [tag("text", f"{v:g}", x=x.at(v), y=_SMALL_HEIGHT - 6, class_="tick x") for v in (0.0, 0.5, 1.0)]
+    parts += [tag("text", f"{v:g}", x=x.at(v), y=_SMALL_HEIGHT - 25, class_="tick x") for v in (0.0, 0.5, 1.0)]
+    parts.append(tag("text", "coefficient", x=(x.start + x.end) / 2, y=_SMALL_HEIGHT - 6, class_="label x"))
+    middle = (y.start + y.end) / 2
+    turned = f"rotate(-90 11 {middle:g})"
+    parts.append(tag("text", short_name(heading.title, 14), x=11, y=middle, transform=turned, class_="label x"))
     if coefficient is not None and math.isfinite(coefficient):
         note = tag("title", f"coefficient {coefficient:.3g}")
         at = x.at(coefficient)
@@ -311,22 +336,34 @@ def _small_chart(curve: Sensitivity, low: float, high: float, coefficient: float
             note = tag("title", f"coefficient {a:.3g}: score {b:.5g}")
             parts.append(tag("circle", note, cx=x.at(a), cy=y.at(b), r=2.5, class_="dot"))
     values = "; ".join(f"{a:.3g}: {b:.5g}" for a, b in points)
-    return _picture(key, f"Sensitivity of {curve.group}", values, _SMALL_WIDTH, _SMALL_HEIGHT, join(parts))
+    told = Heading(heading.key, f"Sensitivity of {curve.group}", values)
+    return picture(told, (_SMALL_WIDTH, _SMALL_HEIGHT), join(parts))
 
 
-def _picture(key: str, title: str, summary: str, width: int, height: int, drawing: Markup) -> Markup:
+def picture(heading: Heading, size: tuple[int, int], drawing: Markup) -> Markup:
+    """A drawing of this size, with what it shows in words."""
     return tag(
         "svg",
-        tag("title", title, id=f"{key}-title"),
-        tag("desc", summary, id=f"{key}-desc"),
+        tag("title", heading.title, id=f"{heading.key}-title"),
+        tag("desc", heading.summary, id=f"{heading.key}-desc"),
         drawing,
-        viewBox=f"0 0 {width} {height}",
+        viewBox=f"0 0 {size[0]} {size[1]}",
         role="img",
-        aria_labelledby=f"{key}-title {key}-desc",
+        aria_labelledby=f"{heading.key}-title {heading.key}-desc",
     )
 
 
-def _legend(kind: str) -> Markup:
+def short_name(name: str, most: int = 32) -> str:
+    """A name that fits beside an axis; its end says more than its start.
+
+    >>> short_name("validation/reconstruction/val_psnr", 12)
+    '…on/val_psnr'
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"
+
+
+def legend_of(kind: str, name: str) -> Markup:
+    """An entry of a legend."""
     if kind in ("feasible", "infeasible"):
         mark = tag("circle", cx=10, cy=7, r=3.5, class_=kind)
     elif kind == "chosen":
@@ -335,7 +372,12 @@ def _legend(kind: str) -> Markup:
         mark = tag("rect", x=4, y=0, width=12, height=14, class_=kind)
     else:
         mark = tag("line", x1=0, x2=20, y1=7, y2=7, class_=kind)
-    return tag("li", tag("svg", mark, width=20, height=14, aria_hidden="true"), _KEYS[kind])
+    return tag("li", tag("svg", mark, width=20, height=14, aria_hidden="true"), name)
+
+
+def corners_of(points: Sequence[tuple[float, float]]) -> str:
+    """The corners of a line."""
+    return " ".join(dict.fromkeys(_pair(x, y) for x, y in points))
 
 
 def _diamond(x: float, y: float, title: str) -> Markup:

@@ -31,9 +31,10 @@ MAX_GROUPS = 80
 
 _MAX_NAME = 36
 
-_BLUE, _GREY, _ORANGE, _GREEN, _INK = "#0a6cab", "#818b96", "#c04f00", "#007a58", "#1b2128"
+# As on the page: ink for trials, the accent for what was chosen, and a hue for each component.
+_ACCENT, _GREY, _INK = "#0b5fa5", "#818b96", "#1b2128"
 
-_COLOURS = (_BLUE, _ORANGE, _GREEN, "#a3447e", "#8a6a00", "#5b5bb5", "#5c6670")  # as on the page
+_COLOURS = ("#0f7480", "#8a6a00", "#5b5bb5", "#a3447e", "#6b7a1c", "#7b5539", "#5c6670")
 
 
 @rank_zero_only
@@ -61,12 +62,12 @@ def score_figure(result: PruningResult) -> Figure:
     figure, axes = _empty((6.4, 4.8))
     band = target_band(result)
     if band is not None:
-        axes.axvspan(*band, color=_BLUE, alpha=0.14, linewidth=0, label="target sparsity and tolerance")
+        axes.axvspan(*band, color=_INK, alpha=0.1, linewidth=0, label="target sparsity and tolerance")
     if is_drawable(result.score_before):
         axes.axhline(result.score_before, color=_INK, linewidth=1, linestyle=":", label="before pruning")
     styles: tuple[dict[str, Any], ...] = (
         {"label": "not feasible", "facecolors": "none", "edgecolors": _GREY},
-        {"label": "feasible trial", "color": _BLUE, "linewidths": 0},
+        {"label": "feasible trial", "color": _INK, "alpha": 0.55, "linewidths": 0},
     )
     for feasible, style in enumerate(styles):
         points = [(t.sparsity, t.score) for t in result.trials if t.feasible == bool(feasible) and is_drawable(t.score)]
@@ -74,12 +75,12 @@ def score_figure(result: PruningResult) -> Figure:
             axes.scatter(*zip(*points, strict=True), s=18, zorder=2 + feasible, **style)
     front = [(trial.sparsity, trial.score) for trial in result.pareto if is_drawable(trial.score)]
     if front:
-        axes.plot(*zip(*front, strict=True), color=_GREEN, linewidth=1.8, label="Pareto front", zorder=4)
+        axes.plot(*zip(*front, strict=True), color=_INK, linewidth=1.8, label="Pareto front", zorder=4)
     chosen = chosen_trial(result)
     if chosen is not None and is_drawable(result.trials[chosen].score):
         trial = result.trials[chosen]
         axes.scatter(
-            [trial.sparsity], [trial.score], s=70, marker="D", color=_ORANGE, ec="white", label="chosen", zorder=5
+            [trial.sparsity], [trial.score], s=70, marker="D", color=_ACCENT, ec="white", label="chosen", zorder=5
         )
     important = [score for _, score in best_so_far(result)[-1:]] + [result.score_before, result.score_after]
     axes.set_ylim(score_limits([trial.score for trial in result.trials], important))

@@ -7,22 +7,23 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning.pytorch.utilities import rank_zero_warn
-
+from lightning_softprune.report.index import index_page
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import trial_rows
 from lightning_softprune.results import PruningResult
 from lightning_softprune.utilities.files import read_file, refuse_link, replace_file
 
-RESULT_FILE = "result.json"
+RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
-_ROOT, _ROUND = "softprune", "epoch="
+_ROOT, _ROUND, _VERSION = "softprune", "epoch=", "version_"
 
 
 def round_folder(root: Path, epoch: int) -> Path:
@@ -34,8 +35,39 @@ def round_folder(root: Path, epoch: int) -> Path:
     return Path(root) / _ROOT / f"{_ROUND}{epoch}"
 
 
+def free_folder(root: Path, epoch: int, identity: str) -> Path:
+    """Where the files of a run's round at `epoch` belong, so that no other run's are overwritten.
+
+    The first run in a folder has its rounds in ``softprune/epoch=<e>``, the next one in
+    ``softprune/version_1/epoch=<e>``, and so on. A run that goes on finds its own place again.
+
+    Args:
+        root: The run's folder.
+        epoch: The round's.
+        identity: Tells runs apart, see `Origin`.
+    """
+    first = round_folder(root, epoch)
+    for number in itertools.count():
+        folder = first if number == 0 else first.parent / f"{_VERSION}{number}" / first.name
+        if _runs_in(folder.parent) <= {identity}:
+            return folder
+    raise AssertionError("there are versions without end")
+
+
+def _runs_in(folder: Path) -> set[str | None]:
+    """The identities of the runs that have rounds right in this folder; `None`: one that is not known."""
+    return set(map(_identity_in, folder.glob(f"{_ROUND}*/{RESULT_FILE}")))
+
+
+def _identity_in(path: Path) -> str | None:
+    try:
+        return str(json.loads(read_file(path))["origin"]["identity"]) or None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # older, or somebody else's
+        return None
+
+
 def write_files(result: PruningResult, folder: Path) -> list[Path]:
-    """Write `result.json`, `trials.csv` and `report.html`, replacing those of an earlier run.
+    """Write `result.json`, `trials.csv` and `report.html`, replacing those that are there.
 
     A reader sees an old file or a new one, never half of one. A link in the place of a file is replaced, and what it
     points to is left alone.
@@ -51,8 +83,8 @@ def write_files(result: PruningResult, folder: Path) -> list[Path]:
         OSError: If the folder cannot be written, or is a link in the place of a round's folder.
     """
     folder = Path(folder)
-    _refuse_linked(folder.parent)
-    _refuse_linked(folder)
+    for place in (*folder.parents[:2], folder):
+        _refuse_linked(place)
     folder.mkdir(parents=True, exist_ok=True)
     texts = {name: render(result) for name, render in _FILES.items()}  # all of them first: what fails writes nothing
     return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
@@ -66,8 +98,11 @@ def try_write_files(result: PruningResult, root: Path) -> Path | None:
     """
     folder = round_folder(root, result.epoch)
     try:
+        folder = free_folder(root, result.epoch, result.origin.identity)
         write_files(result, folder)
     except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
+        from lightning.pytorch.utilities import rank_zero_warn  # slow to import, and the command line has no use for it
+
         rank_zero_warn(f"SoftPruning: no report of the round in {folder}: {type(error).__name__}: {error}")
         return None
     return folder
@@ -111,8 +146,12 @@ def _finite(text: str) -> float:
 
 def _refuse_linked(folder: Path) -> None:
     """Links to whole runs are the user's own habit (`latest`); those in the place of our folders are nobody's."""
-    if folder.name == _ROOT or folder.name.startswith(_ROUND):
+    if folder.name == _ROOT or folder.name.startswith(_ROUND) or _is_version(folder):
         refuse_link(folder)
+
+
+def _is_version(folder: Path) -> bool:
+    return folder.name.startswith(_VERSION) and folder.parent.name == _ROOT
 
 
 def round_folders(root: Path) -> list[Path]:
@@ -143,11 +182,15 @@ def round_folders(root: Path) -> list[Path]:
             if folder.name.startswith(_ROUND) and os.path.lexists(folder / RESULT_FILE):
                 found.append(folder)
 
-    def key(folder: Path) -> tuple[Path, int, str]:
-        epoch = folder.name.removeprefix(_ROUND)
-        return folder.parent, int(epoch) if epoch.isdecimal() else -1, epoch
+    return sorted(found, key=_natural)
 
-    return sorted(found, key=key)
+
+def _natural(folder: Path) -> list[list[tuple[int, str]]]:
+    """Folder by folder, with numbers by their size."""
+    return [
+        [(int(piece) if piece.isdecimal() else -1, piece) for piece in re.split(r"([0-9]+)", part)]
+        for part in folder.parts
+    ]
 
 
 def _has_result(folder: Path) -> bool:
@@ -170,6 +213,24 @@ def rebuild_files(folder: Path) -> list[Path]:
     result = read_round(folder)
     texts = {name: render(result) for name, render in _FILES.items() if name != RESULT_FILE}
     return [replace_file(folder / name, text.encode()) for name, text in texts.items()]
+
+
+def write_index(root: Path, folders: Sequence[Path]) -> Path:
+    """Write a page that compares rounds, beside the folders that they are below.
+
+    Args:
+        root: Where to write it.
+        folders: Those of the rounds.
+
+    Returns:
+        Its path.
+
+    Raises:
+        OSError: If a result cannot be read or the page not written.
+        ValueError: If a file is no result.
+    """
+    rounds = [(folder.relative_to(root).as_posix(), read_round(folder)) for folder in folders]
+    return replace_file(root / INDEX_FILE, index_page(root.resolve().name, rounds).encode())
 
 
 def _json_text(result: PruningResult) -> str:

@@ -49,6 +49,17 @@ def dense_checkpoints_stay(paths: Sequence[str]) -> list[str]:
     ]
 
 
+def score_path(result: PruningResult, dense: float) -> str:
+    """Word what became of the score: of the dense model, pruned, and after fine-tuning.
+
+    Args:
+        result: The last round.
+        dense: The score of the first dense model.
+    """
+    scores = f"{result.monitor}: dense {dense:.4g}, pruned {result.score_after:.4g}"
+    return scores if result.score_finetuned is None else f"{scores}, after fine-tuning {result.score_finetuned:.4g}"
+
+
 def _listed(numbers: Sequence[int]) -> str:
     *others, last = map(str, numbers)
     return f"{', '.join(others)} and {last}" if others else last

@@ -1,31 +1,38 @@
 """`report.html`: a round as one page that needs nothing else, no network, no library, no other file.
 
-`report_page` is a pure function from a `PruningResult` to text. Style sheet and script lie beside this module
-(`page.css`, `page.js`) and are copied into the page. The script sorts the table of trials; without it the page says the
-same. A content security policy in the page's head forbids every request and every script but that one.
+`report_page` is a pure function from a `PruningResult` to text. The script sorts the table of trials, saves figures and
+says where a table scrolls; without it the page says the same.
 """
 
 from __future__ import annotations
 
-import base64
-import functools
-import hashlib
-import importlib.resources
 import math
-from collections.abc import Iterable, Sequence
 
+from lightning_softprune.report.blocks import (
+    LONG,
+    card,
+    document,
+    heading,
+    plain_table,
+    scrolling,
+    section,
+    sortable_table,
+)
 from lightning_softprune.report.charts import history_chart, sensitivity_charts, sparsity_chart
-from lightning_softprune.report.markup import Markup, join, tag, trusted
+from lightning_softprune.report.markup import Markup, join, tag
 from lightning_softprune.report.series import (
     budget_rows,
     chosen_trial,
     component_colours,
+    evaluations_line,
     format_fraction,
     format_number,
     has_parts,
+    knobs_line,
+    stages,
     trials_on_front,
 )
-from lightning_softprune.results import GroupResult, PruningResult, format_change
+from lightning_softprune.results import GroupResult, LayerShapes, PruningResult, format_change
 from lightning_softprune.search import better
 
 MAX_ROWS = 1000
@@ -34,7 +41,12 @@ MAX_CELLS = 40_000
 
 MAX_COEFFICIENT_COLUMNS = 40
 
-_LONG = 24  # more rows than this scroll in a box of their own
+_WORDS = {
+    "least_squares": "layers that read removed channels predict them from the kept ones, by regression",
+    "bias": "layers that read removed channels keep their mean, in the bias",
+    "none": "layers that read removed channels do without",
+}
+"""What compensation is, by the argument's value."""
 
 
 def report_page(result: PruningResult) -> str:
@@ -46,25 +58,13 @@ def report_page(result: PruningResult) -> str:
     Returns:
         The whole document. Whatever is a name or a text in the result is escaped.
     """
-    css, script = _asset("page.css"), _asset("page.js")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=policy),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("link", rel="icon", href="data:,"),  # or the browser asks a server for one
-        tag("title", f"SoftPruning, epoch {result.epoch}"),
-        tag("style", trusted(css)),
-    )
     sections = [
         _header(result),
         _banner(result),
         _cards(result),
         _budgets(result),
         _groups(result),
+        _layers(result),
         _search(result),
         _sensitivity(result),
         _trials(result),
@@ -72,30 +72,7 @@ def report_page(result: PruningResult) -> str:
         _left_out(result),
         _settings(result),
     ]
-    body = tag("body", tag("main", *sections), tag("script", trusted(script)))
-    return f"<!DOCTYPE html>\n{tag('html', head, body, lang='en')}\n"
-
-
-@functools.cache
-def _asset(name: str) -> str:
-    return importlib.resources.files("lightning_softprune.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _section(title: str, *content: str, note: str = "") -> Markup:
-    return tag("section", tag("h2", title), tag("p", note, class_="note") if note else Markup(), *content)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], label: str, class_: str = "") -> Markup:
-    """A table that scrolls by itself where it is too wide, or too long, for the page."""
-    lines = [tag("tr", *(tag("td", cell) for cell in row)) for row in rows]
-    head = tag("thead", tag("tr", *(tag("th", name, scope="col") for name in header)))
-    return _scrolling(tag("table", head, tag("tbody", *lines), class_=class_ or None), len(lines), label)
-
-
-def _scrolling(table: Markup, rows: int, label: str) -> Markup:
-    # Focusable: a box that scrolls has to scroll by keyboard too.
-    box = "scroll long" if rows > _LONG else "scroll"
-    return tag("div", table, class_=box, role="region", tabindex=0, aria_label=label)
+    return document(f"SoftPruning, epoch {result.epoch}", sections)
 
 
 def _change(before: float, after: float) -> str:
@@ -109,14 +86,14 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _header(result: PruningResult) -> Markup:
-    passes = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}"
-    facts = [result.strategy, passes, f"{result.seconds:,.1f} s", f"stopped: {result.stop_reason}"]
-    return tag(
-        "header",
-        tag("p", "SoftPruning", class_="over"),
-        tag("h1", f"Round at epoch {result.epoch}"),
-        tag("p", join((tag("span", fact) for fact in facts), " "), class_="facts"),
-    )
+    evaluations = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}"
+    trials = f"{len(result.trials):,} trial{'' if len(result.trials) == 1 else 's'}"
+    origin = result.origin
+    facts = [origin.run, origin.date, result.measured_on]
+    facts += [result.strategy, trials, evaluations, f"{result.seconds:,.1f} s", f"stopped: {result.stop_reason}"]
+    title = f"{origin.model}, round at epoch {result.epoch}" if origin.model else f"Round at epoch {result.epoch}"
+    links = [tag("a", name, href=name) for name in ("trials.csv", "result.json")]
+    return heading("SoftPruning", title, facts, links)
 
 
 def _banner(result: PruningResult) -> Markup:
@@ -136,66 +113,137 @@ def _banner(result: PruningResult) -> Markup:
 def _cards(result: PruningResult) -> Markup:
     before, after = result.costs_before, result.costs_after
     cards = [
-        _card("Parameters", f"{before.params:,}", f"{after.params:,}", format_change(before.params, after.params)),
-        _card("MACs", f"{before.macs:,}", f"{after.macs:,}", format_change(before.macs, after.macs)),
+        card(shown, f"{dense:,}", f"{pruned:,}", _saved(result, name, dense, pruned))
+        for shown, name, dense, pruned in (
+            ("Parameters", "params", before.params, after.params),
+            ("MACs", "macs", before.macs, after.macs),
+        )
     ]
     if result.latency_before is not None and result.latency_after is not None:
         seconds = result.latency_before, result.latency_after
-        note = f"{result.latency_change}, one validation step"
-        cards.append(_card("Latency", _milliseconds(seconds[0]), _milliseconds(seconds[1]), note))
-    scores = result.score_before, result.score_after
-    change, verdict = _change(*scores), ""
-    if math.isfinite(scores[0]) and math.isfinite(scores[1]) and scores[0] != scores[1]:
-        verdict = "better" if better(scores[1], scores[0], result.mode) else "worse"
-    note = join([change, tag("span", verdict, class_=verdict)], " ") if verdict else change
-    cards.append(_card(f"{result.monitor} ({result.mode})", format_number(scores[0]), format_number(scores[1]), note))
+        notes = [result.latency_change, _of_dense(result, "latency", seconds[1] / seconds[0] if seconds[0] else 1.0)]
+        note = ", ".join(filter(None, [*notes, "one validation step", result.measured_on]))
+        cards.append(card("Latency", _milliseconds(seconds[0]), _milliseconds(seconds[1]), note))
+    scores = format_number(result.score_before), format_number(result.score_after)
+    cards.append(card(_monitor(result), *scores, _verdict(result, result.score_after)))
+    if result.score_finetuned is not None:
+        score = result.score_finetuned
+        cards.append(card("After fine-tuning", " → ".join(scores), format_number(score), _verdict(result, score)))
     if result.target_sparsity is None:
         target = "no target: as high as the constraints allow"
     else:
         target = f"target {format_fraction(result.target_sparsity)} ± {format_fraction(result.tolerance)}"
     what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
-    cards.append(_card(f"Sparsity in {what}", "", format_fraction(result.sparsity), target))
-    return tag("section", tag("h2", "Summary", class_="hidden"), tag("div", *cards, class_="cards"))
+    cards.append(card(f"Sparsity in {what}", "", format_fraction(result.sparsity), target))
+    hint = knobs_line(result)
+    below = tag("p", f"{hint}.", class_="note hint") if hint else Markup()
+    return tag("section", tag("h2", "Summary", class_="hidden"), tag("div", *cards, class_="cards"), below)
 
 
-def _card(name: str, before: str, after: str, note: str) -> Markup:
-    old = tag("span", f"{before} →", class_="before") if before else Markup()
-    value = tag("p", join([old, tag("span", after, class_="after")], " "), class_="value")
-    return tag("div", tag("h3", name), value, tag("p", note, class_="note"), class_="card")
+def _monitor(result: PruningResult) -> str:
+    return f"{result.monitor} ({'higher' if result.mode == 'max' else 'lower'} is better)"
+
+
+def _saved(result: PruningResult, name: str, before: int, after: int) -> str:
+    return ", ".join(
+        filter(None, [format_change(before, after), _of_dense(result, name, after / before if before else 1)])
+    )
+
+
+def _of_dense(result: PruningResult, name: str, share_of_round: float) -> str:
+    """The change against the first dense model, where earlier rounds have been at work too."""
+    share = result.shares.get(name)
+    if share is None or abs(share - share_of_round) < 5e-4:
+        return ""
+    return f"{format_change(1.0, share)} against the first dense model"
+
+
+def _verdict(result: PruningResult, score: float) -> Markup:
+    """How a score compares with that before; only one that a constraint does not allow is in the colour of what is bad.
+
+    A smaller model may be worse than the dense one: that is what constraints are for.
+    """
+    change = _change(result.score_before, score)
+    if not (math.isfinite(result.score_before) and math.isfinite(score)) or score == result.score_before:
+        return join([change])
+    if better(score, result.score_before, result.mode):
+        return join([change, tag("span", "better", class_="better")], " ")
+    if any(outcome.endswith(": not met") for _, outcome in budget_rows(result)[len(result.limits) :]):
+        return join([change, tag("span", "worse, a constraint is not met", class_="worse")], " ")
+    return join(
+        [
+            change,
+            "lower" if score < result.score_before else "higher",
+            *(["within the constraints"] if result.constraints else []),
+        ],
+        " ",
+    )
 
 
 def _budgets(result: PruningResult) -> Markup:
     rows = budget_rows(result)
     if not rows:
         return Markup()
-    return _section("Limits and constraints", _table(["budget", "after"], rows, "Limits and constraints", "plain"))
+    return section("Limits and constraints", plain_table(["budget", "after"], rows, "Limits and constraints", "plain"))
 
 
 def _groups(result: PruningResult) -> Markup:
     colours = component_colours(result)
     if not result.groups:
-        return _section("Groups", tag("p", "There is nothing to prune.", class_="empty"))
+        return section("Groups", tag("p", "There is nothing to prune.", class_="empty"))
     extra = any(group.params or group.macs for group in result.groups)
     items = [_group(group, colours[group.component], extra) for group in result.groups]
-    head = ["group", "channels kept", "channels", "coefficient", "bounds", *(["can go"] if extra else [])]
+    head = ["group", _kept_axis(), "channels", "coefficient", "bounds", *(["can go"] if extra else [])]
     first = tag("li", *(tag("span", name) for name in head), class_="head", aria_hidden="true")
     keys = [tag("li", tag("i", class_=colour), name) for name, colour in colours.items()]
     striped = any(group.kind == "inter" for group in result.groups)
     if striped:
         keys.append(tag("li", tag("svg", tag("rect", width=20, height=12, fill="url(#inter)"), class_="stripes",
                                   width=20, height=12, aria_hidden="true"),
-                        "striped: an inter group, which couples components"))  # fmt: skip
+                        "striped: an inter group, whose channels several components share"))  # fmt: skip
     stripes = tag("path", d="M-2,2l4,-4M0,8l8,-8M6,10l4,-4", class_="stripe")
     pattern = tag("pattern", stripes, id="inter", width=8, height=8, patternUnits="userSpaceOnUse")
     plan = tag("ul", first, *items, class_="groups extra" if extra else "groups")
-    return _section(
+    return section(
         "Groups",
         tag("svg", pattern, width=0, height=0, class_="hidden", aria_hidden="true"),
         tag("ul", *keys, class_="legend"),
-        _scrolling(plan, len(items), "Groups"),
-        note="Coloured: channels kept. The bracket below a bar spans what the group's bounds allow to keep."
+        scrolling(plan, len(items), "Groups"),
+        note="A group is pruned as one: its channels run through layers that have to go along. “intra”: all of these"
+        " are in one component, a named part of the network; “inter”: they are in several, as a latent space is."
+        " Coloured: channels kept. The bracket below a bar spans what the group's bounds allow to keep."
         + (" “can go”: the costs that go when this group alone is pruned as far as they allow." if extra else ""),
     )
+
+
+def _kept_axis() -> Markup:
+    """The axis of the bars below it."""
+    marks = [
+        tag("text", f"{share} %", x=f"{share}%", y=11, class_=f"tick {where}")
+        for share, where in ((0, "start"), (50, "x"), (100, "y"))
+    ]
+    lines = [tag("line", x1=f"{share}%", x2=f"{share}%", y1=15, y2=20, class_="axis") for share in (0, 50, 100)]
+    return join(["channels kept", tag("svg", *marks, *lines, class_="kept-axis")])
+
+
+def _layers(result: PruningResult) -> Markup:
+    if not result.layers:
+        return Markup()
+    rows = []
+    for layer in result.layers:
+        counts = [sum(map(math.prod, shapes.values())) for shapes in (layer.before, layer.after)]
+        rows.append([layer.name, layer.kind, *_shapes(layer), f"{counts[0]:,} → {counts[1]:,}"])
+    table = plain_table(["layer", "type", "before", "after", "parameters"], rows, "Layers", "shapes")
+    return section(
+        "Layers", table, note="The layers that the round makes smaller, with the shapes of their parameters."
+    )
+
+
+def _shapes(layer: LayerShapes) -> list[str]:
+    return [
+        ", ".join(f"{name} {' x '.join(map(str, shape)) or 'scalar'}" for name, shape in shapes.items())
+        for shapes in (layer.before, layer.after)
+    ]
 
 
 def _group(group: GroupResult, colour: str, extra: bool) -> Markup:
@@ -241,18 +289,18 @@ def _percent(share: float) -> str:
 
 def _search(result: PruningResult) -> Markup:
     if not result.trials:
-        return _section("Search", tag("p", "No plan was scored.", class_="empty"))
+        return section("Search", tag("p", "No plan was scored.", class_="empty"))
     charts = tag("div", history_chart(result), sparsity_chart(result), class_="charts")
-    return _section("Search", charts, note=f"The score is {result.monitor}.")
+    return section("Search", charts, note=f"The score is {_monitor(result)}.")
 
 
 def _sensitivity(result: PruningResult) -> Markup:
     if not result.sensitivity:
         return Markup()
     charts = sensitivity_charts(result)
-    return _section(
+    return section(
         "Sensitivity",
-        _scrolling(charts, len(result.sensitivity), "Sensitivity") if len(result.sensitivity) > _LONG else charts,
+        scrolling(charts, len(result.sensitivity), "Sensitivity") if len(result.sensitivity) > LONG else charts,
         note=f"{result.monitor} against the coefficient of one group, all others left whole. "
         "A curve that leaves its chart goes on beyond it. Dashed: the coefficient that the round gave the group.",
     )
@@ -262,7 +310,7 @@ def _trials(result: PruningResult) -> Markup:
     if not result.trials:
         return Markup()
     trials, chosen = result.trials, chosen_trial(result)
-    front = trials_on_front(result)
+    front, stage = trials_on_front(result), stages(result)
     metrics = list(dict.fromkeys(name for trial in trials for name in trial.metrics if name != result.monitor))
     wide = len(result.groups) > MAX_COEFFICIENT_COLUMNS
     groups = [] if wide else result.groups
@@ -277,6 +325,7 @@ def _trials(result: PruningResult) -> Markup:
     for index in shown:
         trial = trials[index]
         notes = [note for note, holds in (("chosen", index == chosen), ("front", index in front)) if holds]
+        notes += [stage[index]] if stage[index] != "search" else []
         cells = [
             str(index),
             format_number(trial.sparsity),
@@ -286,14 +335,7 @@ def _trials(result: PruningResult) -> Markup:
         cells += [", ".join(notes), f"{trial.seconds:.3g}", *([format_fraction(trial.share)] if parts else [])]
         cells += [format_number(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
         cells += [format_fraction(coefficient) for coefficient in trial.coefficients] if groups else []
-        row = tag("tr", *(tag("td", cell) for cell in cells), class_="chosen" if index == chosen else None)
-        rows.append(row)
-    heads = [
-        tag("th", tag("button", name, type="button"), scope="col", data_kind=kind,
-            aria_sort="ascending" if number == 0 else None)
-        for number, (name, kind) in enumerate(columns)
-    ]  # fmt: skip
-    table = tag("table", tag("thead", tag("tr", *heads)), tag("tbody", *rows), class_="sortable")
+        rows.append((cells, "chosen" if index == chosen else ""))
     note: list[str] = ["“front”: no other trial is better in both sparsity and score."]
     if parts:
         note[0] += " Scores of a part of the validation batches are of that part alone; finalists were scored on all."
@@ -301,10 +343,10 @@ def _trials(result: PruningResult) -> Markup:
         note.insert(0, f"The {len(shown):,} best of {len(trials):,} trials; all are in ")
     elif wide:
         note.insert(0, f"The coefficients of {len(result.groups):,} groups are in ")
-    if len(note) == 2:
+    if len(note) == 2:  # the link is part of the sentence
         note.insert(1, join([tag("a", "trials.csv", href="trials.csv"), ". "]))
-    explained = tag("p", *note, class_="note")
-    return _section("Trials", explained, _scrolling(table, len(rows), "Trials"))
+    note.append(f" {evaluations_line(result)}.")
+    return section("Trials", sortable_table(columns, rows, "Trials"), note=join(note))
 
 
 def _best_trials(result: PruningResult, most: int) -> list[int]:
@@ -329,7 +371,7 @@ def _metrics(result: PruningResult) -> Markup:
         before, after = (metrics.get(name) for metrics in (result.metrics_before, result.metrics_after))
         values = ["" if value is None else format_number(value) for value in (before, after)]
         rows.append([name, *values, "" if before is None or after is None else _change(before, after)])
-    return _section("Metrics", _table(["metric", "before", "after", "change"], rows, "Metrics", "numbers"))
+    return section("Metrics", plain_table(["metric", "before", "after", "change"], rows, "Metrics", "numbers"))
 
 
 def _left_out(result: PruningResult) -> Markup:
@@ -341,15 +383,24 @@ def _left_out(result: PruningResult) -> Markup:
         where = " · ".join(filter(None, (item.component, channels)))
         name = tag("span", tag("b", item.name), tag("span", where, class_="where"))
         items.append(tag("li", name, tag("span", item.reason)))
-    box = _scrolling(tag("ul", *items, class_="reasons"), len(items), "Left out")
+    box = scrolling(tag("ul", *items, class_="reasons"), len(items), "Left out")
     note = f"What the search leaves alone, and why. {result.coverage}".strip()
-    return _section("Left out", box, note=note)
+    return section("Left out", box, note=note)
 
 
 def _settings(result: PruningResult) -> Markup:
     blocks = [
-        tag("div", tag("h3", title), tag("dl", *(join([tag("dt", k), tag("dd", v)]) for k, v in values.items())))
+        tag(
+            "div",
+            tag("h3", title),
+            tag("dl", *(join([tag("dt", k), tag("dd", v, _explained(k, v))]) for k, v in values.items())),
+        )
         for title, values in (("Configuration", result.configuration), ("Versions", result.versions))
         if values
     ]
-    return _section("Settings", tag("div", *blocks, class_="settings")) if blocks else Markup()
+    return section("Settings", tag("div", *blocks, class_="settings")) if blocks else Markup()
+
+
+def _explained(name: str, value: str) -> Markup:
+    words = _WORDS.get(value.strip("'\"")) if name == "compensation" else None
+    return tag("span", f" {words}", class_="where") if words else Markup()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Protocol
@@ -175,10 +175,10 @@ class SearchProgress:
 
 
 class _PhaseBar(SearchProgress):
-    """A bar without an end and without trials; nothing where no bar moves."""
+    """A bar of a phase, which may have no known end; nothing where no bar moves."""
 
-    def __init__(self, name: str, style: Style, trainer: Trainer | None) -> None:
-        super().__init__(None, "", "min", style, trainer=trainer)
+    def __init__(self, name: str, style: Style, trainer: Trainer | None, total: int | None = None) -> None:
+        super().__init__(total, "", "min", style, trainer=trainer)
         self.name = f"SoftPruning, {name}"
 
     def _best_text(self) -> str:
@@ -208,6 +208,12 @@ class Phases:
         """Show the phase while the block runs."""
         with self.timed(name), _PhaseBar(name, self.style, self.trainer):
             yield
+
+    @contextmanager
+    def counted(self, name: str, total: int) -> Iterator[Callable[[float], None]]:
+        """Show a phase of so many steps; yields what to call with each step's error."""
+        with self.timed(name), _PhaseBar(name, self.style, self.trainer, total) as bar:
+            yield bar.advance
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

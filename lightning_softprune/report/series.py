@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
-from lightning_softprune.results import PruningResult, pareto_front
+from lightning_softprune.results import PruningResult, Trial, format_change, pareto_front
 from lightning_softprune.search import better, parse_constraint
 
 Cell = str | int | float | bool
@@ -18,7 +19,7 @@ def log_values(result: PruningResult) -> dict[str, float]:
         `softprune/sparsity`, `softprune/params`, `softprune/macs`, `softprune/score`, `softprune/evaluations` and one
         `softprune/coefficient/<group>` per group.
     """
-    values = {
+    values: dict[str, float] = {
         "sparsity": result.sparsity,
         "params": result.costs_after.params,
         "macs": result.costs_after.macs,
@@ -33,19 +34,20 @@ def trial_rows(result: PruningResult) -> tuple[list[str], list[list[Cell]]]:
     """The trials as a table.
 
     Returns:
-        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `share`, `metric/<name>` for every
-        metric any trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log is an
-        empty cell. `share` is the fraction of the validation batches that score and metrics are of.
+        The header (`trial`, `sparsity`, `score`, `feasible`, `pareto`, `seconds`, `share`, `stage`, `metric/<name>` for
+        every metric any trial logged, `coefficient/<group>`) and one row per trial. A metric that a trial did not log
+        is an empty cell. `share` is the fraction of the validation batches that score and metrics are of; `stage` is
+        what the trial was run for, see `stages`.
     """
     metrics = list(dict.fromkeys(name for trial in result.trials for name in trial.metrics))
-    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds", "share"]
+    header = ["trial", "sparsity", "score", "feasible", "pareto", "seconds", "share", "stage"]
     header += [f"metric/{name}" for name in metrics]
     header += [f"coefficient/{group.name}" for group in result.groups]
     front = trials_on_front(result)
     rows = []
-    for index, trial in enumerate(result.trials):
+    for index, (trial, stage) in enumerate(zip(result.trials, stages(result), strict=True)):
         row: list[Cell] = [index, float(trial.sparsity), float(trial.score), bool(trial.feasible), index in front]
-        row += [float(trial.seconds), float(trial.share)]
+        row += [float(trial.seconds), float(trial.share), stage]
         row += [float(trial.metrics[name]) if name in trial.metrics else "" for name in metrics]
         row += map(float, trial.coefficients)
         rows.append(row)
@@ -61,6 +63,33 @@ def trials_on_front(result: PruningResult) -> set[int]:
 def whole_scores(result: PruningResult) -> list[float]:
     """The scores of the trials on all validation batches; NaN for those on a part, which do not compare with them."""
     return [trial.score if trial.share == 1.0 else math.nan for trial in result.trials]
+
+
+def stages(result: PruningResult) -> list[str]:
+    """What each trial was run for.
+
+    `"search"`, `"finalist"` (a plan of the search, then on all validation batches) or `"committed"` (the chosen plan
+    once more, as the round leaves it).
+    """
+    found: list[str] = []
+    seen: dict[tuple[float, ...], set[float]] = {}
+    for trial in result.trials:
+        shares = seen.setdefault(trial.coefficients, set())
+        found.append("committed" if trial.share in shares else "finalist" if shares else "search")
+        shares.add(trial.share)
+    return found
+
+
+def evaluations_line(result: PruningResult) -> str:
+    """What the evaluations were spent on; those of finalists are told apart, as they are not among them."""
+    counts = Counter(stages(result))
+    parts = ["the dense model", f"{counts['search']:,} of the search"]
+    parts += [f"{counts['committed']:,} of the plan as it is committed"] if counts["committed"] else []
+    line = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}: {', '.join(parts)}"
+    finalists = f"{counts['finalist']:,} finalist{'' if counts['finalist'] == 1 else 's'}"
+    extra = f"; besides, {finalists} on all validation batches" if counts["finalist"] else ""
+    known = 1 + counts["search"] + counts["committed"] - result.evaluations
+    return line + extra + (f"; {known:,} had a score that was known" if known > 0 else "")
 
 
 def has_parts(result: PruningResult) -> bool:
@@ -110,19 +139,26 @@ def score_limits(scores: Sequence[float], important: Sequence[float]) -> tuple[f
 def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
     """Trial and score of each feasible trial that was better than every feasible one before it.
 
-    Trials on another share of the validation batches begin anew.
+    Better as a round chooses: of those that reach the target the one with the better score, and without a target the
+    sparser one. Trials on another share of the validation batches begin anew.
     """
-    found: list[tuple[int, float]] = []
-    share = -1.0
+
+    def is_better(trial: Trial, other: Trial) -> bool:
+        first, second = rank(trial), rank(other)
+        return first > second if first != second else better(trial.score, other.score, result.mode)
+
+    def rank(trial: Trial) -> float:
+        target = result.target_sparsity
+        return trial.sparsity if target is None else float(trial.sparsity >= target - 1e-9)
+
+    found: list[int] = []
     for index, trial in enumerate(result.trials):
-        if (
-            trial.feasible
-            and not math.isnan(trial.score)
-            and (trial.share != share or better(trial.score, found[-1][1], result.mode))
-        ):
-            found.append((index, trial.score))
-            share = trial.share
-    return found
+        if not trial.feasible or math.isnan(trial.score):
+            continue
+        last = result.trials[found[-1]] if found else None
+        if last is None or trial.share != last.share or is_better(trial, last):
+            found.append(index)
+    return [(index, result.trials[index].score) for index in found]
 
 
 def target_band(result: PruningResult) -> tuple[float, float] | None:
@@ -163,6 +199,49 @@ def _constraint(text: str, metrics: dict[str, float]) -> str:
         return ""
     value = metrics[constraint.metric]
     return f"{format_number(value)}: {'met' if constraint.is_met(value) else 'not met'}"
+
+
+def against_dense(result: PruningResult) -> list[tuple[str, float]]:
+    """What remains of the first dense model: cost by name, and the fraction; latency where it was measured."""
+    names = {"params": "parameters", "macs": "MACs", "latency": "latency"}
+    return [(shown, result.shares[name]) for name, shown in names.items() if name in result.shares]
+
+
+def against_dense_line(result: PruningResult) -> str:
+    """The same in one line, with what latency was measured on; empty where nothing is known."""
+    shares = [
+        f"{name} {'about the same' if name == 'latency' and _is_noise(result, share) else format_change(1.0, share)}"
+        for name, share in against_dense(result)
+    ]
+    measured = f" ({result.measured_on})" if "latency" in result.shares and result.measured_on else ""
+    return f"Against dense: {', '.join(shares)}{measured}" if shares else ""
+
+
+def _is_noise(result: PruningResult, share: float) -> bool:
+    """Whether the spread of its measurement does not support that latency has changed."""
+    return abs(share - 1.0) <= (result.latency_spread or 0.0)
+
+
+def knobs_line(result: PruningResult) -> str:
+    """What to ask for where the model has become smaller and not faster; empty where latency gains enough.
+
+    Enough is half of what the target says: with a target of 70 % of the parameters, a latency of 65 % of dense.
+    """
+    share = result.shares.get("latency")
+    target = result.sparsity if result.target_sparsity is None else result.target_sparsity
+    gain = math.nan if share is None else 1.0 - share
+    if not gain < target / 2 or not any(group.channels_after < group.channels_before for group in result.groups):
+        return ""
+    knobs = ['cost="macs"'] if result.cost != "macs" else []
+    knobs += [f'limits={{"latency": {1.0 - target / 2:.2g}}}'] if "latency" not in result.limits else []
+    knobs += ["round_to=8"] if result.configuration.get("round_to", "1") == "1" else []
+    what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
+    came = f"latency falls by {gain:.0%}" if gain > (result.latency_spread or 0.0) else "latency does not fall"
+    line = f"{target:.0%} fewer {what} were asked for, and {came}"
+    if not knobs:
+        return f"{line}: where layers are this small, time goes elsewhere than into them"
+    last = f" or {knobs[-1]}" if len(knobs) > 1 else knobs[-1]
+    return f"{line}: if it is speed that counts, ask for it with {', '.join(knobs[:-1])}{last}"
 
 
 def format_number(value: float) -> str:

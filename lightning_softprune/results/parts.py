@@ -70,6 +70,41 @@ class GroupResult:
 
 
 @dataclass(frozen=True)
+class LayerShapes:
+    """The tensors of one layer, as the dense and as the pruned model have them.
+
+    Attributes:
+        name: The layer's name in the module.
+        kind: Its class.
+        before: Parameter -> its shape before the round.
+        after: The same after it, or of the plan that a dry run would have applied; biases that compensation creates are
+            not among them.
+    """
+
+    name: str
+    kind: str
+    before: dict[str, tuple[int, ...]]
+    after: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a result comes from.
+
+    Attributes:
+        model: Class of the module.
+        run: The folder of the run, as its files and logs have it.
+        date: When the round ended, as `2026-01-31 14:05`, local time.
+        identity: Tells runs in one folder apart; a fit that goes on from a checkpoint has the first one's.
+    """
+
+    model: str = ""
+    run: str = ""
+    date: str = ""
+    identity: str = ""
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """What the package leaves alone.
 
@@ -110,6 +145,22 @@ class Trial:
     seconds: float
     reason: str = ""
     share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Healing:
+    """How the committed plan was trained to compute what the dense network computes.
+
+    Attributes:
+        score: The score with what was learned, on all validation data.
+        kept: Whether it was better than without, and stayed.
+        errors: On each training batch, before it was learned from, the fraction that the pruned network missed of the
+            variance of what steps use.
+    """
+
+    score: float
+    kept: bool
+    errors: tuple[float, ...]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,18 @@ from typing import Any
 import numpy as np
 
 from lightning_softprune.results.fronts import MODES, format_change, pareto_front
-from lightning_softprune.results.parts import DRY_RUN, Costs, GroupResult, LeftOut, Outcome, Sensitivity, Trial
+from lightning_softprune.results.parts import (
+    DRY_RUN,
+    Costs,
+    GroupResult,
+    Healing,
+    LayerShapes,
+    LeftOut,
+    Origin,
+    Outcome,
+    Sensitivity,
+    Trial,
+)
 from lightning_softprune.results.shown import html_table
 from lightning_softprune.search import (
     Known,
@@ -60,7 +71,7 @@ class PruningResult:
         monitor: Name of the monitored metric.
         mode: `"min"` or `"max"`.
         sensitivity: One curve per group, where the strategy took them.
-        reason: Why nothing was applied; empty otherwise.
+        reason: Why nothing was applied, or why less is removed than was asked for; empty otherwise.
         chosen: Index of the trial that the pruned model is, or that a dry run would have applied; `None`: there is none.
         tolerance: How far from the target a feasible plan may lie.
         cost: What sparsity is measured in, `"params"` or `"macs"`.
@@ -72,13 +83,23 @@ class PruningResult:
         shares: What remains after the round of the first dense model's `params`, `macs` and, where it was measured,
             `latency`: a fraction of each.
         left_out: Everything that takes no part in the search, and why.
-        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, searching, timing, refitting.
+        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, searching, timing, refitting,
+            healing.
+        score_compensated: The monitored metric of the chosen plan before healing; `None` where nothing was applied.
+        healing: What healing has done; `None`: there was none.
         coverage: How much of the model takes part, as one sentence.
         configuration: The callback's arguments, as text.
         versions: Library -> version.
         passes: Validation passes that these took together, those on a part of the batches as fractions, with those that
             told which part will do and with the finalists on all; default: `evaluations`.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
+        score_finetuned: The monitored metric of the last validation of the fit, once that is over; `None` until then,
+            where nothing was trained after the round, and for rounds before the last one. No part of a comparison of
+            two results: a checkpoint from before the end has the same round.
+        device: What latency was measured on; `""`: it was not measured.
+        latency_batch: Samples of the batch that it was measured with.
+        layers: The layers whose tensors the round has made smaller, with their shapes.
+        origin: Model, run and date; no part of a comparison of two results.
         numbers: What was searched, in plain types, which other targets are solved from; `None`: a result of a version
             that did not store it.
 
@@ -140,6 +161,13 @@ class PruningResult:
     numbers: SearchNumbers | None = None
     passes: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    score_compensated: float | None = None
+    healing: Healing | None = None
+    score_finetuned: float | None = field(default=None, compare=False)
+    device: str = ""
+    latency_batch: int | None = None
+    layers: tuple[LayerShapes, ...] = ()
+    origin: Origin = field(default_factory=Origin, compare=False)
 
     def __post_init__(self) -> None:
         one_of("mode", self.mode, MODES)
@@ -177,13 +205,24 @@ class PruningResult:
 
     @property
     def latency_change(self) -> str:
-        """How latency has changed, as text: no sign where the spread of the measurement does not support one."""
+        """How latency has changed, as text, with no sign where the spread of the measurement does not support one."""
         if self.latency_before is None or self.latency_after is None:
             return ""
         if abs(self.latency_after / self.latency_before - 1.0) <= (self.latency_spread or 0.0):
             return "about the same"
         change = format_change(self.latency_before, self.latency_after)
         return change if self.latency_spread is None else f"{change} (spread {100 * self.latency_spread:.1f} %)"
+
+    @property
+    def measured_on(self) -> str:
+        """What latency was measured on and with, as text; empty where that is not known."""
+        batch = "" if self.latency_batch is None else f"batch of {self.latency_batch:,}"
+        return ", ".join(filter(None, (self.device, batch)))
+
+    @property
+    def score_in_the_end(self) -> float:
+        """The score after fine-tuning, or after the round where there was none yet."""
+        return self.score_after if self.score_finetuned is None else self.score_finetuned
 
     @property
     def summary(self) -> str:
@@ -199,6 +238,8 @@ class PruningResult:
             f"{epoch}: {before:,} -> {after:,} parameters ({format_change(before, after)}), "
             f"{self.monitor} {self.score_before:.4g} -> {self.score_after:.4g} "
             f"after {evaluations} in {self.seconds:.1f} s ({self.strategy}: {self.stop_reason})"
+            f"{'' if self.score_finetuned is None else f', {self.score_finetuned:.4g} after fine-tuning'}"
+            f"{f'; {self.reason}' if self.applied and self.reason else ''}"
         )
 
     def solve(
@@ -309,16 +350,21 @@ class PruningResult:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}, {self.summary}>"
 
+    @property
+    def _finetuned(self) -> str:
+        return "" if self.score_finetuned is None else f"{self.score_finetuned:.4g} after fine-tuning"
+
     def _repr_html_(self) -> str:
         before, after = self.costs_before, self.costs_after
         rows = [
             ("parameters", f"{before.params:,}", f"{after.params:,}", format_change(before.params, after.params)),
             ("MACs", f"{before.macs:,}", f"{after.macs:,}", format_change(before.macs, after.macs)),
-            (self.monitor, f"{self.score_before:.4g}", f"{self.score_after:.4g}", ""),
+            (self.monitor, f"{self.score_before:.4g}", f"{self.score_after:.4g}", self._finetuned),
         ]
         if self.latency_before is not None and self.latency_after is not None:
             dense, pruned = (f"{1000 * seconds:.4g} ms" for seconds in (self.latency_before, self.latency_after))
-            rows.insert(2, ("latency", dense, pruned, self.latency_change))
+            measured = f"latency ({self.measured_on})" if self.measured_on else "latency"
+            rows.insert(2, (measured, dense, pruned, self.latency_change))
         kept = [group.channels_after / max(group.channels_before, 1) for group in self.groups]
         return html_table(f"SoftPruning, epoch {self.epoch}{'' if self.applied else ', not applied'}", rows, kept)
 

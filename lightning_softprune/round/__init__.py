@@ -1,5 +1,6 @@
 """One round: from a trained module to a smaller one with its score, or to the module as it was."""
 
+from lightning_softprune.round.feasibility import check_ahead
 from lightning_softprune.round.prepare import StepsToTrace, prepare_groups
 from lightning_softprune.round.run import run_round
 from lightning_softprune.round.settings import (
@@ -16,6 +17,7 @@ __all__ = [
     "Goal",
     "RoundSettings",
     "StepsToTrace",
+    "check_ahead",
     "checked_bounds",
     "checked_epochs",
     "checked_limits",

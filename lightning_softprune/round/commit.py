@@ -1,8 +1,9 @@
-"""The commit: a plan is applied for good, refined, scored and rehearsed, with the optimizers and averaged copies."""
+"""The commit: a plan is applied for good, refined, rehearsed and healed, with the optimizers and averaged copies."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 import torch
@@ -11,7 +12,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_softprune.checkpoint import ModelShapes, keep_dense
-from lightning_softprune.compensation import DenseRun, refit_readers
+from lightning_softprune.compensation import (
+    DenseNetwork,
+    DenseRun,
+    changeable,
+    healing_bytes,
+    refit_readers,
+    teach,
+)
+from lightning_softprune.report import Phases
+from lightning_softprune.results import Healing
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan
@@ -25,33 +35,64 @@ from lightning_softprune.trainer import (
 )
 
 
+@dataclass(frozen=True)
+class Rehearsed:
+    """A plan that was applied, and runs.
+
+    Attributes:
+        plan: The trial that the model now is.
+        surgery: What was done to the module.
+        compensated: The score before healing.
+        healing: What healing has done; ``None``: there was none.
+    """
+
+    plan: ScoredPlan
+    surgery: Surgery
+    compensated: float
+    healing: Healing | None = None
+
+
 def rehearse_plan(
-    evaluator: Evaluator, settings: RoundSettings, copies: Sequence[nn.Module], best: ScoredPlan
-) -> tuple[ScoredPlan, Surgery]:
-    """Prune, refine the compensation where that helps (the model's own score decides), and see that all of it runs.
+    evaluator: Evaluator,
+    settings: RoundSettings,
+    copies: Sequence[nn.Module],
+    best: ScoredPlan,
+    judged: Set[str],
+    phases: Phases,
+) -> Rehearsed:
+    """Prune; refine the compensation and heal where the model's own score is better for it; see that all of it runs.
 
     Args:
         evaluator: Scores the refined model.
         settings: What the user asked for.
         copies: Averaged copies of the module, which are pruned alike.
         best: The plan.
-
-    Returns:
-        The trial that the model now is.
+        judged: Names of the parameters that validation runs.
+        phases: Shows what is done, and keeps the time.
     """
     runner, problem = evaluator.runner, evaluator.problem
     trainer, module = runner.trainer, runner.module
-    dense = None
-    if settings.compensation == "least_squares":
-        dense = DenseRun(module, problem.compensation, problem.calibration, runner.memory_left)
-    for averaged in copies:
-        problem.prune(averaged, best.plan)
-    surgery = problem.prune(module, best.plan)
-    repair_optimizers(all_optimizers(trainer, module), surgery)
-    if dense is not None:
-        best = _refined(evaluator, surgery, dense, best)
-    runner.rehearse()
-    return best, surgery
+    heals = settings.healing > 0 and _has_room(runner)
+    with phases("refitting"):
+        dense = None
+        if settings.compensation == "least_squares":
+            room = runner.memory_left - (healing_bytes(module) if heals else 0)
+            dense = DenseRun(module, problem.compensation, problem.calibration, room)
+        for averaged in copies:
+            problem.prune(averaged, best.plan)
+        surgery = problem.prune(module, best.plan)
+        teacher = DenseNetwork(module, surgery) if heals else None
+        repair_optimizers(all_optimizers(trainer, module), surgery)
+        if dense is not None:
+            best = _refined(evaluator, surgery, dense, best)
+        runner.rehearse()
+    rehearsed = Rehearsed(best, surgery, best.trial.score)
+    if teacher is None:
+        return rehearsed
+    with phases.counted("healing", settings.healing) as advance:
+        before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
+        errors = teach(runner, teacher, judged, settings.healing, advance)
+        return _if_better(evaluator, rehearsed, before, errors)
 
 
 def commit(
@@ -103,10 +144,46 @@ def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: Scor
     values += [(bias, bias.detach().clone()) for _, _, bias in surgery.created]
     means = [(mean, mean.clone()) for mean, _ in surgery.shifted.values()]
     refit_readers(evaluator.runner.module, surgery, evaluator.problem.compensation, dense)
-    refined = evaluator.score_as_it_is(best)
+    refined = evaluator.score_as_it_is(best, "refined")
     if refined.is_better_than(best):
         return refined
-    with torch.no_grad():
-        for parameter, value in [*values, *means]:
-            parameter.copy_(value)
+    _put_back([*values, *means])
     return best
+
+
+def _if_better(
+    evaluator: Evaluator,
+    rehearsed: Rehearsed,
+    before: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    errors: Sequence[float],
+) -> Rehearsed:
+    """Keep what was learned where the score is better for it, and else put back what was before."""
+    if not errors:
+        rank_zero_warn(
+            "SoftPruning: healing has nothing to learn from: there are no training batches, or no output that the "
+            "module's steps use and that the dense and the pruned network have in common"
+        )
+        return rehearsed
+    healed = evaluator.score_as_it_is(rehearsed.plan, "healed")
+    kept = healed.is_better_than(rehearsed.plan)
+    if not kept:
+        _put_back(before)
+    healing = Healing(healed.trial.score, kept, tuple(errors))
+    return replace(rehearsed, plan=healed if kept else rehearsed.plan, healing=healing)
+
+
+def _has_room(runner: ModuleRunner) -> bool:
+    """Whether healing may hold what it needs; says so where not."""
+    wanted, left = healing_bytes(runner.module), runner.memory_left
+    if wanted > left:
+        rank_zero_warn(
+            f"SoftPruning: no healing: it would hold {wanted / 2**30:.2g} GiB beside the model, and of `memory_limit` "
+            f"{left / 2**30:.2g} GiB are left"
+        )
+    return wanted <= left
+
+
+def _put_back(values: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, value in values:
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+            tensor.copy_(value)

@@ -95,9 +95,9 @@ class Evaluator:
         except _PassError as failed:
             raise failed.error from None
 
-    def score_as_it_is(self, scored: ScoredPlan) -> ScoredPlan:
-        """Score the module as it is now, pruned by this plan in another way."""
-        key = self._key("refined", scored.plan, ALL)
+    def score_as_it_is(self, scored: ScoredPlan, made: str) -> ScoredPlan:
+        """Score the module as it is now, pruned by this plan in another way: refined, healed."""
+        key = self._key(made, scored.plan, ALL)
         return self._scored(key, scored.plan, scored.trial.coefficients, self.runner.metrics, WHOLE)
 
     def reuse_unpruned(self, x: FloatArray, metrics: Mapping[str, float]) -> None:

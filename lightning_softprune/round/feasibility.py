@@ -1,13 +1,38 @@
-"""What can be met at all, and what is said where it cannot."""
+"""What can be met at all, and what is said where it cannot.
+
+Most of it can be known before training. `check_ahead` looks at one batch of everything, and at all that a round would
+look at only where that has found a mistake: so it costs little, and says nothing that the round would not say.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
-from lightning_softprune.round.settings import RoundSettings
-from lightning_softprune.search import Objective, SearchSpace
-from lightning_softprune.trainer import MisconfigurationException
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.nn.parameter import is_lazy
+
+from lightning_softprune.graph import record_usage
+from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.settings import Goal, RoundSettings
+from lightning_softprune.search import Objective, SearchSpace, mode_of
+from lightning_softprune.surgery import Transaction
+from lightning_softprune.trainer import (
+    LoadedBatch,
+    MisconfigurationException,
+    ModuleRunner,
+    as_if_at_epoch,
+    averaged_copies,
+    isolated_rng,
+    may_log,
+)
+from lightning_softprune.utilities.checks import near_miss
 
 
 def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
@@ -21,8 +46,30 @@ def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
         logged = ", ".join(map(repr, sorted(metrics))) or "nothing"
         argument, name = missing
         what = "" if argument.startswith("monitor") else f": {name!r}"
-        raise MisconfigurationException(f"{argument}{what} is not logged while validating; logged are: {logged}")
+        raise MisconfigurationException(
+            f"{argument}{what} is not logged while validating; logged are: {logged}{near_miss(name, metrics)}"
+        )
     return metrics[objective.monitor]
+
+
+def objective_of(settings: RoundSettings, before: Mapping[str, float], directions: Mapping[str, bool]) -> Objective:
+    """What plans are judged by, with the mode found out.
+
+    Args:
+        settings: What the user asked for.
+        before: Metrics of the module as it is.
+        directions: Whether higher is better, of the metrics that know.
+
+    Raises:
+        MisconfigurationException: A metric is not logged, or the mode is wrong or cannot be told.
+    """
+    objective = Objective(settings.monitor, settings.mode, settings.constraints)
+    scale = monitored(before, objective)
+    try:
+        mode = mode_of(settings.monitor, settings.mode, directions.get(settings.monitor))
+    except ValueError as error:
+        raise MisconfigurationException(str(error)) from error
+    return replace(objective, scale=scale, mode=mode)
 
 
 def check_reachable(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
@@ -57,3 +104,123 @@ def check_reachable(space: SearchSpace, settings: RoundSettings, target: float |
     raise MisconfigurationException(
         f"{asked} (of the {settings.cost}) and limits={settings.limits} cannot be met together: {'; '.join(ways)}"
     )
+
+
+# ------------------------------------------------------------------------------------------------- before training
+
+
+def check_ahead(
+    trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, goals: Sequence[Goal], batch: LoadedBatch
+) -> None:
+    """Say now what the next round would say after all the training before it. The run goes on as if nothing were.
+
+    Where the user's own code fails, nothing is said: it may work once the module is trained.
+
+    Args:
+        trainer: The trainer in charge.
+        module: Its module.
+        settings: What the user asked for.
+        goals: What the rounds to come aim at, the next one first.
+        batch: The training batch that is about to be trained on.
+
+    Raises:
+        MisconfigurationException: What the round would raise.
+    """
+    if any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers())):
+        return  # they would be made now, from other random numbers than later
+    looked = _Look(trainer, module, settings, goals)
+    if trainer.strategy.reduce_boolean_decision(looked.finds_nothing(batch), all=True):
+        return
+    for epoch in (None, goals[0].epoch):  # some metrics are logged at some epochs only
+        if looked.finds_nothing(None, epoch):
+            return
+    if looked.error is not None:
+        raise looked.error
+    rank_zero_warn(f"SoftPruning: {looked.doubt}; if it is not logged at epoch {goals[0].epoch}, the round will fail")
+
+
+class _Look:
+    """Looks for mistakes without doing anything.
+
+    Attributes:
+        error: What is wrong.
+        doubt: What may be.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, goals: Sequence[Goal]
+    ) -> None:
+        self.trainer, self.module, self.settings, self.goals = trainer, module, settings, goals
+        self.error: MisconfigurationException | None = None
+        self.doubt = ""
+
+    def finds_nothing(self, batch: LoadedBatch | None, epoch: int | None = None) -> bool:
+        """Look once; at one batch, or at all that a round looks at, and perhaps as if it were another epoch."""
+        self.error, self.doubt = None, ""
+        try:
+            with nullcontext() if epoch is None else as_if_at_epoch(self.trainer, epoch), self._runner(batch) as runner:
+                self._look(runner, whole=batch is None)
+        except MisconfigurationException as error:
+            self.error = error
+        except Exception:  # the user's own
+            return True
+        return self.error is None and not self.doubt
+
+    @contextmanager
+    def _runner(self, batch: LoadedBatch | None) -> Iterator[ModuleRunner]:
+        settings, seed = self.settings, self.settings.seed
+        limit, batches = settings.memory_limit, settings.calibration_batches
+        runner = ModuleRunner(
+            self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, glance=batch
+        )
+        with (
+            isolated_rng(seed),
+            torch.inference_mode(False),
+            Transaction(self.module, *averaged_copies(self.trainer), optimizers=self.trainer.optimizers),
+            runner,
+        ):
+            yield runner
+
+    def _look(self, runner: ModuleRunner, whole: bool) -> None:
+        """Raises what is wrong, and notes what may be."""
+        settings, goal = self.settings, self.goals[0]
+        with record_usage(self.module, runner.left_alone) as judged:
+            metrics = runner.metrics()
+        missing = Objective(settings.monitor, settings.mode, settings.constraints).unlogged(metrics)
+        if missing is not None and may_log(self.module, missing[1]):
+            self.doubt = f"{missing[0]}: {missing[1]!r} is not logged in a validation before training"
+        else:
+            objective_of(settings, metrics, runner.directions)
+        if whole:
+            rng = np.random.default_rng(settings.seed)
+            problem = PruningProblem.prepare(runner, settings, rng, judged.parameters)
+        else:
+            problem = PruningProblem.sketch(runner, settings, judged.parameters)
+        dense = goal.dense or problem.costs_of(problem.unpruned_plan())
+        space = problem.space(settings, dense, goal.target)
+        sparsity = float(space.sparsity(np.array([problem.unpruned_plan().counts]))[0])
+        if goal.pruned_before and goal.target is not None and sparsity >= space.floor:
+            return  # it is left as it is
+        check_reachable(space, settings, goal.target)
+        check_strategy(space, settings, goal.target)
+        last = self.goals[-1].target
+        if last is not None and not settings.bounds:  # a round may go as far as its bounds, the next one further
+            space = problem.space(settings, dense, last)
+            if space.sparsity_of(space.high) < space.floor:
+                check_reachable(space, settings, last)
+
+
+def check_strategy(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
+    """Ask a strategy whether it could search here; without a target, at one halfway that no plan need be on.
+
+    Raises:
+        MisconfigurationException: It could not.
+    """
+    if target is None:
+        space = replace(space, target=space.sparsity_of(space.high) / 2, tolerance=0.0)
+    strategy = copy.deepcopy(settings.search)
+    strategy.is_global_zero = False  # which opens no storage
+    try:
+        strategy.check(space)
+    except ValueError as error:
+        raise MisconfigurationException(f"search: {error}") from error

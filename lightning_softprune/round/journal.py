@@ -35,6 +35,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.passes import BASELINE, Key, Pass, lines_of, near, parse_pass, read_json, told
+from lightning_softprune.search import AUTO, mode_of_name
 from lightning_softprune.utilities.files import being_replaced, open_to_append, remove_leftovers, sync_file
 
 __all__ = ["BASELINE", "Journal", "Key", "Pass", "journal_path", "open_journal"]
@@ -46,7 +47,7 @@ SAME, NEARLY_SAME = 1e-6, 1e-3
 """How far a metric may be off, relative to its value, when the same weights are scored once more: on a CPU; and where
 sums run in any order, as on other devices. A sample of a thousand may fall to the other side there."""
 
-_WITHOUT_INFLUENCE = frozenset({"verbose"})  # settings that no score depends on
+_WITHOUT_INFLUENCE = frozenset({"verbose", "latency_batch", "healing"})  # settings that no score depends on
 
 _ADDED = (("memory_limit", None),)  # settings that release 0.1.0 had not, with which a round is as it was
 
@@ -118,8 +119,16 @@ class Journal:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        written = self._file is not None
         self._close()
-        if exception_type is None or not any(key.kind == "trial" for key in self._passes):
+        useful = any(key.kind == "trial" for key in self._passes)
+        if written and useful and exception_type is not None and issubclass(exception_type, KeyboardInterrupt):
+            rank_zero_info(
+                f"SoftPruning: the search was interrupted, and can go on: its {len(self._passes)} evaluations are in "
+                f"{self._path}. Start the same run again, from the same weights (`ckpt_path` with a checkpoint of this "
+                "epoch, the same seed, or `prune` with the same model): they are taken over from there"
+            )
+        if exception_type is None or not useful:
             self._remove()
 
     def scored(self, key: Key, score: Callable[[], dict[str, float]], **details: object) -> Pass:
@@ -373,6 +382,8 @@ def open_journal(
             for field in dataclasses.fields(settings)
             if field.name not in _WITHOUT_INFLUENCE and (field.name, getattr(settings, field.name)) not in _ADDED
         }
+        if settings.mode == AUTO:  # what a name says was the default of release 0.1.0
+            configuration["mode"] = mode_of_name(settings.monitor) or AUTO
         configuration.update(epoch=epoch, target=target, precision=trainer.precision, world_size=trainer.world_size)
         expected = fingerprint(module, configuration, data)
         if "://" in str(root):

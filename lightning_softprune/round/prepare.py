@@ -52,7 +52,7 @@ _DOES_NOT_RUN = "the model does not run with fewer channels"
 _MOST_READINGS = 3
 """So many ways to take a reshape are tried where the first does not work."""
 
-PROBE_SAMPLES = 32
+PROBE_SAMPLES = 4
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
 
 
@@ -105,13 +105,10 @@ class PruningProblem:
         Raises:
             MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
         """
-        module = runner.module
-        judged, outside = runner.broadcast(judged), runner.left_alone
-        how = StepsToTrace(runner.tracing(), judged, outside, runner.probing(PROBE_SAMPLES), settings.round_to)
+        module, judged = runner.module, runner.broadcast(judged)
         phases = phases or Phases("none")
         with phases("tracing"):
-            found = prepare_groups(module, how, settings.components, settings.ignore, settings.twins)
-        found = runner.broadcast(found)  # a probe may fail on one process's batch only
+            found = _traced(runner, settings, judged)
         groups = _prunable(found)
         rounding = _rounding(groups, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
@@ -125,20 +122,59 @@ class PruningProblem:
             compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
             if settings.compensation == "least_squares":
                 compensation.logits = find_logit_fits(module, groups, calibration)
-        with record_macs(module, outside) as applications:
+        identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
+        realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
+        return cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
+
+    @classmethod
+    def sketch(cls, runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> PruningProblem:
+        """What can be known at little cost: channels go in their order, nothing makes up for them, one group is tried.
+
+        Args:
+            runner: Runs the module.
+            settings: What the user asked for.
+            judged: Names of the parameters that validation uses.
+
+        Raises:
+            MisconfigurationException: As for `prepare`.
+        """
+        found = _traced(runner, settings, judged, probed=False)
+        if not _one_can_go(runner, [group for group in found if group.prunable], settings.round_to):
+            found = _traced(runner, settings, judged)
+        groups = _prunable(found)
+        rankings = tuple(np.arange(group.num_channels, dtype=np.int64) for group in groups)
+        nothing = Compensation("none", runner.module, groups, rankings, {})
+        realisation = Realisation(
+            Coefficients.of(groups, settings.granularity), _rounding(groups, settings), tuple(rankings)
+        )
+        return cls._counted(runner, found, realisation, nothing, (judged, [], ""))
+
+    @classmethod
+    def _counted(
+        cls,
+        runner: ModuleRunner,
+        found: Sequence[PruningGroup],
+        realisation: Realisation,
+        compensation: Compensation,
+        rest: tuple[Set[str], Steps, str],
+    ) -> PruningProblem:
+        """The problem with its costs, from the groups and what is known of them."""
+        module, groups = runner.module, [group for group in found if group.prunable]
+        judged, calibration, identity = rest
+        with record_macs(module, runner.left_alone) as applications:
             runner.validation_step()()
         applications, samples = runner.broadcast((applications, runner.batch_size))
         return cls(
             groups=groups,
             coverage=str(coverage(module, found)),
             left_out=tuple(LeftOut(g.name, g.component, g.num_channels, g.reason) for g in found if not g.prunable),
-            realisation=Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings)),
+            realisation=realisation,
             norms=norms(module, groups),
-            costs=CostModel.build(module, groups, rankings, applications, compensation.new_biases, judged),
+            costs=CostModel.build(module, groups, realisation.rankings, applications, compensation.new_biases, judged),
             compensation=compensation,
             calibration=calibration,
             samples=samples,
-            identity=runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches)),
+            identity=identity,
         )
 
     def plan_of(self, x: FloatArray) -> Plan:
@@ -224,6 +260,7 @@ class StepsToTrace:
         outside: Modules that are left alone with all that is in them -> why.
         probing: The same on fewer samples, for probes; empty: the steps themselves.
         round_to: Kept channels are a multiple of it.
+        probed: Whether groups are tried; else they are what the trace says.
     """
 
     steps: Steps
@@ -231,6 +268,7 @@ class StepsToTrace:
     outside: Mapping[str, str] = field(default_factory=dict)
     probing: Steps = field(default_factory=list)
     round_to: int = 1
+    probed: bool = True
 
 
 def prepare_groups(
@@ -253,6 +291,8 @@ def prepare_groups(
         groups = refuse_unjudged(mirror_twins(model, grouping.groups, twins), how.judged)
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
         groups = assign_components(model, groups, components, twins)
+        if not how.probed:
+            return groups, grouping
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
         candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits}, grouping.averaged)
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
@@ -327,6 +367,31 @@ def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: 
     shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
     names = {reader.name for reader in find_readers(module, shrinking)}
     return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
+
+
+def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
+    """The module's groups, the same on every process: a probe may fail on one process's batch only."""
+    probing = runner.probing(PROBE_SAMPLES) if probed else []
+    how = StepsToTrace(runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed)
+    return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
+
+
+def _one_can_go(runner: ModuleRunner, groups: Sequence[PruningGroup], number: int) -> bool:
+    """Whether the model runs with so many channels of some group gone."""
+    rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
+    for one, group in enumerate(groups):
+        if group.num_channels - number < max(group.least, 1):
+            continue
+        plan = Plan.from_counts([number if other == one else 0 for other in range(len(groups))], rankings)
+        surgery = apply_plan(runner.module, groups, plan)
+        try:
+            run_steps(runner.tracing(PROBE_SAMPLES))
+            return True
+        except Exception:  # the user's code, which does not take this width
+            continue
+        finally:
+            surgery.undo()
+    return False
 
 
 def _prunable(found: Sequence[PruningGroup]) -> list[PruningGroup]:

@@ -175,6 +175,7 @@ def race(evaluator: Evaluator, settings: RoundSettings) -> None:
         if leader is not None and (
             trials.target is None
             or number >= _FINALISTS
+            or (trials.reaches(leader) and not trials.reaches(candidate))
             or candidate.loss - leader.loss > 2 * evaluator.on.noise  # never, where the noise is not known
         ):
             break

@@ -20,10 +20,10 @@ from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
-from lightning_softprune.round.commit import all_optimizers, commit, rehearse_plan
+from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
-from lightning_softprune.round.feasibility import monitored
+from lightning_softprune.round.feasibility import objective_of
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
@@ -31,7 +31,7 @@ from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
-from lightning_softprune.search import Objective, SearchOutcome, SearchStrategy
+from lightning_softprune.search import SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, averaged_copies, isolated_rng
 
@@ -67,11 +67,12 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         with record_usage(module, runner.left_alone) as judged, phases("baseline"):
             journal.confirm(BASELINE, runner.metrics)
             before, baseline_seconds = journal.scored(BASELINE, runner.metrics)
-        objective = _objective(settings, before)
+        objective = objective_of(settings, before, runner.directions)
+        settings = replace(settings, mode=objective.mode)
         problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)
-        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio)
+        stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio, settings.latency_batch)
         while True:
             evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
             evaluator.baseline_seconds = baseline_seconds
@@ -80,17 +81,17 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
                 break  # else the journal was wrong, and is set aside
         _tell(decision, settings, goal)
-        best = decision.plan
+        best, rehearsed = decision.plan, None
         if best is not None:
             with phases("timing"):
                 stopwatch.compare(best.plan)
         if best is not None and (goal.commit or goal.rehearse):
             transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            with phases("refitting"):
-                best, surgery = rehearse_plan(evaluator, settings, copies, best)
+            rehearsed = rehearse_plan(evaluator, _shorter(settings, goal), copies, best, judged.parameters, phases)
+            best = rehearsed.plan
             if goal.commit:
-                commit(runner, copies, transaction, surgery, form)
-        found = _Found(before, dense, strategy, outcome, decision, best)
+                commit(runner, copies, transaction, rehearsed.surgery, form)
+        found = _Found(before, dense, strategy, outcome, decision, best, rehearsed)
         result = _result(settings, goal, evaluator, stopwatch, found)
     return replace(result, seconds=time.monotonic() - started, phases=phases.seconds)
 
@@ -100,9 +101,9 @@ def _runner(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSett
     return ModuleRunner(trainer, module, memory_limit=limit, seed=seed, calibration_batches=batches)
 
 
-def _objective(settings: RoundSettings, before: dict[str, float]) -> Objective:
-    objective = Objective(settings.monitor, settings.mode, settings.constraints)
-    return replace(objective, scale=monitored(before, objective))
+def _shorter(settings: RoundSettings, goal: Goal) -> RoundSettings:
+    """The settings of a commit; one batch of healing shows all that could fail where all of it is taken back."""
+    return settings if goal.commit else replace(settings, healing=min(settings.healing, 1))
 
 
 def _search(
@@ -161,7 +162,7 @@ def _tell(decision: Decision, settings: RoundSettings, goal: Goal) -> None:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a round has found: metrics before, costs of the dense model, the search, the decision, the final trial."""
+    """What a round has found: metrics before, dense costs, the search, the decision, and what was made of it."""
 
     before: dict[str, float]
     dense: Costs
@@ -169,6 +170,7 @@ class _Found:
     outcome: SearchOutcome
     decision: Decision
     best: ScoredPlan | None
+    rehearsed: Rehearsed | None
 
 
 def _result(
@@ -181,9 +183,10 @@ def _result(
     latencies = None if found.best is None else stopwatch.compare(found.best.plan)
     if latencies is not None:
         shares["latency"] = stopwatch.share_of_dense(final.plan)
-    reason = "" if found.best else found.decision.sentence
+    reason = trials.shortfall(found.best) if found.best else found.decision.sentence
     if not goal.commit:
-        reason = f"{DRY_RUN}; {found.decision.sentence}" if found.decision.sentence else DRY_RUN
+        sentence = found.decision.sentence or reason
+        reason = f"{DRY_RUN}; {sentence}" if sentence else DRY_RUN
     return PruningResult(
         epoch=goal.epoch,
         sparsity=1.0 - getattr(costs_after, settings.cost) / getattr(found.dense, settings.cost),
@@ -215,8 +218,13 @@ def _result(
         latency_before=None if latencies is None else latencies[0],
         latency_after=None if latencies is None else latencies[1],
         latency_spread=None if latencies is None else latencies[2],
+        device="" if latencies is None else stopwatch.device,
+        latency_batch=None if latencies is None else stopwatch.batch,
+        layers=stopwatch.layers.get(final.plan, ()),
         shares=shares,
         left_out=problem.left_out,
         coverage=problem.coverage,
         numbers=problem.numbers(found.dense),
+        score_compensated=None if found.rehearsed is None else found.rehearsed.compensated,
+        healing=None if found.rehearsed is None else found.rehearsed.healing,
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
-from lightning_softprune.round.feasibility import check_reachable
+from lightning_softprune.round.feasibility import check_reachable, check_strategy
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import (
     MaxSparsitySearch,
@@ -74,6 +74,7 @@ def search(
             progress = _Progress(trials.highest_feasible_sparsity(unpruned), trials.least_violation_at, check)
             outcome = MaxSparsitySearch(strategy, space, evaluate, progress, evaluator.runner.seed, cache).run()
         else:
+            space = space.at_least_target()
             check(space)
 
             def reuse(x: FloatArray, *_: object) -> None:
@@ -106,12 +107,7 @@ def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> t
     space = trials.space
     if trials.target is None:
         space = replace(space, target=space.sparsity_of(space.high) / 2)
-    strategy = copy.deepcopy(settings.search)
-    strategy.is_global_zero = False  # which opens no storage
-    try:
-        strategy.check(space)
-    except ValueError as error:
-        raise MisconfigurationException(f"search: {error}") from error
+    check_strategy(trials.space, settings, trials.target)
 
     def evaluate(x: FloatArray) -> float:
         scored = evaluator.score(x)

@@ -16,7 +16,10 @@ from lightning_softprune.utilities import checks
 
 @dataclass(frozen=True)
 class RoundSettings:
-    """What the user asked for; the fields are SoftPruning's arguments of the same names."""
+    """What the user asked for; the fields are SoftPruning's arguments of the same names.
+
+    A round finds its `mode` out where that is "auto" (`feasibility.py`).
+    """
 
     monitor: str
     mode: str
@@ -39,6 +42,8 @@ class RoundSettings:
     on_violation: str = "skip"
     granularity: str = "group"
     memory_limit: float | None = None
+    healing: int = 0
+    latency_batch: int | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The trials of a round: plans that were scored, and which of them is best.
 
 A trial is *feasible* when its plan meets the sparsity target and the limits on counted costs, and its metrics the
-constraints. A trial on a part of the validation data is judged by an estimate of what it has on all of them, and only
-one on all of them can be chosen.
+constraints. Of feasible ones, those that remove at least what was asked for come first. A trial on a part of the
+validation data is judged by an estimate of what it has on all of them, and only one on all of them can be chosen.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from lightning_softprune.results import Trial
 from lightning_softprune.round.feasibility import monitored
-from lightning_softprune.search import Objective, Plan, SearchSpace
+from lightning_softprune.search import SLACK, Objective, Plan, SearchSpace
 from lightning_softprune.trainer import ALL, Part
 
 
@@ -159,7 +159,23 @@ class Trials:
         return scored.trial.feasible and (self.target is not None or not scored.plan.is_empty())
 
     def _rank(self, scored: ScoredPlan) -> tuple[float, ...]:
-        return (scored.loss,) if self.target is not None else (-scored.trial.sparsity, scored.loss)
+        if self.target is None:
+            return (-scored.trial.sparsity, scored.loss)
+        return (not self.reaches(scored), scored.loss)
+
+    def reaches(self, scored: ScoredPlan) -> bool:
+        """Whether a plan removes at least what was asked for."""
+        return self.target is None or scored.trial.sparsity >= self.target - SLACK
+
+    def shortfall(self, scored: ScoredPlan) -> str:
+        """Why a plan that was chosen removes less than was asked for, in words; empty where it does not."""
+        if self.target is None or self.reaches(scored):
+            return ""
+        most = self.target + self.space.tolerance
+        return (
+            f"it removes {scored.trial.sparsity:.4f} and not target_sparsity={self.target:g}: no feasible plan from "
+            f"there to {most:g} was found, since channels go as a whole"
+        )
 
     def ranked(self) -> list[ScoredPlan]:
         """The feasible trials on all data, best first; of equals the earliest."""

@@ -6,15 +6,25 @@
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
 from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_rounding, build_space
 from lightning_softprune.search.curves import carried_over
+from lightning_softprune.search.look_ups import SLACK
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
-from lightning_softprune.search.objective import Constraint, Objective, better, parse_constraint
+from lightning_softprune.search.objective import (
+    AUTO,
+    Constraint,
+    Objective,
+    better,
+    mode_of,
+    mode_of_name,
+    parse_constraint,
+)
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.solving import Known, OutOfReachError, Question, Solution, best_plan, solve
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.stored import SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
 from lightning_softprune.search.strategies.baselines import NormBaseline, UniformBaseline
+from lightning_softprune.search.strategies.by_name import strategy_of
 from lightning_softprune.search.strategies.gradient import GradientSearch
 from lightning_softprune.search.strategies.grid import GridSearch
 from lightning_softprune.search.strategies.optuna_search import OptunaSearch
@@ -23,6 +33,8 @@ from lightning_softprune.search.strategies.sensitivity import SensitivitySearch
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 __all__ = [
+    "AUTO",
+    "SLACK",
     "Budgets",
     "Coefficients",
     "Constraint",
@@ -62,7 +74,10 @@ __all__ = [
     "build_space",
     "carried_over",
     "compressed",
+    "mode_of",
+    "mode_of_name",
     "parse_constraint",
     "run_search",
     "solve",
+    "strategy_of",
 ]

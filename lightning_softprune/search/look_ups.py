@@ -43,6 +43,7 @@ class PlanLookUps:
     unit: IntArray | None = None
     limits: tuple[float, ...] = ()
     shares: Callable[[IntArray], FloatArray] | None = None
+    from_target: bool = False
 
     def __post_init__(self) -> None:
         def put(name: str, value: ArrayLike, dtype: type[Any]) -> NDArray[Any]:
@@ -83,7 +84,7 @@ class PlanLookUps:
     @property
     def floor(self) -> float:
         """The smallest sparsity that is on target."""
-        return self.target - self.tolerance
+        return self.target if self.from_target else self.target - self.tolerance
 
     def key(self, x: FloatArray) -> tuple[int, ...]:
         """The plan a vector (k,) realises as; equal keys are the same network."""
@@ -98,8 +99,8 @@ class PlanLookUps:
         return float(self.sparsities(np.asarray(x, dtype=np.float64)[None])[0])
 
     def within(self, sparsities: FloatArray) -> NDArray[np.bool_]:
-        """Which sparsities are within the tolerance of the target."""
-        return np.asarray(np.abs(sparsities - self.target) <= self.tolerance + SLACK)
+        """Which sparsities are within the tolerance of the target, and not below it where they may not be."""
+        return np.asarray((sparsities >= self.floor - SLACK) & (sparsities <= self.target + self.tolerance + SLACK))
 
     def overrun(self, removed: IntArray) -> FloatArray:
         """By how much plans (n, m) exceed the limits, summed over these, shape (n,); 0 where all of them hold."""
@@ -208,7 +209,13 @@ class PlanLookUps:
             keep &= (np.abs(points - x) <= np.maximum(reach, 2 * self.step)).all(axis=1)
         return np.array(points[keep], dtype=np.float64)
 
+    def misses(self, sparsities: FloatArray) -> FloatArray:
+        """How far sparsities are from the target; below it counts as further than above, where they may not be."""
+        below = self.from_target & (sparsities < self.target - SLACK)
+        return np.asarray(np.abs(sparsities - self.target) + below, dtype=np.float64)
+
     def excess(self, sparsities: FloatArray, overrun: FloatArray, tolerance: float) -> FloatArray:
         """How far plans are from meeting target and limits; 0 where they do."""
-        off = np.maximum(np.abs(sparsities - self.target) - tolerance, 0.0)
+        floor = self.target if self.from_target else self.target - tolerance
+        off = np.maximum(np.maximum(floor - sparsities, sparsities - self.target - tolerance), 0.0)
         return np.asarray(np.where(off <= SLACK, 0.0, off) + overrun, dtype=np.float64)

@@ -4,6 +4,9 @@ A *constraint* bounds one logged metric: ``val_psnr >= 19.5``. Its *violation* i
 relative to the bound; 0 where it is met, infinite where the metric is not a number. The *loss* is what a search
 minimises: the score, turned so that lower is better, and a penalty on violations, so that a search for the best score
 is drawn to where the constraints hold. Which trials are feasible is decided on the violations alone.
+
+The *mode* says which scores are better, "min" or "max". With "auto" the metric tells: a torchmetrics object knows
+whether higher is better, and some names say that they are losses or errors.
 """
 
 from __future__ import annotations
@@ -22,6 +25,67 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SHOWN = 100  # characters of a constraint on either side of a mistake, in the message
 
 _PENALTY = 10.0  # a shortfall of 1 % of the bound weighs like a loss that is 10 % higher
+
+
+AUTO = "auto"
+"""The mode that is found out."""
+
+_LOW_IS_GOOD = frozenset(
+    {"loss", "losses", "error", "errors", "err", "mae", "mse", "rmse", "nmse", "nrmse", "mape", "smape", "wape", "mase"}
+    | {"msle", "rmsle", "nll", "bce", "ce", "crossentropy", "logloss", "perplexity", "ppl", "wer", "cer", "mer", "ter"}
+    | {"fid", "kid", "lpips", "kl", "kld", "brier", "ece", "epe", "mpjpe"}
+)
+"""Words that say that less is better."""
+
+_TURNED = frozenset({"neg", "negative", "negated", "minus", "inverse", "inverted"})
+"""Words that turn the meaning of those around."""
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def mode_of_name(monitor: str) -> str | None:
+    """``"min"`` for the name of a loss or an error; ``None`` for one that says neither.
+
+    >>> mode_of_name("val/recon_loss"), mode_of_name("validRMSE"), mode_of_name("val_acc"), mode_of_name("lossless")
+    ('min', 'min', None, None)
+    """
+    words = {word.lower() for word in _WORD.findall(monitor)}
+    return "min" if words & _LOW_IS_GOOD and not words & _TURNED else None
+
+
+def mode_of(monitor: str, mode: str, higher_is_better: bool | None) -> str:
+    """``"min"`` or ``"max"``: what was asked for, or else what the metric says.
+
+    Args:
+        monitor: The metric's name.
+        mode: ``"min"``, ``"max"`` or ``"auto"``.
+        higher_is_better: What the torchmetrics object says that was logged; ``None``: there is none, or it says nothing.
+
+    Raises:
+        ValueError: The two contradict each other, or nothing says which.
+
+    >>> mode_of("val_loss", "auto", None), mode_of("val_f1", "auto", True)
+    ('min', 'max')
+    >>> mode_of("val_acc", "auto", None)
+    Traceback (most recent call last):
+        ...
+    ValueError: mode='auto': neither the name of monitor='val_acc' nor what is logged says whether a higher or a lower value is better; give mode="max" or mode="min"
+    """  # noqa: E501
+    said = {True: "max", False: "min", None: None}[higher_is_better]
+    if mode == AUTO:
+        found = said or mode_of_name(monitor)
+        if found is None:
+            raise ValueError(
+                f"mode='auto': neither the name of monitor={monitor!r} nor what is logged says whether a higher or a "
+                'lower value is better; give mode="max" or mode="min"'
+            )
+        return found
+    if said is not None and said != mode:
+        raise ValueError(
+            f"mode={mode!r}: monitor={monitor!r} is logged by a torchmetrics object for which higher_is_better is "
+            f'{higher_is_better}; leave mode out, or say mode="{said}"'
+        )
+    return mode
 
 
 def better(score: float, other: float, mode: str) -> bool:

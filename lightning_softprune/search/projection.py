@@ -71,7 +71,7 @@ def corrected(space: PlanLookUps, x: FloatArray) -> FloatArray:
     def all_values(removed: IntArray) -> FloatArray:  # columns: sparsity, then what is gone of each limited cost
         return np.concatenate((space.sparsity(removed)[:, None], 1.0 - shares(removed)), axis=1)
 
-    least = np.array([space.target - space.tolerance, *(1.0 - limit for limit in space.limits)])
+    least = np.array([space.floor, *(1.0 - limit for limit in space.limits)])
     most = np.array([space.target + space.tolerance, *(math.inf for _ in space.limits)])
     best, nearest = x, math.inf
     for _ in range(_CORRECTIONS):
@@ -111,14 +111,15 @@ def nearest_point(space: PlanLookUps) -> FloatArray:
         return np.array(space.high, dtype=np.float64)
     if space.table is not None:
         points, values, over = space.table
-        return np.array(points[np.lexsort((np.abs(values - space.target), over))[0]], dtype=np.float64)
+        return np.array(points[np.lexsort((space.misses(values), over))[0]], dtype=np.float64)
     rng = np.random.default_rng(0)
     starts = [space.low, space.high, *rng.uniform(space.low, space.high, (16, space.size))]
     best, least = space.high, (math.inf, math.inf)
     for start in [scale(space, np.ones(space.size)), *starts]:
-        for point in (polished(space, project(space, start), tolerance=0.0), within_limits(space, start)):
+        near = project(space, start)
+        for point in (near, polished(space, near, tolerance=0.0), within_limits(space, start)):
             sparsities, over = space.measure(point[None])
-            gap = (float(over[0]), abs(float(sparsities[0]) - space.target))
+            gap = (float(over[0]), float(space.misses(sparsities)[0]))
             if gap < least:
                 best, least = point, gap
         if least < (0.0, 1e-4):  # finer than any tolerance in use
@@ -139,6 +140,21 @@ def within_limits(space: PlanLookUps, x: FloatArray) -> FloatArray:
     path = start + np.linspace(0, 1, 257)[:, None] * (end - start)
     held = np.flatnonzero(space.overrun(space.realise(path)) == 0)
     return np.array(path[held[-1]], dtype=np.float64)
+
+
+def reaches_target(space: PlanLookUps) -> bool:
+    """Whether a plan on the target was found; exact up to `EXACT_PLANS` plans."""
+    if space.table is not None:
+        _, values, overrun = space.table
+        return bool((space.within(values) & (overrun == 0)).any())
+    rng = np.random.default_rng(0)
+    starts = [
+        scale(space, np.ones(space.size)),
+        space.low,
+        space.high,
+        *rng.uniform(space.low, space.high, (4, space.size)),
+    ]
+    return any(space.on_target(project(space, start)) for start in starts)
 
 
 def nearest(space: PlanLookUps) -> float:

@@ -9,7 +9,7 @@ putting a vector on the target takes a search of its own: this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lightning_softprune.search import projection
 from lightning_softprune.search.look_ups import PlanLookUps
@@ -33,6 +33,7 @@ class SearchSpace(PlanLookUps):
         unit: Channels per smallest removable step, shape (k,). Default: one.
         limits: Largest share of each further cost that may remain, shape (l,). Default: no further budgets.
         shares: Removed channels (n, m) to the shares (n, l) of those costs that remain, antitone.
+        from_target: Whether only sparsities from the target up are on it, and none below.
 
     Raises:
         ValueError: If shapes disagree or a number is out of its range; the message names it.
@@ -52,6 +53,12 @@ class SearchSpace(PlanLookUps):
         >>> space.on_target(space.project(np.array([0.1, 0.1])))
         True
     """
+
+    def at_least_target(self) -> SearchSpace:
+        """The space in which only plans from the target up are on it; this one where no such plan was found."""
+        upper = replace(self, from_target=True)
+        vars(upper).update({name: vars(self)[name] for name in ("states", "table", "moves") if name in vars(self)})
+        return upper if projection.reaches_target(upper) else self
 
     def slope(self, x: FloatArray) -> FloatArray:
         """The gradient (k,) of the sparsity at `x`, by differences wide enough to see past single channels."""

@@ -5,7 +5,8 @@ No graph is needed. The `Surgery` record says which elements of every tensor sur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,16 +82,20 @@ class Surgery:
 
     def undo(self) -> None:
         """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
-        for held, attribute, value in self._counted:
-            if value is _OF_THE_CLASS:
-                held.pop(attribute, None)
-            else:
-                held[attribute] = value
-        for mapping, items in reversed(self._contents):  # what was noted first is how it was
-            mapping.clear()
-            mapping.update(items)
-        for module, kind in reversed(self._classes):
-            module.__class__ = kind
+        # what was noted first is how it was
+        _put_back(self._counted, self._contents[::-1], self._classes[::-1])
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """The layers as they were, for as long as the block lasts; afterwards, as they are now."""
+        counted = [(held, attribute, held.get(attribute, _OF_THE_CLASS)) for held, attribute, _ in self._counted]
+        contents = [(mapping, dict(mapping)) for mapping, _ in self._contents]
+        classes = [(module, type(module)) for module, _ in self._classes]
+        self.undo()
+        try:
+            yield
+        finally:
+            _put_back(counted, contents, classes)
 
     def replace(self, module: nn.Module, attribute: str, name: str, new: nn.Parameter) -> None:
         """Put a parameter of the same shape in the place of one that was not sliced: the old one has to survive."""
@@ -106,6 +111,23 @@ class Surgery:
         self._classes.append((module, type(module)))
         for mapping in (module._parameters, module._buffers, module.__dict__):
             self._contents.append((mapping, dict(mapping)))
+
+
+def _put_back(
+    counted: Sequence[tuple[dict[str, Any], str, Any]],
+    contents: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    classes: Sequence[tuple[nn.Module, type[nn.Module]]],
+) -> None:
+    for held, attribute, value in counted:
+        if value is _OF_THE_CLASS:
+            held.pop(attribute, None)
+        else:
+            held[attribute] = value
+    for mapping, items in contents:
+        mapping.clear()
+        mapping.update(items)
+    for module, kind in classes:
+        module.__class__ = kind
 
 
 def apply_plan(model: nn.Module, groups: Sequence[PruningGroup], plan: Plan) -> Surgery:

@@ -6,6 +6,7 @@ fails by name when a release of Lightning moves any of it.
 
 from lightning_softprune.trainer.ending import why_training_ended
 from lightning_softprune.trainer.fit_loop import (
+    as_if_at_epoch,
     end_epoch_at_this_batch,
     finish_epoch_without_training,
     logging_step,
@@ -20,7 +21,14 @@ from lightning_softprune.trainer.isolation import (
     metrics_in,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
-from lightning_softprune.trainer.module_steps import Step, Steps, attributes_of, run_steps, what_a_step_shows
+from lightning_softprune.trainer.module_steps import (
+    Step,
+    Steps,
+    attributes_of,
+    may_log,
+    run_steps,
+    what_a_step_shows,
+)
 from lightning_softprune.trainer.other_callbacks import (
     averaged_copies,
     forget_compiled,
@@ -28,8 +36,9 @@ from lightning_softprune.trainer.other_callbacks import (
     reset_monitors,
     users_callbacks,
 )
-from lightning_softprune.trainer.processes import wrap_again
+from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
+from lightning_softprune.trainer.steps import LoadedBatch
 from lightning_softprune.trainer.support import (
     refuse_schedule,
     refuse_sharded_optimizers,
@@ -42,11 +51,13 @@ from lightning_softprune.trainer.validation_data import ALL, BatchesReadAgain, P
 __all__ = [
     "ALL",
     "BatchesReadAgain",
+    "LoadedBatch",
     "MisconfigurationException",
     "ModuleRunner",
     "Part",
     "Step",
     "Steps",
+    "as_if_at_epoch",
     "attributes_of",
     "averaged_copies",
     "clone_inference_tensors_and_reset_metrics",
@@ -57,6 +68,8 @@ __all__ = [
     "is_overridden",
     "isolated_rng",
     "logging_step",
+    "may_log",
+    "mean_over_processes",
     "metrics_in",
     "one_epoch_more",
     "record_new_parameters",

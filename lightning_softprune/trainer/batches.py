@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -18,10 +20,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
-from lightning_softprune.trainer.isolation import isolated_rng
+from lightning_softprune.trainer.isolation import OwnRandomness, isolated_rng
 from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.utilities.libraries import counterpart
 from lightning_softprune.utilities.snapshot import ATOMS
+
+_NONE = object()
 
 
 def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
@@ -76,22 +80,57 @@ def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:
     Raises:
         MisconfigurationException: A loader can be read only once.
     """
-    with torch.inference_mode(False), torch.no_grad(), isolated_rng():
-        combined = _training_loader(trainer)
-        if combined is None:
-            return []
-        with loaders_beside(trainer, list(combined.flattened), "train_dataloaders") as loaders:
-            beside = copy(combined)
-            beside.flattened = loaders
-            if beside.limits is None:  # outside of a fit
-                beside.limits = [_limit(loader, trainer.limit_train_batches) for loader in loaders]
-            iter(beside)  # and never again, as a `for` would: that starts the workers once more
-            length = sized_len(beside)  # None: a stream
-            batches: list[Any] = []
-            with suppress(StopIteration):
-                while len(batches) < n and (length is None or len(batches) < length):
-                    batches.append(copy_batch(next(beside)[0]))
-            return batches
+    with torch.inference_mode(False), torch.no_grad(), isolated_rng(), _one_epoch(trainer) as epoch:
+        return [copy_batch(batch) for batch in itertools.islice(epoch, n)]
+
+
+@contextmanager
+def _one_epoch(trainer: pl.Trainer) -> Iterator[Iterator[Any]]:
+    """The batches of one epoch, beside the running one."""
+    combined = _training_loader(trainer)
+    if combined is None:
+        yield iter(())
+        return
+    with loaders_beside(trainer, list(combined.flattened), "train_dataloaders") as loaders:
+        beside = copy(combined)
+        beside.flattened = loaders
+        if beside.limits is None:  # outside of a fit
+            beside.limits = [_limit(loader, trainer.limit_train_batches) for loader in loaders]
+        iter(beside)  # and never again, as a `for` would: that starts the workers once more
+        length = sized_len(beside)  # None: a stream
+        rest: Iterator[Any] = iter(lambda: next(beside, _NONE), _NONE)
+        yield (found[0] for found in itertools.islice(rest, length))
+
+
+def read_training_batches(trainer: pl.Trainer, n: int, seed: int) -> Generator[Any]:
+    """The same batches one by one, with none kept in memory; those of further epochs where one does not have enough.
+
+    Close it if it is not read to its end.
+
+    Args:
+        trainer: The trainer in charge.
+        n: How many batches.
+        seed: Which ones: the first are those that `training_batches` reads from this random state.
+
+    Yields:
+        Fresh copies, as the loaders yield them.
+
+    Raises:
+        MisconfigurationException: A loader can be read only once.
+    """
+    own, count, before = OwnRandomness(seed), 0, -1
+    while before < count < n:
+        before = count
+        with ExitStack() as stack:
+            with own():
+                batches = stack.enter_context(_one_epoch(trainer))
+            while count < n:
+                with own(), torch.inference_mode(False), torch.no_grad():
+                    batch = next(batches, _NONE)
+                if batch is _NONE:
+                    break
+                count += 1
+                yield copy_batch(batch)
 
 
 def _limit(loader: Any, limit: int | float) -> int | float:

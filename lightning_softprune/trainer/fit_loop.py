@@ -93,6 +93,18 @@ def one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]
         loop.epoch_loop.max_steps = steps
 
 
+@contextmanager
+def as_if_at_epoch(trainer: pl.Trainer, epoch: int) -> Iterator[None]:
+    """While this lasts, whoever asks for the fit's epoch is told this one."""
+    counter = trainer.fit_loop.epoch_progress.current
+    before = counter.completed
+    counter.completed = epoch
+    try:
+        yield
+    finally:
+        counter.completed = before
+
+
 def end_epoch_at_this_batch() -> NoReturn:
     """From `on_train_batch_start`: neither this batch nor any after it is trained on in this epoch.
 

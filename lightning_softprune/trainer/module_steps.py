@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import unwrap
+from types import CodeType
 from typing import Any
 
 import torch
@@ -68,24 +71,26 @@ def _numbers_in(value: Any) -> list[torch.Tensor]:
     return tensors_in(value)
 
 
-def same_layer_calls(model: nn.Module, few: Steps, whole: Steps) -> bool:
+@contextmanager
+def layer_calls(model: nn.Module) -> Iterator[Counter[str]]:
+    """How often each module is called while this lasts."""
+    seen: Counter[str] = Counter()
+    with registered(
+        forward_hook(layer, lambda *_, name=name: seen.update([name])) for name, layer in model.named_modules()
+    ):
+        yield seen
+
+
+def calls_as_often(model: nn.Module, few: Steps, wanted: Counter[str]) -> bool:
     """Whether steps on fewer samples run, and call every layer of the model as often as those on whole batches."""
-
-    def calls(steps: Steps) -> Counter[str]:
-        seen: Counter[str] = Counter()
-        with registered(
-            forward_hook(layer, lambda *_, name=name: seen.update([name])) for name, layer in model.named_modules()
-        ):
-            run_steps(steps)
-        return seen
-
-    wanted = calls(whole)
     try:
-        return calls(few) == wanted
+        with layer_calls(model) as seen:
+            run_steps(few)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # whatever the user's code says to fewer samples: whole batches do
         return False
+    return seen == wanted
 
 
 def head_of_batch(batch: Any, count: int | None) -> Any:
@@ -108,3 +113,53 @@ def head_of_batch(batch: Any, count: int | None) -> Any:
 
     shorter = cut(batch) if count else batch
     return shorter if len(lengths) == 1 and None not in lengths else batch
+
+
+def batch_of(batch: Any, count: int) -> tuple[Any, bool]:
+    """A batch of so many samples, the given ones over and over; and whether it could be made.
+
+    Where the batch is not made of tensors of one length, it is returned as it is.
+
+    >>> batch_of([torch.arange(3)], 7)[0][0].tolist()
+    [0, 1, 2, 0, 1, 2, 0]
+    >>> batch_of([torch.arange(3), "text"], 7)[1]
+    False
+    """
+    lengths: set[int | None] = set()
+
+    def repeated(part: Any) -> Any:
+        if is_container(part):
+            return rebuild(part, repeated)
+        whole = isinstance(part, torch.Tensor) and part.ndim > 0 and len(part) > 0
+        lengths.add(len(part) if whole else None)
+        return part[torch.arange(count, device=part.device) % len(part)] if whole else part
+
+    longer = repeated(batch)
+    made = len(lengths) == 1 and None not in lengths
+    return (longer if made else batch), made
+
+
+def may_log(module: nn.Module, name: str) -> bool:
+    """Whether a module's own code has a name in it, as a whole or in two pieces, that it may log at other times.
+
+    Args:
+        module: The module.
+        name: Of a metric that was not logged.
+    """
+    pieces: set[str] = set()
+    packages = ("lightning.", "pytorch_lightning.", "torch.", "builtins")
+    functions = [
+        value
+        for kind in type(module).__mro__
+        if not f"{kind.__module__}.".startswith(packages)
+        for value in vars(kind).values()
+    ]
+    codes = [code for function in functions if (code := getattr(unwrap(function), "__code__", None)) is not None]
+    while codes:
+        for constant in codes.pop().co_consts:
+            if isinstance(constant, CodeType):
+                codes.append(constant)
+            found = constant if isinstance(constant, tuple) else (constant,)
+            pieces |= {text for text in found if isinstance(text, str) and len(text) > 1}
+    starts, ends = ([len(piece) for piece in pieces if fits(piece)] or [0] for fits in (name.startswith, name.endswith))
+    return max(starts) + max(ends) >= len(name) - 1

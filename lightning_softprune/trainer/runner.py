@@ -6,7 +6,10 @@ for. Where several processes train together, every process runs its share, and a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -15,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 
 from lightning_softprune.graph import record_usage
-from lightning_softprune.trainer.batches import copy_batch, training_batches
+from lightning_softprune.trainer.batches import copy_batch, read_training_batches, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     isolated_rng,
@@ -27,9 +30,11 @@ from lightning_softprune.trainer.module_steps import (
     Step,
     Steps,
     attributes_of,
+    batch_of,
+    calls_as_often,
     head_of_batch,
+    layer_calls,
     run_steps,
-    same_layer_calls,
     what_a_step_shows,
 )
 from lightning_softprune.trainer.processes import mean_over_processes
@@ -41,6 +46,14 @@ Value = TypeVar("Value")
 
 _TRACED_BATCHES = 4
 """Training batches that are looked at for branches that the first one does not take."""
+
+
+@dataclass
+class _Traced:
+    """A step that tracing runs: made for so many samples, and how often it calls each layer on a whole batch."""
+
+    make: Callable[[int | None], Step]
+    calls: Counter[str] | None
 
 
 class ModuleRunner:
@@ -55,6 +68,8 @@ class ModuleRunner:
         memory_limit: GiB that the round may hold beside the model; `None`: a quarter of the free memory.
         seed: For whatever is random in data and steps.
         calibration_batches: Training batches that will be asked for at most.
+        glance: A training batch as `training_step` is about to get it: then this one alone, and the first of each
+            validation loader, are looked at, no training loader is read, and every process is on its own.
 
     Raises:
         MisconfigurationException: On entering, see `ValidationScorer`.
@@ -68,13 +83,16 @@ class ModuleRunner:
         memory_limit: float | None = None,
         seed: int = 0,
         calibration_batches: int = 1,
+        glance: LoadedBatch | None = None,
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
         self._most = calibration_batches
         self._trained_on: list[Any] | None = None
-        self._traced: list[Callable[[int | None], Step]] | None = None
+        self._traced: list[_Traced] | None = None
         limit = None if memory_limit is None else memory_limit * GIB
-        self._scorer = ValidationScorer(trainer, module, memory_limit=limit, seed=seed)
+        self._glance = glance
+        most = None if glance is None else 1
+        self._scorer = ValidationScorer(trainer, module, memory_limit=limit, seed=seed, most=most)
 
     def __enter__(self) -> ModuleRunner:
         self._scorer.__enter__()
@@ -125,7 +143,7 @@ class ModuleRunner:
         Raises:
             Exception: The user's own, as it is, with everything put back; on all processes, if it is raised on one.
         """
-        if self.trainer.world_size == 1:
+        if self.trainer.world_size == 1 or self._glance is not None:
             return self._scorer.metrics(part)
         metrics, failure = {}, None
         try:
@@ -136,14 +154,25 @@ class ModuleRunner:
             raise failure or RuntimeError("another process has failed in this validation pass")
         return mean_over_processes(self.trainer, metrics)
 
-    def time(self, *, runs: int, seconds: float) -> float:
+    def takes_batch_of(self, samples: int) -> bool:
+        """Whether a batch of so many samples can be made of the first validation batch."""
+        return self.all_agree(batch_of(self._scorer.first_batch().data, samples)[1])
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """Whether higher is better, of the metrics that the last pass has logged as torchmetrics objects, by name."""
+        return self._scorer.directions
+
+    def time(self, *, runs: int, seconds: float, samples: int | None = None) -> float:
         """Median seconds of the module's `validation_step` on the first batch, the mean over the processes.
 
         Args:
             runs: How many runs at most.
             seconds: Roughly how long to measure at most.
+            samples: How many samples the batch is to have, if that can be made; `None`: as many as it has.
         """
-        measured = time_validation_step(self.trainer, self.module, self._scorer, runs=runs, seconds=seconds)
+        how: dict[str, Any] = {"runs": runs, "seconds": seconds, "samples": samples}
+        measured = time_validation_step(self.trainer, self.module, self._scorer, **how)
         return mean_over_processes(self.trainer, {"seconds": measured})["seconds"]
 
     # --------------------------------------------------------------------------------------------------- training
@@ -164,13 +193,56 @@ class ModuleRunner:
 
     def _training_batches(self, n: int) -> list[Any]:
         """The same in memory, for what works on copies itself."""
+        if self._glance is not None:
+            return [self._glance.data]
         if self._trained_on is None or len(self._trained_on) == self._most < n:
             self._most = max(n, self._most)
             with isolated_rng(self.seed):
                 self._trained_on = training_batches(self.trainer, self._most)
         return self._trained_on[:n]
 
+    def further_training_batches(self, n: int) -> Generator[Any]:
+        """The same, as many as are asked for, and none kept in memory; they go on into further epochs.
+
+        Close it if it is not read to its end.
+        """
+        return read_training_batches(self.trainer, n, self.seed)
+
     # ------------------------------------------------------------------------------------------------------ steps
+
+    def teaching_step(self, raw: Any, number: int) -> Step:
+        """The module's step on one training batch, to be differentiated: in the trainer's precision.
+
+        `training_step`; where that optimizes by itself, `validation_step`. The mode and what the step leaves behind are
+        the caller's business (`undisturbed`). Every call has the same batch and the same random numbers.
+
+        Args:
+            raw: The batch as the loader yields it.
+            number: Its index.
+        """
+        name = "training_step" if self.trains_by_itself else "validation_step"
+        seed = self.seed + 1 + number * self.trainer.world_size + self.trainer.global_rank
+        with isolated_rng(seed):
+            batch = transfer(self.trainer, self.module, raw, step=name)
+
+        def step() -> Any:
+            with isolated_rng(seed):
+                loaded = LoadedBatch(copy_batch(batch), number)
+                return run_step(self.trainer, self.module, name, loaded, autocast=True).returned
+
+        return step
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What steps change around the parameters is put back; metrics start afresh, gradients are set aside."""
+        with untouched(self.trainer, self.module):
+            clone_inference_tensors_and_reset_metrics(self.module)
+            yield
+
+    @property
+    def scales_losses(self) -> bool:
+        """Whether gradients would be too small for the trainer's precision without a factor on the loss."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def validation_step(self, samples: int | None = None, loader: int | None = None, shown: bool = False) -> Step:
         """The module's `validation_step` on the first validation batch, in eval mode, leaving nothing behind.
@@ -197,7 +269,10 @@ class ModuleRunner:
         """
 
         def step() -> Any:
-            batch = transfer(self.trainer, self.module, raw, step="training_step")
+            if self._glance is None:
+                batch = transfer(self.trainer, self.module, raw, step="training_step")
+            else:
+                batch = copy_batch(raw)
             return self._ran("training_step", LoadedBatch(batch, number), samples, shown)
 
         return step
@@ -230,31 +305,46 @@ class ModuleRunner:
         """
         if self._traced is None:
             self._traced = self._first_of_all_kinds()
-        return [make(samples) for make in self._traced]
+        return [traced.make(samples) for traced in self._traced]
 
-    def _first_of_all_kinds(self) -> list[Callable[[int | None], Step]]:
+    def _first_of_all_kinds(self) -> list[_Traced]:
         loaders = self._scorer.loaders
         batches = self._training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
         validation = [partial(self.validation_step, loader=loader) for loader in loaders]
         training = [partial(self.training_step, raw, number) for number, raw in enumerate(batches)]
-        kept: list[Callable[[int | None], Step]] = []
+        kept: list[_Traced] = []
+        everything = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
+        everything |= {
+            name for name, layer in self.module.named_modules() if any(True for _ in layer.parameters(False))
+        }
         used: set[str] = set()
         for kind in (validation, training):
             for number, make in enumerate(kind):
+                if number and everything <= used:
+                    break  # no batch can use anything else
                 found: set[str] = set()
+                calls: Counter[str] | None = None
                 if len(kind) > 1:
-                    with record_usage(self.module) as usage:
+                    with record_usage(self.module) as usage, layer_calls(self.module) as calls:
                         run_steps([make(samples=None)])
                     found = usage.parameters | usage.layers
                 if number == 0 or not found <= used:
-                    kept.append(partial(_on_samples, make))
+                    kept.append(_Traced(partial(_on_samples, make), calls))
                 used |= found
         return kept
 
     def probing(self, samples: int) -> Steps:
         """The steps that groups are probed by: on so many samples, where these run the same layers as whole batches."""
         whole, few = self.tracing(), self.tracing(samples)
-        return few if self.all_agree(same_layer_calls(self.module, few, whole)) else whole
+        wanted: Counter[str] = Counter()
+        for step, traced in zip(whole, self._traced or (), strict=True):
+            calls = traced.calls
+            if calls is None:
+                with layer_calls(self.module) as calls:
+                    run_steps([step])
+            traced.calls = calls
+            wanted += calls
+        return few if self.all_agree(calls_as_often(self.module, few, wanted)) else whole
 
     def calibration(self, count: int) -> tuple[Steps, list[Any]]:
         """Training batches, and one step for each; where there are none, one validation batch's step.
@@ -283,12 +373,14 @@ class ModuleRunner:
 
     def broadcast(self, value: Value) -> Value:
         """Rank zero's value, on every process."""
+        if self._glance is not None:
+            return value
         found: Value = self.trainer.strategy.broadcast(value)
         return found
 
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is set on every process."""
-        return self.trainer.strategy.reduce_boolean_decision(flag, all=True)
+        return flag if self._glance is not None else self.trainer.strategy.reduce_boolean_decision(flag, all=True)
 
 
 def _on_samples(make: Callable[..., Step], samples: int | None) -> Step:

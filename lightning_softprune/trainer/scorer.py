@@ -6,6 +6,7 @@ metrics of one trial.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from lightning_softprune.trainer.isolation import (
     untouched,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
+from lightning_softprune.trainer.module_steps import batch_of
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
     compiler_off,
@@ -76,6 +78,19 @@ def _without_callbacks(trainer: pl.Trainer) -> Iterator[None]:
         yield
 
 
+def _directions(loop: _EvaluationLoop) -> dict[str, bool]:
+    """Whether higher is better, of the metrics that a loop has logged as objects, under the names callbacks see."""
+    found: dict[str, bool] = {}
+    for entry in loop._results.result_metrics:
+        better = None if entry.is_tensor else getattr(entry.value, "higher_is_better", None)
+        if better is not None:
+            meta = entry.meta
+            index = meta.dataloader_idx if meta.add_dataloader_idx else None
+            suffix = "" if index is None else loop._results.DATALOADER_SUFFIX.format(index)
+            found.update({f"{meta.name}{fork}{suffix}": bool(better) for fork in ("", "_step", "_epoch")})
+    return found
+
+
 class _LoaderOfPart:
     """Serves some of the batches of a loader; otherwise looks like the user's own."""
 
@@ -115,6 +130,11 @@ class ValidationScorer:
         pl_module: Its module.
         memory_limit: Bytes that batches may take; `None`: a quarter of the free memory.
         seed: For data that are random (a shuffled validation loader, dropout left on).
+        most: Only so many batches of each loader; `None`: as many as validation uses.
+
+    Attributes:
+        directions: Of the last pass: name of a metric that was logged as a torchmetrics object -> whether higher is
+            better; only of those that know.
 
     Raises:
         MisconfigurationException: On entering: no `validation_step`, no validation data, or data that can be read only
@@ -122,12 +142,19 @@ class ValidationScorer:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, memory_limit: float | None = None, seed: int = 0
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        *,
+        memory_limit: float | None = None,
+        seed: int = 0,
+        most: int | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = pl_module
         self._memory_limit = memory_limit
-        self._seed = seed
+        self._seed, self._most = seed, most
+        self.directions: dict[str, bool] = {}
         self._combined: CombinedLoader | None = None
         self._data: ValidationData | None = None
 
@@ -138,7 +165,8 @@ class ValidationScorer:
             raise MisconfigurationException(f"val_dataloaders: there are none, {_SCORED_ON}")
         data = ValidationData(self._trainer, self._module, self._memory_limit, self._seed)
         with data.reading():
-            data.read(combined, loop._max_batches)
+            most = math.inf if self._most is None else self._most
+            data.read(combined, [min(limit, most) for limit in loop._max_batches])
         if not any(data.counts):
             raise MisconfigurationException(f"val_dataloaders: they yield no batch, {_SCORED_ON}")
         self._combined, self._data = combined, data
@@ -263,11 +291,18 @@ class ValidationScorer:
         ):
             clone_inference_tensors_and_reset_metrics(module)
             loop.run()
+            self.directions = _directions(loop)
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
 
 
 def time_validation_step(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, scorer: ValidationScorer, *, runs: int, seconds: float
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    scorer: ValidationScorer,
+    *,
+    runs: int,
+    seconds: float,
+    samples: int | None = None,
 ) -> float:
     """Times the module's `validation_step` on the first validation batch, leaving nothing behind.
 
@@ -278,7 +313,8 @@ def time_validation_step(
         pl_module: Its module.
         scorer: Has the batch.
         runs: How many runs at most, after a warm-up of one and a third as many.
-        seconds: Roughly how long to measure at most; there is one run in any case.
+        seconds: Roughly how long to measure at most; a step that takes longer is run once, after a warm-up of one.
+        samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
 
     Returns:
         The median of the runs, in seconds.
@@ -290,6 +326,8 @@ def time_validation_step(
 
     def run(begin: bool = False) -> float:
         batch = scorer.first_batch()
+        if samples is not None:
+            batch = batch._replace(data=batch_of(batch.data, samples)[0])
         wait()
         started = time.perf_counter()
         run_step(trainer, pl_module, "validation_step", batch, autocast=True, begin=begin)
@@ -300,7 +338,10 @@ def time_validation_step(
         clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
         run(begin=True)
-        runs = max(1, min(runs, int(seconds / run())))
+        once = run()
+        runs = min(runs, int(seconds / once))
+        if runs < 2:
+            return once
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))

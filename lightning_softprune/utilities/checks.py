@@ -15,11 +15,17 @@ ValueError: cost: 'flops' is not one of 'params', 'macs'
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value")
 
 _NUMBERS = (int, float, np.integer, np.floating)
 
@@ -42,8 +48,51 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
         ValueError: It is not.
     """
     if value not in allowed:
-        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}")
+        raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}{near_miss(value, allowed)}")
     return value
+
+
+def near_miss(given: object, names: Iterable[str]) -> str:
+    """The end of a message that names what was meant; empty where nothing is near.
+
+    >>> near_miss("target_sparsty", ["monitor", "target_sparsity"])
+    "; did you mean 'target_sparsity'?"
+    """
+    near = get_close_matches(given, sorted(names), n=1) if isinstance(given, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_names(caller: str, given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse arguments that are not known, and name what was meant.
+
+    Raises:
+        TypeError: One is not.
+    """
+    known = tuple(known)
+    for name in given:
+        if name not in known:
+            hint = near_miss(name, known) or f"; it takes {', '.join(known)}"
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def suggesting(function: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """Decorator: a misspelt keyword argument is answered with what was meant. The signature stays as it is.
+
+    >>> @suggesting
+    ... def fit(*, epochs=1): ...
+    >>> fit(epoch=2)
+    Traceback (most recent call last):
+        ...
+    TypeError: fit() got an unexpected keyword argument 'epoch'; did you mean 'epochs'?
+    """
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+
+    @functools.wraps(function)
+    def checked(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        check_names(function.__qualname__.removesuffix(".__init__"), kwargs, known)
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def whole_number(name: str, value: Any, least: int = 1) -> int:

@@ -4,13 +4,14 @@ A *library* is `lightning.pytorch` (with `lightning.fabric`), or `pytorch_lightn
 packages with the same files, whose classes have nothing to do with each other. This package is written with the names
 of the first. The *counterpart* of such a name is the same name in the other library.
 
-Nothing is imported for this: a library that the user has not imported has no objects to be told apart.
+Nothing is imported for this: a library that the user has not imported has no objects to be told apart. Both, and torch,
+take seconds to import; packages of ours that are of use without them hand out such names *lazily*.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -62,6 +63,13 @@ def of_both_libraries(cls: Class) -> Class:
     return cls
 
 
+def in_both_libraries(kind: Class, then: Callable[[Class], None]) -> None:
+    """Do something to a class of Lightning now, and to its counterpart when that is imported."""
+    then(kind)
+    if other := _name_in_other(kind.__module__):
+        _once_imported(other, lambda module: then(getattr(module, kind.__name__)))
+
+
 def _name_in_other(module: str) -> str | None:
     """The name that a file of one library has in the other; `None` for files of anybody else."""
     for package, other in _PACKAGES.items():
@@ -106,3 +114,27 @@ def _once_imported(name: str, then: Callable[[ModuleType], None]) -> None:
         then(sys.modules[name])
     else:
         sys.meta_path.insert(0, _Watch(name, then))
+
+
+def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
+    """Make a package's `__getattr__`.
+
+    Args:
+        package: Its name.
+        homes: Name -> the module below the package that has it, and after a colon its name there if it is another one.
+
+    >>> lazily("lightning_softprune", {"as_array": "utilities.arrays:FloatArray"})("missing")
+    Traceback (most recent call last):
+        ...
+    AttributeError: module 'lightning_softprune' has no attribute 'missing'
+    """
+
+    def get(name: str) -> object:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        place, _, there = homes[name].partition(":")
+        value = getattr(import_module(f"{package}.{place}"), there or name)
+        setattr(sys.modules[package], name, value)  # from now on it is there
+        return value
+
+    return get

@@ -35,7 +35,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-from mnist_autoencoder import read_idx
+from mnist_autoencoder_data import read_idx
 
 from lightning_softprune import (
     GradientSearch,

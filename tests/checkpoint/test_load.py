@@ -1,5 +1,6 @@
 """Loading without a trainer."""
 
+import re
 import threading
 
 import lightning.pytorch as pl
@@ -16,8 +17,11 @@ from lightning_softprune.checkpoint import ModelShapes
 from support.checkpoints import Scheduled, file_of, keep_all, run, sizes
 from support.modules import (
     AutoEncoder,
+    fit,
+    loaders,
     made,
     softpruning,
+    trainer_of,
 )
 
 pytestmark = [
@@ -180,3 +184,86 @@ def test_a_damaged_file_is_named(tmp_path, content):
         resize(AutoEncoder(), path)
     with pytest.raises(FileNotFoundError, match=r"absent\.ckpt"):
         load_from_checkpoint(AutoEncoder, tmp_path / "absent.ckpt")
+
+
+ADVICE = "this checkpoint was pruned by SoftPruning: add the callback, use load_from_checkpoint or resizing()"
+
+
+class Alone(PrunedCheckpointMixin, AutoEncoder):
+    """The mixin beside a hook of its own, with biases that compensation creates."""
+
+    def __init__(self):
+        super().__init__(bias=False)
+        self.loaded = []
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch[0])
+
+    def on_load_checkpoint(self, checkpoint):
+        super().on_load_checkpoint(checkpoint)
+        self.loaded.append(tuple(self.encoder[0].weight.shape))
+
+
+@pytest.fixture(scope="module")
+def pruned_file(tmp_path_factory):
+    """A pruned module that was saved, and its checkpoint."""
+    folder, module = tmp_path_factory.mktemp("alone"), made(Alone)
+    trainer = fit(folder, module, softpruning(epochs=0), max_epochs=1)
+    trainer.save_checkpoint(folder / "pruned.ckpt")
+    return module, folder / "pruned.ckpt"
+
+
+WITHOUT_CALLBACK = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+
+
+@pytest.mark.slow
+@WITHOUT_CALLBACK
+@pytest.mark.parametrize("task", ["validate", "test", "predict"])
+def test_with_the_mixin_a_trainer_needs_no_callback_to_evaluate_a_pruned_checkpoint(tmp_path, pruned_file, task):
+    module, path = pruned_file
+    fresh = made(Alone, seed=1)
+    found = getattr(trainer_of(tmp_path), task)(fresh, loaders(fresh)["val_dataloaders"], ckpt_path=path)
+    expected = getattr(trainer_of(tmp_path), task)(module, loaders(module)["val_dataloaders"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert fresh.loaded == [tuple(module.encoder[0].weight.shape)], "the hook of its own finds the pruned shape"
+
+
+@pytest.mark.slow
+@WITHOUT_CALLBACK
+def test_with_the_mixin_training_on_needs_the_callback_where_it_has_made_biases(tmp_path, pruned_file):
+    _, path = pruned_file
+    fresh = made(Alone, seed=1)
+    with pytest.raises(ValueError, match=re.escape(ADVICE)):
+        trainer_of(tmp_path, max_epochs=2).fit(fresh, **loaders(fresh), ckpt_path=path)
+
+
+@pytest.mark.slow
+@WITHOUT_CALLBACK
+@pytest.mark.parametrize("how", ["test", "load_from_checkpoint", "load_state_dict"])
+def test_without_the_callback_a_misfit_of_a_pruned_checkpoint_says_what_to_do(tmp_path, pruned_file, how):
+    _, path = pruned_file
+
+    class Plain(AutoEncoder):
+        def __init__(self):
+            super().__init__(bias=False)
+
+        test_step = Alone.test_step
+
+        def on_load_checkpoint(self, checkpoint):
+            """A hook of the user's own that asks no base class."""
+
+    plain = made(Plain)
+    load = {
+        "test": lambda: trainer_of(tmp_path).test(plain, loaders(plain)["val_dataloaders"], ckpt_path=path),
+        "load_from_checkpoint": lambda: Plain.load_from_checkpoint(path),
+        "load_state_dict": lambda: plain.load_state_dict(torch.load(path, weights_only=True)["state_dict"]),
+    }[how]
+    with pytest.raises(RuntimeError, match=re.escape(ADVICE)) as raised:
+        load()
+    assert "size mismatch" in str(raised.value)
+    with pytest.raises(RuntimeError) as other:
+        plain.load_state_dict(made(AutoEncoder, hidden=4).state_dict())
+    assert "SoftPruning" not in str(other.value)

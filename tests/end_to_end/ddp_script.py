@@ -161,6 +161,7 @@ def run(options):
         "losses": module.losses,
         "shapes": [list(p.shape) for p in module.parameters()],
         "removed": [list(gone) for gone in plans[-1].removed] if plans else [],
+        "healed": [result.healing is not None and result.healing.kept for result in pruning.results],
         "applied": [result.applied for result in pruning.results],
         "groups": [group.channels_after for result in pruning.results for group in result.groups],
         "scores": [trial.score for result in pruning.results for trial in result.trials],

@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.utils.data import DataLoader
 
 import lightning_softprune.round.commit as round_module
 import lightning_softprune.round.prepare as network_module
@@ -98,10 +99,12 @@ def test_sparsity_lies_between_zero_and_one(target):
         ({"epochs": -1}, ["epochs", "-1", "0"]),
         ({"monitor": ""}, ["monitor", "''"]),
         ({"mode": "maximum"}, ["mode", "'maximum'", "'min'", "'max'"]),
+        ({"search": "sensitivty"}, ["search", "'sensitivty'", "did you mean 'sensitivity'?"]),
         ({"tolerance": -0.1}, ["tolerance", "-0.1", "between 0 and 1"]),
         ({"tolerance": 1.0}, ["tolerance", "1.0", "between 0 and 1"]),
         ({"tolerance": float("nan")}, ["tolerance", "nan"]),
         ({"importance": "l1"}, ["importance", "'l1'", "'magnitude'", "'activation'", "'taylor'", "'random'"]),
+        ({"healing": -1}, ["healing", "-1", "less than 0"]),
         ({"round_to": 0}, ["round_to", "0", "less than 1"]),
         ({"search_batches": 0}, ["search_batches", "0", "less than 1"]),
         ({"memory_limit": 0}, ["memory_limit", "0", "positive"]),
@@ -140,6 +143,7 @@ WRONG = {
     "bounds": [[0.1, 0.2], "encoder", {"a": ["0", "1"]}, {5: [0, 1]}, {"a": [None, 1]}, {"a": [float("nan"), 1]}],
     "importance": [5, None, ["taylor"]],
     "compensation": [5, None, ["bias"]],
+    "healing": ["1", 1.0, None, True],
     "round_to": ["1", 1.0, None, True],
     "search_batches": ["1", 1.5, True, [1]],
     "memory_limit": ["1", True, [1.0]],
@@ -160,6 +164,17 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(name, value):
     shown = next(iter(value.values())) if isinstance(value, dict) and all(isinstance(k, str) for k in value) else value
     shown = shown[-1] if name in ("epochs", "target_sparsity") and isinstance(shown, list) else shown
     assert repr(value) in str(raised.value) or repr(shown) in str(raised.value), str(raised.value)
+
+
+def test_a_misspelt_argument_is_answered_with_what_was_meant():
+    message = r"SoftPruning\(\) got an unexpected keyword argument 'target_sparsty'; did you mean 'target_sparsity'\?"
+    with pytest.raises(TypeError, match=message):
+        SoftPruning(target_sparsty=0.5)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("gradient", GradientSearch), ("uniform", UniformBaseline)])
+def test_a_strategy_goes_by_its_name(name, kind):
+    assert type(SoftPruning(search=name).search) is kind
 
 
 def test_every_argument_has_its_wrong_values_here():
@@ -244,20 +259,20 @@ def test_no_validation_step(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`.*")
 def test_no_validation_data(tmp_path):
-    module, before, callback = made(), Before(), softpruning()
-    trainer = trainer_of(tmp_path, before, callback)
+    module, trainer = made(), trainer_of(tmp_path, softpruning())
     with pytest.raises(MisconfigurationException, match="val_dataloader"):
         trainer.fit(module, loaders(module)["train_dataloaders"])
-    assert_same(training_state(trainer, module), before.state)
+    assert trainer.global_step == 0
 
 
 def test_no_validation_batches_allowed(tmp_path):
-    assert_says(fails(tmp_path, made(), softpruning(), limit_val_batches=0), "limit_val_batches")
+    assert_says(refused(tmp_path, made(), softpruning(), limit_val_batches=0), "limit_val_batches")
 
 
-def test_an_unknown_monitor_lists_what_is_logged(tmp_path):
-    error = fails(tmp_path, made(), softpruning(monitor="val_los"))
-    assert_says(error, "monitor='val_los'", "'val_loss'", "'val_psnr'", "'val_constant'")
+@pytest.mark.parametrize("batches", [0, 2])
+def test_an_unknown_monitor_lists_what_is_logged(tmp_path, batches):
+    error = refused(tmp_path, made(), softpruning(monitor="val_los"), num_sanity_val_steps=batches)
+    assert_says(error, "monitor='val_los'", "'val_loss'", "'val_psnr'", "'val_constant'", "did you mean 'val_loss'?")
     assert "train_loss" not in str(error)
 
 
@@ -278,7 +293,7 @@ def test_a_pattern_that_matches_no_module_is_refused_with_near_names(tmp_path, n
 
 @pytest.mark.parametrize("pattern", ["encoder.00", "latent", "decodr"])
 def test_bounds_that_match_no_group_are_refused_with_near_names(tmp_path, pattern):
-    error = fails(tmp_path, made(), softpruning(bounds={pattern: [0, 0.5]}), (ValueError, MisconfigurationException))
+    error = refused(tmp_path, made(), softpruning(bounds={pattern: [0, 0.5]}))
     assert_says(error, "bounds", repr(pattern), "encoder")
 
 
@@ -293,7 +308,7 @@ def test_bounds_that_match_no_group_are_refused_with_near_names(tmp_path, patter
 )
 def test_a_target_out_of_reach_gives_the_nearest_sparsity(tmp_path, arguments, nearest):
     module = made()
-    error = fails(tmp_path, module, softpruning(**arguments))
+    error = refused(tmp_path, module, softpruning(**arguments))
     found = float(str(error).split("nearest reachable sparsity is ")[1].split()[0].rstrip("."))
     assert_says(error, f"target_sparsity={arguments['target_sparsity']}", "tolerance=")
     low, high = arguments.get("bounds", {"*": [0, 1]})["*"]
@@ -319,7 +334,7 @@ def size(hidden, latent, back):
 
 
 def test_round_to_that_allows_no_plan_is_out_of_reach_too(tmp_path):
-    error = fails(tmp_path, made(), softpruning(round_to=16, target_sparsity=0.5))
+    error = refused(tmp_path, made(), softpruning(round_to=16, target_sparsity=0.5))
     assert_says(error, "target_sparsity=0.5", "nearest reachable sparsity is 0.0000")
 
 
@@ -337,14 +352,87 @@ def test_nothing_prunable_names_the_modules_in_the_way(tmp_path):
             hidden = self.decoder[1](self.decoder[0](self.encoder(batch[0]))).view(-1, 16)
             return nn.functional.mse_loss(self.decoder[2](hidden), batch[0]) + 0 * self(batch[0]).sum()
 
-    assert_says(fails(tmp_path, made(OneLayer), softpruning()), "nothing that can be pruned", "encoder")
-    assert_says(fails(tmp_path, made(), softpruning(ignore=["*"])), "encoder.0", "encoder.2", "decoder.0", "decoder.2")
-    assert_says(fails(tmp_path, made(Stubborn), softpruning()), "encoder.0", "encoder.2", "decoder.0")
+    assert_says(refused(tmp_path, made(OneLayer), softpruning()), "nothing that can be pruned", "encoder")
+    assert_says(
+        refused(tmp_path, made(), softpruning(ignore=["*"])), "encoder.0", "encoder.2", "decoder.0", "decoder.2"
+    )
+    assert_says(refused(tmp_path, made(Stubborn), softpruning()), "encoder.0", "encoder.2", "decoder.0")
 
 
 def test_a_grid_that_is_too_large_names_levels_and_the_number(tmp_path):
-    error = fails(tmp_path, made(), softpruning(search=GridSearch(levels=150)))
+    error = refused(tmp_path, made(), softpruning(search=GridSearch(levels=150)))
     assert_says(error, "search", "levels=150", f"{150**3:,}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "parts"),
+    [
+        (AutoEncoder, {"constraints": ["val_acc >= 0.5"]}, ["constraints[0]", "'val_acc' is not logged"]),
+        (AutoEncoder, {"limits": {"macs": 0.01}}, ["limits['macs']=0.01 is out of reach"]),
+        (AutoEncoder, {"epochs": [1, 2], "target_sparsity": [0.5, 0.99]}, ["target_sparsity=0.99", "0.9408"]),
+        (AutoEncoder, {"monitor": "val_psnr"}, ["mode='auto'", 'mode="max"']),
+        (ConvClassifier, {"monitor": "val_acc", "mode": "min"}, ["mode='min'", "higher_is_better is True"]),
+    ],
+)
+def test_what_a_round_would_refuse_is_refused_before_training(tmp_path, kind, arguments, parts):
+    assert_says(refused(tmp_path, made(kind), softpruning(**arguments)), *parts)
+
+
+class LoggedLate(AutoEncoder):
+    """Logs a metric at some epochs only."""
+
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        if self.current_epoch >= 1:
+            self.log("val_late_loss", 1.0)
+        if self.global_step > 4:
+            self.log("val_later_loss", 1.0)
+
+
+def test_a_metric_that_is_logged_later_is_no_mistake(tmp_path):
+    fit(tmp_path, made(LoggedLate), softpruning(monitor="val_late_loss", epochs=1), max_epochs=2)
+    with pytest.warns(UserWarning, match="'val_later_loss' is not logged in a validation before training"):
+        fit(tmp_path, made(LoggedLate), softpruning(monitor="val_later_loss", epochs=2))
+
+
+def test_a_validation_that_needs_training_first_is_no_mistake(tmp_path):
+    class Taught(AutoEncoder):
+        centre = None
+
+        def training_step(self, batch, batch_idx):
+            self.centre = batch[0].mean()
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            assert self.centre is not None
+            super().validation_step(batch, batch_idx)
+
+    callback = softpruning()
+    fit(tmp_path, made(Taught), callback, num_sanity_val_steps=0)
+    assert callback.results[0].applied
+
+
+def test_the_training_loader_is_started_once_by_a_round_and_not_before(tmp_path):
+    class Counting(DataLoader):
+        begun = 0
+
+        def __iter__(self):
+            Counting.begun += 1
+            return super().__iter__()
+
+    module, callback = made(), softpruning(epochs=1)
+    data = loaders(module)
+    data["train_dataloaders"] = Counting(data["train_dataloaders"].dataset, batch_size=12, shuffle=True)
+    fit(tmp_path, module, callback, data=data, max_epochs=2)
+    assert Counting.begun == 2 + 1
+
+
+def test_a_run_that_is_refused_leaves_the_files_of_an_earlier_one(tmp_path):
+    fit(tmp_path, made(), softpruning(report=True), max_epochs=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused(tmp_path, made(), softpruning(report=True, monitor="val_los"))
+    assert before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 # --------------------------------------------------------------------------------------------------- failures, midway
@@ -483,7 +571,7 @@ def test_a_step_that_fails_in_one_trial_makes_it_infeasible_and_leaves_no_mess(t
     assert_optimizers_hold_live_parameters(trainer, module)
 
 
-def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, monkeypatch, trap):
+def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, monkeypatch, trap, caplog):
     calls = trap("validation_step", "trial", search=RandomSearch(num_candidates=6))
     monkeypatch.setattr(Trap, "error", KeyboardInterrupt)
     monkeypatch.setattr(Trap, "at", calls[-8])
@@ -497,6 +585,8 @@ def test_a_keyboard_interrupt_in_a_trial_leaves_everything_as_before(tmp_path, m
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning ignores further interrupts from then on
     assert_same(training_state(trainer, module), before.state)
+    [line] = [line for line in caplog.messages if "can go on" in line]
+    assert_says(line, str(tmp_path / "softprune" / "journal" / "epoch=1.jsonl"), "Start the same run again")
     assert callback.results == []
     monkeypatch.setattr(Trap, "at", -1)
     fit(tmp_path, module, softpruning())
@@ -538,7 +628,9 @@ def test_a_score_that_is_missing_for_pruned_networks_only_is_an_error_with_every
                 self.log("val_sometimes", 1.0)
 
     assert_says(
-        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes")), "monitor='val_sometimes'", "'val_loss'"
+        fails(tmp_path, made(Silent), softpruning(monitor="val_sometimes", mode="min")),
+        "monitor='val_sometimes'",
+        "'val_loss'",
     )
 
 

@@ -53,6 +53,7 @@ FITS = {
     "unused parameters": {"unused": True, "ddp": {"find_unused_parameters": True}},
     "static graph": {"ddp": {"static_graph": True}},
     "convolutions": {"convolutions": True},
+    "healing": {"convolutions": True, "compensation": "none", "pruning": {"target_sparsity": 0.5, "healing": 24}},
     "report and logger": {"report": True},
     "highest sparsity": {"pruning": {"target_sparsity": None, "constraints": ["val_loss <= 1.1", "val_acc >= 0.2"]}},
     "budgets": {
@@ -78,6 +79,7 @@ def fits(folder):
 def test_both_ranks_have_one_plan_and_the_same_weights_after_every_step(fits, kind):
     first, second = fits[kind]
     assert first["applied"] == second["applied"] == [True]
+    assert first["healed"] == second["healed"] == [kind == "healing"]
     assert first["removed"] == second["removed"]
     assert first["shapes"] == second["shapes"]
     assert first["shapes"][0][0] < 16

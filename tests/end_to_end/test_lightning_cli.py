@@ -27,7 +27,7 @@ from lightning_softprune.parser import SuggestingParser
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "cli"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "examples" / "guide" / "command_line.md").read_text(encoding="utf-8")
 CALLBACK = "--trainer.callbacks"
 ADD = f"{CALLBACK}+=lightning_softprune.SoftPruning"
 QUIET = ("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.logger=false")
@@ -576,14 +576,14 @@ def test_what_is_printed_does_not_depend_on_the_parser(example, args):
 # ---------------------------------------------------------------------------------------------------------- subcommands
 
 
-def readme_commands():
-    """The README's commands for the example, as argument lists."""
-    lines = re.findall(r"^python examples/cli/main\.py (.*)$", README, flags=re.MULTILINE)
+def commands_of_the_page():
+    """The guide's commands for the example, as argument lists."""
+    lines = re.findall(r"^python examples/cli/main\.py (.*)$", PAGE, flags=re.MULTILINE)
     return [[word.replace("examples/cli/", f"{FOLDER}/") for word in shlex.split(line)] for line in lines]
 
 
-def test_readme_commands_do_what_it_says(run, example, capsys):
-    commands = readme_commands()
+def test_the_commands_of_the_guide_do_what_it_says(run, example, capsys):
+    commands = commands_of_the_page()
     assert [words[0] for words in commands] == ["fit", "fit", "validate", "test", "fit", "fit"]
     dense, prune, validate, test, flags, help_ = commands
 
@@ -625,8 +625,8 @@ def test_readme_commands_do_what_it_says(run, example, capsys):
     assert "--trainer.callbacks.target_sparsity TARGET_SPARSITY" in capsys.readouterr().out
 
 
-def test_readme_yaml_is_a_config(example, tmp_path):
-    blocks = re.findall(r"^```yaml\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def test_the_yaml_of_the_guide_is_a_config(example, tmp_path):
+    blocks = re.findall(r"^```yaml\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
     (block,) = (block for block in blocks if "SensitivitySearch" in block)
     (tmp_path / "config.yaml").write_text(block, encoding="utf-8")
     callback = parsed(example, "--config", str(tmp_path / "config.yaml"))

@@ -74,7 +74,7 @@ def test_a_trial_that_violates_a_constraint_is_infeasible_and_not_chosen(tmp_pat
     scores = sorted(t.metrics["val_psnr"] for t in free.results[0].trials[:12])
     bound = (scores[5] + scores[6]) / 2
     callback = softpruning(
-        monitor="val_constant", search=RandomSearch(num_candidates=12), constraints=[f"val_psnr >= {bound}"]
+        monitor="val_constant", mode="min", search=RandomSearch(num_candidates=12), constraints=[f"val_psnr >= {bound}"]
     )
     module = made()
     oracle = AtEpochStart(lambda _, m: plain_validate(tmp_path, m, loaders(m)))
@@ -93,7 +93,9 @@ def test_the_search_is_drawn_to_where_constraints_on_other_metrics_hold(tmp_path
     fit(tmp_path, made(), free)
     best = max(t.metrics["val_psnr"] for t in free.results[0].trials if t.feasible)
     bound = best - 0.1
-    callback = softpruning(monitor="val_constant", search=GradientSearch(), constraints=[f"val_psnr >= {bound}"])
+    callback = softpruning(
+        monitor="val_constant", mode="min", search=GradientSearch(), constraints=[f"val_psnr >= {bound}"]
+    )
     fit(tmp_path, made(), callback)
     assert callback.results[0].applied
     assert callback.results[0].metrics_after["val_psnr"] >= bound
@@ -158,7 +160,7 @@ def test_nan_for_every_plan_is_treated_as_unmet_constraints(tmp_path, how):
         def on_validation_epoch_end(self):
             self.log("val_nan", torch.tensor(math.nan))
 
-    module, callback = made(Nan), softpruning(monitor="val_nan", on_violation=how)
+    module, callback = made(Nan), softpruning(monitor="val_nan", mode="min", on_violation=how)
     dense = count(module)
     if how == "error":
         with pytest.raises(MisconfigurationException, match="val_nan is nan"):

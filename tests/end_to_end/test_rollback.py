@@ -35,6 +35,7 @@ STEPS = [
     (commit, "repair_optimizers"),
     (commit, "refit_readers"),
     (ModuleRunner, "rehearse"),
+    (commit, "teach"),
     (commit, "forget_compiled"),
     (commit, "wrap_again"),
     (Compensation, "apply"),
@@ -137,7 +138,7 @@ def test_a_fault_at_any_step_of_a_round_leaves_everything_as_it_was(tmp_path, mo
     monkeypatch.setattr(owner, name, staticmethod(failing) if name == "build" else failing)
     L.seed_everything(0, verbose=False)
     module, snapshots = Net(), Snapshots()
-    pruning = SoftPruning(epochs=1, tolerance=0.1, search=UniformBaseline(), verbose=False, report=False)
+    pruning = SoftPruning(epochs=1, tolerance=0.1, search=UniformBaseline(), healing=2, verbose=False, report=False)
     trainer = L.Trainer(
         default_root_dir=tmp_path, accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=[snapshots, pruning],

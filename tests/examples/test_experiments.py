@@ -52,7 +52,7 @@ def test_the_agent_is_pruned_with_its_latent_and_its_targets_by_what_it_earns(ex
 
 def test_the_promise_is_measured_on_images_that_no_search_saw(experiment, tmp_path, monkeypatch):
     script = experiment("promise")
-    monkeypatch.setattr(script, "load_images", lambda *_: experiment("common.mnist").load_images(None, 100, 512))
+    monkeypatch.setattr(script, "load_images", lambda *_: experiment("shared.mnist").load_images(None, 100, 512))
     rows = ran(script, tmp_path, "--networks", "MLP", "U-Net")
     for row in rows.values():
         before, after = row["parameters"]

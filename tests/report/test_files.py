@@ -58,6 +58,7 @@ def test_the_csv_has_one_row_per_trial_with_every_value(tmp_path: Path) -> None:
         "pareto": "True",
         "seconds": "0.5",
         "share": "1.0",
+        "stage": "search",
         "metric/val_psnr": "19.7",
         "metric/val_loss": "0.1",
         "coefficient/encoder.0": "0.7",
@@ -96,14 +97,14 @@ def test_names_with_commas_quotes_and_line_breaks_survive_the_csv(tmp_path: Path
     assert row[f"coefficient/{names[0]}"] == "0.7"
     assert row[f"coefficient/{names[1]}"] == "0.25"
     assert row['metric/m,"x"'] == "1.5"
-    assert len(row) == 10
+    assert len(row) == 11
 
 
 def test_a_round_without_trials_still_has_a_header(tmp_path: Path) -> None:
     write_files(recorded_result(trials=()), tmp_path)
 
     assert (tmp_path / "trials.csv").read_text().splitlines() == [
-        "trial,sparsity,score,feasible,pareto,seconds,share,coefficient/encoder.0,coefficient/encoder.4"
+        "trial,sparsity,score,feasible,pareto,seconds,share,stage,coefficient/encoder.0,coefficient/encoder.4"
     ]
 
 

@@ -2,69 +2,18 @@ import math
 import re
 import time
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
 
 from lightning_softprune.report.page import MAX_ROWS, report_page
 from lightning_softprune.results import (
     DRY_RUN,
+    LayerShapes,
+    Origin,
     Trial,
 )
+from support.pages import Page
 from support.results import EVIL, RESULTS, evil_result, full_result, large_result
-
-VOID = {"meta", "link", "br"}
-
-
-class Page(HTMLParser):
-    """The page as a reader sees it: text, elements with their attributes, tables as rows of text.
-
-    Refuses elements that are not closed, or not in order.
-    """
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.text = ""
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.tables: list[list[list[str]]] = []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        assert len(dict(attrs)) == len(attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        if tag == "tr":
-            self.tables[-1].append([])
-        if tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        assert "svg" in self.open, f"<{tag}/> outside of a drawing is a start tag"
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] not in ("style", "script"):
-            self.text += data
-            if "td" in self.open or "th" in self.open:
-                self.tables[-1][-1][-1] += data
-
-    def count(self, tag: str, class_: str | None = None) -> int:
-        found = [attributes for name, attributes in self.elements if name == tag]
-        return sum(class_ is None or class_ in (attributes.get("class") or "").split() for attributes in found)
-
-    def table(self, first: str) -> list[list[str]]:
-        """The table whose first column has this head."""
-        (table,) = [rows for rows in self.tables if rows[0][0] == first]
-        return table
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -87,7 +36,7 @@ def test_the_page_asks_the_network_for_nothing(name: str) -> None:
     elements = Page(text).elements
     for tag, attributes in elements:
         assert "src" not in attributes
-        assert attributes.get("href") in (None, "data:,", "trials.csv"), (tag, attributes)
+        assert attributes.get("href") in (None, "data:,", "trials.csv", "result.json"), (tag, attributes)
     (policy,) = [a["content"] for tag, a in elements if tag == "meta" and "http-equiv" in a]
     assert str(policy).startswith("default-src 'none'; ")
 
@@ -119,9 +68,9 @@ def test_every_number_of_the_result_is_on_the_page() -> None:
     text = Page(report_page(full_result())).text
 
     for number in (
-        *("epoch 4", "0.7016", "0.7 ± 0.0125", "19.9712", "19.7089", "-0.2623 (-1.3 %)", "worse"),
+        *("epoch 4", "0.7016", "0.7 ± 0.0125", "19.9712", "19.7089", "-0.2623 (-1.3 %)"),
         *("1,079,344", "322,102", "-70.2 %", "2,076,224", "720,000", "-65.3 %", "1.23 ms", "0.71 ms", "-42.3 %"),
-        *("41 evaluations", "3.2 s", "patience", "GradientSearch", "val_psnr (max)"),
+        *("41 evaluations", "3.2 s", "patience", "GradientSearch", "val_psnr (higher is better)"),
         *("512 → 154", "0.699", "0.05 to 0.85", "4,321 params", "8,642 MACs", "32 → 24", "0.250", "0 to 1"),
         *("decoder.4", "64 channels", "its outputs are the module's outputs", "round_to", "2.13.0"),
         *("154 of 512 channels kept", "coefficient 0.5: score 19.91"),
@@ -302,3 +251,42 @@ def test_the_coverage_is_said_with_what_is_left_out(groups):
         result = replace(result, groups=(), trials=(), sensitivity=(), chosen=None)
     assert line in Page(report_page(result)).text
     assert "in prunable groups" not in Page(report_page(replace(result, coverage=""))).text
+
+
+def test_layers_origin_and_the_score_after_fine_tuning_are_on_the_page():
+    shapes = [{"weight": (512, 784), "bias": (512,)}, {"weight": (154, 784), "bias": (154,)}]
+    result = full_result(
+        layers=(LayerShapes("encoder.0", "Linear", *shapes),),
+        origin=Origin("AutoEncoder", "runs/version_3", "2026-11-28 12:30", "1f"),
+        device="cpu (2 threads)",
+        latency_batch=64,
+        score_finetuned=20.5,
+    )
+    page = Page(report_page(result))
+    _, row = page.table("layer")
+
+    assert row == [
+        "encoder.0",
+        "Linear",
+        "weight 512 x 784, bias 512",
+        "weight 154 x 784, bias 154",
+        "401,920 → 120,890",
+    ]
+    assert "AutoEncoder, round at epoch 4" in page.text
+    for fact in ("runs/version_3", "2026-11-28 12:30", "cpu (2 threads), batch of 64", "19.9712 → 19.7089 → 20.5"):
+        assert fact in page.text
+
+
+@pytest.mark.parametrize(("constraint", "red"), [("val_psnr >= 19.5", 0), ("val_psnr >= 19.9", 1), (None, 0)])
+def test_a_drop_is_red_only_where_a_constraint_is_not_met(constraint, red):
+    result = full_result(constraints=(constraint,) if constraint else (), limits={})
+    page = Page(report_page(result))
+    assert page.count("span", "worse") == red
+    assert ("within the constraints" in page.text) == (constraint is not None and not red)
+
+
+def test_every_panel_names_its_axes():
+    page = Page(report_page(full_result()))
+    labels = [attributes for tag, attributes in page.elements if tag == "text" and attributes["class"] == "label x"]
+    assert len(labels) == 2 * (2 + 2)  # charts, sensitivity
+    assert page.text.count("coefficient") >= 2

@@ -299,7 +299,12 @@ def test_with_lightnings_bars_a_round_speaks_and_the_bar_goes_on(
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "140")
     pruning = SoftPruning(
-        monitor="val_psnr", search=UniformBaseline(), tolerance=0.1, finetune_epochs=finetune_epochs, report=False
+        monitor="val_psnr",
+        mode="max",
+        search=UniformBaseline(),
+        tolerance=0.1,
+        finetune_epochs=finetune_epochs,
+        report=False,
     )
     callbacks = [pruning, bar()] if pruning_first else [bar(), pruning]
     module = Wide()

@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from lightning_softprune.report.series import best_so_far, narrowed_features, score_limits
+from lightning_softprune.report.series import (
+    best_so_far,
+    evaluations_line,
+    knobs_line,
+    narrowed_features,
+    score_limits,
+    stages,
+)
 from lightning_softprune.results import (
     GroupResult,
     Trial,
@@ -18,6 +25,43 @@ def test_best_so_far_counts_feasible_trials_only() -> None:
 
     assert best_so_far(full_result(trials=trials, chosen=None)) == [(1, 5.0), (4, 6.0)]
     assert best_so_far(full_result(trials=trials, chosen=None, mode="min")) == [(1, 5.0), (5, 4.0)]
+
+
+def test_the_best_is_the_one_that_a_round_would_choose() -> None:
+    points = [(0.69, 9.0), (0.71, 5.0), (0.7, 6.0), (0.699, 8.0)]
+    trials = tuple(Trial((0.0, 0.0), sparsity, score, {}, True, 0.0) for sparsity, score in points)
+
+    assert best_so_far(full_result(trials=trials, chosen=None)) == [(0, 9.0), (1, 5.0), (2, 6.0)]
+    assert best_so_far(full_result(trials=trials, chosen=None, target_sparsity=None)) == [(0, 9.0), (1, 5.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "knobs"),
+    [
+        ({"latency": 0.64}, None),  # gains more than half of 70 %
+        ({"latency": 0.66}, ['cost="macs"', 'limits={"latency": 0.65}', "round_to=8"]),
+        ({"latency": 1.1, "cost": "macs", "limits": {"latency": 0.9}}, ["round_to=8"]),
+        ({"latency": None}, None),
+    ],
+)
+def test_knobs_are_named_where_latency_gains_less_than_half_of_the_target(changes, knobs) -> None:
+    shares = {"params": 0.3, "latency": changes.pop("latency")}
+    shares = {name: share for name, share in shares.items() if share is not None}
+    line = knobs_line(make_result(shares=shares, **{"limits": {}, **changes}))
+
+    assert bool(line) == (knobs is not None)
+    every = ('cost="macs"', 'limits={"latency": 0.65}', "round_to=8")
+    assert [knob for knob in every if knob in line] == (knobs or [])
+
+
+def test_every_evaluation_is_accounted_for() -> None:
+    shares = [((0.1, 0.2), 0.5), ((0.3, 0.4), 0.5), ((0.3, 0.4), 1.0), ((0.3, 0.4), 1.0)]
+    trials = tuple(Trial(coefficients, 0.5, 1.0, {}, True, 0.0, share=share) for coefficients, share in shares)
+    result = full_result(trials=trials, chosen=3, evaluations=4)
+
+    assert stages(result) == ["search", "search", "finalist", "committed"]
+    told = "4 evaluations: the dense model, 2 of the search, 1 of the plan as it is committed"
+    assert evaluations_line(result) == f"{told}; besides, 1 finalist on all validation batches"
 
 
 def test_best_so_far_does_not_compare_a_part_with_all() -> None:

@@ -204,6 +204,17 @@ def test_wherever_a_round_fails_the_next_one_goes_on_from_there(tmp_path, uninte
         assert_ends_as(expected, folder, search=search)
 
 
+def test_a_round_that_fails_after_it_has_healed_heals_anew_and_ends_with_the_same_weights(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    folder.mkdir()
+    module, result = fragile_fit(whole, healing=3)
+    expected = module.state_dict(), without_times(result), Passes.finished()
+    assert result.healing is not None
+    stopped_fit(folder, expected[2], healing=3)  # the last pass is the healed network's
+    assert_ends_as(expected, folder, confirmed=1, healing=3)  # the refit is scored in both
+
+
 @pytest.mark.parametrize("sampler", ["tpe", "gp"])
 def test_a_stopped_search_with_optuna_goes_on_in_the_study_it_began(tmp_path, monkeypatch, sampler):
     optuna = pytest.importorskip("optuna")
@@ -285,7 +296,7 @@ def test_a_skipped_round_removes_its_journal(tmp_path):
             self.log("nan", math.nan)
 
     with pytest.warns(UserWarning, match="left as it is"):
-        fit(tmp_path / "root", made(Nan), softpruning(monitor="nan"))
+        fit(tmp_path / "root", made(Nan), softpruning(monitor="nan", mode="min"))
     assert not (tmp_path / "root").exists()
 
 
@@ -576,6 +587,7 @@ def test_a_metric_that_was_missing_once_is_not_missing_again(tmp_path, of, broke
     assert without_times(result) == without_times(expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*is not logged in a validation before training")
 def test_a_first_run_that_never_logged_the_metric_leaves_nothing_that_the_next_one_repeats(tmp_path, factor, of):
     of(Silent)
     factor(3.0)

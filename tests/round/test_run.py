@@ -144,9 +144,9 @@ def test_one_trial_or_fifty_give_the_same_run(tmp_path, kind):
     kind = type(kind.__name__, (kind,), {"validation_step": constant(kind)})
     runs = {}
     for number in (1, 50):
-        callback = softpruning(monitor="val_same", search=RandomSearch(num_candidates=number))
+        callback = softpruning(monitor="val_same", mode="min", search=RandomSearch(num_candidates=number))
         runs[number] = whole_run(tmp_path, str(number), made(kind), callback), callback.results[0]
-    assert len(runs[50][1].trials) >= 40 > 2 >= len(runs[1][1].trials)
+    assert len(runs[50][1].trials) >= 20 > 2 >= len(runs[1][1].trials)
     assert [g.channels_after for g in runs[1][1].groups] == [g.channels_after for g in runs[50][1].groups]
     assert_same(runs[1][0], runs[50][0])
     assert runs[1][0][1], "there are rows to compare"
@@ -178,7 +178,7 @@ class Doubtful(Scheduled):
 def test_nan_for_every_plan_leaves_a_run_bit_identical_and_warns(tmp_path, search, always, monkeypatch):
     monkeypatch.setattr(Doubtful, "always", always)
     expected = whole_run(tmp_path, "without", made(Doubtful))
-    callback = softpruning(monitor="val_doubtful", search=search)
+    callback = softpruning(monitor="val_doubtful", mode="min", search=search)
     with pytest.warns(UserWarning, match="nan"):
         found = whole_run(tmp_path, "with", made(Doubtful), callback)
     [result] = callback.results
@@ -199,7 +199,7 @@ def test_nan_for_some_plans_makes_those_infeasible(tmp_path):
             )
 
     module = made(Picky)
-    callback = softpruning(monitor="val_picky", search=RandomSearch(num_candidates=20))
+    callback = softpruning(monitor="val_picky", mode="min", search=RandomSearch(num_candidates=20))
     fit(tmp_path, module, callback)
     [result] = callback.results
     nan = [trial for trial in result.trials if trial.score != trial.score]
@@ -354,7 +354,7 @@ def test_calibration_batches_is_how_many_training_batches_are_looked_at(tmp_path
 
     class Counting(AutoEncoder):
         def training_step(self, batch, batch_idx):
-            if not self.training:
+            if not self.training and self.global_step:  # before training, the very first batch is looked at
                 key = tuple(batch[0][:, 0].tolist())
                 seen.setdefault(key, 0)
             return super().training_step(batch, batch_idx)

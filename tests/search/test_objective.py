@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lightning_softprune.search.objective import Objective, parse_constraint
+from lightning_softprune.search.objective import Objective, mode_of, mode_of_name, parse_constraint
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,28 @@ def test_what_is_not_logged_is_named_with_its_argument():
     assert objective.unlogged({"a": 1, "b": 1}) is None
     assert objective.unlogged({"b": 1}) == ("monitor='a'", "a")
     assert objective.unlogged({"a": 1}) == ("constraints[0]='b >= 1'", "b")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *(
+            (name, "min")
+            for name in ("val_loss", "val/wer", "valMSE", "rmse.val", "val-nll", "MeanAbsoluteError", "FID")
+        ),
+        *(
+            (name, None)
+            for name in ("val_acc", "lossless", "merit", "neg_mean_squared_error", "answer", "val_psnr", "")
+        ),
+    ],
+)
+def test_whole_words_of_a_name_say_that_less_is_better(name, mode):
+    assert mode_of_name(name) == mode
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_what_a_metric_says_of_itself_counts_more_than_its_name(higher):
+    said, other = ("max", "min") if higher else ("min", "max")
+    assert mode_of("val_error", "auto", higher) == mode_of("val_error", said, higher) == said
+    with pytest.raises(ValueError, match=f"mode='{other}'.*higher_is_better is {higher}.*mode=\"{said}\""):
+        mode_of("val_error", other, higher)

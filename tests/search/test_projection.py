@@ -101,3 +101,17 @@ def test_the_nearest_sparsity_of_a_target_out_of_reach_is_the_end_of_the_range()
 def test_the_nearest_sparsity_of_a_network_too_wide_to_enumerate_is_close():
     space = mlp_space(AUTOENCODER, tolerance=1e-6)
     assert space.nearest() == pytest.approx(0.7, abs=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_from_the_target_up_only_plans_that_reach_it_are_on_it(seed):
+    rng = np.random.default_rng(seed)
+    widths = [int(w) for w in rng.integers(4, 9, 5)]
+    space = mlp_space(widths, target=float(rng.uniform(0.2, 0.7)), tolerance=0.02)
+    _, sparsities = all_plans(space)
+    reachable = ((sparsities >= space.target) & (sparsities <= space.target + space.tolerance)).any()
+    upper = space.at_least_target()
+    assert upper.from_target == reachable
+    for x in rng.uniform(0, 1, (5, 3)) if reachable else ():
+        for point in (upper.project(x), upper.scale(x), upper.nearest_point()):
+            assert space.target <= space.sparsity_of(point) <= space.target + space.tolerance

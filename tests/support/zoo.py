@@ -199,6 +199,20 @@ class GroupNormed(nn.Module):
         return self.head(self.norm(self.body(x)).relu())
 
 
+class ChannelNormed(nn.Module):
+    """A GroupNorm of whose groups each is a channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Conv2d(2, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(6, 6)
+        self.head = nn.Conv2d(6, 2, 1)
+        randomise_statistics(self)
+
+    def forward(self, x):
+        return self.head(self.norm(self.body(x)).relu())
+
+
 class InstanceNormed(nn.Module):
     """InstanceNorm with running statistics and weights."""
 
@@ -467,6 +481,7 @@ CASES = (
     Case(LayerNormed, (3, 5), {"body": 8}, masked=False),
     Case(RMSNormed, (3, 5), {"body": 8}, masked=False),
     Case(GroupNormed, (3, 2, 4, 4), {"body": 4}, masked=False),
+    Case(ChannelNormed, (3, 2, 4, 4), {"body": 6}),
     Case(InstanceNormed, (3, 2, 4, 4), {"body": 6}),
     Case(Attention, (2, 5, 5), {"body": 12, "attention.heads": 3}),
     Case(Transformer, (2, 5), {"embedding": 8, "layer.self_attn.heads": 2, "layer.linear1": 16}, masked=False),

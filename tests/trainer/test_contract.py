@@ -60,7 +60,7 @@ PRIVATE = {
     ],
     "trainer.fit_loop.epoch_loop": ["val_loop", "batch_progress", "_batches_that_stepped", "max_steps"],
     "trainer.fit_loop._data_source": ["instance", "is_defined"],
-    "trainer.validate_loop": ["_combined_loader", "_data_source", "_max_batches", "_trainer_fn"],
+    "trainer.validate_loop": ["_combined_loader", "_data_source", "_max_batches", "_results", "_trainer_fn"],
     "module": ["_current_fx_name"],
     "combined": ["_iterator", "_mode", "flattened"],
     "ddp": ["_start_method", "configure_ddp"],

@@ -514,15 +514,16 @@ def difference(tmp_path, **arguments):
 
 @pytest.mark.parametrize("loaders", [1, 2])
 def test_a_round_starts_every_loader_once(tmp_path, loaders):
+    """And the look before training starts those of validation for a batch."""
     more = difference(tmp_path, loaders=loaders)
     # of two training loaders that take turns none runs out: they have one length
-    assert more == {"train": 0, "val": 0, "training": loaders, "validation": loaders, "workers": 0}
+    assert more == {"train": 0, "val": 0, "training": loaders, "validation": 2 * loaders, "workers": 0}
 
 
 @pytest.mark.slow
 def test_a_round_starts_every_worker_once(tmp_path):
     more = difference(tmp_path, workers=2)
-    assert more == {"train": 0, "val": 0, "training": 1, "validation": 1, "workers": 4}
+    assert more == {"train": 0, "val": 0, "training": 1, "validation": 2, "workers": 6}
 
 
 @pytest.mark.slow

@@ -239,7 +239,7 @@ class NormalisationType(PassingOn):
 
 
 class GroupNormType(PassingOn):
-    """``nn.GroupNorm``: every group loses the same channels."""
+    """``nn.GroupNorm``: every group loses the same channels; where each channel is a group, any may go."""
 
     types = (nn.GroupNorm,)
     averages_channels = True
@@ -252,7 +252,14 @@ class GroupNormType(PassingOn):
     def describe(self, module: nn.GroupNorm) -> Layout:
         """See `LayerType`."""
         axes = (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both"))
-        return Layout({"both": module.num_channels}, axes, {"both": module.num_groups})
+        parts = {} if module.num_groups == module.num_channels else {"both": module.num_groups}
+        return Layout({"both": module.num_channels}, axes, parts)
+
+    def resize(self, module: nn.GroupNorm, sizes: Mapping[str, int]) -> None:
+        """See `LayerType`."""
+        if "both" in sizes and module.num_groups == module.num_channels:
+            module.num_groups = sizes["both"]
+        super().resize(module, sizes)
 
 
 class LayerNormType(PassingOn):

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import nnls
 
 from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
@@ -64,6 +63,8 @@ def diagonal_curvature(moves: FloatArray, differences: FloatArray, gradient: Flo
         differences: Shape (n,).
         gradient: g, shape (k,).
     """
+    from scipy.optimize import nnls  # here, as it takes a second to import and `lightning-softprune` has no use for it
+
     curvature = np.asarray(nnls(moves**2 / 2, differences - moves @ gradient)[0], dtype=np.float64)
     return curvature if curvature.max() > 0 else None
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from support.architectures import attention, convolutional, various
+from support.architectures.from_monai import monai_network
 from support.architectures.from_transformers import (
     DECODER,
     IMAGE,
@@ -275,5 +276,14 @@ FROM_TRANSFORMERS = (
     Architecture("Wav2Vec2", wav2vec2, (reals(BATCH, 400),), head=8, **LIBRARY),
 )
 
-ARCHITECTURES = (*OWN, *FROM_TRANSFORMERS)
+SCANS = {"inputs": (reals(BATCH, 1, 32, 32),), "classes": False, "needs": "monai"}
+FROM_MONAI = (
+    Architecture("MONAI UNet", monai_network("UNet", 2, 1, 2, (8, 16, 32), (2, 2), num_res_units=2), **SCANS),
+    Architecture("MONAI AttentionUnet", monai_network("AttentionUnet", 2, 1, 2, (8, 16, 32), (2, 2)), **SCANS),
+    Architecture(
+        "MONAI SegResNet", monai_network("SegResNet", 2, 16, 1, 2, blocks_down=(1, 1, 1), blocks_up=(1, 1)), **SCANS
+    ),
+)
+
+ARCHITECTURES = (*OWN, *FROM_TRANSFORMERS, *FROM_MONAI)
 BY_NAME = {architecture.name: architecture for architecture in ARCHITECTURES}

@@ -1,7 +1,6 @@
 import gzip
-import importlib.util
+import importlib
 import struct
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -15,18 +14,25 @@ pytestmark = pytest.mark.slow
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "mnist_autoencoder.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder_of_the_script():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("mnist_autoencoder", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return importlib.import_module("mnist_autoencoder")
+
+
+@pytest.fixture(scope="module")
+def images():
+    return importlib.import_module("mnist_autoencoder_data")
 
 
 def idx_bytes(values, type_code=8):
@@ -67,10 +73,10 @@ def mnist_dir(tmp_path):
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["plain", "gz"])
 @pytest.mark.parametrize("values", [[[[0, 1, 255], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]], [7, 0, 9, 1]])
-def test_read_idx_returns_the_array_that_was_written(example, tmp_path, values, compress):
+def test_read_idx_returns_the_array_that_was_written(images, tmp_path, values, compress):
     path = tmp_path / "file"
     path.write_bytes(compress(idx_bytes(values)))
-    array = example.read_idx(path, ndim=np.ndim(values))
+    array = images.read_idx(path, ndim=np.ndim(values))
     assert array.dtype == np.uint8
     assert array.tolist() == values
     array[0] = 0  # a copy of its own, not a view of read-only bytes
@@ -93,16 +99,16 @@ IMAGES = idx_bytes([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])
         pytest.param(b"\x1f\x8b" + b"rubbish" * 9, r"cannot be read, expected an idx file", id="not really gz"),
     ],
 )
-def test_read_idx_names_the_file_and_what_it_expected(example, tmp_path, content, expected):
+def test_read_idx_names_the_file_and_what_it_expected(images, tmp_path, content, expected):
     path = tmp_path / "train-images-idx3-ubyte"
     path.write_bytes(content)
-    with pytest.raises(example.DataError, match=expected) as caught:
-        example.read_idx(path, ndim=3)
+    with pytest.raises(images.DataError, match=expected) as caught:
+        images.read_idx(path, ndim=3)
     assert str(caught.value).startswith(str(path))
 
 
-def test_mnist_pixels_and_labels_are_those_of_the_files(example, mnist_dir):
-    data = example.load_mnist_data(mnist_dir)
+def test_mnist_pixels_and_labels_are_those_of_the_files(images, mnist_dir):
+    data = images.load_mnist_data(mnist_dir)
     train = gzip.decompress((mnist_dir / f"{FILES[0]}.gz").read_bytes())[16:]
     val = (mnist_dir / FILES[2]).read_bytes()[16:]
     assert data.train.shape == (40, 36)
@@ -112,13 +118,13 @@ def test_mnist_pixels_and_labels_are_those_of_the_files(example, mnist_dir):
     assert data.val_labels.tolist() == [i % 10 for i in range(24)]
 
 
-def test_digits_are_all_used_once_and_split_the_same_way_every_time(example):
-    data = example.load_digits_data()
+def test_digits_are_all_used_once_and_split_the_same_way_every_time(images):
+    data = images.load_digits_data()
     assert data.train.shape == (1500, 64)
     assert data.val.shape == (297, 64)
     assert data.train.min() == 0
     assert data.train.max() == 1
-    assert torch.equal(data.train, example.load_digits_data().train)
+    assert torch.equal(data.train, images.load_digits_data().train)
 
     from sklearn.datasets import load_digits
 

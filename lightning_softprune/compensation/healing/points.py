@@ -1,0 +1,94 @@
+"""Outputs at which the dense and the pruned network are compared: what modules give to the code of a step.
+
+That is what a step gets from the modules that it calls itself: the module's own `forward`, or an encoder and a decoder.
+An output of another shape in the pruned network was changed by the plan, and is not compared.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_softprune.utilities.hooks import forward_pre_hook, registered
+from lightning_softprune.utilities.nested import tensors_in
+
+Place = tuple[str, int, int]
+"""A module, the number of its call, and that of the tensor among what it returns."""
+
+
+@contextmanager
+def watch_outputs(model: nn.Module, parameters: Collection[str]) -> Iterator[dict[Place, torch.Tensor]]:
+    """Note what the code of a step gets from modules while the block lasts.
+
+    Args:
+        model: The model.
+        parameters: Names of the parameters that count: modules without any of them are passed by (losses, metrics).
+    """
+    outputs: dict[Place, torch.Tensor] = {}
+    calls, depth = Counter[str](), 0
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(name: str, output: Any) -> None:
+        nonlocal depth
+        depth -= 1
+        if depth == 0:
+            calls[name] += 1
+            for number, tensor in enumerate(tensors_in(output)):
+                if tensor.is_floating_point() and tensor.ndim > 0 and tensor.numel() > 1:  # not: a loss
+                    outputs[name, calls[name], number] = tensor
+
+    def hooks() -> Iterator[RemovableHandle]:
+        for name, module in model.named_modules():
+            if _holds(name, parameters):
+                yield forward_pre_hook(module, enter)
+                yield nn.Module.register_forward_hook(
+                    module, lambda _, __, output, name=name: leave(name, output), always_call=True
+                )
+
+    with registered(hooks()):
+        yield outputs
+
+
+def _holds(module: str, parameters: Collection[str]) -> bool:
+    prefix = f"{module}." if module else ""
+    return any(name.startswith(prefix) for name in parameters)
+
+
+def mismatch(dense: Mapping[Place, torch.Tensor], pruned: Mapping[Place, torch.Tensor]) -> torch.Tensor | None:
+    """How far the pruned network is from the dense one: the fraction of the outputs' variance that it misses.
+
+    Args:
+        dense: What the dense network computed.
+        pruned: The same of the pruned network.
+
+    Returns:
+        The mean over the outputs; ``None`` where there are none in common that can be learned from.
+    """
+    errors = [
+        _missed(wanted.detach().float(), pruned[place].float())
+        for place, wanted in dense.items()
+        if place in pruned and pruned[place].requires_grad and pruned[place].shape == wanted.shape
+    ]
+    found = [error for error in errors if error is not None]
+    return torch.stack(found).mean() if found else None
+
+
+def _missed(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:
+    """The squared error of one output, over its variance from sample to sample; ``None`` for a constant."""
+    finite = wanted.isfinite()
+    if not bool(finite.all()):  # what a model masks out
+        wanted, found = torch.where(finite, wanted, 0.0), torch.where(finite, found, 0.0)
+    centre = wanted.mean(0) if len(wanted) > 1 else wanted.mean()
+    variance = (wanted - centre).square().mean()
+    if variance <= 1e-12 * wanted.square().mean():
+        return None
+    return (found - wanted).square().mean() / variance

@@ -1,0 +1,96 @@
+"""The pupil: parameters that learn from lessons, by an optimizer of their own.
+
+Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements are
+(their root mean square), so that it fits any network; it rises over the first tenth of the lessons, in which Adam has
+seen too little to step in good directions, and falls linearly to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
+
+RATE = 0.04
+"""The highest rate, as a fraction of the size of a tensor's elements."""
+
+SMALLEST = 1e-3
+"""The size of elements that are smaller still, such as biases that begin at zero."""
+
+RISING = 0.1
+"""The fraction of the lessons over which the rate rises."""
+
+_SCALE = 2.0**10  # of what is differentiated in half precision
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one batch teaches: the error, and its gradients, one for each parameter and scaled by the pupil's factor."""
+
+    error: float
+    gradients: list[torch.Tensor]
+
+
+class Pupil:
+    """Parameters that learn.
+
+    Those of half precision are copies in single precision meanwhile, since small steps would be rounded away.
+
+    Args:
+        parameters: The parameters.
+        lessons: How many there will be.
+        halved: Whether gradients are computed in half precision, and need a factor in order not to vanish.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], lessons: int, halved: bool = False) -> None:
+        self._parameters, self._lessons = list(parameters), lessons
+        self._scale = _SCALE if halved else 1.0
+        self._copies = [  # of the others, the same numbers in another tensor
+            parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters
+        ]
+        self._rates = [RATE * max(float(copy.square().mean().sqrt()), SMALLEST) for copy in self._copies]
+        groups = [{"params": [copy], "lr": rate} for copy, rate in zip(self._copies, self._rates, strict=True)]
+        self._optimizer = torch.optim.Adam(groups) if groups else None
+
+    def gradients(self, error: torch.Tensor) -> list[torch.Tensor]:
+        """The gradients of an error, of which no parameter's `grad` hears."""
+        found = torch.autograd.grad(self._scale * error, self._parameters, allow_unused=True)
+        return [
+            torch.zeros_like(copy) if gradient is None else gradient.to(copy.dtype)
+            for gradient, copy in zip(found, self._copies, strict=True)
+        ]
+
+    @torch.no_grad()
+    def learn(self, lesson: Lesson, number: int) -> float:
+        """Take one step, the same on all processes, unless a gradient is not finite.
+
+        Args:
+            lesson: What this process's batch teaches.
+            number: Its number, from 0.
+
+        Returns:
+            The error, the mean over the processes.
+        """
+        assert self._optimizer is not None
+        device, processes = self._copies[0].device, 1.0
+        if in_process_group():
+            processes = sum_number_over_processes(1.0, device)
+        gradients = [sum_over_processes(gradient) / (processes * self._scale) for gradient in lesson.gradients]
+        error = sum_number_over_processes(lesson.error, device) / processes
+        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+            self._scale = max(self._scale / 2.0, 1.0)
+            return error
+        risen = min((number + 1) / max(RISING * self._lessons, 1.0), 1.0)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * min(risen, 1.0 - number / self._lessons)
+        for copy, gradient in zip(self._copies, gradients, strict=True):
+            copy.grad = gradient
+        self._optimizer.step()
+        for parameter, copy in zip(self._parameters, self._copies, strict=True):
+            if parameter.dtype != copy.dtype:
+                parameter.copy_(copy)
+        return error

@@ -1,0 +1,153 @@
+"""Steps that are run again and again, each time a little further: what their layers computed before is kept.
+
+The refit runs each calibration step once per reader, and nothing that runs before a reader has changed since the last
+time. So the outputs of layers are kept, and given out again in place of a computation. The user's code runs as it does
+without, with its hooks; only those layers of PyTorch's own are spared that have weights and no parts, since they depend
+on nothing else. An output is computed again where the layer's weights have changed since, where it is given something
+else than the last time (a few elements tell), or where its place in the step is another layer's now: then all that came
+later in the step is forgotten too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+_ALONG = 5
+"""Elements of an input that are compared, along each dimension."""
+
+
+@dataclass
+class _Kept:
+    """What a layer computed, and what of.
+
+    Attributes:
+        layer: The layer.
+        weights: Its parameters and buffers, as of then.
+        shape: Of its input.
+        some: A few elements of its input.
+        output: What it computed.
+        version: Of the output: in-place functions raise it.
+        is_copied: Whether it is copied whenever it is given out, since the model changes it in place.
+    """
+
+    layer: nn.Module
+    weights: list[tuple[int, int]]
+    shape: torch.Size
+    some: torch.Tensor
+    output: torch.Tensor
+    version: int
+    is_copied: bool
+
+    def is_of(self, layer: nn.Module, source: torch.Tensor) -> bool:
+        """Whether the layer would compute the same now."""
+        same = self.layer is layer and self.shape == source.shape and self.weights == _weights(layer)
+        return same and self.some.dtype == source.dtype and torch.equal(self.some, _some(source))
+
+
+class Replay:
+    """Keeps what layers compute in several steps.
+
+    Args:
+        model: The model; layers in training mode are computed each time.
+        budget: Bytes that outputs may take; those for which there is no room are computed each time. `None`: no limit.
+    """
+
+    def __init__(self, model: nn.Module, budget: float | None = None) -> None:
+        self.layers = [layer for layer in model.modules() if _is_known(layer)]
+        self.left = float("inf") if budget is None else budget
+        self._steps: dict[int, dict[int, _Kept]] = {}
+        self._known: dict[int, _Kept] | None = None
+        self._place = 0
+        self._changed: set[int] = set()  # places of outputs that the model changes in place, in whatever step
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """While this lasts, a step of this number is run, always in the same way."""
+        known = self._steps.setdefault(number, {})
+        self._known, self._place = known, 0
+        try:
+            for layer in self.layers:
+                vars(layer)["forward"] = self._replacing(layer)
+            yield
+        finally:
+            self._known = None
+            self._changed.update(place for place, kept in known.items() if kept.output._version != kept.version)
+            for layer in self.layers:
+                vars(layer).pop("forward", None)
+
+    def stop(self) -> None:
+        """What follows in this step will be something else the next time: it is forgotten, and not kept."""
+        if self._known is not None:
+            self._forget_from(self._known, self._place)
+        self._known = None
+
+    def _replacing(self, layer: nn.Module) -> Callable[..., Any]:
+        own = layer.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            source = args[0] if args else next(iter(kwargs.values()), None)
+            if self._known is None or layer.training or not _is_plain(source):
+                return own(*args, **kwargs)
+            known, place = self._known, self._place
+            self._place += 1
+            kept = known.get(place)
+            with torch._C.DisableTorchFunction():  # modes that watch the model have no business here
+                same = kept is not None and kept.is_of(layer, source)
+            if kept is not None and same and kept.output._version == kept.version:
+                return kept.output.clone() if kept.is_copied else kept.output
+            if kept is not None and not same:
+                self._forget_from(known, place)
+            output = own(*args, **kwargs)
+            with torch._C.DisableTorchFunction():
+                self._keep(known, place, (layer, source, output), changes=same or place in self._changed)
+            return output
+
+        return forward
+
+    def _keep(
+        self, known: dict[int, _Kept], place: int, call: tuple[nn.Module, torch.Tensor, Any], *, changes: bool
+    ) -> None:
+        """Keep an output, if there is room; a copy, if the last one was changed in place."""
+        layer, source, output = call
+        old = known.pop(place, None)
+        self.left += 0 if old is None else _size(old.output)
+        if not _is_plain(output) or output.requires_grad or _size(output) > self.left:
+            return
+        self.left -= _size(output)
+        kept = output.clone() if changes else output
+        known[place] = _Kept(layer, _weights(layer), source.shape, _some(source), kept, kept._version, changes)
+
+    def _forget_from(self, known: dict[int, _Kept], place: int) -> None:
+        for later in [one for one in known if one >= place]:
+            self.left += _size(known.pop(later).output)
+
+
+def _is_known(layer: nn.Module) -> bool:
+    """Whether a layer computes by PyTorch's own code, from its weights and its input alone, and changes nothing."""
+    own = type(layer).forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
+    weights = [*layer._parameters.values(), *layer._buffers.values()]
+    return own and not layer._modules and any(one is not None for one in weights)
+
+
+def _is_plain(value: Any) -> TypeGuard[torch.Tensor]:
+    return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_inference()
+
+
+def _weights(layer: nn.Module) -> list[tuple[int, int]]:
+    weights = (one for held in (layer._parameters, layer._buffers) for one in held.values() if one is not None)
+    return [(id(one), -1 if one.is_inference() else one._version) for one in weights]
+
+
+def _some(source: torch.Tensor) -> torch.Tensor:
+    every: Any = tuple(slice(None, None, max(size // _ALONG, 1)) for size in source.shape)
+    return source.detach()[every].clone()
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

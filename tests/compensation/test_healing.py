@@ -1,0 +1,198 @@
+"""Healing: what is compared, who teaches, who learns, and what a round keeps of it."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_softprune.compensation.healing import DenseNetwork
+from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
+from lightning_softprune.compensation.healing.pupil import RATE, SMALLEST, Lesson, Pupil
+from lightning_softprune.surgery import apply_plan
+from support.modules import (
+    AtEpochStart,
+    AutoEncoder,
+    Batches,
+    ConvClassifier,
+    Manual,
+    assert_same,
+    fit,
+    made,
+    run_state,
+    softpruning,
+)
+from support.plans import assert_same as assert_same_model
+from support.plans import outputs, random_plan, snapshot
+from support.zoo import PRUNABLE, prunable
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Parts(nn.Module):
+    """Two parts with code between them, and a loss module."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+        self.decoder = nn.Linear(3, 4)
+        self.loss = nn.MSELoss()
+
+    def step(self, x):
+        return self.loss(self.decoder(self.encoder(x) + 1.0), x)
+
+
+def test_outputs_are_what_the_code_of_a_step_gets_from_modules():
+    model, x = Parts(), torch.randn(5, 4)
+    names = {name for name, _ in model.named_parameters()}
+    with watch_outputs(model, names) as outputs:
+        model.step(x)
+    assert list(outputs) == [("encoder", 1, 0), ("decoder", 1, 0)]
+    assert torch.equal(outputs["encoder", 1, 0], model.encoder(x))
+    with watch_outputs(model, names - {"decoder.weight", "decoder.bias"}) as outputs:
+        model.step(x)
+    assert list(outputs) == [("encoder", 1, 0)]
+
+
+def test_the_mismatch_is_the_missed_fraction_of_the_variance_of_what_both_have():
+    wanted, found = torch.randn(6, 3), torch.randn(6, 3, requires_grad=True)
+    masked = torch.cat([wanted, torch.full((6, 1), -torch.inf)], 1)
+    expected = (found - wanted).square().mean() / wanted.var(0, correction=0).mean()
+    dense = {("a", 1, 0): wanted, ("b", 1, 0): torch.randn(6, 8), ("c", 1, 0): torch.ones(6, 2), ("d", 1, 0): masked}
+    pruned = {("a", 1, 0): found, ("b", 1, 0): torch.randn(6, 4, requires_grad=True)}
+    assert mismatch(dense, pruned).item() == pytest.approx(expected.item())
+    constant = {("c", 1, 0): torch.zeros(6, 2, requires_grad=True)}
+    assert mismatch(dense, constant) is None
+    beside = {("d", 1, 0): torch.cat([found, torch.zeros(6, 1)], 1)}
+    assert 0 < mismatch(dense, beside).item() < 10
+
+
+@pytest.mark.parametrize("case", PRUNABLE[::7], ids=lambda case: case.name)
+def test_the_dense_network_is_there_again_whatever_was_learned_and_the_pruned_one_after_it(case):
+    model, x = case.make()
+    groups = prunable(model, x)
+    with torch.no_grad():
+        expected = outputs(model(x))
+        dense = DenseNetwork(model, apply_plan(model, groups, random_plan(groups, 0)))
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+        learned = snapshot(model), outputs(model(x))
+        with dense.in_place():
+            assert torch.equal(outputs(model(x)), expected)
+    assert_same_model(model, learned[0])
+    assert torch.equal(outputs(model(x)), learned[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [2.0, 0.0])
+def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements(dtype, size):
+    parameter = nn.Parameter(torch.tensor([size, -size], dtype=dtype))
+    pupil = Pupil([parameter], 20)
+    wanted = parameter.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    optimizer = torch.optim.Adam([wanted])
+    for number, share in enumerate([0.5, 0.95, 0.9, 0.85]):
+        optimizer.param_groups[0]["lr"] = RATE * max(size, SMALLEST) * share
+        wanted.grad = torch.full_like(wanted, 1.0 + number)
+        optimizer.step()
+        gradients = pupil.gradients((parameter * (1.0 + number)).sum())
+        assert pupil.learn(Lesson(0.5, gradients), number) == 0.5
+        assert torch.equal(parameter.detach(), wanted.detach().to(dtype))
+    before = parameter.detach().clone()
+    pupil.learn(Lesson(0.5, [torch.full_like(wanted, torch.nan)]), 0)
+    assert torch.equal(parameter.detach(), before), "what is no number teaches nothing"
+    assert parameter.grad is None
+
+
+# ------------------------------------------------------------------------------------------------------------ rounds
+
+
+class Frozen(ConvClassifier):
+    """A frozen convolution behind a BatchNorm that is in eval mode, and two layers that share a weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.features[3].requires_grad_(False)
+        self.again = nn.Linear(3, 10, bias=False)
+        self.back = nn.Linear(3, 10, bias=False)
+        self.back.weight = self.again.weight
+
+    def on_train_epoch_start(self):
+        self.features[4].eval()
+
+    def forward(self, x):
+        out = super().forward(x)
+        return out + F.linear(self.again(out) + self.back(out), self.again.weight.t())
+
+
+def rounds(tmp_path, kind, healing, **arguments):
+    """What is there when a round has ended: the result, and the state around it."""
+
+    def look(trainer, module):
+        return {
+            "weights": copy.deepcopy(module.state_dict()),
+            "around": run_state(trainer),
+            "modes": {name: part.training for name, part in module.named_modules()},
+            "optimizers": [
+                [{key: value.clone() for key, value in optimizer.state[p].items()} for p in group["params"]]
+                for optimizer in trainer.optimizers
+                for group in optimizer.param_groups
+            ],
+            "tied": getattr(module, "again", None) is None or module.again.weight is module.back.weight,
+        }
+
+    pruning, probe, batches = softpruning(healing=healing, **arguments), AtEpochStart(look), Batches()
+    fit(tmp_path, made(kind), pruning, probe, batches, max_epochs=2)
+    return pruning.results[0], probe.found, batches.batches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AutoEncoder, Frozen, Manual])
+def test_a_healed_round_scores_better_and_leaves_the_run_around_it_alone(tmp_path, kind):
+    plain, before, order = rounds(tmp_path, kind, 0)
+    healed, after, order_after = rounds(tmp_path, kind, 40)
+    assert plain.healing is None
+    assert plain.score_compensated == plain.score_after == healed.score_compensated
+    assert healed.healing.kept
+    assert healed.healing.score == healed.score_after == healed.trials[healed.chosen].score < plain.score_after
+    assert len(healed.healing.errors) == 40
+    assert sum(healed.healing.errors[-4:]) < sum(healed.healing.errors[:4])
+    assert healed.phases["healing"] > 0
+    for name in ("around", "modes", "optimizers"):
+        assert_same(after[name], before[name], name)
+    assert_same(order_after, order, "order of training batches")
+    assert after["tied"]
+    changed = {name for name, value in after["weights"].items() if not torch.equal(value, before["weights"][name])}
+    frozen = {"features.3.weight", "features.3.bias", "features.4.running_mean", "features.4.num_batches_tracked"}
+    assert not changed & frozen
+    if kind is Frozen:
+        assert {"features.0.weight", "features.1.running_mean", "features.4.weight", "again.weight"} <= changed
+        tracked = [state["weights"]["features.1.num_batches_tracked"] for state in (before, after)]
+        assert tracked[1] - tracked[0] == 40
+
+
+@pytest.mark.slow
+def test_what_does_not_score_better_is_taken_back(tmp_path):
+    class Contrary(AutoEncoder):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val_worse", F.mse_loss(self(batch[0]), batch[0]))
+
+    plain, before, _ = rounds(tmp_path, Contrary, 0, monitor="val_worse", mode="max")
+    healed, after, _ = rounds(tmp_path, Contrary, 40, monitor="val_worse", mode="max")
+    assert not healed.healing.kept
+    assert healed.healing.score < healed.score_compensated == healed.score_after == plain.score_after
+    assert_same(after, before)
+
+
+@pytest.mark.slow
+def test_where_there_is_nothing_to_learn_from_a_warning_says_so(tmp_path):
+    class Ungraded(Manual):
+        @torch.no_grad()
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+
+    with pytest.warns(UserWarning, match="healing has nothing to learn from"):
+        result, _, _ = rounds(tmp_path, Ungraded, 3)
+    assert result.applied
+    assert result.healing is None

@@ -1,0 +1,111 @@
+"""The guide: its code runs, its links lead somewhere, and its index of reasons has every reason."""
+
+import ast
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.image import PeakSignalNoiseRatio
+
+from lightning_softprune import register_layer
+from lightning_softprune.graph import layer_type, layout_of
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "examples" / "guide").glob("*.md"))
+TEXTS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
+
+
+class Autoencoder(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+        self.decoder = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 12))
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
+
+    def forward(self, images):
+        return self.decoder(self.encoder(images))
+
+    def training_step(self, batch, batch_idx):
+        return torch.nn.functional.mse_loss(self(batch[0]), batch[0])
+
+    def validation_step(self, batch, batch_idx):
+        self.psnr.update(self(batch[0]), batch[0])
+        self.log("val_psnr", self.psnr)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
+def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
+    """Each block in the names of those before it; what a page says is printed is printed."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    images = torch.rand(64, 12)
+    datamodule = L.LightningDataModule()
+    datamodule.train_dataloader = lambda: DataLoader(TensorDataset(images), batch_size=32)
+    datamodule.val_dataloader = lambda: DataLoader(TensorDataset(images), batch_size=32)
+    script = types.ModuleType(f"guide_{page}")
+    monkeypatch.setitem(sys.modules, script.__name__, script)
+    names = script.__dict__
+    names.update(L=L, Autoencoder=Autoencoder, model=Autoencoder(), datamodule=datamodule, example=torch.rand(2, 12))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*_check_is_size.*")
+        for block in blocks(page, "python"):
+            exec(block, names)
+    if page == "constraints":
+        (printed,) = blocks(page, "text")
+        assert printed in capsys.readouterr().out
+    if page == "checkpoints":
+        expected = names["model"].cpu().eval()(names["example"])
+        for loaded in (names["pruned"], names["again"].eval(), names["shaped"].eval(), names["exported"].module()):
+            torch.testing.assert_close(loaded(names["example"]), expected)
+
+
+def test_the_layer_of_ones_own_is_the_same_in_python_and_in_yaml(monkeypatch):
+    python, (configuration,) = blocks("extending", "python")[0], blocks("extending", "yaml")
+    package = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", package)
+    exec(python, package.__dict__)
+    layer = package.Swapped(4, 6)
+    entry = layer_type(layer)
+    (given,) = yaml.safe_load(configuration)["layers"]
+    register_layer(**given)
+    assert layer_type(layer) is entry
+    assert layout_of(layer).slots == {"in": 4, "out": 6}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert links or page.stem not in ("README", "troubleshooting")
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def said_in_the_graph():
+    """The texts of reasons that name an operation: the second argument of `said`."""
+    for path in (ROOT / "lightning_softprune" / "graph" / "flow").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "said":
+                text = node.args[1]
+                parts = text.values if isinstance(text, ast.JoinedStr) else [text]
+                yield from (p.value.strip() for p in parts if isinstance(p, ast.Constant) and len(p.value) > 12)
+
+
+def test_the_index_has_every_reason():
+    """A new reason needs a line in the guide that says what to do."""
+    said = set(said_in_the_graph())
+    assert len(said) > 25
+    assert not sorted(text for text in said if text.rstrip(" :") not in TEXTS["troubleshooting"])
