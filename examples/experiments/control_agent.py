@@ -22,9 +22,9 @@ from typing import Any
 import gymnasium
 import lightning as L
 import torch
-from shared.results import Results, Row, arguments, folders, markdown
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pendulum_agent import REWARD_SCALE, TORQUE, Agent, descent, episodes_of
+from shared.results import Results, Row, arguments, folders, markdown
 
 from lightning_softprune import GradientSearch, NormBaseline, PruningResult, UniformBaseline, prune
 

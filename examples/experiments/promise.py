@@ -22,9 +22,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from promise_networks import NETWORKS, Network
 from shared.mnist import Images, load_images
 from shared.results import Results, Row, arguments, folders, markdown
-from promise_networks import NETWORKS, Network
 
 from lightning_softprune import prune
 
