@@ -64,7 +64,7 @@ def _pair(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def _idx(folder: Path, name: str) -> np.ndarray:
-    """The bytes of an idx file in their shape; `mnist_autoencoder_data.py` has one that explains itself."""
+    """The bytes of an idx file in their shape; `mnist_autoencoder_data.py` has a reader that explains itself."""
     path = folder / name
     content = path.read_bytes() if path.is_file() else gzip.decompress((folder / f"{name}.gz").read_bytes())
     dimensions = content[3]
