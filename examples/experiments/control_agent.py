@@ -195,7 +195,7 @@ def draw(rows: dict[str, Row], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def film(agents: dict[str, Agent], path: Path, seed: int = UNSEEN[0]) -> None:
+def film(agents: dict[str, Agent], path: Path, seed: int = UNSEEN[2]) -> None:
     """The swing-up as every agent does it, side by side, from the same start; every third step of the first 120."""
     from PIL import Image, ImageDraw
 
@@ -208,7 +208,7 @@ def film(agents: dict[str, Agent], path: Path, seed: int = UNSEEN[0]) -> None:
         for step, action in enumerate(actions[:120]):
             if step % 3 == 0:
                 picture = Image.fromarray(environment.render()).resize((150, 150))  # type: ignore[arg-type]
-                ImageDraw.Draw(picture).text((4, 2), name, fill="black")
+                ImageDraw.Draw(picture).text((4, 2), name.replace(", ", "\n"), fill="black")
                 frames.append(picture)
             environment.step(TORQUE * action.numpy())
         strips.append(frames)
