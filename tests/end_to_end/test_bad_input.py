@@ -147,6 +147,7 @@ WRONG = {
     "round_to": ["1", 1.0, None, True],
     "search_batches": ["1", 1.5, True, [1]],
     "memory_limit": ["1", True, [1.0]],
+    "latency_batch": ["1", 1.0, True],
     "calibration_batches": ["1", 1.0, None, False],
     "finetune_epochs": ["1", 1.0, True],
     "reset_monitors": ["yes", 1, None],

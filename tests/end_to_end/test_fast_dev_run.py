@@ -188,7 +188,7 @@ def test_a_checkpoint_saved_after_a_trial_has_no_round(tmp_path):
     callback = softpruning(epochs=1)
     trainer = fit(tmp_path, made(), callback, fast_dev_run=True)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    assert torch.load(tmp_path / "saved.ckpt", weights_only=True)["callbacks"]["SoftPruning"] == {"results": []}
+    assert torch.load(tmp_path / "saved.ckpt", weights_only=True)["callbacks"]["SoftPruning"]["results"] == []
 
 
 @pytest.mark.parametrize("verbose", [True, False])

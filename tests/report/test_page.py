@@ -101,7 +101,7 @@ def test_trials_on_a_part_of_the_data_say_so_and_are_on_no_front() -> None:
 
     column = header.index("share of batches")
     assert [row[column] for row in rows] == ["0.25", "0.25", "0.25", "1"]
-    assert [row[4] for row in rows] == ["", "", "", "chosen, front"]
+    assert [row[4] for row in rows] == ["", "", "", "chosen, front, finalist"]
     assert "score 19.9 on 25.0% of the validation batches" in page
 
 

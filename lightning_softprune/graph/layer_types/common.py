@@ -238,6 +238,10 @@ class NormalisationType(PassingOn):
         return "running_mean" if tracks else None
 
 
+_OF_GROUPS = "_softprune_has_groups"
+"""Name of an attribute of a GroupNorm that had several channels to a group: it is not taken for one by channel."""
+
+
 class GroupNormType(PassingOn):
     """``nn.GroupNorm``: every group loses the same channels; where each channel is a group, any may go."""
 
@@ -252,14 +256,23 @@ class GroupNormType(PassingOn):
     def describe(self, module: nn.GroupNorm) -> Layout:
         """See `LayerType`."""
         axes = (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both"))
-        parts = {} if module.num_groups == module.num_channels else {"both": module.num_groups}
+        parts = {} if self._is_by_channel(module) else {"both": module.num_groups}
         return Layout({"both": module.num_channels}, axes, parts)
 
     def resize(self, module: nn.GroupNorm, sizes: Mapping[str, int]) -> None:
         """See `LayerType`."""
-        if "both" in sizes and module.num_groups == module.num_channels:
+        if "both" not in sizes:
+            return
+        if self._is_by_channel(module):
             module.num_groups = sizes["both"]
+        elif sizes["both"] == module.num_groups:
+            setattr(module, _OF_GROUPS, True)
         super().resize(module, sizes)
+
+    @staticmethod
+    def _is_by_channel(module: nn.GroupNorm) -> bool:
+        """Whether each channel is a group by design, and not because one is left of each."""
+        return module.num_groups == module.num_channels and not hasattr(module, _OF_GROUPS)
 
 
 class LayerNormType(PassingOn):
