@@ -56,6 +56,21 @@ def folders(name: str, args: argparse.Namespace) -> tuple[Path, Path]:
     return output, cache
 
 
+def without_places(words: Sequence[str]) -> list[str]:
+    """A command without the folders of one machine.
+
+    >>> without_places(["promise.py", "--data-dir", "/home/me/mnist", "--output", "out", "--seed", "1"])
+    ['promise.py', '--data-dir', 'DIR', '--seed', '1']
+    """
+    kept: list[str] = []
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "--data-dir":
+            kept.append("DIR")
+        elif not {before, word} & {"--output", "--cache"}:
+            kept.append(word)
+    return kept
+
+
 class Results:
     """The rows of a JSON file, by name. What is there already is not computed again.
 
@@ -88,7 +103,7 @@ class Results:
             started = time.monotonic()
             row = compute()
             spent = round(time.monotonic() - started, 1)
-            command = shlex.join(["python", *sys.argv])
+            command = shlex.join(["python", *without_places(sys.argv)])
             self.rows[name] = row | {"seconds_in_all": spent, "command": command, "environment": environment()}
             scratch = self.path.with_suffix(".tmp")
             scratch.write_text(json.dumps(self._content, indent=1) + "\n")
