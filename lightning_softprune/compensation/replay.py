@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import getattr_static
+from types import FunctionType
 from typing import Any, TypeGuard
 
 import torch
@@ -130,7 +132,9 @@ class Replay:
 
 def _is_known(layer: nn.Module) -> bool:
     """Whether a layer computes by PyTorch's own code, from its weights and its input alone, and changes nothing."""
-    own = type(layer).forward.__module__.startswith("torch.nn.modules.") and "forward" not in vars(layer)
+    forward = getattr_static(layer, "forward", None)  # TorchScript's cannot be asked for on the class
+    own = isinstance(forward, FunctionType) and forward.__module__.startswith("torch.nn.modules.")
+    own = own and "forward" not in vars(layer)
     weights = [*layer._parameters.values(), *layer._buffers.values()]
     return own and not layer._modules and any(one is not None for one in weights)
 

@@ -305,6 +305,8 @@ def test_loggers_get_each_rounds_scalars_once_and_the_users_as_without_a_round(t
     pruned, pruned_rows = run("pruned", callback)
     at = [2 * 4 // accumulate, 3 * 4 // accumulate]
     own = {tag: pruned.pop(tag) for tag in list(pruned) if tag.startswith("softprune/")}
+    finetuned = own.pop("softprune/score_finetuned")
+    assert [value for _, value in finetuned] == [pytest.approx(callback.results[-1].score_finetuned)]
     expected = [log_values(result) for result in callback.results]
     assert own.keys() == expected[0].keys()
     for tag, found in own.items():
