@@ -104,7 +104,7 @@ def searched(samples, settings):
 
 
 def best_of_all(evaluator, samples):
-    """By brute force: of all plans tried that are on target and no smaller, the one of the lowest loss on all samples."""
+    """By brute force: of all plans tried on target and no smaller, the one of the lowest loss on all samples."""
     tried = {scored.plan for scored in evaluator.trials.done if scored.budget_gap == 0}
     tried = {plan for plan in tried if samples.space.sparsity(np.array([plan.counts]))[0] >= 0.6 - 1e-9}
     return min(tried, key=lambda plan: samples.losses(plan.counts).mean())
