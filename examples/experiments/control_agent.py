@@ -24,7 +24,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pendulum_agent import REWARD_SCALE, TORQUE, Agent, descent, episodes_of
-from shared.results import Results, Row, arguments, folders, markdown
+from shared.results import Results, Row, arguments, folders, markdown, trainer_settings
 
 from lightning_softprune import GradientSearch, NormBaseline, PruningResult, UniformBaseline, prune
 
@@ -50,7 +50,7 @@ def train(cache: Path, args: argparse.Namespace) -> Path:
         L.seed_everything(args.seed, verbose=False)
         agent = Agent(latent=8, hidden=16, samples=8) if args.quick else Agent()
         best = ModelCheckpoint(cache, f"training-{args.seed}", monitor="val_return", mode="max")
-        settings = _settings(cache) | {"enable_checkpointing": True}
+        settings = trainer_settings(cache) | {"enable_checkpointing": True}
         trainer = L.Trainer(max_epochs=args.epochs, callbacks=[best, Progress()], gradient_clip_val=10.0, **settings)
         trainer.fit(agent, agent.replay(args.batches), episodes_of(SEARCHED[: args.episodes]))
         Path(best.best_model_path).rename(path)
@@ -66,19 +66,6 @@ class Progress(L.Callback):
         print(f"epoch {trainer.current_epoch}: {logged}", flush=True)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
-
-
 def pruned(method: str, sparsity: float, path: Path, args: argparse.Namespace, **more: Any) -> tuple[Agent, Row]:
     """A copy of the trained agent, pruned, and what was found."""
     agent = Agent.load_from_checkpoint(path)
@@ -86,7 +73,7 @@ def pruned(method: str, sparsity: float, path: Path, args: argparse.Namespace, *
         agent,
         train_dataloaders=agent.replay(8),
         val_dataloaders=episodes_of(SEARCHED[: args.episodes]),
-        trainer=L.Trainer(max_epochs=1, **_settings(path.parent)),
+        trainer=L.Trainer(max_epochs=1, **trainer_settings(path.parent)),
         monitor="val_return",
         mode="max",
         target_sparsity=sparsity,

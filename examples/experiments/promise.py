@@ -18,13 +18,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from promise_networks import NETWORKS, Network
 from shared.mnist import Images, load_images
-from shared.results import Results, Row, arguments, folders, markdown
+from shared.results import Results, Row, arguments, folders, markdown, trainer_settings
 
 from lightning_softprune import prune
 
@@ -55,7 +54,10 @@ def trained(name: str, data: Images, cache: Path, args: argparse.Namespace) -> t
     network, path, times = NETWORKS[name](), cache / f"{name}-{args.seed}.pt", EpochTimes()
     if not path.is_file():
         trainer = L.Trainer(
-            max_epochs=1 if args.quick else network.epochs, callbacks=[times], limit_val_batches=0, **_settings(cache)
+            max_epochs=1 if args.quick else network.epochs,
+            callbacks=[times],
+            limit_val_batches=0,
+            **trainer_settings(cache),
         )
         trainer.fit(network, data.training(BATCH_SIZE), data.validation())
         torch.save({"state": network.state_dict(), "seconds": sum(times.seconds) / len(times.seconds)}, path)
@@ -74,7 +76,7 @@ def measure(name: str, data: Images, cache: Path, args: argparse.Namespace) -> R
         network,
         train_dataloaders=data.training(BATCH_SIZE),
         val_dataloaders=data.validation(),
-        trainer=L.Trainer(max_epochs=1, **_settings(cache)),
+        trainer=L.Trainer(max_epochs=1, **trainer_settings(cache)),
         monitor=network.monitor,
         mode="max",
         target_sparsity=PROMISED + TOLERANCE,
@@ -153,21 +155,8 @@ def draw(rows: dict[str, Row], path: Path) -> None:
 
 
 def _tested(network: Network, data: Images, folder: Path) -> float:
-    (metrics,) = L.Trainer(**_settings(folder)).validate(network, data.testing(), verbose=False)
+    (metrics,) = L.Trainer(**trainer_settings(folder)).validate(network, data.testing(), verbose=False)
     return metrics[network.monitor]
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    return {
-        "accelerator": "cpu",
-        "devices": 1,
-        "default_root_dir": folder,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,11 +11,10 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.image import PeakSignalNoiseRatio
 
 from lightning_softprune import register_layer
 from lightning_softprune.graph import layer_type, layout_of
+from support.snippets import SnippetAutoencoder, taken_for_granted
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "examples" / "guide").glob("*.md"))
@@ -26,41 +25,15 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```$", TEXTS[page], flags=re.MULTILINE | re.DOTALL)
 
 
-class Autoencoder(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.encoder = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
-        self.decoder = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 12))
-        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
-
-    def forward(self, images):
-        return self.decoder(self.encoder(images))
-
-    def training_step(self, batch, batch_idx):
-        return torch.nn.functional.mse_loss(self(batch[0]), batch[0])
-
-    def validation_step(self, batch, batch_idx):
-        self.psnr.update(self(batch[0]), batch[0])
-        self.log("val_psnr", self.psnr)
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in TEXTS if blocks(page, "python")])
 def test_the_python_of_a_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch, capsys):
     """Each block in the names of those before it; what a page says is printed is printed."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    images = torch.rand(64, 12)
-    datamodule = L.LightningDataModule()
-    datamodule.train_dataloader = lambda: DataLoader(TensorDataset(images), batch_size=32)
-    datamodule.val_dataloader = lambda: DataLoader(TensorDataset(images), batch_size=32)
     script = types.ModuleType(f"guide_{page}")
     monkeypatch.setitem(sys.modules, script.__name__, script)
     names = script.__dict__
-    names.update(L=L, Autoencoder=Autoencoder, model=Autoencoder(), datamodule=datamodule, example=torch.rand(2, 12))
+    names.update(taken_for_granted(), L=L, Autoencoder=SnippetAutoencoder, example=torch.rand(2, 12))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*_check_is_size.*")
         for block in blocks(page, "python"):

@@ -6,10 +6,9 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.image import PeakSignalNoiseRatio
 
 from lightning_softprune import SensitivitySearch, SoftPruning, UniformBaseline
+from support.snippets import SnippetAutoencoder, taken_for_granted
 
 pytestmark = pytest.mark.slow
 
@@ -37,27 +36,6 @@ def test_readme_commands_install_the_same_torch():
     assert len(versions[0]) == 1
 
 
-class TinyAutoencoder(L.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.encoder = torch.nn.Sequential(torch.nn.Linear(12, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
-        self.decoder = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.ReLU(), torch.nn.Linear(64, 12))
-        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
-
-    def forward(self, images):
-        return self.decoder(self.encoder(images))
-
-    def training_step(self, batch, batch_idx):
-        return torch.nn.functional.mse_loss(self(batch[0]), batch[0])
-
-    def validation_step(self, batch, batch_idx):
-        self.psnr.update(self(batch[0]), batch[0])
-        self.log("val_psnr", self.psnr)
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=1e-2)
-
-
 def test_every_code_block_is_run_by_a_test():
     languages = re.findall(r"^```(\w+)\n.*?^```$", README, flags=re.MULTILINE | re.DOTALL)
     # the setup, the command that CI runs and the snippets: the tests of this file; the reference: tests/examples
@@ -68,12 +46,7 @@ def test_every_code_block_is_run_by_a_test():
 def names(tmp_path, monkeypatch):
     """What the snippets take for granted; they write where they run."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    images = torch.rand(64, 12)
-    datamodule = L.LightningDataModule()
-    datamodule.train_dataloader = lambda: DataLoader(TensorDataset(images), batch_size=32)
-    datamodule.val_dataloader = lambda: DataLoader(TensorDataset(images), batch_size=32)
-    return {"model": TinyAutoencoder(), "datamodule": datamodule}
+    return taken_for_granted()
 
 
 def count(model):
@@ -90,7 +63,7 @@ def test_the_first_snippet_prunes_the_model_it_is_given_and_the_last_one_loads_i
     assert abs(1 - pruned / dense - 0.7) <= 0.02 + 1e-9
     assert f"with {pruned:,} parameters" in capsys.readouterr().out
 
-    names.update(Autoencoder=TinyAutoencoder, example=torch.rand(2, 12))
+    names.update(Autoencoder=SnippetAutoencoder, example=torch.rand(2, 12))
     exec(last, names)
     assert count(names["pruned"]) == pruned
     expected = names["model"].cpu().eval()(names["example"])
@@ -116,7 +89,7 @@ def test_each_callback_of_the_second_snippet_prunes(names):
         callback.tolerance = 0.05  # tiny layers
         if callback is not smallest:
             callback.search, callback.on_violation = UniformBaseline(), "prune"  # latency is noise at this size
-        model, epochs = TinyAutoencoder(), max(callback.epochs) + 1
+        model, epochs = SnippetAutoencoder(), max(callback.epochs) + 1
         trainer = L.Trainer(max_epochs=epochs, callbacks=[callback], logger=False, enable_checkpointing=False,
                             enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
         with warnings.catch_warnings():

@@ -56,6 +56,20 @@ def folders(name: str, args: argparse.Namespace) -> tuple[Path, Path]:
     return output, cache
 
 
+def trainer_settings(folder: Path) -> dict[str, Any]:
+    """Arguments of a Trainer that is quiet, on the processor."""
+    return {
+        "accelerator": "cpu",
+        "devices": 1,
+        "default_root_dir": folder,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+    }
+
+
 def without_places(words: Sequence[str]) -> list[str]:
     """A command without the folders of one machine.
 
