@@ -28,6 +28,11 @@ Place = tuple[str, str]
 
 _OUTPUT = "produces an output of the network"
 
+_BEHIND = "put a layer behind it, which keeps its width, to prune what shares its channels:"
+
+_MOST_NAMES = 3
+"""So many layers are named in a reason."""
+
 _LONELY = "are added to places whose size is fixed, as those of a padding; put a layer between them to prune it"
 
 
@@ -280,6 +285,9 @@ def _build(
         reason = "it has a single channel" if numbers else f"all of its {len(found)} channels {_LONELY}"
     if not len(found):
         reason = "it has no channels"
+    producers = {member.module for member in members if member.slot == "out"}
+    if reason.endswith(_OUTPUT) and len(producers) > 1:
+        reason = f"{reason}; {_BEHIND} {', '.join(sorted(producers - {reason.partition(' ')[0]})[:_MOST_NAMES])}"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:
