@@ -188,7 +188,7 @@ def _held(
     if module is None or not isinstance(layout, Layout):
         owner, _, attribute = member.module.rpartition(".")
         found = getattr(modules[owner], attribute, None)
-        if isinstance(found, torch.Tensor) and found.is_floating_point():
+        if isinstance(found, torch.Tensor) and (found.is_floating_point() or found.is_complex()):
             yield found, int(member.slot.removeprefix("dim")), gone
         return
     computed = computed_of(module)

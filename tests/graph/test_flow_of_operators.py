@@ -508,6 +508,36 @@ def test_zeros_made_to_fit_and_filled_piece_by_piece():
     assert groups["body"].reason
 
 
+@pytest.mark.parametrize("kind", ["steps", "a part", "in place"])
+def test_zeros_that_are_filled_along_another_dimension_have_the_widths_of_what_fills_them(kind):
+    def fill(net, x):
+        result = torch.zeros(len(x), 7, x.shape[-1])
+        if kind == "steps":
+            for step in range(5):
+                result[:, step] = x[:, step]
+        else:
+            result[:, 1:6] = x
+        if kind == "in place":
+            result[:, 2:4].add_(net.other(torch.ones(5)))
+        return result
+
+    net, x = between(fill, 6, shape=(3, 5, 5), **({"other": nn.Linear(5, 6)} if kind == "in place" else {}))
+    check(net, x, {"body": 6})
+
+
+def test_complex_weights_of_a_spectral_convolution_go_with_the_channels_they_mix():
+    def forward(net, x):
+        x = net.body(x)
+        spectrum = torch.fft.rfft(x)
+        mixed = torch.zeros(len(x), net.weight.shape[1], spectrum.shape[-1], dtype=torch.cfloat)
+        mixed[:, :, :3] = torch.einsum("bim,iom->bom", spectrum[:, :, :3], net.weight)
+        return net.head(torch.fft.irfft(mixed, n=x.shape[-1]) + net.beside(x))
+
+    weight = nn.Parameter(torch.randn(6, 5, 3, dtype=torch.cfloat))
+    net = Net(forward, body=nn.Conv1d(2, 6, 1), weight=weight, beside=nn.Conv1d(6, 5, 1), head=nn.Conv1d(5, 2, 1))
+    check(net, torch.randn(3, 2, 8), {"body": 6, "beside": 5})
+
+
 @pytest.mark.parametrize("pad", [(0, 2), (1, 0), (2, 3)])
 def test_padded_channels_keep_their_zeros_at_their_place(pad):
     net, x = between(lambda net, x: F.pad(x, pad), 6, 6 + sum(pad))
