@@ -2,8 +2,16 @@
 
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
 from lightning_softprune.calibration.memory import statistics_bytes
+from lightning_softprune.calibration.positions import ReadPositions, find_read_positions
 from lightning_softprune.calibration.products import centred, cross_products, mean_of, observations
-from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
+from lightning_softprune.calibration.readers import (
+    Reader,
+    find_readers,
+    readers_that_lose,
+    watch_calls,
+    watch_inputs,
+    weight_geometry,
+)
 from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
@@ -17,11 +25,13 @@ __all__ = [
     "IMPORTANCES",
     "InputStatistics",
     "KernelCoverage",
+    "ReadPositions",
     "Reader",
     "centred",
     "collect_statistics",
     "cross_products",
     "evenly_spaced",
+    "find_read_positions",
     "find_readers",
     "in_double",
     "mean_of",
@@ -29,6 +39,7 @@ __all__ = [
     "observations",
     "outputs_at_rows",
     "rank",
+    "readers_that_lose",
     "rows_per_call",
     "sampled_rows",
     "statistics_bytes",

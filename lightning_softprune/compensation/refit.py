@@ -104,19 +104,22 @@ class DenseRun:
         self.most = {name: rows_per_call(geometries[name].features, len(steps)) for name in by_feature}
         own_ways = dict.fromkeys(by_feature, 0.0)
         added: dict[str, list[torch.Tensor | None]] = {name: [] for name in by_feature}
+        self.positions = compensation.positions
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
             self._meet(name, source, sources)
-            see(name, outputs_at_rows(geometries[name], output, self.most[name]))
+            see(name, outputs_at_rows(geometries[name], self.positions.of(name, output), self.most[name]))
 
         def see_sum(name: str, addend: torch.Tensor | None) -> None:
-            rows = None if addend is None else outputs_at_rows(geometries[name], addend, self.most[name]).float()
-            added[name].append(rows)
+            if addend is not None:
+                addend = outputs_at_rows(geometries[name], self.positions.of(name, addend), self.most[name]).float()
+            added[name].append(addend)
 
         def see_input(name: str, source: torch.Tensor) -> None:
             self._meet(name, source, sources)
+            source = self.positions.of(name, source)
             see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
 
         def see(name: str, rows: torch.Tensor) -> None:
@@ -312,6 +315,7 @@ def _given(
 
     def see(name: str, source: torch.Tensor) -> None:
         replay.stop()
+        source = dense.positions.of(name, source)
         if name in dense.most:
             rows = unfold_inputs(geometries[name], source, dense.most[name])
         else:
@@ -321,6 +325,7 @@ def _given(
 
     def see_sum(name: str, addend: torch.Tensor | None) -> None:
         if addend is not None:
+            addend = dense.positions.of(name, addend)
             added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
             count()
 

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, find_readers, norms, rank
+from lightning_softprune.calibration import (
+    InputStatistics,
+    Reader,
+    ReadPositions,
+    collect_statistics,
+    find_read_positions,
+    norms,
+    rank,
+    readers_that_lose,
+)
 from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts, find_logit_fits
 from lightning_softprune.graph import (
     CostModel,
@@ -113,13 +122,16 @@ class PruningProblem:
         rounding = _rounding(groups, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
-            statistics = _statistics(runner, settings, _readers_that_lose(module, groups, rounding.high), calibration)
+            readers = readers_that_lose(module, groups, rounding.high)
+            positions = find_read_positions(module, [reader.name for reader in readers], calibration)
+            statistics = _statistics(runner, settings, readers, calibration, positions)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
             statistics = _seen_by_twins(statistics, settings.twins or {})
             intercepts = _intercepts(runner, settings, groups)
             compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
+            compensation.positions = positions
             if settings.compensation == "least_squares":
                 compensation.logits = find_logit_fits(module, groups, calibration)
         identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
@@ -360,15 +372,6 @@ def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
     return united
 
 
-def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: FloatArray) -> list[Reader]:
-    """Readers of groups that can lose channels; the bounds of some are 0."""
-    if (high > 0).all():
-        return find_readers(module, groups)
-    shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
-    names = {reader.name for reader in find_readers(module, shrinking)}
-    return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
-
-
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
     probing = runner.probing(PROBE_SAMPLES) if probed else []
@@ -409,10 +412,14 @@ def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Roundi
 
 
 def _statistics(
-    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], calibration: Steps
+    runner: ModuleRunner,
+    settings: RoundSettings,
+    readers: Sequence[Reader],
+    calibration: Steps,
+    positions: ReadPositions,
 ) -> dict[str, InputStatistics]:
-    unfolded, budget = settings.compensation != "none", runner.memory_left
-    return collect_statistics(runner.module, readers, calibration, with_unfolded=unfolded, budget=budget)
+    how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
+    return collect_statistics(runner.module, readers, calibration, positions=positions, **how)
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:
