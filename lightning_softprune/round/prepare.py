@@ -35,6 +35,7 @@ from lightning_softprune.graph import (
     refuse_unjudged,
     refuse_unseen_readers,
     trace_model,
+    with_outputs_of,
 )
 from lightning_softprune.report import Phases
 from lightning_softprune.results import Costs, GroupResult, LeftOut
@@ -52,7 +53,7 @@ from lightning_softprune.search import (
     build_space,
 )
 from lightning_softprune.surgery import Candidates, Surgery, apply_plan, forget_weights, probe_with_counts
-from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
+from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Step, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.threads import are_tiny, one_thread
 
@@ -156,9 +157,8 @@ class PruningProblem:
         groups = _prunable(found)
         rankings = tuple(np.arange(group.num_channels, dtype=np.int64) for group in groups)
         nothing = Compensation("none", runner.module, groups, rankings, {})
-        realisation = Realisation(
-            Coefficients.of(groups, settings.granularity), _rounding(groups, settings), tuple(rankings)
-        )
+        coefficients = Coefficients.of(groups, settings.granularity)
+        realisation = Realisation(coefficients, _rounding(groups, settings), tuple(rankings))
         return cls._counted(runner, found, realisation, nothing, (judged, [], ""))
 
     @classmethod
@@ -273,6 +273,7 @@ class StepsToTrace:
         probing: The same on fewer samples, for probes; empty: the steps themselves.
         round_to: Kept channels are a multiple of it.
         probed: Whether groups are tried; else they are what the trace says.
+        predicting: The module's own `predict_step`, whose outputs are looked at; `None` without one.
     """
 
     steps: Steps
@@ -281,6 +282,7 @@ class StepsToTrace:
     probing: Steps = field(default_factory=list)
     round_to: int = 1
     probed: bool = True
+    predicting: Step | None = None
 
 
 def prepare_groups(
@@ -311,7 +313,7 @@ def prepare_groups(
 
     with one_thread(are_tiny(trace.tape.shapes)):
         try:
-            return _best_reading(read)
+            return with_outputs_of(how.predicting, "predict_step", _best_reading(read), trace)
         finally:
             forget_weights()
 
@@ -375,7 +377,9 @@ def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
     probing = runner.probing(PROBE_SAMPLES) if probed else []
-    how = StepsToTrace(runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed)
+    how = StepsToTrace(
+        runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed, runner.predicting()
+    )
     return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
 
 
