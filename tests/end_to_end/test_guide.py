@@ -85,8 +85,7 @@ def test_the_index_has_every_reason():
 
 
 RAISED = frozenset(
-    "ArgumentTypeError FileError FileExistsError MisconfigurationException ModuleNotFoundError NotImplementedError "
-    "OutOfReachError RuntimeError ScoresError TypeError ValueError rank_zero_warn warn".split()
+    ["ArgumentTypeError", "FileError", "FileExistsError", "MisconfigurationException", "ModuleNotFoundError", "NotImplementedError", "OutOfReachError", "RuntimeError", "ScoresError", "TypeError", "ValueError", "rank_zero_warn", "warn"]
 )
 
 
