@@ -21,7 +21,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ class DenseRun:
         steps: One function per calibration batch that runs the model on it.
         budget: Bytes that the observations may take; readers for which there is no room keep their one-shot
             predictions, those with most numbers first. `None`: no limit.
+        steady: Is entered around steps that are run one after the other, with what watches them in place.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class DenseRun:
         compensation: Compensation,
         steps: Sequence[Callable[[], Any]],
         budget: float | None = None,
+        steady: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.steps = steps
+        self.steps, self.steady = steps, steady
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
         self.reads_as: dict[str, str] = {}
@@ -128,6 +130,7 @@ class DenseRun:
             stack.enter_context(watch_inputs(model, by_channel, see_input))
             stack.enter_context(watch_sums(model, by_feature, see_sum))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(steady())
             for step in steps:
                 self.calls.append(Counter())
                 step()
@@ -324,7 +327,7 @@ def _given(
             added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
             count()
 
-    with watch_inputs(model, list(geometries), see), torch.no_grad():
+    with watch_inputs(model, list(geometries), see), torch.no_grad(), dense.steady():
         for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
             left = sum(calls[name] for name in (*geometries, *summed))
             if left:
