@@ -11,12 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, get_worker_info
 
-import lightning_softprune.trainer.runner as runner_module
+import lightning_softprune.trainer.isolation as isolation
 from lightning_softprune import RandomSearch, prune
 from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.batches import training_batches
-from lightning_softprune.trainer.isolation import isolated_rng, remembered
+from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.trainer.scorer import ValidationScorer
+from lightning_softprune.utilities.snapshot import Snapshot
 from support.fits import ORDINARY_FITS, Polite, Probe, assert_equal
 from support.fits import trainer_of as plain_trainer
 from support.modules import AutoEncoder, fit, made, softpruning, trainer_of, vectors
@@ -590,16 +591,18 @@ def test_steps_run_as_one_see_the_module_as_it_is_and_leave_it_so(tmp_path, monk
             return super().training_step(batch)
 
     counts, memories = [], []
-    monkeypatch.setattr(runner_module, "remembered", lambda *args: memories.append(1) or remembered(*args))
+    monkeypatch.setattr(isolation, "Snapshot", lambda *args: memories.append(1) or Snapshot(*args))
 
     def function(trainer, module):
         with ModuleRunner(trainer, module, calibration_batches=3) as runner, torch.no_grad():
             steps, _ = runner.calibration(3)
             counts.clear()
             handle = module.register_forward_hook(lambda *_: None)
+            memories.clear()
             with runner.steady():
                 for step in steps:
                     step()
+            assert len(memories) == 1
             steps[1]()
             handle.remove()
         assert (float(module.tally), module.noted, module._forward_hooks) == (0.0, [], {})
@@ -610,7 +613,6 @@ def test_steps_run_as_one_see_the_module_as_it_is_and_leave_it_so(tmp_path, monk
     plain_trainer(tmp_path, probe, max_epochs=1, limit_train_batches=3).fit(Counting(), data, data)
     assert probe.result
     assert counts[:4] == [(0.0, [])] * 4
-    assert len(memories) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ workers' ends
