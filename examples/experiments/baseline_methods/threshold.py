@@ -36,7 +36,8 @@ class ThresholdSearch(SearchStrategy):
         """Yields the widths alone, then the plan."""
         curves = self.curves or (yield from self._scored(space))
         self.keep_curves(curves)
-        low, high = 0.0, max(loss - curve.losses[0] for curve in curves for loss in curve.losses if np.isfinite(loss))
+        rises = [loss - curve.losses[0] for curve in curves for loss in curve.losses if np.isfinite(loss)]
+        low, high = 0.0, max(rises, default=0.0)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             if space.sparsity_of(self._within(space, curves, middle)) < space.floor:
@@ -67,7 +68,9 @@ class ThresholdSearch(SearchStrategy):
         """Of every curve the largest coefficient up to which no point loses more, between points by interpolation."""
         x = space.low.copy()
         for curve in curves:
-            rise = np.maximum.accumulate(np.nan_to_num(np.array(curve.losses) - curve.losses[0], nan=np.inf))
+            rise = np.array(curve.losses) - curve.losses[0]
+            rise[0] = 0.0
+            rise = np.maximum.accumulate(np.nan_to_num(rise, nan=np.inf))
             inside = int(np.flatnonzero(rise <= threshold)[-1])
             x[curve.index] = curve.coefficients[inside]
             if inside + 1 < len(rise) and np.isfinite(rise[inside + 1]):
