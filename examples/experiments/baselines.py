@@ -285,10 +285,10 @@ def measured(about: Row, subject: Subject, method: Method, path: Path) -> Row:
 
 def finetuned(before: Row, subject: Subject, path: Path) -> Row:
     """The row of a pruned network that was kept, after an epoch with labels."""
-    network = torch.load(path, weights_only=False)
+    network = torch.load(path, weights_only=False).train()
     L.seed_everything(subject.seed, verbose=False)
     trainer = L.Trainer(max_epochs=1, limit_val_batches=0, **trainer_settings(path.parent))
-    trainer.fit(network, subject.images.training(BATCH_SIZE))
+    trainer.fit(network, subject.images.training(BATCH_SIZE), subject.images.validation())
     kept = {key: before[key] for key in ("network", "seed", "method", "target", "parameters", "sparsity")}
     return kept | {"epochs": 1, "accuracy": accuracy(network, subject.images)}
 

@@ -19,20 +19,22 @@ def channels(experiment):
 
 
 @pytest.fixture
-def network(experiment):
+def images():
+    return torch.rand(32, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def network(experiment, images):
     """The residual classifier with statistics as after training, in eval mode."""
     torch.manual_seed(0)
-    network = experiment("promise_networks").NETWORKS["residual"]().eval()
+    network = experiment("promise_networks").NETWORKS["residual"]()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.uniform_(layer.weight, -1.0, 1.0)
             nn.init.normal_(layer.bias)
-    return network
-
-
-@pytest.fixture
-def images():
-    return torch.rand(32, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+            layer.momentum = 1.0
+    network(images)
+    return network.eval()
 
 
 @pytest.fixture
@@ -90,17 +92,14 @@ def test_folding_changes_nothing_where_only_copies_are_merged(experiment, channe
     torch.testing.assert_close(network(images), before)
 
 
-def test_grail_is_exact_where_removed_channels_depend_on_kept_ones(
-    experiment, channels, network, images, groups, monkeypatch
-):
+def test_grail_is_exact_where_removed_channels_depend_on_kept_ones(experiment, channels, network, images, groups):
     method, group = experiment("baseline_methods.grail"), groups[0]
-    monkeypatch.setattr(method, "RIDGE", 1e-12)
     copied(network, group, 2, 5, factor=0.5, weak=0.1)  # what has the smallest norms goes
     copied(network, group, 3, 9, factor=2.0, weak=0.1)
     before, plain = network(images), copy.deepcopy(network)
     channels.prune_by_norm(plain, [group], [14])
-    method.prune_and_rebuild(network, [group], [14], method.gram_matrices(network, [group], images))
-    assert (network(images) - before).norm() < 0.01 * (plain(images) - before).norm()
+    method.prune_and_rebuild(network, [group], [14], method.gram_matrices(network, [group], images), ridge=1e-12)
+    assert (network(images) - before).norm() < 1e-3 * (plain(images) - before).norm()
 
 
 def test_torch_prunings_modes_reach_the_count(experiment, network, images, groups):

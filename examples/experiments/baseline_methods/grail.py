@@ -37,8 +37,8 @@ def gram_matrices(network: nn.Module, groups: Sequence[PruningGroup], images: Te
     for group in groups:
 
         def see(_: nn.Module, inputs: tuple[Tensor, ...], name: str = group.name) -> None:
-            channels = inputs[0].movedim(1, 0).flatten(1)
-            found[name] = found.get(name, torch.zeros(())) + (channels @ channels.t()).double()
+            channels = inputs[0].double().movedim(1, 0).flatten(1)
+            found[name] = found.get(name, torch.zeros(())) + channels @ channels.t()
 
         handles.append(network.get_submodule(reader_names(group)[0]).register_forward_pre_hook(see))
     for part in torch.split(images, 128):
@@ -48,7 +48,7 @@ def gram_matrices(network: nn.Module, groups: Sequence[PruningGroup], images: Te
     return found
 
 
-def reconstruction(gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
+def reconstruction(gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """``B``, shape ``(n, k)``.
 
     Args:
@@ -63,10 +63,14 @@ def reconstruction(gram: Tensor, kept: Tensor, ridge: float = RIDGE) -> Tensor:
 
 
 def prune_and_rebuild(
-    network: nn.Module, groups: Sequence[PruningGroup], widths: Sequence[int], grams: Mapping[str, Tensor]
+    network: nn.Module,
+    groups: Sequence[PruningGroup],
+    widths: Sequence[int],
+    grams: Mapping[str, Tensor],
+    ridge: float = RIDGE,
 ) -> None:
     """Keep the channels with the largest L1 norms and rebuild the others from them, in place."""
     for group, width in zip(groups, widths, strict=True):
         kept = largest(l1_norms(network, group), width)
-        read = reconstruction(grams[group.name], kept).float()
+        read = reconstruction(grams[group.name], kept, ridge).float()
         map_channels(network, group, selection(kept, group.num_channels), read)
