@@ -22,7 +22,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -263,10 +263,14 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
     if isinstance(regression, FeatureRegression):
         kept = pruned.kept_outputs()
         wanted = wanted if kept is None else wanted[:, kept.to(device)]
-        if added is not None:
-            wanted = wanted - observations(torch.cat(added)).to(wanted)
         activation = dense.activations.get(name)
-        activation = activation if activation is None or kept is None else activation.of(kept)
+        if activation is not None:
+            activation = activation if kept is None else activation.of(kept)
+            activation = activation if activation.is_summed == (added is not None) else None
+        if added is not None:
+            beside = observations(torch.cat(added)).to(wanted)
+            wanted = wanted - beside
+            activation = activation and replace(activation, added=beside)
         now = pruned.geometry.to_rows(before).to(device, torch.float64)
         weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
     else:
@@ -415,11 +419,12 @@ def _fit_after_activation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
     every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
-    wanted, inputs = wanted[::every], inputs[::every]
+    activation, wanted, inputs = activation.at(slice(None, None, every)), wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
     factor = cholesky(linear.covariance, ridge)
-    start = Start(linear.weight.float(), linear.bias.float(), linear.prior.float(), factor.float(), ridge)
+    prior = linear.weight if activation.is_summed else linear.prior  # the one-shot weight knows nothing of sums
+    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), factor.float(), ridge)
     weight, shift = fit_after_activation(activation, wanted.float(), inputs.float(), start)
     return weight.double(), shift.double()
 
