@@ -258,15 +258,15 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
     differs = any(other != lengths[0] for other in lengths)
     if sum_number_over_processes(differs, device) > 0:
         return  # the pruned model calls the layer differently; the one-shot prediction stays
-    wanted, given = observations(torch.cat(targets)).to(device), torch.cat(seen).to(device)
-    wanted = wanted.to(given.dtype)
+    given = torch.cat(seen).to(device)
+    wanted = observations(torch.cat(targets)).to(given)
     if isinstance(regression, FeatureRegression):
         kept = pruned.kept_outputs()
         wanted = wanted if kept is None else wanted[:, kept.to(device)]
         activation = dense.activations.get(name)
-        if activation is not None:
-            activation = activation if kept is None else activation.of(kept)
-            activation = activation if activation.is_summed == (added is not None) else None
+        if activation is not None and activation.is_summed != (added is not None):
+            activation = None
+        activation = activation if activation is None or kept is None else activation.of(kept)
         if added is not None:
             beside = observations(torch.cat(added)).to(wanted)
             wanted = wanted - beside
@@ -274,8 +274,8 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
         now = pruned.geometry.to_rows(before).to(device, torch.float64)
         weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
     else:
-        rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
-        weight, shift = _fit_channels(regression, rows, stays, wanted, given)
+        rows = pruned.rows().to(device, torch.float64)
+        weight, shift = _fit_channels(regression, rows, pruned.kept_inputs().to(device), wanted, given)
         bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
     with torch.no_grad():
         write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))

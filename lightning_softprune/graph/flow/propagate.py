@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, unknown
+from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, dim_of, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
 from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
@@ -214,7 +214,7 @@ class Flow:
             return
         part, made = operation.inputs[0], operation.outputs[0]
         if operation.name in _PARTS:
-            dim = rules_of_shape.dim_of(operation, len(self.shape(part)))
+            dim = dim_of(operation, len(self.shape(part)))
             self._parts[made.number] = (part, dim, operation.name == "select")
             return
         if part.number not in self._parts or operation.name in _VIEWS | _RESHAPED - {"clone"}:
