@@ -99,7 +99,7 @@ class DenseRun:
         self.calls: list[Counter[str]] = []
         self.reads_as: dict[str, str] = {}
         sources: list[_Source] = []
-        readers = _within(model, compensation, len(steps), budget)
+        readers = compensation.readers_within(model, len(steps), budget)
         by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
         by_channel = [name for name in readers if name not in by_feature]
         geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
@@ -174,26 +174,6 @@ class DenseRun:
             addends = [other for other in added[name] if other is not None]
             self.rows[name] = [one + other for one, other in zip(self.rows[name], addends, strict=True)]
         return summed
-
-
-def _within(model: nn.Module, compensation: Compensation, calls: int, budget: float | None) -> list[str]:
-    """The readers whose observations fit, the small ones first; in the order in which they were given."""
-    readers = compensation.readers
-    if budget is None:
-        return readers
-    size = {}
-    for name in readers:
-        geometry = weight_geometry(model.get_submodule(name))
-        by_feature = isinstance(compensation.regression(name), FeatureRegression)
-        width, kept = (geometry.features, geometry.outputs) if by_feature else (geometry.inputs, geometry.inputs)
-        size[name] = 4 * kept * calls * rows_per_call(width, calls)
-    chosen: set[str] = set()
-    for name in sorted(readers, key=lambda name: size[name]):
-        budget -= size[name]
-        if budget < 0:
-            break
-        chosen.add(name)
-    return [name for name in readers if name in chosen]
 
 
 def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
