@@ -1,6 +1,14 @@
 """What layers see of a group's channels on a few training batches, and which channels go first by it."""
 
-from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
+from lightning_softprune.calibration.importance import (
+    IMPORTANCES,
+    Importance,
+    ScoresError,
+    checked_importance,
+    norms,
+    rank,
+    sum_over_channels,
+)
 from lightning_softprune.calibration.memory import statistics_bytes
 from lightning_softprune.calibration.products import centred, cross_products, mean_of, observations
 from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
@@ -15,10 +23,13 @@ from lightning_softprune.calibration.unfold import (
 
 __all__ = [
     "IMPORTANCES",
+    "Importance",
     "InputStatistics",
     "KernelCoverage",
     "Reader",
+    "ScoresError",
     "centred",
+    "checked_importance",
     "collect_statistics",
     "cross_products",
     "evenly_spaced",
@@ -32,6 +43,7 @@ __all__ = [
     "rows_per_call",
     "sampled_rows",
     "statistics_bytes",
+    "sum_over_channels",
     "unfold_inputs",
     "watch_calls",
     "watch_inputs",

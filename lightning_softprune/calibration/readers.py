@@ -42,23 +42,20 @@ class Reader:
 def find_readers(model: nn.Module, groups: Sequence[PruningGroup]) -> list[Reader]:
     """The readers of the given groups, each once."""
     modules = dict(model.named_modules())
-    owners: dict[tuple[str, str], IntArray] = {}
-    first = 0
+    owners: dict[tuple[str, str], list[IntArray]] = {}
     for group in groups:
         for member in group.members:
             if is_reading(modules, member):
-                ids = owners.setdefault((member.module, member.slot), np.full(len(member.owner), -1, dtype=np.int64))
-                ids[member.owner >= 0] = member.owner[member.owner >= 0] + first
-        first += group.num_channels
+                owners.setdefault((member.module, member.slot), []).append(member.owner)
     return [Reader(name, slot, _stride(ids, weight_geometry(modules[name]))) for (name, slot), ids in owners.items()]
 
 
-def _stride(ids: IntArray, geometry: WeightGeometry) -> int:
+def _stride(owners: Sequence[IntArray], geometry: WeightGeometry) -> int:
     """Length of the equal blocks of one channel that a slot consists of."""
     if geometry.kernel is not None or not geometry.is_whole:
         return 1
-    changes = np.flatnonzero(np.diff(ids)) + 1
-    return int(np.gcd.reduce(np.append(changes, len(ids))))
+    changes = [np.flatnonzero(np.diff(owner)) + 1 for owner in owners]
+    return int(np.gcd.reduce(np.concatenate([*changes, [len(owners[0])]])))
 
 
 def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,6 +83,7 @@ class DenseRun:
         steps: One function per calibration batch that runs the model on it.
         budget: Bytes that the observations may take; readers for which there is no room keep their one-shot
             predictions, those with most numbers first. `None`: no limit.
+        steady: Is entered around steps that are run one after the other, with what watches them in place.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class DenseRun:
         compensation: Compensation,
         steps: Sequence[Callable[[], Any]],
         budget: float | None = None,
+        steady: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.steps = steps
+        self.steps, self.steady = steps, steady
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
         self.reads_as: dict[str, str] = {}
@@ -128,6 +130,7 @@ class DenseRun:
             stack.enter_context(watch_inputs(model, by_channel, see_input))
             stack.enter_context(watch_sums(model, by_feature, see_sum))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(steady())
             for step in steps:
                 self.calls.append(Counter())
                 step()
@@ -255,15 +258,15 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
     differs = any(other != lengths[0] for other in lengths)
     if sum_number_over_processes(differs, device) > 0:
         return  # the pruned model calls the layer differently; the one-shot prediction stays
-    wanted, given = observations(torch.cat(targets)).to(device), torch.cat(seen).to(device)
-    wanted = wanted.to(given.dtype)
+    given = torch.cat(seen).to(device)
+    wanted = observations(torch.cat(targets)).to(given)
     if isinstance(regression, FeatureRegression):
         kept = pruned.kept_outputs()
         wanted = wanted if kept is None else wanted[:, kept.to(device)]
         activation = dense.activations.get(name)
-        if activation is not None:
-            activation = activation if kept is None else activation.of(kept)
-            activation = activation if activation.is_summed == (added is not None) else None
+        if activation is not None and activation.is_summed != (added is not None):
+            activation = None
+        activation = activation if activation is None or kept is None else activation.of(kept)
         if added is not None:
             beside = observations(torch.cat(added)).to(wanted)
             wanted = wanted - beside
@@ -271,8 +274,8 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
         now = pruned.geometry.to_rows(before).to(device, torch.float64)
         weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
     else:
-        rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
-        weight, shift = _fit_channels(regression, rows, stays, wanted, given)
+        rows = pruned.rows().to(device, torch.float64)
+        weight, shift = _fit_channels(regression, rows, pruned.kept_inputs().to(device), wanted, given)
         bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
     with torch.no_grad():
         write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))
@@ -328,7 +331,7 @@ def _given(
             added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
             count()
 
-    with watch_inputs(model, list(geometries), see), torch.no_grad():
+    with watch_inputs(model, list(geometries), see), torch.no_grad(), dense.steady():
         for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
             left = sum(calls[name] for name in (*geometries, *summed))
             if left:

@@ -142,7 +142,9 @@ class PruningProblem:
         if not _one_can_go(runner, [group for group in found if group.prunable], settings.round_to):
             found = _traced(runner, settings, judged)
         groups = _prunable(found)
-        rankings = tuple(np.arange(group.num_channels, dtype=np.int64) for group in groups)
+        rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
+        if callable(settings.importance):  # the user's own, which may be wrong
+            rankings = rank(settings.importance, runner.module, groups, (), {}, np.random.default_rng(0))
         nothing = Compensation("none", runner.module, groups, rankings, {})
         realisation = Realisation(
             Coefficients.of(groups, settings.granularity), _rounding(groups, settings), tuple(rankings)
