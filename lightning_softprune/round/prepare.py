@@ -26,6 +26,7 @@ from lightning_softprune.graph import (
     assign_components,
     coverage,
     groups_of,
+    groups_of_one_width,
     mirror_counts,
     mirror_twins,
     record_macs,
@@ -348,31 +349,12 @@ def _best_reading(
         found, other = read({**choices, **failing}, ())
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    united = _of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
+    united = groups_of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
     if united:
         found, _ = read(choices, united)
         if _reached(found) > _reached(best):
             best = found
     return best
-
-
-def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
-    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
-    united: list[tuple[Place, Place]] = []
-    done: set[str] = set()
-    for lead in sorted(failing, key=lambda g: -len(g.members)):
-        if lead.name in done:
-            continue
-        widths = {
-            len(member.owner): (member.module, member.slot) for member in lead.members if (member.owner >= 0).all()
-        }
-        for other in failing:
-            places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
-            if other.name != lead.name and other.name not in done and places:
-                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
-                done.add(other.name)
-        done.add(lead.name)
-    return united
 
 
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
