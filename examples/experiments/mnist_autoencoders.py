@@ -224,7 +224,7 @@ class Bench:
 
     def _fit(self, model: Autoencoder, epochs: int) -> None:
         trainer = L.Trainer(max_epochs=epochs, limit_val_batches=0, **trainer_settings(self.cache))
-        trainer.fit(model, self.data.training(128), self.data.validation())
+        trainer.fit(model.train(), self.data.training(128), self.data.validation())
 
 
 def cases(networks: list[str], seeds: list[int], sparsities: tuple[float, ...]) -> Iterator[Case]:
