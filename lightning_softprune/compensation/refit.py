@@ -21,8 +21,8 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class DenseRun:
         steps: One function per calibration batch that runs the model on it.
         budget: Bytes that the observations may take; readers for which there is no room keep their one-shot
             predictions, those with most numbers first. `None`: no limit.
+        steady: Is entered around steps that are run one after the other, with what watches them in place.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class DenseRun:
         compensation: Compensation,
         steps: Sequence[Callable[[], Any]],
         budget: float | None = None,
+        steady: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.steps = steps
+        self.steps, self.steady = steps, steady
         self.rows: dict[str, list[torch.Tensor]] = {}
         self.calls: list[Counter[str]] = []
         self.reads_as: dict[str, str] = {}
@@ -104,19 +106,22 @@ class DenseRun:
         self.most = {name: rows_per_call(geometries[name].features, len(steps)) for name in by_feature}
         own_ways = dict.fromkeys(by_feature, 0.0)
         added: dict[str, list[torch.Tensor | None]] = {name: [] for name in by_feature}
+        self.positions = compensation.positions
 
         def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
             if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
                 own_ways[name] = 1.0
             self._meet(name, source, sources)
-            see(name, outputs_at_rows(geometries[name], output, self.most[name]))
+            see(name, outputs_at_rows(geometries[name], self.positions.of(name, output), self.most[name]))
 
         def see_sum(name: str, addend: torch.Tensor | None) -> None:
-            rows = None if addend is None else outputs_at_rows(geometries[name], addend, self.most[name]).float()
-            added[name].append(rows)
+            if addend is not None:
+                addend = outputs_at_rows(geometries[name], self.positions.of(name, addend), self.most[name]).float()
+            added[name].append(addend)
 
         def see_input(name: str, source: torch.Tensor) -> None:
             self._meet(name, source, sources)
+            source = self.positions.of(name, source)
             see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
 
         def see(name: str, rows: torch.Tensor) -> None:
@@ -128,6 +133,7 @@ class DenseRun:
             stack.enter_context(watch_inputs(model, by_channel, see_input))
             stack.enter_context(watch_sums(model, by_feature, see_sum))
             stack.enter_context(torch.no_grad())
+            stack.enter_context(steady())
             for step in steps:
                 self.calls.append(Counter())
                 step()
@@ -255,20 +261,24 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
     differs = any(other != lengths[0] for other in lengths)
     if sum_number_over_processes(differs, device) > 0:
         return  # the pruned model calls the layer differently; the one-shot prediction stays
-    wanted, given = observations(torch.cat(targets)).to(device), torch.cat(seen).to(device)
-    wanted = wanted.to(given.dtype)
+    given = torch.cat(seen).to(device)
+    wanted = observations(torch.cat(targets)).to(given)
     if isinstance(regression, FeatureRegression):
         kept = pruned.kept_outputs()
         wanted = wanted if kept is None else wanted[:, kept.to(device)]
-        if added is not None:
-            wanted = wanted - observations(torch.cat(added)).to(wanted)
         activation = dense.activations.get(name)
+        if activation is not None and activation.is_summed != (added is not None):
+            activation = None
         activation = activation if activation is None or kept is None else activation.of(kept)
+        if added is not None:
+            beside = observations(torch.cat(added)).to(wanted)
+            wanted = wanted - beside
+            activation = activation and replace(activation, added=beside)
         now = pruned.geometry.to_rows(before).to(device, torch.float64)
         weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
     else:
-        rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
-        weight, shift = _fit_channels(regression, rows, stays, wanted, given)
+        rows = pruned.rows().to(device, torch.float64)
+        weight, shift = _fit_channels(regression, rows, pruned.kept_inputs().to(device), wanted, given)
         bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
     with torch.no_grad():
         write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))
@@ -312,6 +322,7 @@ def _given(
 
     def see(name: str, source: torch.Tensor) -> None:
         replay.stop()
+        source = dense.positions.of(name, source)
         if name in dense.most:
             rows = unfold_inputs(geometries[name], source, dense.most[name])
         else:
@@ -321,10 +332,11 @@ def _given(
 
     def see_sum(name: str, addend: torch.Tensor | None) -> None:
         if addend is not None:
+            addend = dense.positions.of(name, addend)
             added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
             count()
 
-    with watch_inputs(model, list(geometries), see), torch.no_grad():
+    with watch_inputs(model, list(geometries), see), torch.no_grad(), dense.steady():
         for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
             left = sum(calls[name] for name in (*geometries, *summed))
             if left:
@@ -412,11 +424,12 @@ def _fit_after_activation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
     every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
-    wanted, inputs = wanted[::every], inputs[::every]
+    activation, wanted, inputs = activation.at(slice(None, None, every)), wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
     factor = cholesky(linear.covariance, ridge)
-    start = Start(linear.weight.float(), linear.bias.float(), linear.prior.float(), factor.float(), ridge)
+    prior = linear.weight if activation.is_summed else linear.prior  # the one-shot weight knows nothing of sums
+    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), factor.float(), ridge)
     weight, shift = fit_after_activation(activation, wanted.float(), inputs.float(), start)
     return weight.double(), shift.double()
 

@@ -80,7 +80,7 @@ def rehearse_plan(
         dense = None
         if settings.compensation == "least_squares":
             room = runner.memory_left - (healing_bytes(module) if heals else 0)
-            dense = DenseRun(module, problem.compensation, problem.calibration, room)
+            dense = DenseRun(module, problem.compensation, problem.calibration, room, runner.steady)
         for averaged in copies:
             problem.prune(averaged, best.plan)
         surgery = problem.prune(module, best.plan)

@@ -86,17 +86,17 @@ def test_the_dense_network_is_there_again_whatever_was_learned_and_the_pruned_on
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [2.0, 0.0])
-def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements(dtype, size):
+def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements_and_of_the_first_error(dtype, size):
     parameter = nn.Parameter(torch.tensor([size, -size], dtype=dtype))
     pupil = Pupil([parameter], 20)
     wanted = parameter.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     optimizer = torch.optim.Adam([wanted])
     for number, share in enumerate([0.5, 0.95, 0.9, 0.85]):
-        optimizer.param_groups[0]["lr"] = RATE * max(size, SMALLEST) * share
+        optimizer.param_groups[0]["lr"] = RATE * 0.25**0.5 * max(size, SMALLEST) * share
         wanted.grad = torch.full_like(wanted, 1.0 + number)
         optimizer.step()
         gradients = pupil.gradients((parameter * (1.0 + number)).sum())
-        assert pupil.learn(Lesson(0.5, gradients), number) == 0.5
+        assert pupil.learn(Lesson(0.25 + number, gradients), number) == 0.25 + number
         assert torch.equal(parameter.detach(), wanted.detach().to(dtype))
     before = parameter.detach().clone()
     pupil.learn(Lesson(0.5, [torch.full_like(wanted, torch.nan)]), 0)

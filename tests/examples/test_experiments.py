@@ -1,6 +1,4 @@
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,19 +7,6 @@ import torch
 pytestmark = pytest.mark.slow
 
 pytest.importorskip("matplotlib")
-
-EXPERIMENTS = Path(__file__).parents[2] / "examples" / "experiments"
-
-
-@pytest.fixture
-def experiment(monkeypatch):
-    """Imports a script of the experiments, and forgets it afterwards with all that it imported beside it."""
-    monkeypatch.syspath_prepend(EXPERIMENTS)
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(EXPERIMENTS) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 def ran(script, folder, *options):
@@ -112,8 +97,9 @@ def test_latent_codes_are_drawn_on_their_principal_components_and_turned_alike(e
 
 def test_the_figures_of_the_readme_are_those_of_the_results(experiment):
     figures = experiment("autoencoder_figures")
-    rows = json.loads((EXPERIMENTS / "results" / "mnist_autoencoders" / "results.json").read_text())["rows"]
-    readme = (EXPERIMENTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    folder = Path(figures.__file__).parent
+    rows = json.loads((folder / "results" / "mnist_autoencoders" / "results.json").read_text())["rows"]
+    readme = (folder.parents[1] / "README.md").read_text(encoding="utf-8")
     for network in ("MLP", "convolutional"):
         at = {"network": network, "seed": 0}
         kinds = (
@@ -123,3 +109,19 @@ def test_the_figures_of_the_readme_are_those_of_the_results(experiment):
         )
         values = [f"{figures.average(rows, 'psnr', **at, **kind):.2f} dB" for kind in kinds]
         assert f"| {network} autoencoder, PSNR | {' | '.join(values)} |" in readme
+
+
+def test_the_baselines_reach_equal_counts_and_are_tested_on_what_no_search_saw(experiment, tmp_path, monkeypatch):
+    for needed in ("torch_pruning", "sklearn"):
+        pytest.importorskip(needed)
+    script = experiment("baselines")
+    monkeypatch.setattr(script, "load_images", lambda *_: experiment("shared.mnist").load_images(None, 100, 512))
+    options = ["--networks", "residual", "--methods", "torch-pruning, global", "folding + REPAIR", "ours", "--finetune"]
+    assert script.main(["--quick", "--output", str(tmp_path), "--cache", str(tmp_path), *options]) == 0
+    rows = json.loads((tmp_path / "results-residual.json").read_text())["rows"]
+    assert [row["method"] for row in rows.values() if row["epochs"] == 0] == ["dense", options[3], options[4], "ours"]
+    for row in list(rows.values())[1:]:
+        before, after = row["parameters"]
+        assert 1 - after / before == row["sparsity"] == pytest.approx(0.36, abs=0.01)
+        assert 0 <= row["accuracy"] <= 1
+    assert "| ours | " in (tmp_path / "table.md").read_text()

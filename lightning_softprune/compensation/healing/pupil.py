@@ -1,12 +1,16 @@
 """The pupil: parameters that learn from lessons, by an optimizer of their own.
 
-Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements are
-(their root mean square), so that it fits any network; it rises over the first tenth of the lessons, in which Adam has
-seen too little to step in good directions, and falls linearly to nothing.
+Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements
+are (their root mean square), so that it fits any network. The fraction goes with the root of the first lesson's
+error, which says by what part of their size the outputs are wrong, and so roughly by what part weights will have to
+change: where little is wrong, steps of the size that a broken network needs would only disturb. The rate rises over
+the first tenth of the lessons, in which Adam has seen too little to step in good directions, and falls linearly to
+nothing.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +19,8 @@ from torch import nn
 
 from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
 
-RATE = 0.04
-"""The highest rate, as a fraction of the size of a tensor's elements."""
+RATE = 0.1
+"""The highest rate, as a fraction of the size of a tensor's elements, where all of the outputs' variance is missed."""
 
 SMALLEST = 1e-3
 """The size of elements that are smaller still, such as biases that begin at zero."""
@@ -52,9 +56,9 @@ class Pupil:
         self._copies = [  # of the others, the same numbers in another tensor
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters
         ]
-        self._rates = [RATE * max(float(copy.square().mean().sqrt()), SMALLEST) for copy in self._copies]
-        groups = [{"params": [copy], "lr": rate} for copy, rate in zip(self._copies, self._rates, strict=True)]
-        self._optimizer = torch.optim.Adam(groups) if groups else None
+        self._sizes = [max(float(copy.square().mean().sqrt()), SMALLEST) for copy in self._copies]
+        self._highest: float | None = None  # is known from the first lesson on
+        self._optimizer = torch.optim.Adam([{"params": [copy]} for copy in self._copies]) if parameters else None
 
     def gradients(self, error: torch.Tensor) -> list[torch.Tensor]:
         """The gradients of an error, of which no parameter's `grad` hears."""
@@ -84,9 +88,12 @@ class Pupil:
         if not all(bool(gradient.isfinite().all()) for gradient in gradients):
             self._scale = max(self._scale / 2.0, 1.0)
             return error
+        if self._highest is None:
+            self._highest = RATE * math.sqrt(min(error, 1.0))
         risen = min((number + 1) / max(RISING * self._lessons, 1.0), 1.0)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * min(risen, 1.0 - number / self._lessons)
+        rate = self._highest * min(risen, 1.0 - number / self._lessons)
+        for group, size in zip(self._optimizer.param_groups, self._sizes, strict=True):
+            group["lr"] = rate * size
         for copy, gradient in zip(self._copies, gradients, strict=True):
             copy.grad = gradient
         self._optimizer.step()
