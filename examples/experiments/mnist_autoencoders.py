@@ -56,7 +56,7 @@ GRID_CAP = 150
 DRAWS = 10  # random plans, each pruned and tested by itself
 METHODS: dict[str, dict[str, Any]] = {
     "gradient from curves (default)": {},
-    "gradient from uniform": {"search": GradientSearch(start="uniform", max_evaluations=50)},
+    "gradient from uniform": {"search": GradientSearch(start="uniform", max_evaluations=45)},
     "curves alone": {"search": SensitivitySearch()},
     "uniform": {"search": UniformBaseline()},
     "norm-based": {"search": NormBaseline()},
