@@ -15,14 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.calibration import (
-    InputStatistics,
-    Reader,
-    ReadPositions,
-    find_readers,
-    rows_per_call,
-    weight_geometry,
-)
+from lightning_softprune.calibration import InputStatistics, Reader, ReadPositions, find_readers
 from lightning_softprune.compensation.intercepts import Intercepts
 from lightning_softprune.compensation.logits import LogitFits
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, Moments
@@ -117,30 +110,6 @@ class Compensation:
     def stride(self, name: str) -> int:
         """Consecutive input indices per channel of one of them."""
         return self._readers[name].stride
-
-    def readers_within(self, model: nn.Module, calls: int, budget: float | None) -> list[str]:
-        """The readers whose observations fit, the small ones first; in the order of all of them.
-
-        Args:
-            model: The dense model.
-            calls: How many calibration batches there are.
-            budget: Bytes that the observations may take; `None`: no limit.
-        """
-        if budget is None:
-            return self.readers
-        size = {}
-        for name in self.readers:
-            geometry = weight_geometry(model.get_submodule(name))
-            by_feature = isinstance(self._regressions[name], FeatureRegression)
-            width, kept = (geometry.features, geometry.outputs) if by_feature else (geometry.inputs, geometry.inputs)
-            size[name] = 4 * kept * calls * rows_per_call(width, calls)
-        chosen: set[str] = set()
-        for name in sorted(size, key=lambda name: size[name]):
-            budget -= size[name]
-            if budget < 0:
-                break
-            chosen.add(name)
-        return [name for name in size if name in chosen]
 
     def apply(self, model: nn.Module, surgery: Surgery) -> None:
         """Fold the predictions into the pruned model's readers, in place.

@@ -11,8 +11,6 @@ from torch import nn
 
 from lightning_softprune.calibration import (
     InputStatistics,
-    Reader,
-    ReadPositions,
     collect_statistics,
     find_read_positions,
     norms,
@@ -126,7 +124,8 @@ class PruningProblem:
         with phases("measuring"):
             readers = readers_that_lose(module, groups, rounding.high)
             positions = find_read_positions(module, [reader.name for reader in readers], calibration)
-            statistics = _statistics(runner, settings, readers, calibration, positions)
+            how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
+            statistics = collect_statistics(module, readers, calibration, positions=positions, **how)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
@@ -397,17 +396,6 @@ def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Roundi
         return build_rounding(groups, settings.bounds, settings.round_to)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def _statistics(
-    runner: ModuleRunner,
-    settings: RoundSettings,
-    readers: Sequence[Reader],
-    calibration: Steps,
-    positions: ReadPositions,
-) -> dict[str, InputStatistics]:
-    how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
-    return collect_statistics(runner.module, readers, calibration, positions=positions, **how)
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:
