@@ -11,7 +11,7 @@ from shared.results import Row, markdown
 from torch import Tensor, nn
 
 TARGETS = (0.5, 0.7, 0.8, 0.9)
-LATENTS = 2000  # test images whose latent codes are drawn
+LATENTS = 1000  # test images whose latent codes are drawn
 
 
 def average(rows: Mapping[str, Row], key: str, **wanted: object) -> float | None:
