@@ -11,8 +11,6 @@ from torch import nn
 
 from lightning_softprune.calibration import (
     InputStatistics,
-    Reader,
-    ReadPositions,
     collect_statistics,
     find_read_positions,
     norms,
@@ -28,6 +26,7 @@ from lightning_softprune.graph import (
     assign_components,
     coverage,
     groups_of,
+    groups_of_one_width,
     mirror_counts,
     mirror_twins,
     record_macs,
@@ -125,7 +124,8 @@ class PruningProblem:
         with phases("measuring"):
             readers = readers_that_lose(module, groups, rounding.high)
             positions = find_read_positions(module, [reader.name for reader in readers], calibration)
-            statistics = _statistics(runner, settings, readers, calibration, positions)
+            how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
+            statistics = collect_statistics(module, readers, calibration, positions=positions, **how)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
@@ -349,31 +349,12 @@ def _best_reading(
         found, other = read({**choices, **failing}, ())
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    united = _of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
+    united = groups_of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
     if united:
         found, _ = read(choices, united)
         if _reached(found) > _reached(best):
             best = found
     return best
-
-
-def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
-    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
-    united: list[tuple[Place, Place]] = []
-    done: set[str] = set()
-    for lead in sorted(failing, key=lambda g: -len(g.members)):
-        if lead.name in done:
-            continue
-        widths = {
-            len(member.owner): (member.module, member.slot) for member in lead.members if (member.owner >= 0).all()
-        }
-        for other in failing:
-            places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
-            if other.name != lead.name and other.name not in done and places:
-                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
-                done.add(other.name)
-        done.add(lead.name)
-    return united
 
 
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
@@ -415,17 +396,6 @@ def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Roundi
         return build_rounding(groups, settings.bounds, settings.round_to)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def _statistics(
-    runner: ModuleRunner,
-    settings: RoundSettings,
-    readers: Sequence[Reader],
-    calibration: Steps,
-    positions: ReadPositions,
-) -> dict[str, InputStatistics]:
-    how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
-    return collect_statistics(runner.module, readers, calibration, positions=positions, **how)
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:
