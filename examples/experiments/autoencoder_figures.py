@@ -11,7 +11,7 @@ from shared.results import Row, markdown
 from torch import Tensor, nn
 
 TARGETS = (0.5, 0.7, 0.8, 0.9)
-LATENTS = 2000  # test images whose latent codes are drawn
+LATENTS = 1000  # test images whose latent codes are drawn
 
 
 def average(rows: Mapping[str, Row], key: str, **wanted: object) -> float | None:
@@ -33,16 +33,20 @@ def table(rows: Mapping[str, Row]) -> str:
         header = [f"PSNR at {target:.0%}" for target in TARGETS]
         after = ["SSIM at 70%", "70%, one epoch more", "evaluations at 70%", "seconds at 70%"]
         lines = []
-        kinds = dict.fromkeys((row["compensation"], row["method"]) for row in rows.values() if row["target"])
-        for compensation, method in kinds:
+        own = [row for row in rows.values() if row["network"] == network and row["target"]]
+        kinds = dict.fromkeys((row["compensation"], row["method"]) for row in own)
+        for compensation, method in sorted(kinds, key=lambda kind: kind[0]):
             at = {"network": network, "compensation": compensation, "method": method}
-            psnr = [_text(average(rows, "psnr", target=target, **at)) for target in TARGETS]
+            psnr = [
+                _text(average(rows, "psnr", target=target, **at), spread=average(rows, "spread", target=target, **at))
+                for target in TARGETS
+            ]
             at_70 = {key: average(rows, key, target=0.7, **at) for key in ("ssim", "evaluations", "seconds")}
             tuned = average(rows, "psnr", target=0.7, **at | {"epochs": 1})
             last = [_text(at_70["ssim"], 3), _text(tuned), _text(at_70["evaluations"], 0), _text(at_70["seconds"], 1)]
             lines.append([compensation, method, *psnr, *last])
         header = ["compensation", "method", *header, *after]
-        parts.append(f"{title}; means of up to {len(seeds)} seeds\n\n{markdown(header, lines)}")
+        parts.append(f"{title}; {len(seeds)} seed{'s' * (len(seeds) > 1)}\n\n{markdown(header, lines)}")
     return "\n\n".join(parts)
 
 
@@ -73,8 +77,8 @@ def promises(rows: Mapping[str, Row]) -> list[str]:
     return lines
 
 
-def _text(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _text(value: float | None, digits: int = 2, spread: float | None = None) -> str:
+    return "-" if value is None else f"{value:.{digits}f}" + (f" ± {spread:.1f}" if spread is not None else "")
 
 
 def draw_lines(rows: Mapping[str, Row], methods: Sequence[str], path: Path) -> None:
