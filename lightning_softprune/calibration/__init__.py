@@ -10,8 +10,16 @@ from lightning_softprune.calibration.importance import (
     sum_over_channels,
 )
 from lightning_softprune.calibration.memory import statistics_bytes
+from lightning_softprune.calibration.positions import ReadPositions, find_read_positions
 from lightning_softprune.calibration.products import centred, cross_products, mean_of, observations
-from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
+from lightning_softprune.calibration.readers import (
+    Reader,
+    find_readers,
+    readers_that_lose,
+    watch_calls,
+    watch_inputs,
+    weight_geometry,
+)
 from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
@@ -26,6 +34,7 @@ __all__ = [
     "Importance",
     "InputStatistics",
     "KernelCoverage",
+    "ReadPositions",
     "Reader",
     "ScoresError",
     "centred",
@@ -33,6 +42,7 @@ __all__ = [
     "collect_statistics",
     "cross_products",
     "evenly_spaced",
+    "find_read_positions",
     "find_readers",
     "in_double",
     "mean_of",
@@ -40,6 +50,7 @@ __all__ = [
     "observations",
     "outputs_at_rows",
     "rank",
+    "readers_that_lose",
     "rows_per_call",
     "sampled_rows",
     "statistics_bytes",

@@ -20,7 +20,7 @@ from lightning_softprune.graph import (
     tensor_at,
     weight_of,
 )
-from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.hooks import registered
 
 
@@ -48,6 +48,15 @@ def find_readers(model: nn.Module, groups: Sequence[PruningGroup]) -> list[Reade
             if is_reading(modules, member):
                 owners.setdefault((member.module, member.slot), []).append(member.owner)
     return [Reader(name, slot, _stride(ids, weight_geometry(modules[name]))) for (name, slot), ids in owners.items()]
+
+
+def readers_that_lose(model: nn.Module, groups: Sequence[PruningGroup], high: FloatArray) -> list[Reader]:
+    """Readers of groups that can lose channels; the bounds of some are 0."""
+    if (high > 0).all():
+        return find_readers(model, groups)
+    shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
+    names = {reader.name for reader in find_readers(model, shrinking)}
+    return [reader for reader in find_readers(model, groups) if reader.name in names]  # strides depend on all groups
 
 
 def _stride(owners: Sequence[IntArray], geometry: WeightGeometry) -> int:

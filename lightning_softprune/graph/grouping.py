@@ -127,6 +127,42 @@ def groups_of(
     return Grouping([*named, *alone], splits, counts, averaged)
 
 
+def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup], trace: Trace) -> list[PruningGroup]:
+    """The groups, with what another step than those that were traced gives of their channels.
+
+    Args:
+        step: Runs the model; `None`: there is none.
+        name: The step's name.
+        groups: The groups of the trace.
+        trace: The trace.
+    """
+    given, result = [] if step is None else trace.given_by(step), []
+    for group in groups:
+        owners = {(member.module, member.slot): member.owner for member in group.members}
+        widths = {w: None for place, held, w in given if place in owners and (owners[place][held] >= 0).any()}
+        result.append(replace(group, outputs=(*group.outputs, *((name, width) for width in widths))))
+    return result
+
+
+def groups_of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
+    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
+    united: list[tuple[Place, Place]] = []
+    done: set[str] = set()
+    for lead in sorted(failing, key=lambda g: -len(g.members)):
+        if lead.name in done:
+            continue
+        widths = {
+            len(member.owner): (member.module, member.slot) for member in lead.members if (member.owner >= 0).all()
+        }
+        for other in failing:
+            places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
+            if other.name != lead.name and other.name not in done and places:
+                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
+                done.add(other.name)
+        done.add(lead.name)
+    return united
+
+
 def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
     """Slots that produce channels, and the name of the group that starts there: layers first, in order."""
     slots: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # by layer, or by the module that holds them

@@ -285,6 +285,12 @@ class ModuleRunner:
 
         return step
 
+    def predicting(self) -> Step | None:
+        """The module's own `predict_step` on the first validation batch; `None` without one. It may not take it."""
+        if not is_overridden("predict_step", self.module):
+            return None
+        return lambda: self._ran("predict_step", self._scorer.first_batch(), None, False)
+
     def _ran(self, name: str, batch: LoadedBatch, samples: int | None, shown: bool) -> Any:
         """Run a step: what it returns, or all that it shows."""
         with untouched(self.trainer, self.module, self._memory):

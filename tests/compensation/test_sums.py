@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_softprune.compensation import refit
-from lightning_softprune.compensation.refit import REFIT_RIDGE, DenseRun, refit_readers
+from lightning_softprune.compensation import dense_run
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import REFIT_RIDGE, refit_readers
 from lightning_softprune.compensation.sums import watch_sums
 from support.readers import Prepared, inputs_of, regress
 
@@ -108,9 +109,9 @@ def test_where_a_relu_follows_the_sum_errors_count_behind_it(seed, monkeypatch):
     dense, _, model, x, run = pruned_residual(read, seed, torch.relu)
     assert run.activations["down2"].is_summed
     behind = (model(x) - dense(x)).square().mean().item()
-    found = refit.find_following_activations
+    found = dense_run.find_following_activations
     alone = lambda *args: {name: one for name, one in found(*args).items() if not one.is_summed}  # noqa: E731
-    monkeypatch.setattr(refit, "find_following_activations", alone)
+    monkeypatch.setattr(dense_run, "find_following_activations", alone)
     dense, _, model, x, _ = pruned_residual(read, seed, torch.relu)
     assert behind < 0.95 * (model(x) - dense(x)).square().mean().item()
 
