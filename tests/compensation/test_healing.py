@@ -55,6 +55,17 @@ def test_outputs_are_what_the_code_of_a_step_gets_from_modules():
     assert list(outputs) == [("encoder", 1, 0)]
 
 
+def test_blocks_of_a_list_are_outputs_too_the_innermost_ones():
+    def block():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    model, x = nn.Sequential(nn.Sequential(block(), block()), nn.Linear(4, 2)), torch.randn(5, 4)
+    with watch_outputs(model, {name for name, _ in model.named_parameters()}) as outputs:
+        model(x)
+    assert list(outputs) == [("0.0", 1, 0), ("0.1", 1, 0), ("", 1, 0)]
+    assert torch.equal(outputs["0.1", 1, 0], model[0](x))
+
+
 def test_the_mismatch_is_the_missed_fraction_of_the_variance_of_what_both_have():
     wanted, found = torch.randn(6, 3), torch.randn(6, 3, requires_grad=True)
     masked = torch.cat([wanted, torch.full((6, 1), -torch.inf)], 1)
