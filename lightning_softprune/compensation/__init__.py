@@ -1,7 +1,7 @@
 """What the readers of removed channels do to make up for them, in closed form; and healing, without labels."""
 
 from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
-from lightning_softprune.compensation.healing import DenseNetwork, Teacher, changeable, healing_bytes, teach
+from lightning_softprune.compensation.healing import DenseNetwork, Teacher, changeable, teach, teaching_bytes
 from lightning_softprune.compensation.intercepts import Intercepts, find_intercepts
 from lightning_softprune.compensation.logits import find_logit_fits
 from lightning_softprune.compensation.refit import DenseRun, refit_readers
@@ -16,7 +16,7 @@ __all__ = [
     "changeable",
     "find_intercepts",
     "find_logit_fits",
-    "healing_bytes",
     "refit_readers",
     "teach",
+    "teaching_bytes",
 ]

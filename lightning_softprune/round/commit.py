@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,9 +18,9 @@ from lightning_softprune.compensation import (
     DenseRun,
     Teacher,
     changeable,
-    healing_bytes,
     refit_readers,
     teach,
+    teaching_bytes,
 )
 from lightning_softprune.report import Phases
 from lightning_softprune.results import Healing
@@ -75,16 +76,16 @@ def rehearse_plan(
     """
     runner, problem = evaluator.runner, evaluator.problem
     trainer, module = runner.trainer, runner.module
-    heals = settings.healing > 0 and _has_room(runner)
+    heals = settings.healing > 0 and _has_room(runner, "healing")
+    taught = settings.teacher > 0.0 and (heals or _has_room(runner, "teacher"))
     with phases("refitting"):
         dense = None
         if settings.compensation == "least_squares":
-            room = runner.memory_left - (healing_bytes(module) if heals else 0)
+            room = runner.memory_left - (teaching_bytes(module, heals) if heals or taught else 0)
             dense = DenseRun(module, problem.compensation, problem.calibration, room)
         for averaged in copies:
             problem.prune(averaged, best.plan)
         surgery = problem.prune(module, best.plan)
-        taught = settings.teacher > 0.0
         beside = DenseNetwork(module, surgery, everything=taught) if heals or taught else None
         repair_optimizers(all_optimizers(trainer, module), surgery)
         if dense is not None:
@@ -177,12 +178,12 @@ def _if_better(
     return replace(rehearsed, plan=healed if kept else rehearsed.plan, healing=healing)
 
 
-def _has_room(runner: ModuleRunner) -> bool:
-    """Whether healing may hold what it needs; says so where not."""
-    wanted, left = healing_bytes(runner.module), runner.memory_left
+def _has_room(runner: ModuleRunner, name: Literal["healing", "teacher"]) -> bool:
+    """Whether healing, or a teacher alone, may hold what it needs; says so where not."""
+    wanted, left = teaching_bytes(runner.module, name == "healing"), runner.memory_left
     if wanted > left:
         rank_zero_warn(
-            f"SoftPruning: no healing: it would hold {wanted / 2**30:.2g} GiB beside the model, and of `memory_limit` "
+            f"SoftPruning: no {name}: it would hold {wanted / 2**30:.2g} GiB beside the model, and of `memory_limit` "
             f"{left / 2**30:.2g} GiB are left"
         )
     return wanted <= left

@@ -207,3 +207,13 @@ def test_where_there_is_nothing_to_learn_from_a_warning_says_so(tmp_path):
         result, _, _ = rounds(tmp_path, Ungraded, 3)
     assert result.applied
     assert result.healing is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [{"healing": 3}, {"healing": 0, "teacher": 0.5}])
+def test_what_the_dense_network_takes_counts_in_the_memory_limit(tmp_path, arguments):
+    name = "healing" if arguments["healing"] else "teacher"
+    with pytest.warns(UserWarning, match=f"no {name}: it would hold"):
+        result, _, _ = rounds(tmp_path, AutoEncoder, memory_limit=1e-6, **arguments)
+    assert result.applied
+    assert result.healing is None

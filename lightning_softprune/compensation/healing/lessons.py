@@ -28,9 +28,15 @@ _HELD = 5
 """Copies of the network that healing holds: the dense one, that before healing, gradients, Adam's two averages."""
 
 
-def healing_bytes(module: nn.Module) -> int:
-    """How many bytes healing holds beside the pruned module and one batch."""
-    return _HELD * sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+def teaching_bytes(module: nn.Module, heals: bool) -> int:
+    """How many bytes it takes beside the pruned module and one batch to heal, or only to keep the dense network.
+
+    Args:
+        module: The dense module.
+        heals: Whether there is healing; else there is a teacher alone.
+    """
+    copies = _HELD if heals else 1
+    return copies * sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def teach(
