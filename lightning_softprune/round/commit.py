@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import math
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -101,6 +102,62 @@ def rehearse_plan(
         return _if_better(evaluator, rehearsed, before, errors)
 
 
+HEALED_ON_TRIAL = 4
+"""Plans that are healed to see whether they will meet the constraints, at most."""
+
+SHARE_ON_TRIAL = 4
+"""Each of them gets one part in so many of the batches of healing."""
+
+
+def plans_to_be_healed(
+    evaluator: Evaluator,
+    settings: RoundSettings,
+    chosen: ScoredPlan | None,
+    rehearse: Callable[[ScoredPlan, RoundSettings], Rehearsed],
+) -> list[ScoredPlan]:
+    """Plans that miss the constraints, and meet them once healed for a few batches; the best first.
+
+    Looked for among the trials: without a target by bisection among those of smaller models than the chosen one's, and
+    otherwise, where none was chosen, at the nearest to feasible. What a few batches reach, all of them are expected to.
+    Together that costs at most the batches of one healing, and a refit and two passes for each plan.
+
+    Args:
+        evaluator: Has the trials.
+        settings: What the user asked for.
+        chosen: The best plan that meets the constraints as it is; ``None``: there is none.
+        rehearse: Makes the module what a plan says, with the batches of healing that the settings ask for.
+    """
+    target = evaluator.trials.target
+    if not settings.healing or not settings.constraints or "latency" in (settings.limits or {}):
+        return []
+    if target is not None and chosen is not None:
+        return []
+    least = -math.inf if chosen is None else chosen.trial.sparsity
+    candidates = [s for s in evaluator.trials.done if _misses_constraints_alone(s) and s.trial.sparsity > least]
+    few = replace(settings, healing=max(settings.healing // SHARE_ON_TRIAL, 1), teacher=0.0)
+    if target is not None:
+        return sorted(candidates, key=lambda scored: scored.violation)[:1]
+    front: list[ScoredPlan] = []  # the more goes, the more is missed
+    for scored in sorted(candidates, key=lambda scored: (-scored.trial.sparsity, scored.violation)):
+        if not front or scored.violation < front[-1].violation:
+            front.append(scored)
+    found: list[ScoredPlan] = []
+    for _ in range(HEALED_ON_TRIAL):
+        if not front:
+            break
+        middle = len(front) // 2
+        if rehearse(front[middle], few).plan.violation == 0.0:
+            found.insert(0, front[middle])
+            front = front[:middle]
+        else:
+            front = front[middle + 1 :]
+    return found
+
+
+def _misses_constraints_alone(scored: ScoredPlan) -> bool:
+    return scored.budget_gap == 0.0 < scored.violation < math.inf and not scored.plan.is_empty()
+
+
 def commit(
     runner: ModuleRunner, copies: Sequence[nn.Module], transaction: Transaction, surgery: Surgery, dense: ModelShapes
 ) -> None:
@@ -170,7 +227,7 @@ def _if_better(
             "module's steps use and that the dense and the pruned network have in common"
         )
         return rehearsed
-    healed = evaluator.score_as_it_is(rehearsed.plan, "healed")
+    healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
     kept = healed.is_better_than(rehearsed.plan)
     if not kept:
         _put_back(before)

@@ -19,7 +19,9 @@ from support.modules import (
     Manual,
     assert_same,
     fit,
+    loaders,
     made,
+    plain_validate,
     run_state,
     softpruning,
 )
@@ -118,6 +120,12 @@ def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements_and_of_
 # ------------------------------------------------------------------------------------------------------------ rounds
 
 
+def dense_psnr(tmp_path):
+    oracle = AtEpochStart(lambda _, module: plain_validate(tmp_path, module, loaders(module)), 10)
+    fit(tmp_path, made(), oracle, max_epochs=11)
+    return oracle.found["val_psnr"]
+
+
 class Frozen(ConvClassifier):
     """A frozen convolution behind a BatchNorm that is in eval mode, and two layers that share a weight."""
 
@@ -194,6 +202,26 @@ def test_what_does_not_score_better_is_taken_back(tmp_path):
     assert not healed.healing.kept
     assert healed.healing.score < healed.score_compensated == healed.score_after == plain.score_after
     assert_same(after, before)
+
+
+@pytest.mark.slow
+def test_a_constraint_counts_on_healing_so_that_the_smallest_model_that_meets_it_is_smaller(tmp_path):
+    def look(trainer, module):
+        scores = plain_validate(tmp_path, module, loaders(module))
+        return scores["val_psnr"], sum(parameter.numel() for parameter in module.parameters())
+
+    bound, found = dense_psnr(tmp_path) - 0.5, []
+    for healing in (0, 40):
+        arguments = {"monitor": "val_psnr", "mode": "max", "epochs": 10, "target_sparsity": None, "healing": healing}
+        pruning, oracle = softpruning(**arguments, constraints=[f"val_psnr >= {bound}"]), AtEpochStart(look, 10)
+        fit(tmp_path, made(), pruning, oracle, max_epochs=11)
+        score, parameters = oracle.found
+        assert pruning.results[0].applied
+        assert pruning.results[0].score_after == pytest.approx(score, abs=1e-5)
+        assert score >= bound - 1e-5
+        assert pruning.results[0].costs_after.params == parameters
+        found.append(parameters)
+    assert found[1] < found[0]
 
 
 @pytest.mark.slow
