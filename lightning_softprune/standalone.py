@@ -84,8 +84,11 @@ def find_groups(
     """
     register_layers(checked_layers("layers", layers))
     check_layers(model)
+    predicting: Step | None = None
     if isinstance(model, counterparts(pl.LightningModule)) and batch is not None:
         steps = _module_steps(model, batch)
+        if is_overridden("predict_step", model):
+            predicting = _put_back(model, _plain_step(model, "predict_step", batch))
     else:
         batch = getattr(model, "example_input_array", None) if batch is None else batch
         if batch is None:
@@ -99,7 +102,7 @@ def find_groups(
         _run_once(model, list(steps.values()))
         with record_usage(model, outside) as judged:
             run_steps([runs.get("validation_step", next(iter(runs.values())))])
-        how = StepsToTrace(list(runs.values()), judged.parameters, outside)
+        how = StepsToTrace(list(runs.values()), judged.parameters, outside, predicting=predicting)
         found = prepare_groups(model, how, components, ignore or ())
     return Groups(found, coverage(model, found))
 

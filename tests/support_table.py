@@ -10,6 +10,7 @@ metric. A cell whose measurement fails says so.
 
 import argparse
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -80,6 +81,7 @@ def row_of(architecture):
                 row[name] = function()
         except Exception as error:
             line = (str(error).strip().splitlines() or [""])[0]
+            line = re.sub(r"\x1b\[\d*m", "", line)  # colours of a terminal
             row[name] = f"{type(error).__name__}: {line}".replace("net.", "")
 
     found = {}

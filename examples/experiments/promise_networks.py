@@ -250,13 +250,13 @@ def autoencoder() -> nn.Sequential:
 
 NETWORKS: dict[str, Callable[[], Network]] = {
     "MLP": lambda: Network(perceptron(784, 256, 256, 10), rebuilds=False, epochs=4),
-    "autoencoder": lambda: Network(autoencoder(), rebuilds=True, epochs=5),
+    "autoencoder": lambda: Network(autoencoder(), rebuilds=True, epochs=10),
     "residual": lambda: Network(residual(), rebuilds=False),
     "VGG": lambda: Network(vgg(), rebuilds=False),
     "MobileNetV2": lambda: Network(mobilenet(), rebuilds=False, epochs=1),
     "DenseNet": lambda: Network(densenet(), rebuilds=False, epochs=1),
     "ConvNeXt": lambda: Network(convnext(), rebuilds=False, lr=2e-3, epochs=1),
-    "ViT": lambda: Network(vit(), rebuilds=False, lr=1e-3),
+    "ViT": lambda: Network(vit(), rebuilds=False, lr=1e-3, epochs=6),
     "U-Net": lambda: Network(UNet(), rebuilds=True, noise=0.5),
     "mixer": lambda: Network(mixer(), rebuilds=False, lr=2e-3),
 }

@@ -1,9 +1,25 @@
 """What layers see of a group's channels on a few training batches, and which channels go first by it."""
 
-from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
+from lightning_softprune.calibration.importance import (
+    IMPORTANCES,
+    Importance,
+    ScoresError,
+    checked_importance,
+    norms,
+    rank,
+    sum_over_channels,
+)
 from lightning_softprune.calibration.memory import statistics_bytes
+from lightning_softprune.calibration.positions import ReadPositions, find_read_positions
 from lightning_softprune.calibration.products import centred, cross_products, mean_of, observations
-from lightning_softprune.calibration.readers import Reader, find_readers, watch_calls, watch_inputs, weight_geometry
+from lightning_softprune.calibration.readers import (
+    Reader,
+    find_readers,
+    readers_that_lose,
+    watch_calls,
+    watch_inputs,
+    weight_geometry,
+)
 from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
@@ -15,13 +31,18 @@ from lightning_softprune.calibration.unfold import (
 
 __all__ = [
     "IMPORTANCES",
+    "Importance",
     "InputStatistics",
     "KernelCoverage",
+    "ReadPositions",
     "Reader",
+    "ScoresError",
     "centred",
+    "checked_importance",
     "collect_statistics",
     "cross_products",
     "evenly_spaced",
+    "find_read_positions",
     "find_readers",
     "in_double",
     "mean_of",
@@ -29,9 +50,11 @@ __all__ = [
     "observations",
     "outputs_at_rows",
     "rank",
+    "readers_that_lose",
     "rows_per_call",
     "sampled_rows",
     "statistics_bytes",
+    "sum_over_channels",
     "unfold_inputs",
     "watch_calls",
     "watch_inputs",

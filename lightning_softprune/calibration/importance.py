@@ -12,12 +12,13 @@ channel are summed over everything it touches, so that a group is ranked as a wh
 - ``reconstruction``: greedy selection of the channels from which the readers' outputs are best rebuilt by least
   squares (orthogonal matching pursuit on the covariance of the readers' inputs); the last to be selected goes first.
 - ``random``: a seeded permutation.
+- a function of the user's own (:data:`Importance`): given the model and a group, it returns one score per channel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,11 +40,29 @@ from lightning_softprune.utilities.checks import one_of
 
 IMPORTANCES = ("magnitude", "activation", "taylor", "reconstruction", "random")
 
+Importance = Callable[[nn.Module, PruningGroup], Any]
+"""A criterion of one's own: ``(model, group) -> scores``, one number per channel; the smallest go first."""
+
 Steps = Sequence[Callable[[], Any]]
 
 
+class ScoresError(ValueError):
+    """A criterion of the user's own does not return one number per channel."""
+
+
+def checked_importance(importance: Any) -> str | Importance:
+    """The argument `importance`.
+
+    Raises:
+        ValueError: It is neither one of :data:`IMPORTANCES` nor a function.
+    """
+    if callable(importance):
+        return cast(Importance, importance)
+    return cast(str, one_of("importance", importance, IMPORTANCES))
+
+
 def rank(
-    importance: str,
+    importance: str | Importance,
     model: nn.Module,
     groups: Sequence[PruningGroup],
     steps: Steps,
@@ -53,7 +72,7 @@ def rank(
     """Rank the channels of each group, the least important first.
 
     Args:
-        importance: One of :data:`IMPORTANCES`.
+        importance: One of :data:`IMPORTANCES`, or a function of the user's own.
         model: The dense model.
         groups: Its prunable groups.
         steps: For ``taylor``: one function per calibration batch that runs the model on it and returns the loss.
@@ -65,11 +84,14 @@ def rank(
 
     Raises:
         ValueError: ``taylor``, and a step returns no loss with a gradient; or an unknown criterion.
+        ScoresError: A function of the user's own does not return one number per channel.
     """
-    one_of("importance", importance, IMPORTANCES)
+    importance = checked_importance(importance)
     if importance == "random":
         return [rng.permutation(group.num_channels).astype(np.int64) for group in groups]
-    if importance == "magnitude":
+    if callable(importance):
+        scores = [_own(importance, model, group) for group in groups]
+    elif importance == "magnitude":
         scores = _magnitude(model, groups)
     elif importance == "activation":
         scores = _activation(model, groups, statistics)
@@ -80,13 +102,31 @@ def rank(
     return [np.argsort(np.nan_to_num(score, nan=0.0), kind="stable").astype(np.int64) for score in scores]
 
 
+def _own(importance: Importance, model: nn.Module, group: PruningGroup) -> FloatArray:
+    """The scores of a function of the user's own, as an array."""
+    with torch.no_grad():
+        given = importance(model, group)
+    try:
+        scores = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError):
+        scores = np.empty(())
+    if scores.shape != (group.num_channels,):
+        name = getattr(importance, "__qualname__", type(importance).__qualname__)
+        what = f"{type(given).__name__} of the shape {tuple(np.shape(given))}" if np.ndim(scores) else repr(given)
+        raise ScoresError(
+            f"importance: {name} returns {what} for the group {group.name!r}, not one number for each of its "
+            f"{group.num_channels} channels"
+        )
+    return scores
+
+
 def norms(model: nn.Module, groups: Sequence[PruningGroup]) -> FloatArray:
     """Mean over each group's channels of the norm of their weights, shape ``(groups,)``."""
     return np.array([float(np.sqrt(score).mean()) for score in _magnitude(model, groups)])
 
 
 def _magnitude(model: nn.Module, groups: Sequence[PruningGroup]) -> list[FloatArray]:
-    return [_sum_members(model, group, lambda weight, _: weight.double().square()) for group in groups]
+    return [sum_over_channels(model, group, torch.square) for group in groups]
 
 
 def _activation(
@@ -233,6 +273,24 @@ def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> l
             parameter.grad = grad
             parameter.requires_grad_(flag)
     return scores
+
+
+def sum_over_channels(
+    model: nn.Module, group: PruningGroup, value: Callable[[torch.Tensor], torch.Tensor]
+) -> FloatArray:
+    """Sum something of every weight that produces or reads a channel: what most criteria of one's own are made of.
+
+    Matrices and kernels count, biases and norms do not.
+
+    Args:
+        model: The model.
+        group: One of its groups.
+        value: An elementwise function of a weight (in double precision), such as ``torch.abs``.
+
+    Returns:
+        One number per channel, shape ``(num_channels,)``.
+    """
+    return _sum_members(model, group, lambda weight, _: value(weight.double()))
 
 
 def _first_order(weight: torch.Tensor, grad: torch.Tensor | None) -> torch.Tensor:

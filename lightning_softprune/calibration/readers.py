@@ -20,7 +20,7 @@ from lightning_softprune.graph import (
     tensor_at,
     weight_of,
 )
-from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.hooks import registered
 
 
@@ -42,23 +42,29 @@ class Reader:
 def find_readers(model: nn.Module, groups: Sequence[PruningGroup]) -> list[Reader]:
     """The readers of the given groups, each once."""
     modules = dict(model.named_modules())
-    owners: dict[tuple[str, str], IntArray] = {}
-    first = 0
+    owners: dict[tuple[str, str], list[IntArray]] = {}
     for group in groups:
         for member in group.members:
             if is_reading(modules, member):
-                ids = owners.setdefault((member.module, member.slot), np.full(len(member.owner), -1, dtype=np.int64))
-                ids[member.owner >= 0] = member.owner[member.owner >= 0] + first
-        first += group.num_channels
+                owners.setdefault((member.module, member.slot), []).append(member.owner)
     return [Reader(name, slot, _stride(ids, weight_geometry(modules[name]))) for (name, slot), ids in owners.items()]
 
 
-def _stride(ids: IntArray, geometry: WeightGeometry) -> int:
+def readers_that_lose(model: nn.Module, groups: Sequence[PruningGroup], high: FloatArray) -> list[Reader]:
+    """Readers of groups that can lose channels; the bounds of some are 0."""
+    if (high > 0).all():
+        return find_readers(model, groups)
+    shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
+    names = {reader.name for reader in find_readers(model, shrinking)}
+    return [reader for reader in find_readers(model, groups) if reader.name in names]  # strides depend on all groups
+
+
+def _stride(owners: Sequence[IntArray], geometry: WeightGeometry) -> int:
     """Length of the equal blocks of one channel that a slot consists of."""
     if geometry.kernel is not None or not geometry.is_whole:
         return 1
-    changes = np.flatnonzero(np.diff(ids)) + 1
-    return int(np.gcd.reduce(np.append(changes, len(ids))))
+    changes = [np.flatnonzero(np.diff(owner)) + 1 for owner in owners]
+    return int(np.gcd.reduce(np.concatenate([*changes, [len(owners[0])]])))
 
 
 def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:

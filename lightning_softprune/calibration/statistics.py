@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_softprune.calibration.memory import unfolded_within
+from lightning_softprune.calibration.positions import ReadPositions
 from lightning_softprune.calibration.products import (
     BLOCK_ROWS,
     add_products,
@@ -145,6 +146,7 @@ def collect_statistics(
     *,
     with_unfolded: bool = True,
     budget: float | None = None,
+    positions: ReadPositions = ReadPositions(),  # noqa: B008 - nobody writes it
 ) -> dict[str, InputStatistics]:
     """Run the model on the calibration batches and record what its readers see.
 
@@ -154,6 +156,7 @@ def collect_statistics(
         steps: One function per batch that runs the model on it.
         with_unfolded: Whether anybody will want the statistics of unfolded inputs.
         budget: Bytes that statistics and the regressions made of them may take (`memory`); `None`: no limit.
+        positions: Where observations count.
 
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
@@ -161,9 +164,9 @@ def collect_statistics(
     wide = [reader.name for reader in readers if has_unfolded_rows(model.get_submodule(reader.name), reader.stride)]
     wide = unfolded_within(model, readers, wide if with_unfolded else [], budget)
     try:
-        found = _collected(model, readers, steps, wide, alike=_Alike())
+        found = _collected(model, readers, steps, wide, positions, alike=_Alike())
     except _NoLongerAlikeError:
-        found = _collected(model, readers, steps, wide, alike=None)
+        found = _collected(model, readers, steps, wide, positions, alike=None)
     if in_process_group():
         for name in sorted(found):
             found[name].all_reduce()
@@ -175,6 +178,8 @@ def _collected(
     readers: Sequence[Reader],
     steps: Sequence[Callable[[], Any]],
     wide: Sequence[str],
+    positions: ReadPositions,
+    *,
     alike: _Alike | None,
 ) -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
@@ -186,9 +191,10 @@ def _collected(
     def add(name: str, source: torch.Tensor) -> None:
         geometry = weight_geometry(model.get_submodule(name))
         unfolded = name in wide
-        what = (geometry.inputs, geometry.kernel, strides[name], unfolded)
+        what = (geometry.inputs, geometry.kernel, strides[name], unfolded, positions.key(name))
         if alike is not None and alike.is_known(name, source, what):
             return
+        source = positions.of(name, source)
         known = found.setdefault(name, InputStatistics(strides[name]))
         rows = sampled_rows(geometry, source, rows_per_call(geometry.inputs, calls))
         known.add(rows, kernel_coverage(geometry.kernel, source))

@@ -69,7 +69,7 @@ class PruningHooks(Rounds):
             )
         refuse_unsuited(trainer, pl_module)
         refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
-        self._untrained = self._validated = self._teacher = self._lesson = None
+        self._untrained = self._finetuned = self._teacher = self._lesson = None
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
@@ -176,7 +176,7 @@ class PruningHooks(Rounds):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Within `Trainer.validate`, try the next round and leave everything as it is: a dry run."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
-            self._keep_score(trainer)
+            self._keep_score(trainer, pl_module)
         pending = self._pending()
         if trainer.state.fn != TrainerFn.VALIDATING or not pending:
             return
@@ -189,7 +189,7 @@ class PruningHooks(Rounds):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell what fine-tuning has come to, and do not count an epoch in which nothing was trained."""
-        self._finish(trainer, pl_module)
+        self._finish(trainer)
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)
 

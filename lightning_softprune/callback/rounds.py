@@ -81,7 +81,7 @@ class Rounds(pl.Callback):
         self._evaluating = False
         self._identity = new_identity()  # of this fit, by which its files are told from those of others
         self._unwritten = False  # whether the files of the last round could not be written
-        self._validated: float | None = None  # the score of the last validation of this fit, if there was a round since
+        self._finetuned: int | None = None  # the round that this fit has validated after it
         self._looked_ahead = True
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
         self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
@@ -145,8 +145,8 @@ class Rounds(pl.Callback):
         before = ModelShapes.of(pl_module)
         result = self._search(trainer, pl_module, epoch=epoch, target=target)
         self._dense = self._dense or result.costs_before
-        self._validated = None
-        self.results.append(result)
+        self._finetuned = None
+        self.results = [*(dataclasses.replace(done, score_finetuned=None) for done in self.results), result]
         if self._earlier or any(done.applied for done in self.results):
             keep_record(pl_module, before, self.results, self._earlier)
         dense = reset_monitors(trainer) if self.reset_monitors and result.applied else ()
@@ -195,24 +195,26 @@ class Rounds(pl.Callback):
 
     # ------------------------------------------------------------------------------------------- the end of the fit
 
-    def _keep_score(self, trainer: pl.Trainer) -> None:
-        """Remember what a validation of the fit has found."""
+    def _keep_score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the last round's result, and so every checkpoint from here on, know what a validation has found."""
         score = trainer.callback_metrics.get(self.monitor)
-        self._validated = None if score is None or score.numel() != 1 else float(score)
-
-    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the last round's result, its files and the loggers know the score that fine-tuning has come to."""
         numbers = [number for number, result in enumerate(self.results) if result.applied]
-        if self._validated is None or not numbers or self._untrained is not None:
+        if score is None or score.numel() != 1 or not numbers or self._untrained is not None:
             return
-        score = mean_over_processes(trainer, {self.monitor: self._validated})[self.monitor]
-        result = dataclasses.replace(self.results[numbers[-1]], score_finetuned=score)
-        self.results[numbers[-1]] = result
+        mean = mean_over_processes(trainer, {self.monitor: float(score)})[self.monitor]
+        self.results[numbers[-1]] = dataclasses.replace(self.results[numbers[-1]], score_finetuned=mean)
+        self._finetuned = numbers[-1]
         if is_recorded(pl_module):
             keep_record(pl_module, ModelShapes.of(pl_module), self.results, self._earlier)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        """Let the last round's files and the loggers know the score that fine-tuning has come to."""
+        result = None if self._finetuned is None else self.results[self._finetuned]
+        if result is None or result.score_finetuned is None:
+            return
         self._tell_finetuned(result, trainer.log_dir or trainer.default_root_dir)
         for logger in trainer.loggers:
-            logger.log_metrics({"softprune/score_finetuned": score}, step=logging_step(trainer))
+            logger.log_metrics({"softprune/score_finetuned": result.score_finetuned}, step=logging_step(trainer))
 
     @rank_zero_only
     def _tell_finetuned(self, result: PruningResult, root: str) -> None:

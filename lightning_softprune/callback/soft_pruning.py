@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from types import FunctionType
 from typing import Literal, Union
 
-from lightning_softprune.calibration import IMPORTANCES
+from lightning_softprune.calibration import Importance, checked_importance
 from lightning_softprune.callback.hooks import PruningHooks
 from lightning_softprune.compensation import COMPENSATIONS
 from lightning_softprune.graph import COSTS, LayerSpec, checked_layers, register_layers
@@ -54,7 +55,8 @@ class SoftPruning(PruningHooks):
             something that is has to be named here or in `ignore`.
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
         importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
-            selection of the channels from which the consumers' outputs are best rebuilt) or "random".
+            selection of the channels from which the consumers' outputs are best rebuilt), "random", or a function
+            ``(model, group) -> scores`` of your own: one number per channel, the smallest go first.
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
         healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense
@@ -119,7 +121,9 @@ class SoftPruning(PruningHooks):
         layers: list[LayerSpec] | None = None,
         twins: dict[str, str] | None = None,
         bounds: dict[str, list[float]] | None = None,
-        importance: Literal["magnitude", "activation", "taylor", "reconstruction", "random"] = "activation",
+        importance: Union[  # noqa: UP007
+            Literal["magnitude", "activation", "taylor", "reconstruction", "random"], Importance
+        ] = "activation",
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
         healing: int = 0,
         teacher: float = 0.0,
@@ -134,7 +138,7 @@ class SoftPruning(PruningHooks):
         report: bool = True,
         verbose: bool = True,
     ) -> None:
-        super().__init__({name: repr(value) for name, value in locals().items() if name not in _NO_ARGUMENTS})
+        super().__init__({name: _in_words(value) for name, value in locals().items() if name not in _NO_ARGUMENTS})
         self.monitor = checks.instance_of("monitor", monitor, str)
         if not monitor:
             raise ValueError("monitor: '' is not the name of a metric that the module logs while validating")
@@ -162,7 +166,7 @@ class SoftPruning(PruningHooks):
         register_layers(self.layers)
         self.twins: dict[str, str] | None = checks.mapping("twins", twins, partial(checks.instance_of, kind=str))
         self.bounds = checked_bounds(bounds)
-        self.importance = checks.one_of("importance", importance, IMPORTANCES)
+        self.importance = checked_importance(importance)
         self.compensation = checks.one_of("compensation", compensation, COMPENSATIONS)
         self.healing = checks.whole_number("healing", healing, 0)
         self.teacher = checks.number_between("teacher", teacher, 0.0, math.inf, low_included=True)
@@ -178,3 +182,8 @@ class SoftPruning(PruningHooks):
         self.seed = checks.whole_number("seed", seed, 0)
         self.report = checks.instance_of("report", report, bool)
         self.verbose = checks.instance_of("verbose", verbose, bool)
+
+
+def _in_words(value: object) -> str:
+    """An argument as results keep it: functions by their name, which is the same in every process."""
+    return f"{value.__module__}.{value.__qualname__}" if isinstance(value, FunctionType) else repr(value)

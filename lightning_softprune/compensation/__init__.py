@@ -1,10 +1,11 @@
 """What the readers of removed channels do to make up for them, in closed form; and healing, without labels."""
 
+from lightning_softprune.compensation.dense_run import DenseRun
 from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
 from lightning_softprune.compensation.healing import DenseNetwork, Teacher, changeable, teach, teaching_bytes
 from lightning_softprune.compensation.intercepts import Intercepts, find_intercepts
 from lightning_softprune.compensation.logits import find_logit_fits
-from lightning_softprune.compensation.refit import DenseRun, refit_readers
+from lightning_softprune.compensation.refit import refit_readers
 
 __all__ = [
     "COMPENSATIONS",

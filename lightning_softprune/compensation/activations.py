@@ -1,13 +1,14 @@
 """The pointwise function that follows a layer, found by watching who reads the layer's outputs.
 
-A BatchNorm in between, which in eval mode is a scale and a shift of each output, is part of it.
+A BatchNorm in between, which in eval mode is a scale and a shift of each output, is part of it. So is a sum with
+something else, once.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,37 +24,49 @@ _IN_PLACE_TOO = ("relu", "leaky_relu", "elu", "celu", "selu", "hardtanh", "sigmo
 
 _OTHERS = ("relu6", "gelu", "silu", "mish", "softplus", "hardswish", "hardsigmoid", "logsigmoid", "softsign")
 
+SUMS = frozenset(["add", "add_", "__add__", "__radd__", "__iadd__"])
+
 POINTWISE = frozenset([*_IN_PLACE_TOO, *(f"{name}_" for name in _IN_PLACE_TOO), *_OTHERS])
 """Names of the functions that are followed, in whatever form they are called."""
 
 
 @dataclass(frozen=True)
 class FollowingActivation:
-    """What becomes of a layer's outputs: ``function(scale * y + shift)``.
+    """What becomes of a layer's outputs: ``function(scale * (y + added) + shift)``.
 
     Attributes:
         function: Pointwise.
         scale: One per output, or ``None`` for the outputs as they are.
         shift: The same.
+        is_summed: Whether the model adds something to the outputs.
+        added: What that is, at the scale of the outputs, shape ``(observations, outputs)``.
     """
 
     function: Callable[[torch.Tensor], torch.Tensor]
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    is_summed: bool = False
+    added: torch.Tensor | None = None
 
     def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
         """Outputs of shape ``(observations, outputs)``, in their precision."""
+        if self.added is not None:
+            outputs = outputs + self.added.to(outputs)
         if self.scale is not None and self.shift is not None:
             outputs = outputs * self.scale.to(outputs) + self.shift.to(outputs)
         return self.function(outputs)
 
     def of(self, outputs: slice | torch.Tensor) -> FollowingActivation:
         """The same for some of the outputs."""
-        if self.scale is None or self.shift is None:
-            return self
-        if isinstance(outputs, torch.Tensor):
-            outputs = outputs.to(self.scale.device)
-        return FollowingActivation(self.function, self.scale[outputs], self.shift[outputs])
+        places = outputs.cpu() if isinstance(outputs, torch.Tensor) else outputs
+        scale, shift, added = (
+            None if part is None else part[..., places] for part in (self.scale, self.shift, self.added)
+        )
+        return replace(self, scale=scale, shift=shift, added=added)
+
+    def at(self, observations: slice) -> FollowingActivation:
+        """The same for some of the observations."""
+        return self if self.added is None else replace(self, added=self.added[observations])
 
 
 def find_following_activations(
@@ -98,7 +111,7 @@ class _Consumers(TorchFunctionMode):
             for output, name, so_far in self.watched:
                 if id(output) not in read:
                     continue
-                after = _normed(func, output, args, kwargs, so_far)
+                after = _passed(func, output, args, kwargs, so_far)
                 if after is not None and isinstance(result, torch.Tensor):
                     normed.append((result, name, after))
                 else:
@@ -117,13 +130,24 @@ def _following(
     alone = len(tensors_in((args, kwargs))) == 1 and bool(args) and args[0] is output
     if not alone or getattr(func, "__name__", "") not in POINTWISE:
         return None
-    return FollowingActivation(lambda values: func(values.clone(), *args[1:], **kwargs), so_far.scale, so_far.shift)
+    return replace(so_far, function=lambda values: func(values.clone(), *args[1:], **kwargs))
 
 
-def _normed(
-    func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: FollowingActivation
-) -> FollowingActivation | None:
-    """What a BatchNorm in eval mode makes of the outputs; ``None`` for anything else."""
+def addend_of(func: Any, output: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """What is added to the outputs index by index; ``None`` if this is no such sum."""
+    if getattr(func, "__name__", "") not in SUMS or len(args) != 2 or kwargs:
+        return None
+    others = [value for value in args if value is not output]
+    if len(others) != 1 or not isinstance(others[0], torch.Tensor) or others[0].shape != output.shape:
+        return None
+    return others[0].detach().clone()  # the sum may be written into it
+
+
+Affine = tuple[torch.Tensor, torch.Tensor]
+
+
+def scale_and_shift(func: Any, output: torch.Tensor, args: Any, kwargs: Any) -> Affine | None:
+    """What a BatchNorm in eval mode makes of each of the outputs; ``None`` if the function is anything else."""
     if func is not F.batch_norm:
         return None
     given = inspect.signature(F.batch_norm).bind(*args, **kwargs)
@@ -137,6 +161,19 @@ def _normed(
     shift = -scale * norm["running_mean"].detach()
     if norm["bias"] is not None:
         shift = shift + norm["bias"].detach()
+    return scale, shift
+
+
+def _passed(
+    func: Any, output: torch.Tensor, args: Any, kwargs: Any, so_far: FollowingActivation
+) -> FollowingActivation | None:
+    """What the outputs are behind a BatchNorm in eval mode or their first sum; ``None`` behind anything else."""
+    if not so_far.is_summed and addend_of(func, output, args, kwargs) is not None:
+        return replace(so_far, is_summed=True)
+    found = scale_and_shift(func, output, args, kwargs)
+    if found is None:
+        return None
+    scale, shift = found
     if so_far.scale is not None and so_far.shift is not None:
         scale, shift = scale * so_far.scale, scale * so_far.shift + shift
-    return FollowingActivation(_nothing, scale, shift)
+    return replace(so_far, scale=scale, shift=shift)

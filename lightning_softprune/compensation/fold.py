@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.calibration import InputStatistics, Reader, find_readers
+from lightning_softprune.calibration import InputStatistics, Reader, ReadPositions, find_readers
 from lightning_softprune.compensation.intercepts import Intercepts
 from lightning_softprune.compensation.logits import LogitFits
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, Moments
@@ -49,6 +49,7 @@ class Compensation:
 
     Attributes:
         logits: What queries do to make up for lost dimensions of heads; nothing until it is set.
+        positions: Where readers are fitted; everywhere until it is set.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Compensation:
     ) -> None:
         self.mode = mode
         self.logits = LogitFits()
+        self.positions = ReadPositions()
         self._regressions: dict[str, FeatureRegression | ChannelRegression] = {}
         self._readers: dict[str, Reader] = {}
         self._without_bias: list[str] = []

@@ -18,12 +18,9 @@ around the one-shot prediction.
 
 from __future__ import annotations
 
-import weakref
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -31,19 +28,17 @@ from torch import nn
 from lightning_softprune.calibration import (
     centred,
     cross_products,
-    in_double,
     mean_of,
     observations,
     outputs_at_rows,
     rows_per_call,
     sampled_rows,
     unfold_inputs,
-    watch_calls,
     watch_inputs,
-    weight_geometry,
 )
 from lightning_softprune.compensation.activation_fit import Start, fit_after_activation
-from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
+from lightning_softprune.compensation.activations import FollowingActivation
+from lightning_softprune.compensation.dense_run import DenseRun
 from lightning_softprune.compensation.fold import Compensation
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression, cholesky, ridge_of
 from lightning_softprune.compensation.replay import Replay
@@ -51,13 +46,10 @@ from lightning_softprune.compensation.sums import watch_sums
 from lightning_softprune.compensation.weights import PrunedWeight
 from lightning_softprune.graph import WeightGeometry, weight_of, write_weight
 from lightning_softprune.surgery import Surgery
-from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
+from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
 REFIT_RIDGE = 1e-2
 """How firmly the refit holds on to the one-shot prediction, as a fraction of the mean variance."""
-
-CHECKED_ROWS = 64
-"""Observations on which a layer shows that it is linear in what it reads."""
 
 MAX_ACTIVATION_ROWS = 2**14
 """Observations per process and reader on which outputs are compared after the function that follows."""
@@ -65,143 +57,6 @@ MAX_ACTIVATION_ROWS = 2**14
 ACTIVATION_PRIOR = 100.0
 """As many observations the one-shot prediction counts for there. Only those in the function's sloping part tell
 anything, so that few calibration batches tell less of it than of the linear fit."""
-
-
-_Source = tuple[weakref.ref[torch.Tensor], int, str]
-"""A tensor, its version, and the first layer that reads it."""
-
-
-class DenseRun:
-    """What the readers did in the dense network: outputs, and inputs of those whose unfolded inputs are too wide.
-
-    Evenly spread observations of each calibration batch, in single precision. Of the readers in `summed` the outputs
-    are taken together with what the model adds to them.
-
-    Args:
-        model: The dense model.
-        compensation: What will be done to its readers.
-        steps: One function per calibration batch that runs the model on it.
-        budget: Bytes that the observations may take; readers for which there is no room keep their one-shot
-            predictions, those with most numbers first. `None`: no limit.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        compensation: Compensation,
-        steps: Sequence[Callable[[], Any]],
-        budget: float | None = None,
-    ) -> None:
-        self.steps = steps
-        self.rows: dict[str, list[torch.Tensor]] = {}
-        self.calls: list[Counter[str]] = []
-        self.reads_as: dict[str, str] = {}
-        sources: list[_Source] = []
-        readers = _within(model, compensation, len(steps), budget)
-        by_feature = [name for name in readers if isinstance(compensation.regression(name), FeatureRegression)]
-        by_channel = [name for name in readers if name not in by_feature]
-        geometries = {name: weight_geometry(model.get_submodule(name)) for name in readers}
-        self.most = {name: rows_per_call(geometries[name].features, len(steps)) for name in by_feature}
-        own_ways = dict.fromkeys(by_feature, 0.0)
-        added: dict[str, list[torch.Tensor | None]] = {name: [] for name in by_feature}
-
-        def see_call(name: str, source: torch.Tensor, output: torch.Tensor) -> None:
-            if name not in self.rows and not _is_linear_in_what_it_reads(model.get_submodule(name), source, output):
-                own_ways[name] = 1.0
-            self._meet(name, source, sources)
-            see(name, outputs_at_rows(geometries[name], output, self.most[name]))
-
-        def see_sum(name: str, addend: torch.Tensor | None) -> None:
-            rows = None if addend is None else outputs_at_rows(geometries[name], addend, self.most[name]).float()
-            added[name].append(rows)
-
-        def see_input(name: str, source: torch.Tensor) -> None:
-            self._meet(name, source, sources)
-            see(name, sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(steps))))
-
-        def see(name: str, rows: torch.Tensor) -> None:
-            self.rows.setdefault(name, []).append(rows.float())
-            self.calls[-1][name] += 1
-
-        with ExitStack() as stack:
-            stack.enter_context(watch_calls(model, by_feature, see_call))
-            stack.enter_context(watch_inputs(model, by_channel, see_input))
-            stack.enter_context(watch_sums(model, by_feature, see_sum))
-            stack.enter_context(torch.no_grad())
-            for step in steps:
-                self.calls.append(Counter())
-                step()
-        device = next(model.parameters()).device
-        self.summed = self._take_sums(added, device)
-        found = sum_over_processes(torch.tensor(list(own_ways.values()), device=device)).tolist()
-        for name, flags in zip(by_feature, found, strict=True):  # all processes leave out the same ones
-            if flags:
-                self.rows.pop(name, None)
-        self.activations = find_following_activations(model, by_feature, steps[0]) if steps else {}
-        taken = sum(rows.numel() * rows.element_size() for seen in self.rows.values() for rows in seen)
-        self.room = None if budget is None else max(budget - taken, 0.0)
-
-    def _meet(self, name: str, source: torch.Tensor, sources: list[_Source]) -> None:
-        """Find out who reads the same tensor; a layer that is called again reads several."""
-        if len(self.calls) > 1 or source.is_inference() or in_process_group():  # all have the same passes
-            return
-        if self.calls[-1][name]:
-            self.reads_as = {one: other for one, other in self.reads_as.items() if name not in (one, other)}
-            return
-        sources[:] = [known for known in sources if known[0]() is not None]
-        for seen, version, other in sources:
-            if seen() is source and version == source._version and self.calls[-1][other] == 1:
-                self.reads_as[name] = other
-                return
-        sources.append((weakref.ref(source), source._version, name))
-
-    def _take_sums(self, added: Mapping[str, Sequence[torch.Tensor | None]], device: torch.device) -> set[str]:
-        """Add to outputs what the model adds to them; names of the readers, the same ones on all processes."""
-        differs = []
-        for name, seen in added.items():
-            shapes = [rows.shape for rows in seen if rows is not None]
-            same = len(shapes) == len(seen) and shapes == [rows.shape for rows in self.rows.get(name, [])]
-            differs.append(float(not same))
-        refused = sum_over_processes(torch.tensor(differs, device=device)).tolist()
-        summed = {name for name, flag in zip(added, refused, strict=True) if not flag and name in self.rows}
-        for name in summed:
-            addends = [other for other in added[name] if other is not None]
-            self.rows[name] = [one + other for one, other in zip(self.rows[name], addends, strict=True)]
-        return summed
-
-
-def _within(model: nn.Module, compensation: Compensation, calls: int, budget: float | None) -> list[str]:
-    """The readers whose observations fit, the small ones first; in the order in which they were given."""
-    readers = compensation.readers
-    if budget is None:
-        return readers
-    size = {}
-    for name in readers:
-        geometry = weight_geometry(model.get_submodule(name))
-        by_feature = isinstance(compensation.regression(name), FeatureRegression)
-        width, kept = (geometry.features, geometry.outputs) if by_feature else (geometry.inputs, geometry.inputs)
-        size[name] = 4 * kept * calls * rows_per_call(width, calls)
-    chosen: set[str] = set()
-    for name in sorted(readers, key=lambda name: size[name]):
-        budget -= size[name]
-        if budget < 0:
-            break
-        chosen.add(name)
-    return [name for name in readers if name in chosen]
-
-
-def _is_linear_in_what_it_reads(layer: nn.Module, source: torch.Tensor, output: torch.Tensor) -> bool:
-    """Whether outputs are the weights times what they read: not so for some classes with a `forward` of their own."""
-    geometry = weight_geometry(layer)
-    rows = in_double(unfold_inputs(geometry, source, CHECKED_ROWS))
-    wanted = in_double(outputs_at_rows(geometry, output, CHECKED_ROWS))
-    weight = geometry.to_rows(weight_of(layer, geometry.weight)).to(rows).flatten(2)
-    parts = zip(rows.chunk(len(weight), 1), weight, strict=True)
-    outputs = torch.cat([part @ matrix.t() for part, matrix in parts], 1)
-    bias = layer._parameters.get(geometry.bias)
-    if bias is not None:
-        outputs = outputs + bias.detach().to(rows)
-    return len(outputs) == len(wanted) and bool((outputs - wanted).norm() <= 0.05 * wanted.norm() + 1e-6)
 
 
 def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation, dense: DenseRun) -> None:
@@ -255,20 +110,24 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
     differs = any(other != lengths[0] for other in lengths)
     if sum_number_over_processes(differs, device) > 0:
         return  # the pruned model calls the layer differently; the one-shot prediction stays
-    wanted, given = observations(torch.cat(targets)).to(device), torch.cat(seen).to(device)
-    wanted = wanted.to(given.dtype)
+    given = torch.cat(seen).to(device)
+    wanted = observations(torch.cat(targets)).to(given)
     if isinstance(regression, FeatureRegression):
         kept = pruned.kept_outputs()
         wanted = wanted if kept is None else wanted[:, kept.to(device)]
-        if added is not None:
-            wanted = wanted - observations(torch.cat(added)).to(wanted)
         activation = dense.activations.get(name)
+        if activation is not None and activation.is_summed != (added is not None):
+            activation = None
         activation = activation if activation is None or kept is None else activation.of(kept)
+        if added is not None:
+            beside = observations(torch.cat(added)).to(wanted)
+            wanted = wanted - beside
+            activation = activation and replace(activation, added=beside)
         now = pruned.geometry.to_rows(before).to(device, torch.float64)
         weight, bias = _fit_features(now, wanted, given, activation, centre=regression.centred)
     else:
-        rows, stays = pruned.rows().to(device, torch.float64), pruned.kept_inputs().to(device)
-        weight, shift = _fit_channels(regression, rows, stays, wanted, given)
+        rows = pruned.rows().to(device, torch.float64)
+        weight, shift = _fit_channels(regression, rows, pruned.kept_inputs().to(device), wanted, given)
         bias = _bias_before(layer, name, pruned.geometry, surgery).to(device, torch.float64) + shift
     with torch.no_grad():
         write_weight(layer, pruned.geometry.weight, pruned.geometry.from_rows(weight).to(before))
@@ -312,6 +171,7 @@ def _given(
 
     def see(name: str, source: torch.Tensor) -> None:
         replay.stop()
+        source = dense.positions.of(name, source)
         if name in dense.most:
             rows = unfold_inputs(geometries[name], source, dense.most[name])
         else:
@@ -321,10 +181,11 @@ def _given(
 
     def see_sum(name: str, addend: torch.Tensor | None) -> None:
         if addend is not None:
+            addend = dense.positions.of(name, addend)
             added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
             count()
 
-    with watch_inputs(model, list(geometries), see), torch.no_grad():
+    with watch_inputs(model, list(geometries), see), torch.no_grad(), dense.steady():
         for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
             left = sum(calls[name] for name in (*geometries, *summed))
             if left:
@@ -412,11 +273,12 @@ def _fit_after_activation(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`fit_after_activation` from the linear fit on: the weight, and the bias for centred inputs."""
     every = max(-(-len(inputs) // MAX_ACTIVATION_ROWS), 1)
-    wanted, inputs = wanted[::every], inputs[::every]
+    activation, wanted, inputs = activation.at(slice(None, None, every)), wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
     factor = cholesky(linear.covariance, ridge)
-    start = Start(linear.weight.float(), linear.bias.float(), linear.prior.float(), factor.float(), ridge)
+    prior = linear.weight if activation.is_summed else linear.prior  # the one-shot weight knows nothing of sums
+    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), factor.float(), ridge)
     weight, shift = fit_after_activation(activation, wanted.float(), inputs.float(), start)
     return weight.double(), shift.double()
 

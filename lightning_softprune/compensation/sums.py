@@ -1,23 +1,27 @@
 """Residual sums: what a model adds to a layer's outputs, found by watching who reads them.
 
 Where the outputs ``y`` are read by nothing but a sum ``r + y``, the sum is what the rest of the model sees. An error
-that earlier layers left in ``r`` can then be made up for by ``y``.
+that earlier layers left in ``r`` can then be made up for by ``y``. A BatchNorm in between, which in eval mode makes
+``s y + t`` of them, is looked through: to the outputs themselves ``r / s`` is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_softprune.compensation.activations import addend_of, scale_and_shift
 from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.nested import tensors_in
 
-_SUMS = ("add", "add_", "__add__", "__radd__", "__iadd__")
+LEAST_SCALE = 1e-3
+"""Where a BatchNorm makes an output vanish next to its others, nothing can be made up for: it is not looked through."""
 
 See = Callable[[str, torch.Tensor | None], None]
 
@@ -26,7 +30,8 @@ See = Callable[[str, torch.Tensor | None], None]
 def watch_sums(model: nn.Module, names: Sequence[str], see: See) -> Iterator[None]:
     """Call ``see(name, addend)`` for each function that reads outputs of the named layers in this block.
 
-    The addend is what is added to the outputs, of their shape; ``None`` where they are read by anything but such a sum.
+    The addend is what is added to the outputs, of their shape and, where a BatchNorm follows, at their scale; ``None``
+    where they are read by anything but such a sum.
     """
     readers = _Readers(see)
     layers = {name: model.get_submodule(name) for name in names}
@@ -38,43 +43,53 @@ def watch_sums(model: nn.Module, names: Sequence[str], see: See) -> Iterator[Non
         yield
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """A layer's outputs, or what a BatchNorm has made of them; the scale is one per channel, before further ones."""
+
+    outputs: torch.Tensor
+    name: str
+    scale: torch.Tensor | None = None
+
+
 class _Readers(TorchFunctionMode):
     """Tells of the functions that read the watched tensors."""
 
     def __init__(self, see: See) -> None:
         super().__init__()
         self.see = see
-        self.watched: list[tuple[torch.Tensor, str]] = []
+        self.watched: list[_Watched] = []
 
     def watch(self, name: str, output: Any) -> None:
         if isinstance(output, torch.Tensor):
-            self.watched = [one for one in self.watched if one[1] != name] + [(output, name)]
+            self.watched = [one for one in self.watched if one.name != name] + [_Watched(output, name)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not self.watched:
             return func(*args, **kwargs)
         given = tensors_in((args, kwargs))
-        read = [(output, name) for output, name in self.watched if any(output is tensor for tensor in given)]
-        addends = [_addend(func, output, args, kwargs) for output, _ in read]
+        read = [one for one in self.watched if any(one.outputs is tensor for tensor in given)]
+        addends = [addend_of(func, one.outputs, args, kwargs) for one in read]
         result = func(*args, **kwargs)
-        idle = isinstance(result, torch.Tensor) and _is_idle_dropout(func, args, kwargs)
-        if idle:
-            self.watched += [(result, name) for output, name in read if output is not result]
-        elif isinstance(result, (torch.Tensor, tuple, list)):  # not: a look at its shape
-            for (_, name), addend in zip(read, addends, strict=True):
-                self.see(name, addend)
+        for one, addend in zip(read, addends, strict=True):
+            scale = _scale(func, one.outputs, args, kwargs)
+            if isinstance(result, torch.Tensor) and scale is not None:
+                if one.outputs is not result:
+                    self.watched.append(_Watched(result, one.name, scale if one.scale is None else scale * one.scale))
+            elif isinstance(result, (torch.Tensor, tuple, list)):  # not: a look at its shape
+                self.see(one.name, addend if addend is None or one.scale is None else addend / one.scale)
         return result
 
 
-def _addend(func: Any, output: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor | None:
-    """What is added to the outputs index by index; ``None`` if this is no such sum."""
-    if getattr(func, "__name__", "") not in _SUMS or len(args) != 2 or kwargs:
+def _scale(func: Any, outputs: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor | None:
+    """What multiplies the outputs, if the function does nothing else with them but add a constant."""
+    if _is_idle_dropout(func, args, kwargs):
+        return outputs.new_ones(())
+    found = scale_and_shift(func, outputs, args, kwargs)
+    if found is None or not bool(found[0].abs().min() > LEAST_SCALE * found[0].abs().max()):
         return None
-    others = [value for value in args if value is not output]
-    if len(others) != 1 or not isinstance(others[0], torch.Tensor) or others[0].shape != output.shape:
-        return None
-    return others[0].detach().clone()  # the sum may be written into it
+    return found[0].to(outputs).reshape(-1, *[1] * (outputs.ndim - 2))
 
 
 def _is_idle_dropout(func: Any, args: Any, kwargs: Any) -> bool:

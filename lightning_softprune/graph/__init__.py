@@ -15,7 +15,14 @@ from lightning_softprune.graph.components import (
 from lightning_softprune.graph.computed import ComputedWeight, WeightGradients, watch_gradients
 from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
 from lightning_softprune.graph.geometry import Kernel, Shape, WeightGeometry, shape_mismatch
-from lightning_softprune.graph.grouping import Grouping, Place, groups_of, trace_groups
+from lightning_softprune.graph.grouping import (
+    Grouping,
+    Place,
+    groups_of,
+    groups_of_one_width,
+    trace_groups,
+    with_outputs_of,
+)
 from lightning_softprune.graph.groups import Count, Member, PruningGroup
 from lightning_softprune.graph.layer_types import (
     LAYER_TYPES,
@@ -82,6 +89,7 @@ __all__ = [
     "coverage",
     "geometry_of",
     "groups_of",
+    "groups_of_one_width",
     "layer_type",
     "layout_of",
     "match_modules",
@@ -104,5 +112,6 @@ __all__ = [
     "undeclared_twins",
     "watch_gradients",
     "weight_of",
+    "with_outputs_of",
     "write_weight",
 ]

@@ -13,9 +13,11 @@ the field.
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -23,7 +25,7 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.components import is_inside
-from lightning_softprune.graph.groups import PruningGroup
+from lightning_softprune.graph.groups import PruningGroup, crossed_parts
 from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
@@ -64,6 +66,8 @@ class CostModel:
         parameters: Terms of the parameter count.
         macs: Terms of the MAC count.
         biases: Parameters that come into being with the first channel that a slot loses: (slot, term).
+        crossed: Slots in which groups cross -> terms whose sum is the slot's size. They have slots of their own, one
+            per member and part, with tables of their own.
     """
 
     sizes: Mapping[Slot, int]
@@ -71,6 +75,7 @@ class CostModel:
     parameters: tuple[Term, ...]
     macs: tuple[Term, ...]
     biases: tuple[tuple[Slot, Term], ...] = ()
+    crossed: Mapping[Slot, tuple[Term, ...]] = field(default_factory=dict)
 
     def count(self, what: str, counts: IntArray) -> IntArray:
         """Exact counts, shape ``(n,)``; see :meth:`StoredCosts.count`."""
@@ -101,11 +106,14 @@ class CostModel:
         Args:
             counts: Channels removed from each group, shape ``(1, m)``.
         """
-        for slot, tables in self.tables.items():
-            lost = sum(int(table[counts[0, group]]) for group, table in tables)
-            if self.sizes[slot] and lost >= self.sizes[slot]:
-                return slot[0]
-        return ""
+        left = {
+            slot: self.sizes[slot] - sum(int(table[counts[0, group]]) for group, table in tables)
+            for slot, tables in self.tables.items()
+        }
+        for slot, terms in self.crossed.items():
+            left[slot] = sum(all(left[part] > 0 for part in term.slots) for term in terms)
+            left.update({part: 1 for term in terms for part in term.slots})
+        return next((slot[0] for slot, size in left.items() if self.sizes[slot] and size <= 0), "")
 
     @classmethod
     def build(
@@ -127,19 +135,10 @@ class CostModel:
             new_biases: Linear and convolution layers without a bias that get one when their input is pruned.
             judged: Names of the parameters that count; ``None``: all of them.
         """
-        sizes: dict[Slot, int] = {}
-        tables: dict[Slot, list[tuple[int, IntArray]]] = {}
-        for number, (group, ranking) in enumerate(zip(groups, rankings, strict=True)):
-            place = np.empty(group.num_channels, dtype=np.int64)
-            place[ranking] = np.arange(group.num_channels)
-            for member in group.members:
-                slot = (member.module, member.slot)
-                sizes[slot] = len(member.owner)
-                owned = member.owner[member.owner >= 0]
-                gone = np.bincount(place[owned] + 1, minlength=group.num_channels + 1).cumsum()
-                tables.setdefault(slot, []).append((number, gone))
-        merged = _merge(list(_parameter_terms(model, sizes, judged)))
-        macs = _merge(list(_mac_terms(model, sizes, applications)))
+        slots = _Slots(groups, rankings)
+        sizes = slots.sizes
+        merged = _merge(slots.apart(_parameter_terms(model, sizes, judged)))
+        macs = _merge(slots.apart(_mac_terms(model, sizes, applications)))
         biases = []
         for name in new_biases:
             layer = model.get_submodule(name)
@@ -149,7 +148,58 @@ class CostModel:
                 out = (name, "out")
                 term = Term(1.0, (out,)) if out in sizes else Term(float(layout.slots["out"]), ())
                 biases.append(((name, "in"), term))
-        return cls(sizes, {slot: tuple(found) for slot, found in tables.items()}, merged, macs, tuple(biases))
+        tables = {slot: tuple(found) for slot, found in slots.tables.items()}
+        return cls(sizes, tables, merged, macs, tuple(biases), slots.crossed)
+
+
+class _Slots:
+    """How much groups remove from slots; see :class:`CostModel`."""
+
+    def __init__(self, groups: Sequence[PruningGroup], rankings: Sequence[IntArray]) -> None:
+        self.sizes: dict[Slot, int] = {}
+        self.tables: dict[Slot, list[tuple[int, IntArray]]] = {}
+        self.crossed: dict[Slot, tuple[Term, ...]] = {}
+        places, members = [], defaultdict(list)
+        for number, (group, ranking) in enumerate(zip(groups, rankings, strict=True)):
+            places.append(np.argsort(ranking))
+            for member in group.members:
+                members[member.module, member.slot].append((number, member.owner))
+        for slot, held in members.items():
+            self._add(slot, held, places)
+            parts = crossed_parts([owner for _, owner in held])
+            if parts:
+                self.crossed[slot] = tuple(self._part(slot, n, held, part, places) for n, part in enumerate(parts))
+
+    def _add(self, slot: Slot, held: Sequence[tuple[int, IntArray]], places: Sequence[IntArray]) -> None:
+        self.sizes[slot] = len(held[0][1])
+        self.tables[slot] = [
+            (number, np.bincount(places[number][owner[owner >= 0]] + 1, minlength=len(places[number]) + 1).cumsum())
+            for number, owner in held
+        ]
+
+    def _part(
+        self,
+        slot: Slot,
+        n: int,
+        held: Sequence[tuple[int, IntArray]],
+        part: tuple[tuple[int, ...], IntArray],
+        places: Sequence[IntArray],
+    ) -> Term:
+        """Size of a part: what members that cross leave of it is the product of what each alone would leave."""
+        crossing, indices = part
+        slots = tuple((slot[0], f"{slot[1]} {n}.{member}") for member in crossing)
+        for own, member in zip(slots, crossing, strict=True):
+            number, owner = held[member]
+            self._add(own, [(number, owner[indices])], places)
+        return Term(float(len(indices)) ** (1 - len(slots)), slots)
+
+    def apart(self, terms: Iterator[Term]) -> list[Term]:
+        """Terms with the sizes of crossed slots written out."""
+        return [
+            Term(term.constant * np.prod([part.constant for part in parts]), sum((part.slots for part in parts), ()))
+            for term in terms
+            for parts in itertools.product(*(self.crossed.get(slot, (Term(1.0, (slot,)),)) for slot in term.slots))
+        ]
 
 
 def _merge(terms: Sequence[Term]) -> tuple[Term, ...]:

@@ -16,8 +16,8 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.components import match_modules, self_and_parents
-from lightning_softprune.graph.flow import Couplings
-from lightning_softprune.graph.groups import Count, Member, PruningGroup
+from lightning_softprune.graph.flow import CROSSED, Couplings
+from lightning_softprune.graph.groups import Count, Member, PruningGroup, crossed_parts, is_even
 from lightning_softprune.graph.layers import layer_type, linked_parts
 from lightning_softprune.graph.left_out import left_alone
 from lightning_softprune.graph.trace import Step, Trace, trace_model
@@ -28,7 +28,15 @@ Place = tuple[str, str]
 
 _OUTPUT = "produces an output of the network"
 
+_BEHIND = "put a layer behind it, which keeps its width, to prune what shares its channels:"
+
+_MOST_NAMES = 3
+"""So many layers are named in a reason."""
+
 _LONELY = "are added to places whose size is fixed, as those of a padding; put a layer between them to prune it"
+
+
+_WHOLE = "let it read all of it, or put a layer behind the product, to prune what it is made of"
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,8 @@ def groups_of(
         found = table.classes_of(name, slot)
         if slot.startswith("dim") and (found == -1).all():
             continue
+        if (found == -1).all() and len(found) and table.is_crossed(name, slot):
+            continue
         members = table.members(found)
         if slot.startswith("dim") and len(members) < 2:
             continue
@@ -109,12 +119,48 @@ def groups_of(
         seen |= built.slots()
         groups.append(built)
         classes.append(np.unique(found[found >= 0]))
-    named = _unique_names(groups)
+    named = _unique_names(_even(groups))
     splits = {g.name: table.splits(own) for g, own in zip(named, classes, strict=True)}
     counts = {g.name: table.counts(g, own) for g, own in zip(named, classes, strict=True)}
     alone = left_alone(trace.model, named, trace, table.reason_of)
     averaged = {g.name for g, own in zip(named, classes, strict=True) if table.is_averaged(own)}
     return Grouping([*named, *alone], splits, counts, averaged)
+
+
+def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup], trace: Trace) -> list[PruningGroup]:
+    """The groups, with what another step than those that were traced gives of their channels.
+
+    Args:
+        step: Runs the model; `None`: there is none.
+        name: The step's name.
+        groups: The groups of the trace.
+        trace: The trace.
+    """
+    given, result = [] if step is None else trace.given_by(step), []
+    for group in groups:
+        owners = {(member.module, member.slot): member.owner for member in group.members}
+        widths = {w: None for place, held, w in given if place in owners and (owners[place][held] >= 0).any()}
+        result.append(replace(group, outputs=(*group.outputs, *((name, width) for width in widths))))
+    return result
+
+
+def groups_of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
+    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
+    united: list[tuple[Place, Place]] = []
+    done: set[str] = set()
+    for lead in sorted(failing, key=lambda g: -len(g.members)):
+        if lead.name in done:
+            continue
+        widths = {
+            len(member.owner): (member.module, member.slot) for member in lead.members if (member.owner >= 0).all()
+        }
+        for other in failing:
+            places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
+            if other.name != lead.name and other.name not in done and places:
+                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
+                done.add(other.name)
+        done.add(lead.name)
+    return united
 
 
 def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
@@ -141,16 +187,21 @@ class _Table:
     def __init__(self, trace: Trace, couplings: Couplings) -> None:
         self.trace, self.couplings = trace, couplings
         self.all = couplings.classes()
+        self.crossed = couplings.crossed.by_class(self.all)
+        crossings = [
+            (factor, number, place) for number, found in self.crossed.items() for place, factor in enumerate(found)
+        ]
+        self._crossings = np.array(crossings, dtype=np.int64).reshape(-1, 3)
         self.keys = list(couplings.slots)
         self.starts = np.array([first for first, _ in couplings.slots.values()], dtype=np.int64)
         self.order = np.argsort(self.all, kind="stable")
         self.bounds = np.searchsorted(self.all[self.order], np.arange(self.all.max(initial=-1) + 2))
-        self._averaged = np.unique(self.all[np.concatenate([np.zeros(0, np.int64), *couplings.averaged])])
+        self._averaged = set(self._apart(np.concatenate([np.zeros(0, np.int64), *couplings.averaged])))
         self._modules = dict(trace.model.named_modules())
         # looked up by class: there are as many of them as there are reshapes in the model
         self._splits: dict[int, dict[str, int]] = defaultdict(dict)
         for split in couplings.splits:
-            for number in np.unique(self.all[split.atoms[split.atoms >= 0]]).tolist():
+            for number in self._apart(split.atoms):
                 self._splits[number][split.site] = len(split.sizes)
         self._extents: dict[int, list[tuple[IntArray, str]]] = defaultdict(list)
         for atoms, module in {(id(atoms), module): (atoms, module) for atoms, module in couplings.extents}.values():
@@ -159,37 +210,57 @@ class _Table:
                 self._extents[int(found[0])].append((found, module))
         self._outputs: dict[int, dict[tuple[str, int], None]] = defaultdict(dict)
         for module, atoms in couplings.returned:
-            for number in np.unique(self.all[atoms[atoms >= 0]]).tolist():
+            for number in self._apart(atoms):
                 self._outputs[number][module, len(atoms)] = None
         self.soft: set[int] = set()
         self.reasons: dict[int, str] = {}
         for atoms, reason, whole in couplings.pins:
-            for number in np.unique(self.all[atoms]):
+            for number in self._apart(atoms):
                 if not whole:
-                    self.soft.add(int(number))
-                elif _OUTPUT in reason or int(number) not in self.reasons:
-                    self.reasons[int(number)] = reason
+                    self.soft.add(number)
+                elif _OUTPUT in reason or number not in self.reasons:
+                    self.reasons[number] = reason
+
+    def _apart(self, atoms: IntArray) -> list[int]:
+        """The classes of atoms; of crossed ones, those of their factors."""
+        numbers = np.unique(self.all[atoms[atoms >= 0]]).tolist()
+        found = dict.fromkeys(factor for number in numbers for factor in self.crossed.get(number, (number,)))
+        return [number for number in found if number >= 0]
 
     def classes_of(self, name: str, slot: str) -> IntArray:
-        """The class of each index of a slot; -1 for those that have a fixed place."""
+        """The class of each index of a slot; -1 for those that have a fixed place, and for crossed ones."""
         first, size = self.couplings.slots[name, slot]
         found: IntArray = self.all[first : first + size].copy()
-        kept = [number for number in np.unique(found) if number in self.soft and number not in self.reasons]
+        numbers = np.unique(found).tolist()
+        kept = [n for n in numbers if n in self.crossed or (n in self.soft and n not in self.reasons)]
         found[np.isin(found, kept)] = -1
         return found
 
     def members(self, found: IntArray) -> tuple[Member, ...]:
-        """The slots that hold the atoms of some classes; a group's channel number for each class."""
+        """The slots that hold the atoms of some classes; a group's channel number for each class.
+
+        A slot whose indices go with several channels each, one for each factor, is a member as often.
+        """
         numbers = list(dict.fromkeys(found[found >= 0].tolist()))
-        result: dict[int, IntArray] = {}
-        for channel, number in enumerate(numbers):
-            atoms = self.order[self.bounds[number] : self.bounds[number + 1]]
-            places = np.searchsorted(self.starts, atoms, side="right") - 1
-            for place in np.unique(places):
-                key = self.keys[place]
-                owner = result.setdefault(place, np.full(self.couplings.slots[key][1], -1, dtype=np.int64))
-                owner[atoms[places == place] - self.starts[place]] = channel
-        return tuple(Member(*self.keys[place], owner) for place, owner in sorted(result.items()))
+        channel_of = np.full(len(self.bounds), -1, dtype=np.int64)
+        channel_of[numbers] = np.arange(len(numbers))
+        factors, crossed, factor = self._crossings[channel_of[self._crossings[:, 0]] >= 0].T
+        classes = np.concatenate([np.array(numbers, dtype=np.int64), crossed])
+        channels = np.concatenate([np.arange(len(numbers)), channel_of[factors]])
+        factor = np.concatenate([np.zeros(len(numbers), dtype=np.int64), factor])
+        sizes = self.bounds[classes + 1] - self.bounds[classes]
+        inside = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        atoms = self.order[np.repeat(self.bounds[classes], sizes) + inside]
+        channels, factor = np.repeat(channels, sizes), np.repeat(factor, sizes)
+        slots = np.searchsorted(self.starts, atoms, side="right") - 1
+        members = []
+        for slot, place in np.unique(np.stack([slots, factor]), axis=1).T.tolist():
+            key, held = self.keys[slot], (slots == slot) & (factor == place)
+            if key[1] != CROSSED:
+                owner = np.full(self.couplings.slots[key][1], -1, dtype=np.int64)
+                owner[atoms[held] - self.starts[slot]] = channels[held]
+                members.append(Member(key[0], key[1], owner))
+        return tuple(members)
 
     def reason_of(self, name: str) -> str:
         """Why a layer or tensor has pinned atoms; empty where it has none."""
@@ -199,6 +270,11 @@ class _Table:
                     if int(number) in self.reasons:
                         return self.reasons[int(number)]
         return ""
+
+    def is_crossed(self, name: str, slot: str) -> bool:
+        """Whether indices of a slot go with those of other slots alone."""
+        first, size = self.couplings.slots[name, slot]
+        return any(number in self.crossed for number in self.all[first : first + size].tolist())
 
     def splits(self, own: IntArray) -> dict[str, int]:
         """Places in the code at which these classes were laid out over several dimensions -> alternatives."""
@@ -210,7 +286,7 @@ class _Table:
 
     def is_averaged(self, own: IntArray) -> bool:
         """Whether something is computed over these classes that misses those that go."""
-        return bool(np.isin(self._averaged, own).any())
+        return not self._averaged.isdisjoint(own.tolist())
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""
@@ -245,6 +321,9 @@ def _build(
         reason = "it has a single channel" if numbers else f"all of its {len(found)} channels {_LONELY}"
     if not len(found):
         reason = "it has no channels"
+    producers = {member.module for member in members if member.slot == "out"}
+    if reason.endswith(_OUTPUT) and len(producers) > 1:
+        reason = f"{reason}; {_BEHIND} {', '.join(sorted(producers - {reason.partition(' ')[0]})[:_MOST_NAMES])}"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:
@@ -253,6 +332,21 @@ def _build(
     if not reason and least >= len(numbers):
         reason = f"{needy} needs all of its {len(numbers)} channels"
     return PruningGroup(name, "", "intra", len(numbers), members, not reason, reason, least=least)
+
+
+def _even(groups: Sequence[PruningGroup]) -> list[PruningGroup]:
+    """The groups; those that cross in a part of a slot are refused if it is not all of an outer product."""
+    held: dict[Place, list[tuple[int, IntArray]]] = defaultdict(list)
+    for number, group in enumerate(groups):
+        for member in group.members:
+            held[member.module, member.slot].append((number, member.owner))
+    result = list(groups)
+    for (module, _), found in held.items():
+        for crossing, indices in crossed_parts([owner for _, owner in found]) if len(found) > 1 else ():
+            if len(crossing) > 1 and not is_even([found[place][1][indices] for place in crossing]):
+                for number in {found[place][0] for place in crossing if result[found[place][0]].prunable}:
+                    result[number] = result[number].refuse(f"{module} reads a part of an outer product; {_WHOLE}")
+    return result
 
 
 def _least(trace: Trace, member: Member, channels: int) -> int:

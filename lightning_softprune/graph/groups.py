@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -89,3 +90,31 @@ class PruningGroup:
     def slots(self) -> set[tuple[str, str]]:
         """The ``(module, slot)`` pairs of the members."""
         return {(member.module, member.slot) for member in self.members}
+
+
+def crossed_parts(owners: Sequence[IntArray]) -> list[tuple[tuple[int, ...], IntArray]]:
+    """The parts of a slot, where members cross in it: an index of a flattened outer product belongs to several.
+
+    Args:
+        owners: Of each member of the slot.
+
+    Returns:
+        Numbers of members, and the indices that belong to these and no others. Nothing where no two members cross.
+    """
+    held = np.stack([owner >= 0 for owner in owners])
+    if (held.sum(axis=0) <= 1).all():
+        return []
+    kinds, kind = np.unique(held, axis=1, return_inverse=True)
+    numbers = [tuple(np.flatnonzero(column).tolist()) for column in kinds.T]
+    return [(number, np.flatnonzero(kind.ravel() == n)) for n, number in enumerate(numbers)]
+
+
+def is_even(owners: Sequence[IntArray]) -> bool:
+    """Whether channels of members that cross in a part of a slot meet as often as each other: nothing of it is cut off.
+
+    Args:
+        owners: Of each member, for the indices of the part.
+    """
+    counts = np.unique(np.stack(owners), axis=1, return_counts=True)[1]
+    wanted = np.prod([len(np.unique(owner)) for owner in owners])
+    return len(counts) == wanted and bool((counts == counts[0]).all())

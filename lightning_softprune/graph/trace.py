@@ -11,13 +11,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, named_tensors
+from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, TooLongError, is_atoms, named_tensors
 from lightning_softprune.graph.layers import Layout, layer_type, layout_of, linked_parts, parts_of_layers
+from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.nested import tensors_in
 
 Step = Callable[[], Any]
+
+_MUCH_MORE = 8
+"""So many times the operations of the traced steps."""
 
 
 @dataclass
@@ -29,16 +35,41 @@ class Trace:
         tape: What it computed.
         layouts: Its sliceable layers by name.
         reasons: Names of the modules that cannot be looked into -> why.
+        whole: Those of the layers that are taken as a whole.
     """
 
     model: nn.Module
     tape: Tape
     layouts: dict[str, Layout]
     reasons: dict[str, str]
+    whole: dict[str, Layout]
 
     def couplings(self, choices: Mapping[str, int] | None = None) -> Couplings:
         """What follows, with other choices than the first where given."""
         return Flow(self.model, self.tape, self.layouts, self.reasons, choices or {}).run()
+
+    def given_by(self, step: Step) -> list[tuple[tuple[str, str], IntArray, int]]:
+        """Dimensions of what another step returns that hold channels: slots, their indices, and the width.
+
+        Args:
+            step: Runs the model once more. Where it fails, or computes much more than the steps did that were traced
+                (a sampler's loop), nothing is known.
+        """
+        recorder = Recorder(self.model, self.whole, self.reasons, _MUCH_MORE * len(self.tape.operations))
+        try:
+            with _modes_kept(self.model), recorder.recording():
+                returned = [recorder.value(tensor) for tensor in tensors_in(step())]
+        except (Exception, TooLongError):  # it was written for other batches than there are
+            return []
+        flow = Flow(self.model, recorder.tape, self.layouts, self.reasons)
+        couplings, found = flow.run(), []
+        for label in (label for value in returned for label in flow.labels(value) if is_atoms(label)):
+            atoms = np.unique(couplings.crossed.factors(label) or [label])
+            for place, (first, size) in couplings.slots.items():
+                indices = atoms[(atoms >= first) & (atoms < first + size)] - first
+                if len(indices):
+                    found.append((place, indices, len(label)))
+        return found
 
 
 def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, str] | None = None) -> Trace:
@@ -69,7 +100,7 @@ def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, s
     tape = _recorded(model, steps, whole, reasons)
     if any(name not in tape.names for name, _ in named_tensors(model)):
         tape = _recorded(model, steps, whole, reasons)  # it makes some of its tensors when it first runs
-    return Trace(model, tape, layouts, reasons)
+    return Trace(model, tape, layouts, reasons, whole)
 
 
 def _recorded(model: nn.Module, steps: Sequence[Step], whole: Mapping[str, Layout], reasons: Mapping[str, str]) -> Tape:

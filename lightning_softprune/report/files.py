@@ -23,7 +23,7 @@ from lightning_softprune.utilities.files import read_file, refuse_link, replace_
 
 RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
-_ROOT, _ROUND, _VERSION = "softprune", "epoch=", "version_"
+_ROOT, _ROUND, _VERSION, _CLAIM = "softprune", "epoch=", "version_", ".run"
 
 
 def round_folder(root: Path, epoch: int) -> Path:
@@ -35,23 +35,39 @@ def round_folder(root: Path, epoch: int) -> Path:
     return Path(root) / _ROOT / f"{_ROUND}{epoch}"
 
 
-def free_folder(root: Path, epoch: int, identity: str) -> Path:
+def claim_folder(root: Path, epoch: int, identity: str) -> Path:
     """Where the files of a run's round at `epoch` belong, so that no other run's are overwritten.
 
     The first run in a folder has its rounds in ``softprune/epoch=<e>``, the next one in
-    ``softprune/version_1/epoch=<e>``, and so on. A run that goes on finds its own place again.
+    ``softprune/version_1/epoch=<e>``, and so on. A run that goes on finds its own place again, and one that starts at
+    the same moment another: whoever makes the file ``.run`` first has the place.
 
     Args:
         root: The run's folder.
         epoch: The round's.
         identity: Tells runs apart, see `Origin`.
+
+    Raises:
+        OSError: The place cannot be written, or is a link.
     """
     first = round_folder(root, epoch)
     for number in itertools.count():
         folder = first if number == 0 else first.parent / f"{_VERSION}{number}" / first.name
-        if _runs_in(folder.parent) <= {identity}:
+        if _runs_in(folder.parent) <= {identity} and _is_claimed(folder.parent, identity):
             return folder
     raise AssertionError("there are versions without end")
+
+
+def _is_claimed(place: Path, identity: str) -> bool:
+    """Whether the run has this place, now or before."""
+    _refuse_linked(place)
+    place.mkdir(parents=True, exist_ok=True)
+    try:
+        with (place / _CLAIM).open("x", encoding="utf-8") as file:
+            file.write(identity)
+    except FileExistsError:
+        return read_file(place / _CLAIM) == identity.encode()
+    return True
 
 
 def _runs_in(folder: Path) -> set[str | None]:
@@ -98,7 +114,7 @@ def try_write_files(result: PruningResult, root: Path) -> Path | None:
     """
     folder = round_folder(root, result.epoch)
     try:
-        folder = free_folder(root, result.epoch, result.origin.identity)
+        folder = claim_folder(root, result.epoch, result.origin.identity)
         write_files(result, folder)
     except Exception as error:  # a full disk, a folder of somebody else's: no reason to end a training run
         from lightning.pytorch.utilities import rank_zero_warn  # slow to import, and the command line has no use for it

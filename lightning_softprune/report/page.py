@@ -89,10 +89,9 @@ def _milliseconds(seconds: float) -> str:
 
 def _header(result: PruningResult) -> Markup:
     evaluations = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}"
-    trials = f"{len(result.trials):,} trial{'' if len(result.trials) == 1 else 's'}"
     origin = result.origin
     facts = [origin.run, origin.date, result.measured_on]
-    facts += [result.strategy, trials, evaluations, f"{result.seconds:,.1f} s", f"stopped: {result.stop_reason}"]
+    facts += [result.strategy, evaluations, f"{result.seconds:,.1f} s", f"stopped: {result.stop_reason}"]
     title = f"{origin.model}, round at epoch {result.epoch}" if origin.model else f"Round at epoch {result.epoch}"
     links = [tag("a", name, href=name) for name in ("trials.csv", "result.json")]
     return heading("SoftPruning", title, facts, links)

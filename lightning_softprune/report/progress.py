@@ -57,13 +57,13 @@ def progress_style(trainer: Trainer) -> Literal["rich", "tqdm", "plain"]:
 
 
 class SearchProgress:
-    """A progress bar for a search: trials, best score so far, time elapsed and left.
+    """A progress bar for a search: evaluations, best score so far, time elapsed and left.
 
     On a terminal it moves and is gone afterwards. Elsewhere it is one line at the start, one every 30 s with the time
     left, and one at the end.
 
     Args:
-        total: Number of trials, if known; an upper bound will do.
+        total: Number of evaluations, if known; an upper bound will do.
         monitor: Name of the metric.
         mode: `"min"` or `"max"`.
         style: `"auto"`: what goes with the trainer's own bar, or rich if there is no trainer. `"none"`: print nothing.
@@ -79,8 +79,8 @@ class SearchProgress:
     >>> with SearchProgress(total=2, monitor="val_psnr", mode="max", style="plain") as bar:
     ...     bar.advance(19.5)
     ...     bar.advance(19.7)  # doctest: +ELLIPSIS
-    Search: up to 2 trials, val_psnr (max)
-    Search: 2 trials, best val_psnr 19.7, ... s
+    Search: up to 2 evaluations, val_psnr (max)
+    Search: 2 evaluations, best val_psnr 19.7, ... s
     """
 
     name = "Search"
@@ -101,14 +101,14 @@ class SearchProgress:
         self.monitor = monitor
         self.mode = mode
         self.style = style
-        self.trials = 0
+        self.evaluations = 0
         self.best = math.nan
         self._trainer = trainer
         self._console = console
         self._display: _Display | None = None
 
     def __enter__(self) -> SearchProgress:
-        self.trials, self.best = 0, math.nan
+        self.evaluations, self.best = 0, math.nan
         if self.style != "none":
             self._display = self._open_display()
         return self
@@ -121,24 +121,24 @@ class SearchProgress:
     ) -> None:
         display, self._display = self._display, None
         if display is not None:
-            display.close(self.trials, self._best_text(), complete=exc_type is None)
+            display.close(self.evaluations, self._best_text(), complete=exc_type is None)
 
     def advance(self, score: float, best: float | None = None) -> None:
-        """Count one trial.
+        """Count one evaluation.
 
         Args:
-            score: The trial's score.
+            score: Its score.
             best: The best score so far as the search counts it, NaN for none yet. If not given, the best of the
                 scores seen, NaN ignored.
         """
-        self.trials += 1
+        self.evaluations += 1
         if best is not None:
             self.best = best
         elif math.isnan(self.best) or better(score, self.best, self.mode):
             self.best = score
         if self._display is not None:
-            total = None if self.total is None else max(self.total, self.trials)  # a final check may come on top
-            self._display.update(self.trials, total, self._best_text())
+            total = None if self.total is None else max(self.total, self.evaluations)  # a final check may come on top
+            self._display.update(self.evaluations, total, self._best_text())
 
     def say(self, line: str) -> None:
         """Print a line above whatever moves, unless nothing is to be printed."""
@@ -170,7 +170,7 @@ class SearchProgress:
             return self._plain_lines(console)
 
     def _plain_lines(self, console: Console) -> _Display | None:
-        total = "" if self.total is None else f"up to {self.total:,} trials, "
+        total = "" if self.total is None else f"up to {self.total:,} evaluations, "
         return _PlainLines(console, f"{total}{self.monitor} ({self.mode})")
 
 
@@ -238,9 +238,9 @@ def _is_animated(console: Console) -> bool:
 class _Display(Protocol):
     """One way of drawing; the constructor draws it for the first time."""
 
-    def update(self, trials: int, total: int | None, best: str) -> None: ...
+    def update(self, evaluations: int, total: int | None, best: str) -> None: ...
 
-    def close(self, trials: int, best: str, complete: bool) -> None: ...
+    def close(self, evaluations: int, best: str, complete: bool) -> None: ...
 
 
 class _PlainLines:
@@ -249,18 +249,18 @@ class _PlainLines:
         self._start = self._last = time.perf_counter()
         self._print(f"Search: {description}")
 
-    def update(self, trials: int, total: int | None, best: str) -> None:
+    def update(self, evaluations: int, total: int | None, best: str) -> None:
         now = time.perf_counter()
         if now - self._last < LINE_EVERY:
             return
         self._last, passed = now, now - self._start
-        count = f"{trials:,} trials" if total is None else f"{trials:,} of up to {total:,} trials"
-        left = "" if total is None else f", up to {passed / trials * (total - trials):.0f} s left"
-        self._print(f"Search: {count}, {best}, {passed:.0f} s{left}")
+        count = f"{evaluations:,}" if total is None else f"{evaluations:,} of up to {total:,}"
+        left = "" if total is None else f", up to {passed / evaluations * (total - evaluations):.0f} s left"
+        self._print(f"Search: {count} evaluations, {best}, {passed:.0f} s{left}")
 
-    def close(self, trials: int, best: str, complete: bool) -> None:
+    def close(self, evaluations: int, best: str, complete: bool) -> None:
         seconds = time.perf_counter() - self._start
-        count = f"{trials:,} trial{'' if trials == 1 else 's'}"
+        count = f"{evaluations:,} evaluation{'' if evaluations == 1 else 's'}"
         self._print(f"Search{'' if complete else ' interrupted'}: {count}, {best}, {seconds:.1f} s")
 
     def _print(self, line: str) -> None:
@@ -280,12 +280,14 @@ class _RichRow:
         self._task: TaskID = progress.add_task(self._description(best), total=math.inf if total is None else total)
         progress.refresh()
 
-    def update(self, trials: int, total: int | None, best: str) -> None:
+    def update(self, evaluations: int, total: int | None, best: str) -> None:
         total_or_inf = math.inf if total is None else total
-        self._progress.update(self._task, completed=trials, total=total_or_inf, description=self._description(best))
+        self._progress.update(
+            self._task, completed=evaluations, total=total_or_inf, description=self._description(best)
+        )
         self._bar.refresh()
 
-    def close(self, trials: int, best: str, complete: bool) -> None:
+    def close(self, evaluations: int, best: str, complete: bool) -> None:
         # Hidden, not removed, as Lightning does with its own: it looks its tasks up by their place in the list.
         self._progress.update(self._task, visible=False)
         self._progress.refresh()
@@ -311,10 +313,10 @@ class _RichBar:
         self._task = self._progress.add_task("", total=total, best=best)
         self._progress.start()
 
-    def update(self, trials: int, total: int | None, best: str) -> None:
-        self._progress.update(self._task, completed=trials, total=total, best=best)
+    def update(self, evaluations: int, total: int | None, best: str) -> None:
+        self._progress.update(self._task, completed=evaluations, total=total, best=best)
 
-    def close(self, trials: int, best: str, complete: bool) -> None:
+    def close(self, evaluations: int, best: str, complete: bool) -> None:
         self._progress.stop()
 
 
@@ -332,10 +334,10 @@ class _TqdmBar:
             postfix=best,
         )
 
-    def update(self, trials: int, total: int | None, best: str) -> None:
+    def update(self, evaluations: int, total: int | None, best: str) -> None:
         self._bar.total = total
         self._bar.set_postfix_str(best, refresh=False)
-        self._bar.update(trials - self._bar.n)
+        self._bar.update(evaluations - self._bar.n)
 
-    def close(self, trials: int, best: str, complete: bool) -> None:
+    def close(self, evaluations: int, best: str, complete: bool) -> None:
         self._bar.close()

@@ -115,12 +115,25 @@ def evaluations_line(result: PruningResult) -> str:
     """What the evaluations were spent on; those of finalists are told apart, as they are not among them."""
     counts = Counter(stages(result))
     parts = ["the dense model", f"{counts['search']:,} of the search"]
-    parts += [f"{counts['committed']:,} of the plan as it is committed"] if counts["committed"] else []
+    if counts["committed"]:
+        parts.append(f"{counts['committed']:,} of the plan as it is committed{_score_before(result)}")
     line = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}: {', '.join(parts)}"
     finalists = f"{counts['finalist']:,} finalist{'' if counts['finalist'] == 1 else 's'}"
     extra = f"; besides, {finalists} on all validation batches" if counts["finalist"] else ""
     known = 1 + counts["search"] + counts["committed"] - result.evaluations
     return line + extra + (f"; {known:,} had a score that was known" if known > 0 else "")
+
+
+def _score_before(result: PruningResult) -> str:
+    """What the search knew the chosen plan by, where refining it has changed its score; else empty."""
+    number = chosen_trial(result)
+    if number is None:
+        return ""
+    chosen, first = result.trials[number], result.trials[number]
+    for trial in reversed(result.trials[:number]):
+        if (trial.coefficients, trial.share) == (chosen.coefficients, chosen.share):
+            first = trial
+    return "" if first.score == chosen.score else f" ({result.monitor} {first.score:.4g} before that)"
 
 
 def has_parts(result: PruningResult) -> bool:

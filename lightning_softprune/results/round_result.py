@@ -93,9 +93,9 @@ class PruningResult:
         passes: Validation passes that these took together, those on a part of the batches as fractions, with those that
             told which part will do and with the finalists on all; default: `evaluations`.
         outcome: One of :class:`Outcome`; default: what `applied` and `reason` say.
-        score_finetuned: The monitored metric of the last validation of the fit, once that is over; `None` until then,
-            where nothing was trained after the round, and for rounds before the last one. No part of a comparison of
-            two results: a checkpoint from before the end has the same round.
+        score_finetuned: The monitored metric of the fit's latest validation since the round; `None` before one, where
+            nothing was trained after the round, and for rounds before the last one. No part of a comparison of two
+            results: a checkpoint from before the end has the same round.
         device: What latency was measured on; `""`: it was not measured.
         latency_batch: Samples of the batch that it was measured with.
         layers: The layers whose tensors the round has made smaller, with their shapes.

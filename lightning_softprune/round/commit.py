@@ -83,7 +83,7 @@ def rehearse_plan(
         dense = None
         if settings.compensation == "least_squares":
             room = runner.memory_left - (teaching_bytes(module, heals) if heals or taught else 0)
-            dense = DenseRun(module, problem.compensation, problem.calibration, room)
+            dense = DenseRun(module, problem.compensation, problem.calibration, room, runner.steady)
         for averaged in copies:
             problem.prune(averaged, best.plan)
         surgery = problem.prune(module, best.plan)

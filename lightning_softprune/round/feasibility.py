@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
+from lightning_softprune.calibration import ScoresError
 from lightning_softprune.graph import record_usage
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.settings import Goal, RoundSettings
@@ -162,6 +163,8 @@ class _Look:
                 self._look(runner, whole=batch is None)
         except MisconfigurationException as error:
             self.error = error
+        except ScoresError as error:
+            self.error = MisconfigurationException(str(error))
         except Exception:  # the user's own
             return True
         return self.error is None and not self.doubt

@@ -9,7 +9,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics, find_readers, norms, rank
+from lightning_softprune.calibration import (
+    InputStatistics,
+    collect_statistics,
+    find_read_positions,
+    norms,
+    rank,
+    readers_that_lose,
+)
 from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts, find_logit_fits
 from lightning_softprune.graph import (
     CostModel,
@@ -19,6 +26,7 @@ from lightning_softprune.graph import (
     assign_components,
     coverage,
     groups_of,
+    groups_of_one_width,
     mirror_counts,
     mirror_twins,
     record_macs,
@@ -26,6 +34,7 @@ from lightning_softprune.graph import (
     refuse_unjudged,
     refuse_unseen_readers,
     trace_model,
+    with_outputs_of,
 )
 from lightning_softprune.report import Phases
 from lightning_softprune.results import Costs, GroupResult, LeftOut
@@ -43,7 +52,7 @@ from lightning_softprune.search import (
     build_space,
 )
 from lightning_softprune.surgery import Candidates, Surgery, apply_plan, forget_weights, probe_with_counts
-from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Steps, run_steps
+from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Step, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.threads import are_tiny, one_thread
 
@@ -113,13 +122,17 @@ class PruningProblem:
         rounding = _rounding(groups, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
-            statistics = _statistics(runner, settings, _readers_that_lose(module, groups, rounding.high), calibration)
+            readers = readers_that_lose(module, groups, rounding.high)
+            positions = find_read_positions(module, [reader.name for reader in readers], calibration)
+            how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
+            statistics = collect_statistics(module, readers, calibration, positions=positions, **how)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
             statistics = _seen_by_twins(statistics, settings.twins or {})
             intercepts = _intercepts(runner, settings, groups)
             compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
+            compensation.positions = positions
             if settings.compensation == "least_squares":
                 compensation.logits = find_logit_fits(module, groups, calibration)
         identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
@@ -142,11 +155,12 @@ class PruningProblem:
         if not _one_can_go(runner, [group for group in found if group.prunable], settings.round_to):
             found = _traced(runner, settings, judged)
         groups = _prunable(found)
-        rankings = tuple(np.arange(group.num_channels, dtype=np.int64) for group in groups)
+        rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
+        if callable(settings.importance):  # the user's own, which may be wrong
+            rankings = rank(settings.importance, runner.module, groups, (), {}, np.random.default_rng(0))
         nothing = Compensation("none", runner.module, groups, rankings, {})
-        realisation = Realisation(
-            Coefficients.of(groups, settings.granularity), _rounding(groups, settings), tuple(rankings)
-        )
+        coefficients = Coefficients.of(groups, settings.granularity)
+        realisation = Realisation(coefficients, _rounding(groups, settings), tuple(rankings))
         return cls._counted(runner, found, realisation, nothing, (judged, [], ""))
 
     @classmethod
@@ -261,6 +275,7 @@ class StepsToTrace:
         probing: The same on fewer samples, for probes; empty: the steps themselves.
         round_to: Kept channels are a multiple of it.
         probed: Whether groups are tried; else they are what the trace says.
+        predicting: The module's own `predict_step`, whose outputs are looked at; `None` without one.
     """
 
     steps: Steps
@@ -269,6 +284,7 @@ class StepsToTrace:
     probing: Steps = field(default_factory=list)
     round_to: int = 1
     probed: bool = True
+    predicting: Step | None = None
 
 
 def prepare_groups(
@@ -299,7 +315,7 @@ def prepare_groups(
 
     with one_thread(are_tiny(trace.tape.shapes)):
         try:
-            return _best_reading(read)
+            return with_outputs_of(how.predicting, "predict_step", _best_reading(read), trace)
         finally:
             forget_weights()
 
@@ -333,7 +349,7 @@ def _best_reading(
         found, other = read({**choices, **failing}, ())
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    united = _of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
+    united = groups_of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
     if united:
         found, _ = read(choices, united)
         if _reached(found) > _reached(best):
@@ -341,38 +357,12 @@ def _best_reading(
     return best
 
 
-def _of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
-    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
-    united: list[tuple[Place, Place]] = []
-    done: set[str] = set()
-    for lead in sorted(failing, key=lambda g: -len(g.members)):
-        if lead.name in done:
-            continue
-        widths = {
-            len(member.owner): (member.module, member.slot) for member in lead.members if (member.owner >= 0).all()
-        }
-        for other in failing:
-            places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
-            if other.name != lead.name and other.name not in done and places:
-                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
-                done.add(other.name)
-        done.add(lead.name)
-    return united
-
-
-def _readers_that_lose(module: nn.Module, groups: Sequence[PruningGroup], high: FloatArray) -> list[Reader]:
-    """Readers of groups that can lose channels; the bounds of some are 0."""
-    if (high > 0).all():
-        return find_readers(module, groups)
-    shrinking = [group for group, most in zip(groups, high, strict=True) if most > 0]
-    names = {reader.name for reader in find_readers(module, shrinking)}
-    return [reader for reader in find_readers(module, groups) if reader.name in names]  # strides depend on all groups
-
-
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
     probing = runner.probing(PROBE_SAMPLES) if probed else []
-    how = StepsToTrace(runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed)
+    how = StepsToTrace(
+        runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed, runner.predicting()
+    )
     return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
 
 
@@ -406,13 +396,6 @@ def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Roundi
         return build_rounding(groups, settings.bounds, settings.round_to)
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-
-
-def _statistics(
-    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], calibration: Steps
-) -> dict[str, InputStatistics]:
-    unfolded, budget = settings.compensation != "none", runner.memory_left
-    return collect_statistics(runner.module, readers, calibration, with_unfolded=unfolded, budget=budget)
 
 
 def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[PruningGroup]) -> Intercepts:

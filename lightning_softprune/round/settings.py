@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from lightning_softprune.calibration import Importance
 from lightning_softprune.compensation import Teacher
 from lightning_softprune.graph import COSTS
 from lightning_softprune.results import Costs, PruningResult
@@ -30,7 +31,7 @@ class RoundSettings:
     ignore: tuple[str, ...]
     twins: dict[str, str] | None
     bounds: dict[str, list[float]] | None
-    importance: str
+    importance: str | Importance
     compensation: str
     round_to: int
     search_batches: int | None

@@ -188,7 +188,7 @@ def _held(
     if module is None or not isinstance(layout, Layout):
         owner, _, attribute = member.module.rpartition(".")
         found = getattr(modules[owner], attribute, None)
-        if isinstance(found, torch.Tensor) and found.is_floating_point():
+        if isinstance(found, torch.Tensor) and (found.is_floating_point() or found.is_complex()):
             yield found, int(member.slot.removeprefix("dim")), gone
         return
     computed = computed_of(module)
@@ -346,7 +346,9 @@ def _rearrange(
             order = held[np.argsort(member.owner[held], kind="stable")]
             channels = member.owner[order]
             starts = np.searchsorted(channels, np.arange(group.num_channels))
-            moved[order] = order[starts[place[channels]] + np.arange(len(order)) - starts[channels]]
+            step = np.arange(len(moved))
+            step[order] = order[starts[place[channels]] + np.arange(len(order)) - starts[channels]]
+            content[slot] = moved[step]  # one after another: groups may cross in a slot
             lost[held] |= going[member.owner[held]]
     selected: dict[str, dict[str, torch.Tensor]] = {}
     for (module, side), moved in content.items():

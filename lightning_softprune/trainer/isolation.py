@@ -96,13 +96,10 @@ class OwnRandomness:
 
 
 @contextmanager
-def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[None]:
+def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapshot | None = None) -> Iterator[None]:
     """Puts back, on exit, everything around the module's parameters that the user's own code may change.
 
-    That is: the schedulers' state and the optimizers' hyperparameters; the trainer's metrics, stage, `should_stop` and
-    loggers; of the module and all its submodules the buffers, metric states, `training` and `requires_grad` flags, and
-    what they keep as attributes: data, and objects of the user's own with what these hold (`Snapshot` says how far).
-    Objects stay the same objects, also when an exception passes through.
+    What that is, :func:`remembered` says. Objects stay the same objects, also when an exception passes through.
 
     Pending gradients are set aside meanwhile (inside, every `parameter.grad` starts as `None`, as in Lightning's
     validation) and come back untouched. Parameter values and the optimizers' state are not looked after, so a change
@@ -111,9 +108,25 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
     Args:
         trainer: The trainer in charge.
         pl_module: Its module.
+        memory: What is to be put back; default: all as it is now.
 
     Yields:
         Nothing.
+    """
+    memory = memory or remembered(trainer, pl_module)
+    try:
+        memory.take_gradients()
+        yield
+    finally:
+        memory.restore()
+
+
+def remembered(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
+    """Everything around the module's parameters that the user's own code may change, as it is now.
+
+    That is: the schedulers' state and the optimizers' hyperparameters; the trainer's metrics, stage, `should_stop` and
+    loggers; of the module and all its submodules the buffers, metric states, `training` and `requires_grad` flags, and
+    what they keep as attributes: data, and objects of the user's own with what these hold (`Snapshot` says how far).
     """
     memory = Snapshot(opaque())
     for optimizer in trainer.optimizers:
@@ -129,11 +142,7 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[No
     memory.attribute(trainer.strategy, "_model")
     memory.attributes(getattr(trainer, "datamodule", None))
     memory.contents(pl_module)
-    try:
-        memory.take_gradients()
-        yield
-    finally:
-        memory.restore()
+    return memory
 
 
 @contextmanager

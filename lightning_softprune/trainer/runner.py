@@ -23,6 +23,7 @@ from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     isolated_rng,
     metrics_in,
+    remembered,
     untouched,
 )
 from lightning_softprune.trainer.lightning_names import is_overridden
@@ -41,6 +42,7 @@ from lightning_softprune.trainer.processes import mean_over_processes
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
 from lightning_softprune.trainer.validation_data import ALL, GIB, Part, samples_of
+from lightning_softprune.utilities.snapshot import Snapshot
 
 Value = TypeVar("Value")
 
@@ -89,6 +91,7 @@ class ModuleRunner:
         self._most = calibration_batches
         self._trained_on: list[Any] | None = None
         self._traced: list[_Traced] | None = None
+        self._memory: Snapshot | None = None
         limit = None if memory_limit is None else memory_limit * GIB
         self._glance = glance
         most = None if glance is None else 1
@@ -287,15 +290,33 @@ class ModuleRunner:
 
         return step
 
+    def predicting(self) -> Step | None:
+        """The module's own `predict_step` on the first validation batch; `None` without one. It may not take it."""
+        if not is_overridden("predict_step", self.module):
+            return None
+        return lambda: self._ran("predict_step", self._scorer.first_batch(), None, False)
+
     def _ran(self, name: str, batch: LoadedBatch, samples: int | None, shown: bool) -> Any:
         """Run a step: what it returns, or all that it shows."""
-        with untouched(self.trainer, self.module):
+        with untouched(self.trainer, self.module, self._memory):
             clone_inference_tensors_and_reset_metrics(self.module)
             self.module.eval()
             batch = batch._replace(data=head_of_batch(batch.data, samples))
             before = attributes_of(self.module)
             returned, logged = run_step(self.trainer, self.module, name, batch)
             return what_a_step_shows(self.module, name, returned, logged, before) if shown else returned
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Steps that run inside leave the module as it is now, which is remembered once for all of them.
+
+        Of value where many are run. Whatever else changes inside and is no parameter's value is put back with them.
+        """
+        self._memory = remembered(self.trainer, self.module)
+        try:
+            yield
+        finally:
+            self._memory = None
 
     @property
     def trains_by_itself(self) -> bool:

@@ -23,7 +23,11 @@ from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.utilities.checks import one_of
 from lightning_softprune.utilities.libraries import counterpart, counterparts, of_both_libraries
 
-_STAGES = {"validation_step": RunningStage.VALIDATING, "training_step": RunningStage.TRAINING}
+_STAGES = {
+    "validation_step": RunningStage.VALIDATING,
+    "training_step": RunningStage.TRAINING,
+    "predict_step": RunningStage.PREDICTING,
+}
 
 
 class LoadedBatch(NamedTuple):
@@ -206,7 +210,7 @@ def run_step(
     Args:
         trainer: The trainer in charge.
         pl_module: Its module.
-        step: `"validation_step"` or `"training_step"`.
+        step: `"validation_step"`, `"training_step"` or `"predict_step"`.
         batch: A batch that is on the device already, see `transfer`. Its index is left out where the step takes none,
             its loader's where Lightning would leave it out.
         autocast: Whether mixed precision applies. Precisions that change the module itself (`"bf16-true"`) always do.
@@ -216,7 +220,7 @@ def run_step(
         What the step returns, and what it logs.
 
     Raises:
-        ValueError: `step` is neither of the two.
+        ValueError: `step` is none of these.
     """
     stage = _stage(trainer, step)
     function = getattr(pl_module, step)
@@ -241,7 +245,7 @@ def run_step(
         if begin and step == "validation_step":
             pl_module.on_validation_start()
             pl_module.on_validation_epoch_start()
-        elif begin and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+        elif begin and step == "training_step" and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             pl_module.on_train_epoch_start()
         return Ran(function(*arguments), logged)
 

@@ -24,11 +24,10 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import io
 import logging
+import sys
 import time
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -37,74 +36,15 @@ from typing import Any
 
 import attention
 import lightning as L
-import numpy as np
 import quality
 import torch
 from mnist_autoencoder_data import read_idx
-from torch import nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "experiments"))
+from shared.cifar import load_cifar, trained_resnet20
+
 from lightning_softprune import SensitivitySearch, SoftPruning, UniformBaseline, prune
-
-
-class Block(nn.Module):
-    """Two convolutions around a shortcut without parameters: every second pixel, and zeros for the new channels."""
-
-    def __init__(self, inputs: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.stride, self.more = stride, width - inputs
-        self.conv1 = nn.Conv2d(inputs, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.more:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
-        return F.relu(y + x)
-
-
-class ResNet20(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(3)))
-        self.layer2 = nn.Sequential(Block(16, 32, 2), Block(32, 32, 1), Block(32, 32, 1))
-        self.layer3 = nn.Sequential(Block(32, 64, 2), Block(64, 64, 1), Block(64, 64, 1))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
-
-    def training_step(self, batch):
-        return F.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch):
-        out = self(batch[0])
-        self.log("val_loss", F.cross_entropy(out, batch[1]), batch_size=len(out))
-        self.log("val_acc", (out.argmax(1) == batch[1]).float().mean(), batch_size=len(out))
-
-    def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), 0.02, momentum=0.9)
-        steps = self.trainer.estimated_stepping_batches
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def cifar(folder: Path, part: str) -> TensorDataset:
-    from PIL import Image
-
-    with zipfile.ZipFile(folder / f"{part}.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
-        pixels = np.stack([np.asarray(Image.open(io.BytesIO(archive.read(name)))) for name in names])
-    kinds = sorted({Path(name).parent.name for name in names})
-    labels = torch.tensor([kinds.index(Path(name).parent.name) for name in names])
-    mean, deviation = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
-    images = ((torch.from_numpy(pixels).float() / 255 - mean) / deviation).permute(0, 3, 1, 2).contiguous()
-    return TensorDataset(images, labels)
 
 
 @dataclass(frozen=True)
@@ -120,11 +60,7 @@ class Case:
 
 
 def resnet20(data: Path, seed: int) -> Case:
-    module = ResNet20()
-    module.load_state_dict(torch.load(data / "cifar10" / "resnet20.pt", weights_only=True))
-    train, test = (cifar(data / "cifar10", part) for part in ("train", "test"))
-    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))  # files come class by class
-    scored, held = (TensorDataset(*(t[part] for t in test.tensors)) for part in (order[:2000], order[2000:]))
+    module, images = trained_resnet20(data / "cifar10"), load_cifar(data / "cifar10")
     settings = {
         "monitor": "val_acc", "mode": "max", "target_sparsity": 0.64, "importance": "reconstruction",
         "calibration_batches": 16, "search": UniformBaseline(),
@@ -132,9 +68,9 @@ def resnet20(data: Path, seed: int) -> Case:
     }  # fmt: skip
     return Case(
         module,
-        DataLoader(train, 128, shuffle=True),
-        DataLoader(scored, 500),
-        DataLoader(held, 500),
+        DataLoader(TensorDataset(*images.train), 128, shuffle=True),
+        DataLoader(TensorDataset(*images.val), 500),
+        DataLoader(TensorDataset(*images.test), 500),
         "val_acc",
         settings,
     )

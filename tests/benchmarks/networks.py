@@ -125,4 +125,6 @@ NETWORKS = {
     "resnet18": Case(SlimResNet18, (3, 32, 32), 512),
     "resnet50": Case(resnet50, (3, 64, 64), 256),
     "vit": Case(lambda: Network(ViT()), (3, 32, 32), 256),
+    "mlp4096": Case(lambda: perceptron(1024, 4096, 4096, 10), (1024,), 256),
+    "vit_b": Case(lambda: Network(ViT(768, 12, depth=4)), (3, 32, 32), 64),  # as wide as a ViT-B, a third as deep
 }

@@ -300,7 +300,7 @@ def _peak(case: str, what: str, images: int, connection: Any) -> None:
         function = trainer_with([], limit_val_batches=0).fit
         watched(model, loader)
     else:
-        own = {} if what == "round with refit" else {"compensation": "none"}
+        own = ROUNDS[what]
         function, callback.run_round = callback.run_round, watched
         search = RandomSearch(CANDIDATES)
         pruning = SoftPruning(epochs=0, finetune_epochs=0, search=search, verbose=False, report=False, **own)
@@ -308,8 +308,15 @@ def _peak(case: str, what: str, images: int, connection: Any) -> None:
     connection.send(ends[0])
 
 
+ROUNDS = {
+    "round": {"compensation": "none"},
+    "round with refit": {},
+    "the same, memory_limit=0.25": {"memory_limit": 0.25},
+}
+
+
 def memory(_: argparse.Namespace, cases: dict[str, Case]) -> None:
-    whats = ("validation", "training epoch", "round", "round with refit")
+    whats = ("validation", "training epoch", *ROUNDS)
     context = multiprocessing.get_context("spawn")  # a forked one would hold what this one holds
     rows = []
     for name, case in cases.items():
@@ -332,8 +339,7 @@ def memory(_: argparse.Namespace, cases: dict[str, Case]) -> None:
         "weights",
         "before",
         *(f"+ {what}" for what in whats),
-        "round / epoch",
-        "round with refit / epoch",
+        *(f"{what} / epoch" for what in ROUNDS),
     ]
     table(head, rows)
 

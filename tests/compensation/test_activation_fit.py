@@ -8,12 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_softprune.compensation.activation_fit as response
-import lightning_softprune.compensation.refit as refits
+import lightning_softprune.compensation.dense_run as dense_run
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.compensation.activation_fit import Start, fit_after_activation
 from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
-from lightning_softprune.compensation.refit import DenseRun, refit_readers
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
@@ -170,7 +171,7 @@ def pruned_error(layers, x, seen, monkeypatch, follow):
     found = Compensation("least_squares", model, groups, rankings, statistics)
     with monkeypatch.context() as patch:
         if not follow:
-            patch.setattr(refits, "find_following_activations", lambda *_: {})
+            patch.setattr(dense_run, "find_following_activations", lambda *_: {})
         targets = DenseRun(model, found, steps)
     surgery = apply_plan(model, groups, Plan.from_counts([group.num_channels // 2 for group in groups], rankings))
     found.apply(model, surgery)

@@ -19,7 +19,8 @@ from lightning_softprune import (
     SoftPruning,
     UniformBaseline,
 )
-from lightning_softprune.compensation.refit import DenseRun, refit_readers
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import repair_optimizers

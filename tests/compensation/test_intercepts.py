@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts
-from lightning_softprune.compensation.refit import DenseRun, refit_readers
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.surgery import apply_plan
 from support.costs import count_parameters

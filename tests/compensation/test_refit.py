@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_softprune.calibration.statistics as calibration
-import lightning_softprune.compensation.refit as refits
+import lightning_softprune.compensation.dense_run as dense_run
 from lightning_softprune.calibration import rows_per_call
-from lightning_softprune.compensation.refit import REFIT_RIDGE, DenseRun, refit_readers
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import REFIT_RIDGE, refit_readers
 from lightning_softprune.compensation.regression import RIDGE
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
@@ -67,7 +68,7 @@ def test_the_refit_brings_the_output_nearer_to_the_dense_networks_where_inputs_h
 def test_the_refit_is_the_ridge_regression_of_dense_inputs_on_shifted_ones_around_the_one_shot_solution(
     bias, monkeypatch
 ):
-    monkeypatch.setattr(refits, "find_following_activations", lambda *_: {})  # the linear fit alone
+    monkeypatch.setattr(dense_run, "find_following_activations", lambda *_: {})  # the linear fit alone
     for seed in range(3):
         model, x = deep(seed)
         if not bias:
@@ -117,7 +118,7 @@ def test_the_refit_without_shifted_inputs_changes_little_and_spoils_nothing(name
 @pytest.mark.slow
 @pytest.mark.parametrize("name", names())
 def test_the_refit_fits_what_outputs_read_now_to_the_dense_outputs_around_the_one_shot_solution(name, monkeypatch):
-    monkeypatch.setattr(refits, "find_following_activations", lambda *_: {})  # the linear fit alone
+    monkeypatch.setattr(dense_run, "find_following_activations", lambda *_: {})  # the linear fit alone
     monkeypatch.setattr(DenseRun, "_take_sums", lambda *_: set())  # of each layer by itself
     net = prepared(name, 60)
     model, dense = net.model, copy.deepcopy(net.model)

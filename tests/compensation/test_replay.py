@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_softprune.compensation.refit import DenseRun, refit_readers
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.compensation.replay import Replay
 from support.readers import Prepared
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_softprune.compensation.refit import REFIT_RIDGE, DenseRun, refit_readers
+from lightning_softprune.compensation import dense_run
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import REFIT_RIDGE, refit_readers
 from lightning_softprune.compensation.sums import watch_sums
 from support.readers import Prepared, inputs_of, regress
 
@@ -15,25 +17,36 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Residual(nn.Module):
-    """Two blocks on a stream; `read` is done to the outputs of the second one before they are added."""
+    """Two blocks on a stream; `read` is done to the outputs of the second one, `after` to what they are added up to."""
 
-    def __init__(self, read=lambda y: y):
+    def __init__(self, read=lambda y: y, after=lambda y: y):
         super().__init__()
         self.stem = nn.Linear(6, 8)
         self.up1, self.down1 = nn.Linear(8, 20), nn.Linear(20, 8)
         self.up2, self.down2 = nn.Linear(8, 20), nn.Linear(20, 8)
-        self.read = read
+        self.read, self.after = read, after
 
     def forward(self, x):
         x = self.stem(x)
         x = x + self.down1(self.up1(x).relu())
-        return self.read(self.down2(self.up2(x).relu())) + x
+        return self.after(self.read(self.down2(self.up2(x).relu())) + x)
 
 
-def pruned_residual(read=lambda y: y, seed=0):
+def norm():
+    """A BatchNorm as after training."""
+    layer = nn.BatchNorm1d(8).eval()
+    for tensor in (layer.weight, layer.running_var):
+        nn.init.uniform_(tensor, 0.5, 2.0)
+    for tensor in (layer.bias, layer.running_mean):
+        nn.init.normal_(tensor)
+    nn.init.uniform_(layer.weight[:3], -2.0, -0.5)
+    return layer
+
+
+def pruned_residual(read=lambda y: y, seed=0, after=lambda y: y):
     """The dense model, the one-shot and the refitted one, and their inputs; half of the units are gone."""
     torch.manual_seed(seed)
-    model, x = Residual(read).eval(), torch.randn(200, 6) @ torch.randn(6, 6)
+    model, x = Residual(read, after).eval(), torch.randn(200, 6) @ torch.randn(6, 6)
     dense = copy.deepcopy(model)
     net = Prepared(model, x, seed=seed, least=0.5, most=0.5)
     found = net.compensation()
@@ -72,6 +85,35 @@ def test_the_output_is_nearer_to_the_dense_networks_than_with_each_layer_by_itse
     monkeypatch.setattr(DenseRun, "_take_sums", lambda *_: set())
     dense, _, model, x, _ = pruned_residual(seed=seed)
     assert with_sums < 0.95 * (model(x) - dense(x)).square().mean().item()
+
+
+def test_a_batchnorm_in_front_of_the_sum_is_looked_through():
+    dense, one_shot, model, x, run = pruned_residual(norm())
+    assert {"down1", "down2"} <= run.summed
+    missing = dense(x).detach().double().numpy() - inputs_of(model, "up2", x)
+    scale, shift = (values.detach().double().numpy() for values in affine(dense.read))
+    weight, bias = fitted(model.down2, one_shot.down2, inputs_of(model, "down2", x), (missing - shift) / scale)
+    np.testing.assert_allclose(model.down2.weight.detach(), weight, atol=1e-4)
+    np.testing.assert_allclose(model.down2.bias.detach(), bias, atol=1e-4)
+
+
+def affine(layer):
+    scale = layer.weight / (layer.running_var + layer.eps).sqrt()
+    return scale, layer.bias - scale * layer.running_mean
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_where_a_relu_follows_the_sum_errors_count_behind_it(seed, monkeypatch):
+    torch.manual_seed(seed)
+    read = norm()
+    dense, _, model, x, run = pruned_residual(read, seed, torch.relu)
+    assert run.activations["down2"].is_summed
+    behind = (model(x) - dense(x)).square().mean().item()
+    found = dense_run.find_following_activations
+    alone = lambda *args: {name: one for name, one in found(*args).items() if not one.is_summed}  # noqa: E731
+    monkeypatch.setattr(dense_run, "find_following_activations", alone)
+    dense, _, model, x, _ = pruned_residual(read, seed, torch.relu)
+    assert behind < 0.95 * (model(x) - dense(x)).square().mean().item()
 
 
 def test_outputs_that_anything_but_a_sum_reads_are_fitted_by_themselves():

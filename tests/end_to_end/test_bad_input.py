@@ -639,6 +639,18 @@ def test_a_score_that_is_missing_for_pruned_networks_only_is_an_error_with_every
     )
 
 
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [(None, "returns None for"), ("abc", "returns 'abc' for"), ([1.0, 2.0], r"returns list of the shape (2,) for")],
+)
+def test_an_importance_of_ones_own_that_does_not_score_channels_is_told_before_training(tmp_path, scores, told):
+    def strange(model, group):
+        return scores
+
+    message = refused(tmp_path, made(), softpruning(epochs=1, importance=strange))
+    assert_says(message, "importance: ", "strange", told, "'encoder.0'", "channels")
+
+
 def test_a_loss_without_gradient_for_taylor(tmp_path):
     class Detached(AutoEncoder):
         def training_step(self, batch, batch_idx):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -54,9 +55,12 @@ def test_one_shot_prunes_in_one_folder_leave_a_report_each(tmp_path, monkeypatch
         assert (result.origin.model, result.device.split()[0]) == ("AutoEncoder", "cpu")
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
 def test_the_end_of_the_fit_tells_the_score_after_fine_tuning_everywhere(tmp_path, capsys):
     callback, module = searching(epochs=[1, 2], verbose=True), made()
-    trainer = fit(tmp_path, module, callback, logger=CSVLogger(tmp_path), max_epochs=4)
+    kept = ModelCheckpoint(tmp_path / "kept", "{epoch}", save_top_k=-1)
+    logger = CSVLogger(tmp_path)
+    trainer = fit(tmp_path, module, callback, kept, logger=logger, max_epochs=4, enable_checkpointing=True)
     first, last = callback.results
     score = float(trainer.callback_metrics["val_loss"])
     assert first.score_finetuned is None
@@ -71,11 +75,12 @@ def test_the_end_of_the_fit_tells_the_score_after_fine_tuning_everywhere(tmp_pat
     rows = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
     place = rows[0].split(",").index("softprune/score_finetuned")
     assert [row.split(",")[place] for row in rows[1:] if row.split(",")[place]] == [str(last.score_finetuned)]
-    path = tmp_path / "after.ckpt"
-    trainer.save_checkpoint(path)
     again = searching(epochs=[1, 2])
+    path = tmp_path / "kept" / "epoch=3.ckpt"  # the last one, which was saved before the fit ended
     trainer_of(tmp_path, again).validate(made(), loaders(made())["val_dataloaders"], ckpt_path=path, verbose=False)
     assert [result.score_finetuned for result in again.results] == [None, last.score_finetuned]
+    written = torch.load(path, weights_only=True)["softprune"]["results"]
+    assert [result["score_finetuned"] for result in written] == [None, last.score_finetuned]
 
 
 def test_without_training_after_the_round_there_is_no_score_after_fine_tuning(tmp_path):

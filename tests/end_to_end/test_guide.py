@@ -82,3 +82,29 @@ def test_the_index_has_every_reason():
     said = set(said_in_the_graph())
     assert len(said) > 25
     assert not sorted(text for text in said if text.rstrip(" :") not in TEXTS["troubleshooting"])
+
+
+RAISED = {
+    *("ArgumentTypeError", "FileError", "FileExistsError", "MisconfigurationException", "ModuleNotFoundError"),
+    *("NotImplementedError", "OutOfReachError", "RuntimeError", "ScoresError", "TypeError", "ValueError"),
+    *("rank_zero_warn", "warn"),
+}
+
+
+def messages_in_the_package():
+    """Of each message of an error or a warning, the longest piece that is always the same."""
+    for path in (ROOT / "lightning_softprune").rglob("*.py"):
+        if path.name == "testing.py":
+            continue  # assertions for authors of strategies
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = getattr(node.func, "id", getattr(node.func, "attr", "")) if isinstance(node, ast.Call) else ""
+            if name in RAISED and node.args and isinstance(node.args[0], ast.JoinedStr | ast.Constant):
+                pieces = (part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant))
+                yield max((str(piece).strip(" :;,.()\n") for piece in pieces), key=len)
+
+
+def test_the_index_has_every_message():
+    """A new error needs a line in the guide that says what to do."""
+    messages = {message for message in messages_in_the_package() if len(message) > 7}
+    assert len(messages) > 150
+    assert not sorted(message for message in messages if message not in TEXTS["messages"])

@@ -670,17 +670,10 @@ def test_a_pruned_model_is_tested_in_another_process(tmp_path):
     assert "test_psnr" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("options", "told"),
-    [
-        (["target_sparisty=0.7"], "Option 'target_sparisty' is not accepted; did you mean 'target_sparsity'?\n"),
-        (["search=GradientSerch"], "GradientSerch; did you mean 'GradientSearch'?\n"),
-    ],
-)
-def test_a_typo_ends_with_the_key_and_the_near_miss_on_standard_error_and_no_traceback(tmp_path, options, told):
-    done = command("fit", ADD, *(f"{CALLBACK}.{option}" for option in options), cwd=tmp_path)
+def test_a_typo_ends_with_the_key_and_the_near_miss_on_standard_error_and_no_traceback(tmp_path):
+    done = command("fit", ADD, f"{CALLBACK}.target_sparisty=0.7", cwd=tmp_path)
     assert done.returncode == 2
     assert f'"{CALLBACK[2:]}"' in done.stderr
-    assert told in done.stderr
+    assert "Option 'target_sparisty' is not accepted; did you mean 'target_sparsity'?\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())

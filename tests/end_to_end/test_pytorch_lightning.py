@@ -104,10 +104,8 @@ def test_a_library_that_the_user_does_not_import_is_not_imported(found):
 @pytest.mark.parametrize(
     ("library", "first"),
     [
-        ("pytorch_lightning", ["lightning_softprune", "lightning_softprune.parser"]),
         ("pytorch_lightning", ["pytorch_lightning", "lightning.pytorch"]),
         ("lightning.pytorch", ["lightning_softprune", "pytorch_lightning"]),
-        ("lightning.pytorch", ["pytorch_lightning", "lightning_softprune"]),
     ],
 )
 def test_the_order_of_imports_does_not_matter(found, tmp_path, library, first):

@@ -352,12 +352,60 @@ def test_an_outer_product_that_is_summed_by_matmul():
     check(net, torch.randn(3, 5), {"b": 4, "w": 6}, {"a": ""})
 
 
-def test_a_flattened_outer_product_is_refused_or_right():
-    def forward(net, x):
-        return net.head(torch.einsum("bi,bj->bij", net.a(x), net.b(x)).flatten(1))
+def product(net, x, *names, rule="bi,bj->bij"):
+    return torch.einsum(rule, *(getattr(net, name)(x) for name in names)).flatten(1)
 
-    net = Net(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 4), head=nn.Linear(12, 2))
-    check(net, torch.randn(3, 5), {"b": 4}, {"a": "lays it out"})
+
+OUTER = {
+    "einsum": (lambda net, x: product(net, x, "a", "b"), {"a": 3, "b": 4}, 12),
+    "turned": (lambda net, x: product(net, x, "a", "b", rule="bi,bj->bji"), {"a": 3, "b": 4}, 12),
+    "broadcast": (lambda net, x: (net.a(x)[:, :, None] * net.b(x)[:, None]).view(len(x), -1), {"a": 3, "b": 4}, 12),
+    "row by row": (
+        lambda net, x: torch.stack([torch.outer(a, b).flatten() for a, b in zip(net.a(x), net.b(x), strict=True)]),
+        {"a": 3, "b": 4},
+        12,
+    ),
+    "of one with itself": (lambda net, x: product(net, x, "a", "a"), {"a": 4}, 16),
+    "of three": (
+        lambda net, x: torch.einsum("bi,bj->bij", product(net, x, "a", "b"), net.c(x)).flatten(1),
+        {"a": 3, "b": 4, "c": 2},
+        24,
+    ),
+    "beside its factors": (
+        lambda net, x: torch.cat([net.a(x), product(net, x, "a", "b"), net.b(x)], 1),
+        {"a": 3, "b": 4},
+        19,
+    ),
+    "sum of two": (
+        lambda net, x: product(net, x, "a", "b") + product(net, x, "c", "d"),
+        {"a": 3, "b": 4, "c": 3, "d": 4},
+        12,
+    ),
+    "added to a layer's": (lambda net, x: net.c(x) + product(net, x, "a", "b"), {"c": 12, "a": 3, "b": 4}, 12),
+    "unfolded again": (
+        lambda net, x: product(net, x, "a", "b").unflatten(1, (net.a.out_features, -1)).sum(1),
+        {"a": 3, "b": 4},
+        4,
+    ),
+    "unlike ones": (
+        lambda net, x: product(net, x, "a", "b") + product(net, x, "d", "e"),
+        {"a": 3, "b": 4, "d": 4, "e": 3},
+        12,
+    ),
+    "a part of it": (lambda net, x: product(net, x, "a", "b")[:, :7], {"a": 3, "b": 4}, 7),
+    "of written size": (lambda net, x: product(net, x, "a", "b").view(-1, 12), {"a": 3, "b": 4}, 12),
+}
+REFUSED = ("unlike ones", "a part of it", "of written size")
+COUPLED = {"sum of two": {"a": 3, "b": 4}, "added to a layer's": {"a": 3, "b": 4}}
+
+
+@pytest.mark.parametrize("kind", OUTER)
+def test_both_widths_of_a_flattened_outer_product_are_pruned_or_it_is_refused(kind):
+    operation, widths, size = OUTER[kind]
+    parts = {name: nn.Linear(5, width) for name, width in widths.items()}
+    net = Net(lambda net, x: net.head(operation(net, x)), head=nn.Linear(size, 2), **parts)
+    expected = {} if kind in REFUSED else COUPLED.get(kind, widths)
+    check(net, torch.randn(3, 5), expected, {"a": "outer product"} if kind == "a part of it" else None)
 
 
 # ------------------------------------------------------------------------------------- buffers, attributes, in place
@@ -460,6 +508,36 @@ def test_zeros_made_to_fit_and_filled_piece_by_piece():
     assert groups["body"].reason
 
 
+@pytest.mark.parametrize("kind", ["steps", "a part", "in place"])
+def test_zeros_that_are_filled_along_another_dimension_have_the_widths_of_what_fills_them(kind):
+    def fill(net, x):
+        result = torch.zeros(len(x), 7, x.shape[-1])
+        if kind == "steps":
+            for step in range(5):
+                result[:, step] = x[:, step]
+        else:
+            result[:, 1:6] = x
+        if kind == "in place":
+            result[:, 2:4].add_(net.other(torch.ones(5)))
+        return result
+
+    net, x = between(fill, 6, shape=(3, 5, 5), **({"other": nn.Linear(5, 6)} if kind == "in place" else {}))
+    check(net, x, {"body": 6})
+
+
+def test_complex_weights_of_a_spectral_convolution_go_with_the_channels_they_mix():
+    def forward(net, x):
+        x = net.body(x)
+        spectrum = torch.fft.rfft(x)
+        mixed = torch.zeros(len(x), net.weight.shape[1], spectrum.shape[-1], dtype=torch.cfloat)
+        mixed[:, :, :3] = torch.einsum("bim,iom->bom", spectrum[:, :, :3], net.weight)
+        return net.head(torch.fft.irfft(mixed, n=x.shape[-1]) + net.beside(x))
+
+    weight = nn.Parameter(torch.randn(6, 5, 3, dtype=torch.cfloat))
+    net = Net(forward, body=nn.Conv1d(2, 6, 1), weight=weight, beside=nn.Conv1d(6, 5, 1), head=nn.Conv1d(5, 2, 1))
+    check(net, torch.randn(3, 2, 8), {"body": 6, "beside": 5})
+
+
 @pytest.mark.parametrize("pad", [(0, 2), (1, 0), (2, 3)])
 def test_padded_channels_keep_their_zeros_at_their_place(pad):
     net, x = between(lambda net, x: F.pad(x, pad), 6, 6 + sum(pad))
@@ -502,10 +580,10 @@ def test_a_parameter_scales_or_shifts_along_any_dimension():
     assert {"gamma (dim0)", "beta (dim1)"} <= {str(member) for member in groups["body"].members}
 
 
-def test_experts_of_stacked_parameters_lose_their_inner_widths():
+def test_experts_of_stacked_parameters_lose_experts_and_their_inner_widths():
     def forward(net, x):
         h = net.stem(x)
-        weights = net.router(h).softmax(-1)
+        weights = net.router(h).sigmoid()
         inner = torch.einsum("bc,ecf->bef", h, net.up).relu()
         return net.head(torch.einsum("bef,efc,be->bc", inner, net.down, weights))
 
@@ -517,7 +595,7 @@ def test_experts_of_stacked_parameters_lose_their_inner_widths():
         down=nn.Parameter(torch.randn(3, 7, 4)),
         head=nn.Linear(4, 2),
     )
-    check(net, torch.randn(4, 5), {"stem": 6, "up": 7, "down": 4})
+    check(net, torch.randn(4, 5), {"stem": 6, "router": 3, "up": 7, "down": 4})
 
 
 def test_experts_by_bmm_lose_their_inner_widths():

@@ -303,7 +303,7 @@ def test_multi_query_attention_loses_heads_of_queries(spelling):
         out=nn.Linear(E, C),
         head=nn.Linear(C, 2),
     )
-    check(net, torch.randn(B, T, 3), {"stem": C, "q": H}, {"k": "width is fixed"})
+    check(net, torch.randn(B, T, 3), {"stem": C, "q": H, "v": D}, {"k": "width is fixed"})
 
 
 def test_cross_attention_couples_queries_of_one_stream_with_keys_of_another():
@@ -425,7 +425,7 @@ def test_attention_spelled_with_einsum():
     check(net, x, {"stem": C, "q": H})
 
 
-def test_projections_that_are_parameters_of_three_dimensions_lose_heads():
+def test_projections_that_are_parameters_of_three_dimensions_lose_heads_and_dimensions():
     """Heads of their own dimension, as in `einsum("btc,hcd->bhtd")`: both dimensions are laid out as one in between."""
 
     def forward(net, x):
@@ -436,8 +436,9 @@ def test_projections_that_are_parameters_of_three_dimensions_lose_heads():
 
     parts = {name: nn.Parameter(torch.randn(H, C, D)) for name in "qkv"}
     net = Net(forward, stem=nn.Linear(3, C), **parts, out=nn.Parameter(torch.randn(H, D, C) / 4), head=nn.Linear(C, 2))
-    groups = check(net, torch.randn(B, T, 3), {"stem": C, "q": H})
+    groups = check(net, torch.randn(B, T, 3), {"stem": C, "q": H, "q#2": D, "v": D})
     assert {str(member) for member in groups["q"].members} == {"q (dim0)", "k (dim0)", "v (dim0)", "out (dim0)"}
+    assert {str(member) for member in groups["v"].members} == {"v (dim2)", "out (dim1)"}
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

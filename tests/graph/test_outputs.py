@@ -1,12 +1,15 @@
 """Components that give channels to other code are known, with the width of what they give."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_softprune import find_groups
+from lightning_softprune import find_groups, prune
 from lightning_softprune.graph.components import assign_components
 from lightning_softprune.graph.grouping import trace_groups
+from lightning_softprune.report.series import narrowed_features
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,3 +63,64 @@ def test_what_forward_gives_to_a_step_is_known():
     groups = trace_groups(model, [lambda: model.head(model(x))])
     found = assign_components(model, groups, None)
     assert {g.name: (g.outputs, g.prunable) for g in found if g.outputs} == {"second": ((("", 4),), True)}
+
+
+class Predicting(pl.LightningModule):
+    """Its predictions are hidden features, which no step that is traced gives away."""
+
+    def __init__(self, predict):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 2))
+        self.predict = predict
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.net(batch).square().mean())
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def predict_step(self, batch, batch_idx):
+        return self.predict(self.net, batch)
+
+
+def fails(net, x):
+    raise KeyError("a batch of another kind")
+
+
+def endless(net, x):
+    while True:
+        x = net[4](net[:4](x)).mean(1, keepdim=True).expand(-1, 6)
+
+
+PREDICTIONS = {
+    "hidden features": (lambda net, x: {"features": net[:2](x)}, {"net.0": 5}),
+    "joined": (lambda net, x: (torch.cat([net[:4](x), x], 1), net[0](x)), {"net.0": 5, "net.2": 10}),
+    "an outer product": (
+        lambda net, x: torch.einsum("bi,bj->bij", net[0](x), net[:3](x)).flatten(1),
+        {"net.0": 20, "net.2": 20},
+    ),
+    "classes": (lambda net, x: net(x), {}),
+    "an error": (fails, {}),
+    "an endless loop": (endless, {}),
+}
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_what_predict_step_gives_is_known_and_pins_nothing(kind):
+    predict, expected = PREDICTIONS[kind]
+    groups = find_groups(Predicting(predict), torch.randn(3, 6))
+    assert {g.name: dict(g.outputs)["predict_step"] for g in groups if g.prunable and g.outputs} == expected
+    assert [g.name for g in groups if g.prunable] == ["net.0", "net.2"]
+
+
+def test_a_round_says_what_predict_step_now_gives():
+    module = Predicting(PREDICTIONS["hidden features"][0])
+    loader = DataLoader(torch.randn(16, 6), batch_size=8)
+    settings = {"target_sparsity": 0.4, "tolerance": 0.2, "bounds": {"net.2": [0.0, 0.0]}, "report": False}
+    result = prune(module, train_dataloaders=loader, val_dataloaders=loader, verbose=False, **settings)
+    left = module.net[0].out_features
+    assert left < 5
+    assert narrowed_features(result) == [f"predict_step now gives {left} features instead of 5 (net.0)"]

@@ -162,3 +162,23 @@ def test_a_table_that_a_layer_shares_says_how_many_rows_it_needs_and_what_would_
     assert groups["body"].reason == (
         "body shares its weight with table, which needs all 8 of it; give each a tensor of its own to prune them apart"
     )
+
+
+def test_an_output_that_shares_its_channels_with_other_layers_says_what_would_free_them():
+    class Stream(nn.Module):
+        def __init__(self, head):
+            super().__init__()
+            self.stem, self.block, self.head = nn.Linear(5, 8), nn.Linear(8, 8), head
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.head(x + self.block(x.relu()))
+
+    def groups_of(head):
+        return {group.name: group for group in find_groups(Stream(head), torch.randn(3, 5))}
+
+    said = "block produces an output of the network; put a layer behind it, which keeps its width, to prune what shares"
+    assert groups_of(nn.Identity())["stem"].reason == f"{said} its channels: stem"
+    mended = groups_of(nn.Linear(8, 8))
+    assert mended["stem"].prunable
+    assert mended["head"].reason == "head produces an output of the network"

@@ -18,7 +18,8 @@ from lightning_softprune import LayerSpec, SoftPruning, find_groups, register_la
 from lightning_softprune.calibration import collect_statistics, find_readers, norms, rank
 from lightning_softprune.checkpoint import ModelShapes, keep_record
 from lightning_softprune.compensation import COMPENSATIONS, Compensation, find_intercepts
-from lightning_softprune.compensation.refit import DenseRun, refit_readers
+from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph import (
     CostModel,
     Layout,

@@ -2,12 +2,21 @@ import json
 import math
 import os
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lightning_softprune.report.files import read_result, rebuild_files, round_folder, round_folders, write_files
+from lightning_softprune.report.files import (
+    claim_folder,
+    read_result,
+    rebuild_files,
+    round_folder,
+    round_folders,
+    write_files,
+)
 from lightning_softprune.report.page import report_page
 from lightning_softprune.report.series import log_values, trial_rows
 from lightning_softprune.results import Healing
@@ -294,3 +303,18 @@ def test_folders_nested_more_deeply_than_calls_can_be_are_searched(tmp_path: Pat
     finally:
         os.chdir(before)
         subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)  # more deeply nested than pytest can remove
+
+
+def test_runs_that_start_at_one_moment_have_places_of_their_own(tmp_path: Path) -> None:
+    together = threading.Barrier(8)
+
+    def claim(identity: str) -> Path:
+        together.wait()
+        return claim_folder(tmp_path, 3, identity)
+
+    with ThreadPoolExecutor(8) as pool:
+        places = list(pool.map(claim, "abcdefgh"))
+
+    versions = [tmp_path / "softprune" / f"version_{number}" / "epoch=3" for number in range(1, 8)]
+    assert sorted(places) == sorted([round_folder(tmp_path, 3), *versions])
+    assert [claim_folder(tmp_path, 5, identity).parent for identity in "abcdefgh"] == [path.parent for path in places]

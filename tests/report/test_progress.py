@@ -72,8 +72,8 @@ def test_without_a_terminal_there_are_two_plain_lines(style: Any) -> None:
     run_search(console, style=style)
 
     first, second = output_of(console).splitlines()
-    assert first == "Search: up to 3 trials, val_psnr (max)"
-    assert re.fullmatch(r"Search: 3 trials, best val_psnr 19\.5, \d+\.\d s", second)
+    assert first == "Search: up to 3 evaluations, val_psnr (max)"
+    assert re.fullmatch(r"Search: 3 evaluations, best val_psnr 19\.5, \d+\.\d s", second)
     assert "\r" not in output_of(console)
     assert "\x1b" not in output_of(console)
 
@@ -114,7 +114,7 @@ def test_lower_is_better_in_mode_min_and_nan_is_never_best() -> None:
             bar.advance(score)
 
     assert bar.best == 0.2
-    assert bar.trials == 5
+    assert bar.evaluations == 5
 
 
 def test_the_searchs_own_best_is_shown_and_nan_means_none_yet() -> None:
@@ -127,7 +127,7 @@ def test_the_searchs_own_best_is_shown_and_nan_means_none_yet() -> None:
 
     lines = output_of(console).splitlines()
     assert "best val_psnr -," in lines[1]
-    assert "1 trial, best val_psnr 19," in lines[3]
+    assert "1 evaluation, best val_psnr 19," in lines[3]
 
 
 @pytest.mark.parametrize("style", ["rich", "tqdm", "plain"])
@@ -143,7 +143,7 @@ def test_an_exception_passes_and_the_screen_is_tidy(style: Any) -> None:
         search()
 
     if style == "plain":
-        assert "Search interrupted: 1 trial" in output_of(console)
+        assert "Search interrupted: 1 evaluation" in output_of(console)
     if style == "rich":
         assert output_of(console).count("\x1b[?25l") == output_of(console).count("\x1b[?25h")  # the cursor is back
     run_search(console, style=style)  # and the console is free again
@@ -338,8 +338,8 @@ def test_with_lightnings_bars_in_a_log_the_search_is_two_lines_per_round(
     assert searches.displays == ["_PlainLines", "_PlainLines"]
     lines = [line.strip() for line in re.split(r"[\r\n]+", log.getvalue()) if "Search" in line and "Gra" not in line]
     assert len(lines) == 4
-    assert lines[0] == lines[2] == "Search: up to 3 trials, val_[psnr] (max)"
-    assert lines[1].startswith("Search: 3 trials, best val_[psnr] 19.5, ")
+    assert lines[0] == lines[2] == "Search: up to 3 evaluations, val_[psnr] (max)"
+    assert lines[1].startswith("Search: 3 evaluations, best val_[psnr] 19.5, ")
 
 
 @pytest.mark.parametrize("bar", [RichProgressBar, TQDMProgressBar])
@@ -392,7 +392,7 @@ def test_a_log_file_gets_a_line_every_half_minute_with_count_best_and_time_left(
         bar.advance(19.5)
         bar.advance(19.0)
     assert output_of(console).splitlines()[1:-1] == [
-        "Search: 2 of up to 4 trials, best val_psnr 19.5, 40 s, up to 40 s left"
+        "Search: 2 of up to 4 evaluations, best val_psnr 19.5, 40 s, up to 40 s left"
     ]
 
 
@@ -414,4 +414,7 @@ def test_what_is_said_before_a_search_is_one_line_above_it() -> None:
     bar.say("SoftPruning: 2 groups")
     with bar:
         bar.advance(1.0)
-    assert output_of(console).splitlines()[:2] == ["SoftPruning: 2 groups", "Search: up to 2 trials, val_psnr (max)"]
+    assert output_of(console).splitlines()[:2] == [
+        "SoftPruning: 2 groups",
+        "Search: up to 2 evaluations, val_psnr (max)",
+    ]

@@ -1,5 +1,6 @@
 """The data behind tables and charts."""
 
+import dataclasses
 import math
 
 import pytest
@@ -64,6 +65,10 @@ def test_every_evaluation_is_accounted_for() -> None:
     assert stages(result) == ["search", "search", "finalist", "committed"]
     told = "4 evaluations: the dense model, 2 of the search, 1 of the plan as it is committed"
     assert evaluations_line(result) == f"{told}; besides, 1 finalist on all validation batches"
+
+    refined = dataclasses.replace(trials[3], score=1.25)
+    result = dataclasses.replace(result, trials=(*trials[:3], refined))
+    assert f"{told} ({result.monitor} 1 before that); besides" in evaluations_line(result)
 
 
 def test_best_so_far_does_not_compare_a_part_with_all() -> None:

@@ -24,8 +24,7 @@ from lightning_softprune import (
     SensitivitySearch,
     UniformBaseline,
 )
-from lightning_softprune.calibration import collect_statistics
-from lightning_softprune.calibration.importance import IMPORTANCES
+from lightning_softprune.calibration import IMPORTANCES, collect_statistics, sum_over_channels
 from lightning_softprune.round import Goal, run_round
 from lightning_softprune.round.decision import check_agreement
 from lightning_softprune.search import Plan
@@ -347,6 +346,9 @@ def test_importance_decides_which_channels_go(tmp_path):
     for importance in ("activation", "taylor", "reconstruction"):
         assert not kept.get(importance, set()) & {0, 1, 2, 3}, importance
     assert kept["random"] != kept_by(tmp_path, "random", seed=1)
+    own = kept_by(tmp_path, lambda model, group: sum_over_channels(model, group, torch.square))
+    assert own == kept["magnitude"]
+    assert kept_by(tmp_path, lambda _, group: torch.arange(group.num_channels, 0, -1)) == set(range(8))
 
 
 def test_calibration_batches_is_how_many_training_batches_are_looked_at(tmp_path):

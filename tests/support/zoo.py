@@ -438,6 +438,19 @@ class TornWeights(nn.Module):
         return self.head(self.other(self.body(x).relu()).relu())
 
 
+class OuterProduct(nn.Module):
+    """An outer product of two widths, flattened, beside one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(5, 4), nn.Linear(5, 3)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        one = self.one(x).relu()
+        return self.head(torch.cat([one, torch.einsum("bi,bj->bij", one, self.other(x)).flatten(1)], 1))
+
+
 @dataclass(frozen=True)
 class Case:
     """A network of the zoo.
@@ -499,6 +512,7 @@ CASES = (
     Case(Unused, (3, 4), {"body": 6}),
     Case(SharedLayer, (3, 4), {"body": 6}),
     Case(TornWeights, (3, 6), {}),
+    Case(OuterProduct, (3, 5), {"one": 4, "other": 3}),
 )
 BY_NAME = {case.name: case for case in CASES}
 PRUNABLE = tuple(case for case in CASES if case.groups)

@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, get_worker_info
 
+import lightning_softprune.trainer.isolation as isolation
 from lightning_softprune import RandomSearch, prune
 from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.trainer.scorer import ValidationScorer
+from lightning_softprune.utilities.snapshot import Snapshot
 from support.fits import ORDINARY_FITS, Polite, Probe, assert_equal
 from support.fits import trainer_of as plain_trainer
 from support.modules import AutoEncoder, fit, made, softpruning, trainer_of, vectors
@@ -146,8 +148,7 @@ def test_a_round_on_a_stream_is_that_on_the_same_data_with_a_length(tmp_path, wo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limits", LIMITS[:2], ids=str)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "limits"), list(zip(MODES, [LIMITS[1], {}, LIMITS[1]], strict=True)), ids=str)
 def test_a_round_on_combined_streams_is_that_on_the_same_data_with_a_length(tmp_path, mode, limits):
     module = MeanOfEach if mode == "sequential" else Mean
     expected = plan_and_scores(tmp_path, *data_of(mapped, mode), module, **limits)
@@ -573,6 +574,44 @@ def test_the_batches_of_a_round_are_the_same_whoever_asks(tmp_path):
     data = DataLoader(list(zip(torch.randn(40, 4), torch.randint(0, 2, (40,)), strict=True)), SIZE, shuffle=True)
     plain_trainer(tmp_path, probe, max_epochs=1).fit(Careless(), data, data)
     assert probe.result
+
+
+def test_steps_run_as_one_see_the_module_as_it_is_and_leave_it_so(tmp_path, monkeypatch):
+    class Counting(Polite):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("tally", torch.zeros(()))
+            self.noted = []
+
+        def training_step(self, batch):
+            counts.append((float(self.tally), list(self.noted)))
+            self.tally += 1
+            self.noted.append(1)
+            return super().training_step(batch)
+
+    counts, memories = [], []
+    monkeypatch.setattr(isolation, "Snapshot", lambda *args: memories.append(1) or Snapshot(*args))
+
+    def function(trainer, module):
+        with ModuleRunner(trainer, module, calibration_batches=3) as runner, torch.no_grad():
+            steps, _ = runner.calibration(3)
+            counts.clear()
+            handle = module.register_forward_hook(lambda *_: None)
+            memories.clear()
+            with runner.steady():
+                for step in steps:
+                    step()
+            assert len(memories) == 1
+            steps[1]()
+            handle.remove()
+        assert (float(module.tally), module.noted, module._forward_hooks) == (0.0, [], {})
+        return True
+
+    probe = Probe(function, 0)
+    data = DataLoader(list(zip(torch.randn(40, 4), torch.randint(0, 2, (40,)), strict=True)), SIZE)
+    plain_trainer(tmp_path, probe, max_epochs=1, limit_train_batches=3).fit(Counting(), data, data)
+    assert probe.result
+    assert counts[:4] == [(0.0, [])] * 4
 
 
 # ------------------------------------------------------------------------------------------------------ workers' ends

@@ -28,9 +28,9 @@ class Images:
         data = TensorDataset(*self.train)
         return DataLoader(data, batch_size=None, sampler=BatchSampler(RandomSampler(data), batch_size, drop_last=True))
 
-    def validation(self) -> Loader:
+    def validation(self, batch_size: int = 250) -> Loader:
         """What a search may see."""
-        return _in_order(self.val)
+        return _in_order(self.val, batch_size)
 
     def testing(self) -> Loader:
         """What no search has seen."""
@@ -54,9 +54,9 @@ def load_images(folder: Path | None, held_out: int = 2000, train: int | None = N
     return Images(_pair(images[first], labels[first]), _pair(images[-held_out:], labels[-held_out:]), test)
 
 
-def _in_order(pair: tuple[Tensor, Tensor]) -> Loader:
+def _in_order(pair: tuple[Tensor, Tensor], batch_size: int = 250) -> Loader:
     data = TensorDataset(*pair)
-    return DataLoader(data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), 250, drop_last=False))
+    return DataLoader(data, batch_size=None, sampler=BatchSampler(SequentialSampler(data), batch_size, drop_last=False))
 
 
 def _pair(images: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:

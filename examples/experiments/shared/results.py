@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-_PACKAGES = ("lightning-softprune", "torch", "lightning", "torchmetrics", "numpy", "scipy", "gymnasium")
+_PACKAGES = (
+    "lightning-softprune",
+    "torch",
+    "lightning",
+    "torchmetrics",
+    "numpy",
+    "scipy",
+    "gymnasium",
+    "torch-pruning",
+)
 
 Row = dict[str, Any]
 

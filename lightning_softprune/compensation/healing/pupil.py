@@ -1,10 +1,11 @@
 """The pupil: parameters that learn from lessons, by an optimizer of their own.
 
-Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements are
-(their root mean square), so that it fits any network. The fraction goes with the root of the first lesson's error: it
-says by what part of their size the outputs are wrong, and so roughly by what part weights will have to change. Where
-little is wrong, steps of the size that a broken network needs would only disturb. The rate rises over the first tenth
-of the lessons, in which Adam has seen too little to step in good directions, and falls linearly to nothing.
+Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements
+are (their root mean square), so that it fits any network. The fraction goes with the root of the first lesson's
+error, which says by what part of their size the outputs are wrong, and so roughly by what part weights will have to
+change: where little is wrong, steps of the size that a broken network needs would only disturb. The rate rises over
+the first tenth of the lessons, in which Adam has seen too little to step in good directions, and falls linearly to
+nothing.
 """
 
 from __future__ import annotations

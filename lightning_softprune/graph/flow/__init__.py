@@ -4,8 +4,8 @@
 operator does to them, `propagate` puts it together.
 """
 
-from lightning_softprune.graph.flow.labels import Couplings, Split
+from lightning_softprune.graph.flow.labels import CROSSED, Couplings, Split, is_atoms
 from lightning_softprune.graph.flow.propagate import Flow
-from lightning_softprune.graph.flow.tape import Recorder, Tape, named_tensors
+from lightning_softprune.graph.flow.tape import Recorder, Tape, TooLongError, named_tensors
 
-__all__ = ["Couplings", "Flow", "Recorder", "Split", "Tape", "named_tensors"]
+__all__ = ["CROSSED", "Couplings", "Flow", "Recorder", "Split", "Tape", "TooLongError", "is_atoms", "named_tensors"]

@@ -4,12 +4,12 @@ An *atom* is one index of one slot of a layer, or of one dimension of a bare par
 is an array that gives the atom of each of its indices (-1 for an index of a fixed place, as of a padding), or `FIXED`
 where the whole dimension has a size that is given from outside (a batch, positions, raw data), or `FREE` where
 nothing is known against any size (zeros made to fit). Atoms that have to go together are *united*; atoms that cannot go
-are *pinned*, with the reason.
+are *pinned*, with the reason. Where several dimensions with atoms become one, its atoms are *crossed* (`crossings`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +17,15 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from lightning_softprune.graph.flow.crossings import CrossedAtoms
 from lightning_softprune.utilities.arrays import IntArray
 
 FREE, FIXED = "free", "fixed"
+CROSSED = "crossed"
+"""The slot under which crossed atoms are numbered; nothing has one of this name."""
+
+_UNLIKE = "its channels meet others that were laid out with them in another way; put a layer between them to prune both"
+
 Label = Any  # FREE, FIXED or an array
 Labels = list[Label]
 
@@ -59,6 +65,7 @@ class Couplings:
         pinning: Whether pins count now; they do not where nobody reads what is computed.
         returned: Dimensions of what modules gave that hold atoms: name of the module, atoms.
         extents: Sizes of dimensions that hold atoms where the user's code names sizes: atoms, module.
+        crossed: Atoms that go with any of several others.
     """
 
     count: int = 0
@@ -69,6 +76,7 @@ class Couplings:
     returned: list[tuple[str, IntArray]] = field(default_factory=list)
     averaged: list[IntArray] = field(default_factory=list)
     pinning: bool = True
+    crossed: CrossedAtoms = field(default_factory=CrossedAtoms)
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _known: set[tuple[int, int]] = field(default_factory=set)
     _held: list[IntArray] = field(default_factory=list)
@@ -94,6 +102,13 @@ class Couplings:
             lonely = atoms[(atoms >= 0) & (there < 0)]
             if len(lonely) and self.pinning:
                 self.pins.append((lonely, "it is added to a place whose size is fixed", False))
+
+    def cross(self, dims: Sequence[IntArray]) -> IntArray:
+        """Atoms that go with any of those at the same place of several arrays of one shape."""
+        factors = [factor for atoms in dims for factor in self.crossed.factors(atoms) or [atoms]]
+        found = self.slot(f"{CROSSED} {self.count}", CROSSED, dims[0].size)
+        self.crossed.add(int(found[0]), np.stack([factor.ravel() for factor in factors], axis=1))
+        return found.reshape(dims[0].shape)
 
     def average(self, label: Label) -> None:
         """Something is computed over the atoms of a label that zeros in their place would change."""
@@ -128,6 +143,15 @@ class Couplings:
 
     def classes(self) -> IntArray:
         """The class of each atom: those that go together have the same."""
+        while True:
+            found = self._united()
+            together, stuck = self.crossed.met(found)
+            self.pins += [(atoms, _UNLIKE, True) for atoms in stuck]
+            if not together:
+                return found
+            self._edges += together
+
+    def _united(self) -> IntArray:
         if not self.count:
             return np.zeros(0, dtype=np.int64)
         one = np.concatenate([edge[0] for edge in self._edges] or [np.zeros(0, np.int64)])
@@ -142,16 +166,16 @@ class Moved:
 
     Attributes:
         before, after: The dimensions.
-        elements: The atom of each element of these dimensions, in the shape of ``after``; ``None`` without atoms.
+        carriers: Those of them before that carry atoms.
+        elements: For each of these, its atom of each element, in the shape of ``after``.
         rest: What the dimensions are that carry no atoms.
-        crossed: Labels that could not be followed, because another dimension with atoms is laid out with them.
     """
 
     before: tuple[int, ...]
     after: tuple[int, ...]
-    elements: IntArray | None
+    carriers: tuple[int, ...]
+    elements: list[IntArray]
     rest: Label
-    crossed: list[Label]
 
 
 def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
@@ -179,33 +203,26 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[i
         yield mine, theirs
 
 
-def move(
-    labels: Labels, before: Sequence[int], after: Sequence[int], prefer: Callable[[list[int]], int | None]
-) -> Iterator[Moved]:
+def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterator[Moved]:
     """Follow labels through a reshape, block by block.
 
     Args:
         labels: Of the dimensions before.
         before: Their sizes.
         after: Sizes of the dimensions after.
-        prefer: Which of some dimensions that are laid out together keeps its atoms; ``None`` for the largest.
     """
     for mine, theirs in blocks(before, after):
         large = [dim for dim in mine if before[dim] > 1]
-        atoms = [dim for dim in large if is_atoms(labels[dim])]
+        carriers = [dim for dim in large if is_atoms(labels[dim])]
         free = any(isinstance(labels[dim], str) and labels[dim] == FREE for dim in large)
         rest = FREE if free or not large else FIXED  # what is expanded along goes with anything
-        if not atoms:
-            yield Moved(tuple(mine), tuple(theirs), None, rest, [])
-            continue
-        preferred = prefer([before[dim] for dim in atoms]) if len(atoms) > 1 else 0
-        carrier = max(atoms, key=lambda dim: before[dim]) if preferred is None else atoms[preferred]
-        shape = [before[dim] for dim in mine]
-        view = [1] * len(mine)
-        view[mine.index(carrier)] = before[carrier]
-        elements = np.broadcast_to(labels[carrier].reshape(view), shape).reshape([after[dim] for dim in theirs])
-        crossed = [labels[dim] for dim in atoms if dim != carrier]
-        yield Moved(tuple(mine), tuple(theirs), elements, rest, crossed)
+        shape, elements = [before[dim] for dim in mine], []
+        for carrier in carriers:
+            view = [1] * len(mine)
+            view[mine.index(carrier)] = before[carrier]
+            spread = np.broadcast_to(labels[carrier].reshape(view), shape)
+            elements.append(spread.reshape([after[dim] for dim in theirs]))
+        yield Moved(tuple(mine), tuple(theirs), tuple(carriers), elements, rest)
 
 
 def varies(elements: IntArray, axis: int) -> bool:

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, unknown
+from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, dim_of, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
 from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
@@ -25,6 +25,9 @@ _RESHAPED = {"view", "_unsafe_view", "detach", "alias", "permute", "transpose", 
 _HEADS = ("head", "group", "expert")
 _VIEWS = {"select", "slice", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "unfold"}
 """Operators that look at a part of a tensor, and compute nothing."""
+
+_PARTS = {"slice", "narrow", "select"}
+"""Those of them through which tensors are filled."""
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Flow:
         self._makers = {v.number: o for o in self.tape.operations for v in o.outputs if v is not None}
         self._modules = dict(self.model.named_modules())
         self._slots: dict[tuple[str, str], IntArray] = {}
+        self._parts: dict[int, tuple[Value, int, bool]] = {}  # of what, along which dimension, and whether that is gone
         self._owned: dict[int, list[tuple[str, TensorAxis]]] = defaultdict(list)
         for name, layout in self.layouts.items():
             for axis in layout.axes:
@@ -189,6 +193,7 @@ class Flow:
                     labels = unknown(self, operation)[0]
                     labels = [FIXED] * len(self.shape(value))
                 self._labels[value.number] = labels
+            self._write_through(operation)
             if not feeds and self._mixes(operation):
                 self._pin_outputs(operation)
         self.couplings.pinning = True
@@ -202,6 +207,33 @@ class Flow:
                     said = f"{said}; put a layer behind it, which keeps its width, to prune it"
                     self.couplings.pin(label, said)
         return self.couplings
+
+    def _write_through(self, operation: Operation) -> None:
+        """What is written into a part of a tensor is in the tensor: zeros that are filled have the labels of it."""
+        if not operation.inputs or not operation.outputs or operation.outputs[0] is None or operation.layer:
+            return
+        part, made = operation.inputs[0], operation.outputs[0]
+        if operation.name in _PARTS:
+            dim = dim_of(operation, len(self.shape(part)))
+            self._parts[made.number] = (part, dim, operation.name == "select")
+            return
+        if part.number not in self._parts or operation.name in _VIEWS | _RESHAPED - {"clone"}:
+            return
+        if self.tape.aliases[part.number] != self.tape.aliases[made.number]:
+            return
+        self._parts[made.number] = self._parts[part.number]
+        labels = self._labels[made.number]
+        while part.number in self._parts:
+            whole, dim, selected = self._parts[part.number]
+            known, shape = list(self.labels(whole)), self.shape(whole)
+            labels = [*labels[:dim], FREE, *labels[dim:]] if selected else labels
+            cut = selected or self.shape(part)[dim] != shape[dim]
+            said = f"{operation.name} {operation.site} writes into a tensor whose width is fixed; {FIXED_WIDTH}"
+            for other, label in enumerate(labels):
+                if shape[other] > 1 and not (cut and other == dim):
+                    known[other] = self.couplings.merge(known[other], label, said)
+            self._labels[whole.number] = labels = known
+            part = whole
 
     def _mixes(self, operation: Operation) -> bool:
         if operation.name == "layer":

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_softprune.graph.flow.labels import FIXED, FREE, Label, Labels, Moved, Split, is_atoms, move, varies
+from lightning_softprune.graph.flow.labels import (
+    CROSSED,
+    FIXED,
+    FREE,
+    Label,
+    Labels,
+    Moved,
+    Split,
+    is_atoms,
+    move,
+    varies,
+)
 from lightning_softprune.graph.flow.rules import (
     BY_NUMBER,
     IN_FRONT,
@@ -55,15 +66,16 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
         _pin_all(flow, operation, source, "has no elements")
         return [[FIXED] * len(after)]
     given = flow.labels(source)
-    for moved in move(given, before, after, lambda sizes: flow.hint(operation, sizes)):
+    for moved in move(given, before, after):
         mine = [dim for dim in moved.before if before[dim] > 1]
         theirs = [dim for dim in moved.after if after[dim] > 1]
         if len(mine) == len(theirs) == 1:
             labels[theirs[0]] = given[mine[0]]
             continue
-        for label in moved.crossed:
-            flow.couplings.pin(label, said(operation, "lays it out together with another width that can be pruned"))
-        _lay_out(flow, operation, moved, labels)
+        for dim in moved.after:
+            labels[dim] = moved.rest
+        if moved.carriers:
+            _lay_out(flow, operation, moved, _elements(flow, operation, moved, given, before), labels)
     if operation.name in ("view", "_unsafe_view", "reshape"):
         for label in (*labels, *given):
             if is_atoms(label):
@@ -71,28 +83,51 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
-def _lay_out(flow: Flow, operation: Operation, moved: Moved, labels: Labels) -> None:
-    """Give the dimensions behind a reshape their labels; one of them carries the atoms."""
-    for dim in moved.after:
-        labels[dim] = moved.rest
-    elements = moved.elements
-    if elements is None:
+def _elements(flow: Flow, operation: Operation, moved: Moved, given: Labels, before: Sequence[int]) -> IntArray:
+    """The atom of each element: where several dimensions have atoms they are crossed, or one keeps its own."""
+    if len(moved.carriers) == 1:
+        return moved.elements[0]
+    site, sizes = f"{operation.site.line} {CROSSED}", [before[dim] for dim in moved.carriers]
+    alternative = flow.choices.get(site, 0) % 2
+    if not alternative:
+        result = flow.couplings.cross(moved.elements)
+    else:
+        hint = flow.hint(operation, sizes)
+        kept = int(np.argmax(sizes)) if hint is None else hint
+        for dim in (dim for place, dim in enumerate(moved.carriers) if place != kept):
+            flow.couplings.pin(given[dim], said(operation, "lays it out together with another width that is pruned"))
+        result = moved.elements[kept]
+    flow.couplings.splits.append(Split(site, (2, 2), alternative, result[result >= 0].ravel()))
+    return result
+
+
+def _lay_out(flow: Flow, operation: Operation, moved: Moved, elements: IntArray, labels: Labels) -> None:
+    """Give the dimensions behind a reshape their labels: one of them carries the atoms, or of crossed ones several."""
+    large = [axis for axis in range(elements.ndim) if elements.shape[axis] > 1]
+    if len(large) == 1:
+        labels[moved.after[large[0]]] = elements.ravel()
         return
-    axes = [axis for axis in range(elements.ndim) if varies(elements, axis)]
-    if not axes:
-        axes = [axis for axis in range(elements.ndim) if elements.shape[axis] > 1][:1]
+    for axis in large:
+        labels[moved.after[axis]] = FIXED
+    found: dict[int, list[IntArray]] = {}
+    for part in flow.couplings.crossed.factors(elements) or [elements]:
+        axis, label = _carried(flow, operation, part, large[:1])
+        found.setdefault(axis, []).append(label)
+    for axis, parts in found.items():
+        labels[moved.after[axis]] = parts[0] if len(parts) == 1 else flow.couplings.cross(parts)
+
+
+def _carried(flow: Flow, operation: Operation, elements: IntArray, otherwise: list[int]) -> tuple[int, IntArray]:
+    """The axis that carries atoms, and its label; along the others they are united."""
+    axes = [axis for axis in range(elements.ndim) if varies(elements, axis)] or otherwise
     chosen = axes[0]
     if len(axes) > 1:
         chosen = axes[_choice(flow, operation, [elements.shape[axis] for axis in axes], elements)]
     rows = np.moveaxis(elements, chosen, 0).reshape(elements.shape[chosen], -1)
     label = np.ascontiguousarray(rows[:, 0])
-    if len(axes) > 1:
-        for column in range(1, rows.shape[1]):
-            flow.couplings.unite(label, np.ascontiguousarray(rows[:, column]))
-    labels[moved.after[chosen]] = label
-    for axis, dim in enumerate(moved.after):
-        if axis != chosen and elements.shape[axis] > 1:
-            labels[dim] = FIXED
+    for column in range(1, rows.shape[1] if len(axes) > 1 else 1):
+        flow.couplings.unite(label, np.ascontiguousarray(rows[:, column]))
+    return chosen, label
 
 
 def _choice(flow: Flow, operation: Operation, sizes: list[int], elements: IntArray) -> int:

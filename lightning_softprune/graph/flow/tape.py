@@ -119,6 +119,10 @@ class Tape:
         return self.shapes[value.number]
 
 
+class TooLongError(BaseException):
+    """More is computed than was to be recorded; no exception that the user's code would catch."""
+
+
 class Recorder:
     """Fills a tape while a model runs.
 
@@ -126,10 +130,21 @@ class Recorder:
         model: The model.
         layouts: Names of the layers that are taken as a whole.
         reasons: Names of the modules that cannot be looked into.
+        most: So many operations are noted; `None`: all.
+
+    Raises:
+        TooLongError: While recording, by the first operation that is one too many.
     """
 
-    def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], reasons: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layouts: Mapping[str, Layout],
+        reasons: Mapping[str, str],
+        most: int | None = None,
+    ) -> None:
         self.tape = Tape()
+        self._most = most
         self._model, self._layouts, self._reasons = model, layouts, reasons
         self._known: dict[Any, int] = {}
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> a hold on its address, alias number
@@ -210,6 +225,8 @@ class Recorder:
         """Run one operator and note it."""
         if self._whole:
             return func(*args, **kwargs)
+        if self._most is not None and len(self.tape.operations) >= self._most:
+            raise TooLongError
         if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
             output = func(*args, **kwargs)
             for tensor in tensors_in(output):

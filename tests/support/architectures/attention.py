@@ -240,7 +240,7 @@ class Merging(nn.Module):
 
 
 class Experts(nn.Module):
-    """Experts in stacked parameters, mixed by a router."""
+    """Experts in stacked parameters, each weighed by a router."""
 
     def __init__(self, experts=3, hidden=24):
         super().__init__()
@@ -253,7 +253,7 @@ class Experts(nn.Module):
         x = self.embed(x)
         hidden = torch.einsum("bd,edh->beh", x, self.w1).relu()
         out = torch.einsum("beh,ehd->bed", hidden, self.w2)
-        return self.head(x + (self.router(x).softmax(-1)[..., None] * out).sum(1))
+        return self.head(x + (self.router(x).sigmoid()[..., None] * out).sum(1))
 
 
 class Adapted(nn.Module):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from support.architectures import attention, convolutional, various
+from support.architectures import attention, convolutional, further, various
 from support.architectures.from_monai import monai_network
 from support.architectures.from_transformers import (
     DECODER,
@@ -166,6 +166,12 @@ OWN = (
     Architecture("variational autoencoder", various.VariationalAutoencoder, VECTORS),
     Architecture("normalising flow, couplings", various.Flow, (reals(BATCH, 8),)),
     Architecture("Siamese, contrastive", various.Siamese, (pictures(), pictures())),
+    Architecture("HRNet, branches", further.Branches, IMAGES, classes=False),
+    Architecture("WaveNet, dilated gates", further.WaveNet, (reals(BATCH, 2, 16),), classes=False),
+    Architecture("Fourier neural operator, complex", further.FourierOperator, (reals(BATCH, 16, 2),), classes=False),
+    Architecture("Mamba, selective scan", further.SelectiveScan, (reals(BATCH, 6, 3),), mixed=NORM),
+    Architecture("graph attention, index_add", further.GraphAttention, (reals(BATCH, 9, 5),), head=4),
+    Architecture("bilinear pooling, outer product", further.BilinearPooling, IMAGES),
 )
 
 FROM_TRANSFORMERS = (
