@@ -57,7 +57,8 @@ def teach(
 
     Returns:
         The error on each batch before it was learned from: the fraction that the pruned network misses of the variance
-        of what steps use, and of what blocks give. Empty where there is nothing to learn from: no training data, or no common output.
+        of what steps use, and of what blocks give. Empty where there is nothing to learn from: no training data, or no
+        common output.
 
     Raises:
         Exception: The user's own.
