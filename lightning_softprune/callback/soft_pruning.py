@@ -61,7 +61,9 @@ class SoftPruning(PruningHooks):
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
         healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense
             network computes; 0: none. By the module's own steps, without labels and without your loss; what is learned
-            is kept where the score is better.
+            is kept where the score is better. Constraints count on it: up to four smaller plans that miss them are
+            healed on trial for a quarter of the batches each, and the smallest that then meets them is committed if it
+            meets them once it is healed.
         teacher: After the round, the same matching goes on in ordinary training: the gradients of `teacher` times the
             error of each training batch, the fraction that the pruned network misses of the variance of the dense one's
             outputs, are added to those of your loss. Beside each training step that takes a pass of the dense network

@@ -2,7 +2,7 @@
 
 from lightning_softprune.compensation.dense_run import DenseRun
 from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
-from lightning_softprune.compensation.healing import DenseNetwork, Teacher, changeable, healing_bytes, teach
+from lightning_softprune.compensation.healing import DenseNetwork, Teacher, changeable, teach, teaching_bytes
 from lightning_softprune.compensation.intercepts import Intercepts, find_intercepts
 from lightning_softprune.compensation.logits import find_logit_fits
 from lightning_softprune.compensation.refit import refit_readers
@@ -17,7 +17,7 @@ __all__ = [
     "changeable",
     "find_intercepts",
     "find_logit_fits",
-    "healing_bytes",
     "refit_readers",
     "teach",
+    "teaching_bytes",
 ]

@@ -155,7 +155,7 @@ class Healing:
         score: The score with what was learned, on all validation data.
         kept: Whether it was better than without, and stayed.
         errors: On each training batch, before it was learned from, the fraction that the pruned network missed of the
-            variance of what steps use.
+            variance of what steps use, and of what blocks give.
     """
 
     score: float

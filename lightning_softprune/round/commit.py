@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+import math
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -17,9 +19,9 @@ from lightning_softprune.compensation import (
     DenseRun,
     Teacher,
     changeable,
-    healing_bytes,
     refit_readers,
     teach,
+    teaching_bytes,
 )
 from lightning_softprune.report import Phases
 from lightning_softprune.results import Healing
@@ -75,16 +77,16 @@ def rehearse_plan(
     """
     runner, problem = evaluator.runner, evaluator.problem
     trainer, module = runner.trainer, runner.module
-    heals = settings.healing > 0 and _has_room(runner)
+    heals = settings.healing > 0 and _has_room(runner, "healing")
+    taught = settings.teacher > 0.0 and (heals or _has_room(runner, "teacher"))
     with phases("refitting"):
         dense = None
         if settings.compensation == "least_squares":
-            room = runner.memory_left - (healing_bytes(module) if heals else 0)
+            room = runner.memory_left - (teaching_bytes(module, heals) if heals or taught else 0)
             dense = DenseRun(module, problem.compensation, problem.calibration, room, runner.steady)
         for averaged in copies:
             problem.prune(averaged, best.plan)
         surgery = problem.prune(module, best.plan)
-        taught = settings.teacher > 0.0
         beside = DenseNetwork(module, surgery, everything=taught) if heals or taught else None
         repair_optimizers(all_optimizers(trainer, module), surgery)
         if dense is not None:
@@ -98,6 +100,62 @@ def rehearse_plan(
         before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
         errors = teach(runner, beside, judged, settings.healing, advance)
         return _if_better(evaluator, rehearsed, before, errors)
+
+
+HEALED_ON_TRIAL = 4
+"""Plans that are healed to see whether they will meet the constraints, at most."""
+
+SHARE_ON_TRIAL = 4
+"""Each of them gets one part in so many of the batches of healing."""
+
+
+def plans_to_be_healed(
+    evaluator: Evaluator,
+    settings: RoundSettings,
+    chosen: ScoredPlan | None,
+    rehearse: Callable[[ScoredPlan, RoundSettings], Rehearsed],
+) -> list[ScoredPlan]:
+    """Plans that miss the constraints, and meet them once healed for a few batches; the best first.
+
+    Looked for among the trials: without a target by bisection among those of smaller models than the chosen one's, and
+    otherwise, where none was chosen, at the nearest to feasible. What a few batches reach, all of them are expected to.
+    Together that costs at most the batches of one healing, and a refit and two passes for each plan.
+
+    Args:
+        evaluator: Has the trials.
+        settings: What the user asked for.
+        chosen: The best plan that meets the constraints as it is; ``None``: there is none.
+        rehearse: Makes the module what a plan says, with the batches of healing that the settings ask for.
+    """
+    target = evaluator.trials.target
+    if not settings.healing or not settings.constraints or "latency" in (settings.limits or {}):
+        return []
+    if target is not None and chosen is not None:
+        return []
+    least = -math.inf if chosen is None else chosen.trial.sparsity
+    candidates = [s for s in evaluator.trials.done if _misses_constraints_alone(s) and s.trial.sparsity > least]
+    few = replace(settings, healing=max(settings.healing // SHARE_ON_TRIAL, 1), teacher=0.0)
+    if target is not None:
+        return sorted(candidates, key=lambda scored: scored.violation)[:1]
+    front: list[ScoredPlan] = []  # the more goes, the more is missed
+    for scored in sorted(candidates, key=lambda scored: (-scored.trial.sparsity, scored.violation)):
+        if not front or scored.violation < front[-1].violation:
+            front.append(scored)
+    found: list[ScoredPlan] = []
+    for _ in range(HEALED_ON_TRIAL):
+        if not front:
+            break
+        middle = len(front) // 2
+        if rehearse(front[middle], few).plan.violation == 0.0:
+            found.insert(0, front[middle])
+            front = front[:middle]
+        else:
+            front = front[middle + 1 :]
+    return found
+
+
+def _misses_constraints_alone(scored: ScoredPlan) -> bool:
+    return scored.budget_gap == 0.0 < scored.violation < math.inf and not scored.plan.is_empty()
 
 
 def commit(
@@ -169,7 +227,7 @@ def _if_better(
             "module's steps use and that the dense and the pruned network have in common"
         )
         return rehearsed
-    healed = evaluator.score_as_it_is(rehearsed.plan, "healed")
+    healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
     kept = healed.is_better_than(rehearsed.plan)
     if not kept:
         _put_back(before)
@@ -177,12 +235,12 @@ def _if_better(
     return replace(rehearsed, plan=healed if kept else rehearsed.plan, healing=healing)
 
 
-def _has_room(runner: ModuleRunner) -> bool:
-    """Whether healing may hold what it needs; says so where not."""
-    wanted, left = healing_bytes(runner.module), runner.memory_left
+def _has_room(runner: ModuleRunner, name: Literal["healing", "teacher"]) -> bool:
+    """Whether healing, or a teacher alone, may hold what it needs; says so where not."""
+    wanted, left = teaching_bytes(runner.module, name == "healing"), runner.memory_left
     if wanted > left:
         rank_zero_warn(
-            f"SoftPruning: no healing: it would hold {wanted / 2**30:.2g} GiB beside the model, and of `memory_limit` "
+            f"SoftPruning: no {name}: it would hold {wanted / 2**30:.2g} GiB beside the model, and of `memory_limit` "
             f"{left / 2**30:.2g} GiB are left"
         )
     return wanted <= left

@@ -9,18 +9,20 @@ or in it, the module and its optimizers are rolled back and the user's own excep
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
 
 from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import COSTS, record_usage
 from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
-from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, rehearse_plan
+from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, plans_to_be_healed, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import objective_of
@@ -80,21 +82,57 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
                 strategy, outcome, decision = _search(evaluator, settings, goal, before, stopwatch)
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
                 break  # else the journal was wrong, and is set aside
-        _tell(decision, settings, goal)
-        best, rehearsed = decision.plan, None
-        if best is not None:
-            with phases("timing"):
-                stopwatch.compare(best.plan)
-        if best is not None and (goal.commit or goal.rehearse):
-            transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
-            rehearsed = rehearse_plan(evaluator, _shorter(settings, goal), copies, best, judged.parameters, phases)
-            best = rehearsed.plan
-            if goal.commit:
-                commit(runner, copies, transaction, rehearsed.surgery, form)
+        hands = _Hands(evaluator, transaction, copies, judged.parameters, phases, stopwatch)
+        decision, rehearsed = _carry_out(hands, settings, goal, decision)
+        best = decision.plan if rehearsed is None else rehearsed.plan
+        if goal.commit and rehearsed is not None:
+            commit(runner, copies, transaction, rehearsed.surgery, form)
         found = _Found(before, dense, strategy, outcome, decision, best, rehearsed)
         result = _result(settings, goal, evaluator, stopwatch, found)
     _hand_over(goal, rehearsed)
     return replace(result, seconds=time.monotonic() - started, phases=phases.seconds)
+
+
+@dataclass(frozen=True)
+class _Hands:
+    """What it takes to make the module what a plan says."""
+
+    evaluator: Evaluator
+    transaction: Transaction
+    copies: Sequence[nn.Module]
+    judged: Set[str]
+    phases: Phases
+    stopwatch: Stopwatch
+
+    def compare(self, scored: ScoredPlan) -> None:
+        """Time a plan beside the dense module."""
+        self.transaction.rollback()  # also what the user's hooks may have done to parameter values meanwhile
+        with self.phases("timing"):
+            self.stopwatch.compare(scored.plan)
+
+    def rehearse(self, scored: ScoredPlan, asked: RoundSettings) -> Rehearsed:
+        """Make the module what a plan says."""
+        self.transaction.rollback()
+        return rehearse_plan(self.evaluator, asked, self.copies, scored, self.judged, self.phases)
+
+
+def _carry_out(
+    hands: _Hands, settings: RoundSettings, goal: Goal, decision: Decision
+) -> tuple[Decision, Rehearsed | None]:
+    """Make the module what was decided, or smaller where it meets the constraints because it is healed."""
+    if goal.commit and decision.verdict in (Verdict.FEASIBLE, Verdict.UNMET_CONSTRAINTS):
+        chosen = decision.plan if decision.verdict is Verdict.FEASIBLE else None
+        for scored in plans_to_be_healed(hands.evaluator, settings, chosen, hands.rehearse):
+            hands.compare(scored)
+            rehearsed = hands.rehearse(scored, settings)
+            if rehearsed.plan.violation == 0.0:
+                return Decision(rehearsed.plan, Verdict.FEASIBLE), rehearsed
+    _tell(decision, settings, goal)
+    if decision.plan is None:
+        return decision, None
+    hands.compare(decision.plan)
+    wanted = goal.commit or goal.rehearse
+    return decision, hands.rehearse(decision.plan, _shorter(settings, goal)) if wanted else None
 
 
 def _hand_over(goal: Goal, rehearsed: Rehearsed | None) -> None:

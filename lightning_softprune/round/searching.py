@@ -61,7 +61,7 @@ def search(
     style: Style = "auto" if settings.verbose else "none"
     planned = strategy.max_evaluations if trials.target is None else strategy.planned_evaluations(space)
     progress_bar = SearchProgress(planned, settings.monitor, settings.mode, style, trainer=trainer)
-    progress_bar.say(_announcement(evaluator, planned))
+    progress_bar.say(_announcement(evaluator, planned, settings.healing))
     with progress_bar as bar:
 
         def evaluate(x: FloatArray) -> float:
@@ -84,14 +84,23 @@ def search(
     return strategy, outcome
 
 
-def _announcement(evaluator: Evaluator, planned: int | None) -> str:
-    """What the search is about to do, and how long that may take, judged by the pass over the module as it is."""
+_PASSES_OF_A_LESSON = 4
+"""A batch of healing takes about as long as so many passes: the dense network's, and a training step."""
+
+
+def _announcement(evaluator: Evaluator, planned: int | None, healing: int) -> str:
+    """What the round is about to do, and how long that may take, judged by the pass over the module as it is."""
+    healed = f"; then healing on {healing:,} batches" if healing else ""
+    if healing and (sizes := evaluator.runner.sizes()) is not None:
+        each = evaluator.baseline_seconds / max(sum(map(sum, sizes)), 1)
+        seconds = _PASSES_OF_A_LESSON * healing * evaluator.runner.training_batch_size * each
+        healed += f", about {seconds:.2g} s" if seconds else ""
     groups, size = len(evaluator.problem.groups), evaluator.trials.space.size
     names = f"{groups} group{'' if groups == 1 else 's'}, {size} coefficient{'' if size == 1 else 's'}"
     each = evaluator.baseline_seconds * evaluator.on.share
     if planned is None:
-        return f"SoftPruning: {names}, about {each:.2g} s for each evaluation"
-    return f"SoftPruning: {names}, up to {planned:,} evaluations, about {planned * each:.2g} s"
+        return f"SoftPruning: {names}, about {each:.2g} s for each evaluation{healed}"
+    return f"SoftPruning: {names}, up to {planned:,} evaluations, about {planned * each:.2g} s{healed}"
 
 
 def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> tuple[SearchStrategy, SearchOutcome]:

@@ -41,7 +41,7 @@ from lightning_softprune.trainer.module_steps import (
 from lightning_softprune.trainer.processes import mean_over_processes
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
-from lightning_softprune.trainer.validation_data import ALL, GIB, Part
+from lightning_softprune.trainer.validation_data import ALL, GIB, Part, samples_of
 from lightning_softprune.utilities.snapshot import Snapshot
 
 Value = TypeVar("Value")
@@ -203,6 +203,11 @@ class ModuleRunner:
             with isolated_rng(self.seed):
                 self._trained_on = training_batches(self.trainer, self._most)
         return self._trained_on[:n]
+
+    @property
+    def training_batch_size(self) -> int:
+        """Samples in the first training batch; 0 where there is none."""
+        return next(map(samples_of, self._training_batches(1)), 0)
 
     def further_training_batches(self, n: int) -> Generator[Any]:
         """The same, as many as are asked for, and none kept in memory; they go on into further epochs.

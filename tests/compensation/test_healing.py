@@ -19,7 +19,9 @@ from support.modules import (
     Manual,
     assert_same,
     fit,
+    loaders,
     made,
+    plain_validate,
     run_state,
     softpruning,
 )
@@ -53,6 +55,17 @@ def test_outputs_are_what_the_code_of_a_step_gets_from_modules():
     with watch_outputs(model, names - {"decoder.weight", "decoder.bias"}) as outputs:
         model.step(x)
     assert list(outputs) == [("encoder", 1, 0)]
+
+
+def test_blocks_of_a_list_are_outputs_too_the_innermost_ones():
+    def block():
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+
+    model, x = nn.Sequential(nn.Sequential(block(), block()), nn.Linear(4, 2)), torch.randn(5, 4)
+    with watch_outputs(model, {name for name, _ in model.named_parameters()}) as outputs:
+        model(x)
+    assert list(outputs) == [("0.0", 1, 0), ("0.1", 1, 0), ("", 1, 0)]
+    assert torch.equal(outputs["0.1", 1, 0], model[0](x))
 
 
 def test_the_mismatch_is_the_missed_fraction_of_the_variance_of_what_both_have():
@@ -105,6 +118,12 @@ def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements_and_of_
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
+
+
+def dense_psnr(tmp_path):
+    oracle = AtEpochStart(lambda _, module: plain_validate(tmp_path, module, loaders(module)), 10)
+    fit(tmp_path, made(), oracle, max_epochs=11)
+    return oracle.found["val_psnr"]
 
 
 class Frozen(ConvClassifier):
@@ -186,6 +205,26 @@ def test_what_does_not_score_better_is_taken_back(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_constraint_counts_on_healing_so_that_the_smallest_model_that_meets_it_is_smaller(tmp_path):
+    def look(trainer, module):
+        scores = plain_validate(tmp_path, module, loaders(module))
+        return scores["val_psnr"], sum(parameter.numel() for parameter in module.parameters())
+
+    bound, found = dense_psnr(tmp_path) - 0.5, []
+    for healing in (0, 40):
+        arguments = {"monitor": "val_psnr", "mode": "max", "epochs": 10, "target_sparsity": None, "healing": healing}
+        pruning, oracle = softpruning(**arguments, constraints=[f"val_psnr >= {bound}"]), AtEpochStart(look, 10)
+        fit(tmp_path, made(), pruning, oracle, max_epochs=11)
+        score, parameters = oracle.found
+        assert pruning.results[0].applied
+        assert pruning.results[0].score_after == pytest.approx(score, abs=1e-5)
+        assert score >= bound - 1e-5
+        assert pruning.results[0].costs_after.params == parameters
+        found.append(parameters)
+    assert found[1] < found[0]
+
+
+@pytest.mark.slow
 def test_where_there_is_nothing_to_learn_from_a_warning_says_so(tmp_path):
     class Ungraded(Manual):
         @torch.no_grad()
@@ -194,5 +233,15 @@ def test_where_there_is_nothing_to_learn_from_a_warning_says_so(tmp_path):
 
     with pytest.warns(UserWarning, match="healing has nothing to learn from"):
         result, _, _ = rounds(tmp_path, Ungraded, 3)
+    assert result.applied
+    assert result.healing is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [{"healing": 3}, {"healing": 0, "teacher": 0.5}])
+def test_what_the_dense_network_takes_counts_in_the_memory_limit(tmp_path, arguments):
+    name = "healing" if arguments["healing"] else "teacher"
+    with pytest.warns(UserWarning, match=f"no {name}: it would hold"):
+        result, _, _ = rounds(tmp_path, AutoEncoder, memory_limit=1e-6, **arguments)
     assert result.applied
     assert result.healing is None

@@ -28,9 +28,15 @@ _HELD = 5
 """Copies of the network that healing holds: the dense one, that before healing, gradients, Adam's two averages."""
 
 
-def healing_bytes(module: nn.Module) -> int:
-    """How many bytes healing holds beside the pruned module and one batch."""
-    return _HELD * sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+def teaching_bytes(module: nn.Module, heals: bool) -> int:
+    """How many bytes it takes beside the pruned module and one batch to heal, or only to keep the dense network.
+
+    Args:
+        module: The dense module.
+        heals: Whether there is healing; else there is a teacher alone.
+    """
+    copies = _HELD if heals else 1
+    return copies * sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def teach(
@@ -51,7 +57,8 @@ def teach(
 
     Returns:
         The error on each batch before it was learned from: the fraction that the pruned network misses of the variance
-        of what steps use. Empty where there is nothing to learn from: no training data, or no common output.
+        of what steps use, and of what blocks give. Empty where there is nothing to learn from: no training data, or no
+        common output.
 
     Raises:
         Exception: The user's own.
