@@ -346,6 +346,7 @@ def draw(rows: dict[str, Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["network"] for row in rows.values()))
+    colours = {method: f"C{number}" for number, method in enumerate(methods(Path(), 0))}
     figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         found = cells(rows, name, 0)
@@ -355,7 +356,7 @@ def draw(rows: dict[str, Row], path: Path) -> None:
             points = [found[method, target] for target in SPARSITIES if (method, target) in found]
             x = [100 * statistics.fmean(row["sparsity"] for row in point) for point in points]
             y = [100 * statistics.fmean(row["accuracy"] for row in point) for point in points]
-            axis.plot(x, y, marker="o", ms=4, lw=2.2 if method.startswith("ours") else 1.2, label=method)
+            axis.plot(x, y, marker="o", ms=4, lw=1.2 + method.startswith("ours"), color=colours[method], label=method)
         axis.set_title(f"{name}; dotted: dense")
         axis.set_xlabel("parameters removed, %")
         axis.set_ylabel("accuracy on unseen images, %")

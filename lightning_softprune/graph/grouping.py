@@ -39,6 +39,9 @@ _LONELY = "are added to places whose size is fixed, as those of a padding; put a
 _WHOLE = "let it read all of it, or put a layer behind the product, to prune what it is made of"
 
 
+_TOGETHER = "have to go together, as what they are laid out with meets another width; put a layer between to prune them"
+
+
 @dataclass(frozen=True)
 class Grouping:
     """The groups of one way to read a trace.
@@ -318,7 +321,8 @@ def _build(
         said, semicolon, hint = reason.partition("; ")
         reason = f"{said} ({len(pinned)} of its {len(numbers)} channels){semicolon}{hint}"
     if not reason and len(numbers) < 2:
-        reason = "it has a single channel" if numbers else f"all of its {len(found)} channels {_LONELY}"
+        reason = f"all of its {len(found)} channels {_TOGETHER if numbers else _LONELY}"
+        reason = "it has a single channel" if len(found) == 1 else reason
     if not len(found):
         reason = "it has no channels"
     producers = {member.module for member in members if member.slot == "out"}

@@ -395,7 +395,7 @@ OUTER = {
     "a part of it": (lambda net, x: product(net, x, "a", "b")[:, :7], {"a": 3, "b": 4}, 7),
     "of written size": (lambda net, x: product(net, x, "a", "b").view(-1, 12), {"a": 3, "b": 4}, 12),
 }
-REFUSED = ("unlike ones", "a part of it", "of written size")
+REFUSED = {"unlike ones": "go together", "a part of it": "an outer product", "of written size": "written down"}
 COUPLED = {"sum of two": {"a": 3, "b": 4}, "added to a layer's": {"a": 3, "b": 4}}
 
 
@@ -405,7 +405,7 @@ def test_both_widths_of_a_flattened_outer_product_are_pruned_or_it_is_refused(ki
     parts = {name: nn.Linear(5, width) for name, width in widths.items()}
     net = Net(lambda net, x: net.head(operation(net, x)), head=nn.Linear(size, 2), **parts)
     expected = {} if kind in REFUSED else COUPLED.get(kind, widths)
-    check(net, torch.randn(3, 5), expected, {"a": "outer product"} if kind == "a part of it" else None)
+    check(net, torch.randn(3, 5), expected, {"a": REFUSED[kind]} if kind in REFUSED else None)
 
 
 # ------------------------------------------------------------------------------------- buffers, attributes, in place
