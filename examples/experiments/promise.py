@@ -8,7 +8,7 @@ of the training images, in batches of 125, of which it takes as many as tell the
 by no search.
 
     python examples/experiments/promise.py --data-dir DIR                  # an hour on two cores
-    python examples/experiments/promise.py --data-dir DIR --healing 0.25   # with a quarter of an epoch of healing
+    python examples/experiments/promise.py --data-dir DIR --healing 0.125  # with an eighth of an epoch of healing
     python examples/experiments/promise.py --quick                         # two minutes, made-up pictures, no meaning
 """
 
