@@ -77,6 +77,7 @@ def test_show_prints_rounds_and_groups_of_a_checkpoint(
             f"{before.params:,} -> {after.params:,}",
             f"{before.macs:,} -> {after.macs:,}",
             f"{result.score_before:.4g} -> {result.score_after:.4g}",
+            *([] if result is results[0] else [f"{result.score_finetuned:.4g}"]),
             f"{result.strategy}: {result.stop_reason}",
             "yes",
         ]

@@ -307,6 +307,7 @@ def test_the_journal_leaves_other_files_alone(tmp_path):
     fit(root, made(), softpruning(report=True))
     files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
     assert files == [
+        "softprune/.run",
         "softprune/epoch=1/report.html",
         "softprune/epoch=1/result.json",
         "softprune/epoch=1/trials.csv",
