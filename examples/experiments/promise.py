@@ -9,7 +9,6 @@ by no search.
 
     python examples/experiments/promise.py --data-dir DIR                  # an hour on two cores
     python examples/experiments/promise.py --data-dir DIR --healing 0.125  # with an eighth of an epoch of healing
-    python examples/experiments/promise.py --data-dir DIR --healing 0.125 --search sensitivity  # fewer evaluations
     python examples/experiments/promise.py --quick                         # two minutes, made-up pictures, no meaning
 """
 
@@ -81,7 +80,6 @@ def measure(name: str, data: Images, cache: Path, args: argparse.Namespace) -> R
         monitor=network.monitor,
         mode="max",
         target_sparsity=PROMISED,
-        search=args.search,
         seed=args.seed,
         report=False,
         verbose=False,
@@ -169,9 +167,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments("promise", __doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with MNIST's four idx files")
     parser.add_argument("--healing", type=float, default=0.0, metavar="EPOCHS", help="training epochs of healing")
-    parser.add_argument(
-        "--search", default="gradient", choices=("gradient", "sensitivity"), help="the default: gradient"
-    )
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     args = parser.parse_args(argv)
     if args.data_dir is None and not args.quick:
@@ -180,10 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     data = load_images(args.data_dir, *((500, 2000) if args.quick else (2000, None)))
     suffix = f"-healing-{args.healing:g}" if args.healing else ""
-    settings = {"seed": args.seed, "healing": args.healing, "quick": args.quick}
-    if args.search != "gradient":
-        suffix, settings["search"] = f"-{args.search}{suffix}", args.search
-    results = Results(output, settings, f"results{suffix}")
+    results = Results(output, {"seed": args.seed, "healing": args.healing, "quick": args.quick}, f"results{suffix}")
     for name in args.networks:
         results.row(name, partial(measure, name, data, cache, args))
         rows = {known: results.rows[known] for known in NETWORKS if known in results.rows}
