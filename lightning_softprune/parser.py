@@ -16,6 +16,7 @@ from lightning.fabric.utilities import exceptions
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.search import SearchStrategy
 from lightning_softprune.trainer import MisconfigurationException
 from lightning_softprune.utilities.libraries import counterparts
@@ -35,7 +36,7 @@ BAD_CHOICE = re.compile(
 )
 BAD_MODULE = re.compile(r"No module named '(?P<value>\w+)'$", re.MULTILINE)
 BAD_NAME = re.compile(  # the first such line below the innermost key: there is one per member of a union
-    r'Parser key "(?:[^"]*\.)?(?P<key>callbacks|search)":'
+    r'Parser key "(?:[^"]*\.)?(?P<key>callbacks|search|importance)":'
     r'(?:(?!Parser key ").)*?Expected a dot import path string: (?P<value>\w+)$',
     re.MULTILINE | re.DOTALL,
 )
@@ -77,7 +78,12 @@ def _with_hints(message: str, keys: Iterable[str]) -> str:
         return message + _hint([key.removeprefix(group)] if key else [])
     message = BAD_CHOICE.sub(lambda bad: _answer(bad, re.findall(r"'([^']*)'", bad["choices"])), message)
     message = BAD_MODULE.sub(lambda bad: _answer(bad, [__name__.partition(".")[0]], cutoff=0.85), message)
-    return BAD_NAME.sub(lambda bad: _answer(bad, _subclass_names(*counterparts(BASES[bad["key"]]))), message)
+    return BAD_NAME.sub(lambda bad: _answer(bad, _names_for(bad["key"])), message)
+
+
+def _names_for(key: str) -> Iterable[str]:
+    """What may stand there without a path."""
+    return IMPORTANCES if key == "importance" else _subclass_names(*counterparts(BASES[key]))
 
 
 def _answer(bad: re.Match[str], names: Iterable[str], cutoff: float = 0.6) -> str:

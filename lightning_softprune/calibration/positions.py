@@ -9,8 +9,7 @@ any output. Samples are not told apart, since the gradient of one that is predic
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,9 +62,8 @@ def find_read_positions(model: nn.Module, names: Sequence[str], steps: Sequence[
     names = [name for name in names if weight_geometry(model.get_submodule(name)).kernel is None]
     found: dict[str, dict[_Shape, torch.Tensor]] = defaultdict(dict)
     for number, step in enumerate(steps if names and not in_process_group() else ()):
-        try:
-            seen = _gradients_of(model, names, step)
-        except Exception:  # no memory for a backward pass, or user code that has none
+        seen = _gradients_of(model, names, step)
+        if seen is None:
             return ReadPositions()
         for name, shape, counts in seen:
             known = found[name].get(shape)
@@ -77,8 +75,8 @@ def find_read_positions(model: nn.Module, names: Sequence[str], steps: Sequence[
 
 def _gradients_of(
     model: nn.Module, names: Sequence[str], step: Callable[[], Any]
-) -> list[tuple[str, _Shape, torch.Tensor]]:
-    """Whether a gradient comes back to each position, for each call of the readers."""
+) -> list[tuple[str, _Shape, torch.Tensor]] | None:
+    """Whether a gradient comes back to each position, for each call of the readers; ``None``: there are none."""
     calls: list[tuple[str, _Shape, list[torch.Tensor]]] = []
 
     def hook_for(name: str) -> Callable[..., None]:
@@ -91,25 +89,17 @@ def _gradients_of(
         return hook
 
     hooks = (model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names)
-    with _all_differentiable(model) as parameters, registered(hooks), torch.enable_grad():
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with registered(hooks), torch.enable_grad():
         loss = step()
         loss = loss.get("loss") if isinstance(loss, Mapping) else loss
-        if not calls or not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
-            return []
-        torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        if not parameters or not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
+            return None
+        try:
+            torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+        except RuntimeError:  # something in the network has no derivative, or there is no memory for it
+            return None
     return [
         (name, shape, torch.stack(seen).any(0) if seen else torch.zeros(shape, dtype=torch.bool))
         for name, shape, seen in calls
     ]
-
-
-@contextmanager
-def _all_differentiable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    flags = [(p, p.requires_grad) for p in model.parameters() if p.is_floating_point() or p.is_complex()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(True)
-        yield [parameter for parameter, _ in flags]
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

@@ -82,23 +82,36 @@ def test_a_network_that_computes_in_vain_is_fitted_like_one_that_does_not(kind):
 @pytest.mark.parametrize("kind", READS)
 def test_positions_count_where_a_gradient_comes_back_to_them(kind):
     whole, _, places = networks(kind)
-    flags = [parameter.requires_grad_(False) for parameter in whole.parameters()]
     found = find_read_positions(whole, ["first", "second"], steps_of(whole))
     seen = torch.arange(5.0).expand(2, 5)[..., None]
     assert found.of("second", seen)[0, :, 0].tolist() == places
     assert found.of("first", seen)[0, :, 0].tolist() == list(range(max(places) + 1))
     assert found.of("second", torch.ones(2, 6, 1)).shape == (2, 6, 1)
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in flags)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in whole.parameters())
+
+
+class _NoDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("none is known")
 
 
 def test_all_positions_count_without_a_loss_and_one_batch_tells_where_they_do():
     whole, _, _ = networks("last")
     x, runs = torch.randn(4, 5, 3, dtype=torch.float64), []
     assert not find_read_positions(whole, ["second"], [lambda: None, lambda: whole(x).detach()])
-    assert not find_read_positions(whole, ["second"], [lambda: runs.append(0) or whole(x).no_such_thing])
+    assert not find_read_positions(whole, ["second"], [lambda: _NoDerivative.apply(whole(x)).sum()])
+    with pytest.raises(AttributeError, match="no_such_thing"):  # the user's own
+        find_read_positions(whole, ["second"], [lambda: whole(x).no_such_thing])
     whole.reads = READS["all"][0]
     assert not find_read_positions(whole, ["second"], [lambda: runs.append(1) or whole(x).sum()] * 3)
-    assert runs == [0, 1]
+    assert runs == [1]
+    whole.requires_grad_(False)
+    assert not find_read_positions(whole, ["second"], steps_of(whole))
 
 
 def test_a_sample_that_is_predicted_so_well_that_its_gradient_vanishes_counts():
