@@ -111,6 +111,7 @@ def test_optimizers_hold_exactly_the_live_parameters_and_train_on(kind):
             parameter.requires_grad_(parameter.ndim == 2)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if kind == "SparseAdam":
+        torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(12, 6, sparse=True), nn.Flatten(), nn.Linear(72, 2))
         trained = [model[0].weight]
     settings = {"line_search_fn": "strong_wolfe", "max_iter": 2} if kind == "LBFGS" else {}
