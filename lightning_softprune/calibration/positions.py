@@ -92,6 +92,8 @@ def _gradients_of(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with registered(hooks), torch.enable_grad():
         loss = step()
+        if not calls:
+            return []
         loss = loss.get("loss") if isinstance(loss, Mapping) else loss
         if not parameters or not isinstance(loss, torch.Tensor) or loss.grad_fn is None:
             return None

@@ -91,12 +91,15 @@ def test_positions_count_where_a_gradient_comes_back_to_them(kind):
 
 
 class _NoDerivative(torch.autograd.Function):
+    asked = 0
+
     @staticmethod
     def forward(ctx, x):
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
+        _NoDerivative.asked += 1
         raise RuntimeError("none is known")
 
 
@@ -104,7 +107,10 @@ def test_all_positions_count_without_a_loss_and_one_batch_tells_where_they_do():
     whole, _, _ = networks("last")
     x, runs = torch.randn(4, 5, 3, dtype=torch.float64), []
     assert not find_read_positions(whole, ["second"], [lambda: None, lambda: whole(x).detach()])
+    _NoDerivative.asked = 0
     assert not find_read_positions(whole, ["second"], [lambda: _NoDerivative.apply(whole(x)).sum()])
+    assert not find_read_positions(whole, ["head"], [lambda: _NoDerivative.apply(whole(x)).sum()])
+    assert _NoDerivative.asked == 1  # what the head is given has no positions
     with pytest.raises(AttributeError, match="no_such_thing"):  # the user's own
         find_read_positions(whole, ["second"], [lambda: whole(x).no_such_thing])
     whole.reads = READS["all"][0]
