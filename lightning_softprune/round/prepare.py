@@ -135,9 +135,9 @@ class PruningProblem:
             compensation.positions = positions
             if settings.compensation == "least_squares":
                 compensation.logits = find_logit_fits(module, groups, calibration)
-        identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
-        realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
-        return cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
+            identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
+            realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
+            return cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
 
     @classmethod
     def sketch(cls, runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> PruningProblem:

