@@ -42,7 +42,7 @@ from shared.mnist import Images, load_images
 from shared.results import Results, Row, arguments, folders, markdown, trainer_settings
 from torch import Tensor
 
-from lightning_softprune import PruningGroup, PruningResult, find_groups, prune
+from lightning_softprune import PruningGroup, PruningResult, UniformBaseline, find_groups, prune
 from lightning_softprune.search import SensitivityCurve
 
 SPARSITIES = (0.36, 0.51, 0.64, 0.75)
@@ -142,12 +142,23 @@ def by_this_package(subject: Subject, removed: float, **more: Any) -> Pruned:
     return network, _found(result)
 
 
-def methods(cache: Path, healing: int) -> dict[str, Method]:
+def by_healing(subject: Subject, removed: float, *, rows: Mapping[str, Row], healing: int) -> Pruned:
+    """The plan that a round has found before, healed; where there is none, it is searched for."""
+    found = rows.get(f"{subject.name} ours {removed:.0%} {subject.seed}", {}).get("channels")
+    if found is None:
+        return by_this_package(subject, removed, healing=healing)
+    fractions = {name: 1 - after / before for name, (before, after) in found.items()}
+    bounds = {name: (fraction, fraction) for name, fraction in fractions.items()}
+    return by_this_package(subject, removed, healing=healing, bounds=bounds, search=UniformBaseline())
+
+
+def methods(cache: Path, healing: int, rows: Mapping[str, Row]) -> dict[str, Method]:
     """All of them, by the names in the table.
 
     Args:
         cache: A folder for scores that several targets share.
         healing: Batches of a quarter of a training epoch.
+        rows: What is known already.
     """
     return {
         "L1": partial(by_norm, repaired=False),
@@ -157,7 +168,7 @@ def methods(cache: Path, healing: int) -> dict[str, Method]:
         "GRAIL": by_rebuilding,
         "FastNAS's rule": partial(by_threshold, cache=cache),
         "ours": by_this_package,
-        "ours, healed": partial(by_this_package, healing=healing),
+        "ours, healed": partial(by_healing, rows=rows, healing=healing),
     }
 
 
@@ -200,6 +211,7 @@ def _found(result: PruningResult) -> Row:
         "searched": result.score_after,
         "evaluations": result.evaluations,
         "round_seconds": round(result.seconds, 1),
+        "healing_seconds": round(result.phases.get("healing", 0.0), 1),
         "channels": {group.name: [group.channels_before, group.channels_after] for group in result.groups},
     }
 
@@ -346,7 +358,7 @@ def draw(rows: dict[str, Row], path: Path) -> None:
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["network"] for row in rows.values()))
-    colours = {method: f"C{number}" for number, method in enumerate(methods(Path(), 0))}
+    colours = {method: f"C{number}" for number, method in enumerate(methods(Path(), 0, {}))}
     figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         found = cells(rows, name, 0)
@@ -374,7 +386,7 @@ def run(name: str, results: Results, cache: Path, args: argparse.Namespace) -> I
         args: The command line's.
     """
     images = images_of(name, args)
-    known = methods(cache, healing=len(images.training(BATCH_SIZE)) // 4)
+    known = methods(cache, len(images.training(BATCH_SIZE)) // 4, results.rows)
     for seed in range(args.seed, args.seed + args.seeds):
         subject = SUBJECTS[name](images, cache, seed, args)
         about: Row = {"network": name, "seed": seed, "epochs": 0}
@@ -401,7 +413,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments("baselines", __doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with `mnist` and `cifar10`")
     parser.add_argument("--networks", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--methods", nargs="+", choices=methods(Path(), 0), help="default: all")
+    parser.add_argument("--methods", nargs="+", choices=methods(Path(), 0, {}), help="default: all")
     parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES))
     parser.add_argument("--seeds", type=int, default=3, help="how many, from --seed on")
     parser.add_argument("--finetune", action="store_true", help="also train each pruned network for one epoch")
