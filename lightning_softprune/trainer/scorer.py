@@ -21,6 +21,7 @@ from lightning.pytorch.loops import evaluation_loop
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
@@ -58,6 +59,27 @@ class _LoggedMetrics(dict[str, Any]):
         """Lightning's only way to write here."""
         self.logged.update(*args, **kwargs)
         super().update(*args, **kwargs)
+
+
+def _results_that_stay(trainer: pl.Trainer) -> Any:
+    """Where a pass keeps what is logged, as Lightning does, which moves all of it to the device at every `self.log`.
+
+    It looks through everything that a result holds for it, which in small networks takes longer than their forward
+    pass. Here, results are moved when they are elsewhere.
+    """
+
+    class Results(counterpart(_ResultCollection, trainer)):  # type: ignore[misc]
+        def __setitem__(self, key: str, value: Any) -> None:
+            moved = value.to
+
+            def to(device: Any, **more: Any) -> Any:
+                there = getattr(getattr(value, "value", None), "device", None) == device
+                return value if there else moved(device, **more)
+
+            vars(value)["to"] = to
+            super().__setitem__(key, value)
+
+    return Results(training=False)
 
 
 @contextmanager
@@ -272,6 +294,7 @@ class ValidationScorer:
         vars(loop)["setup_data"] = lambda: None  # the data are there; Lightning would ask for the user's loaders again
         loop._combined_loader = loader
         loop._data_source = getattr(parent, name)._data_source
+        loop._results = _results_that_stay(trainer)
         loop._max_batches = [len(which) for which in data.ranges(part)]
         connector = counterpart(_LoggerConnector, trainer)(trainer)
         connector._callback_metrics = seen = _LoggedMetrics(trainer._logger_connector._callback_metrics)

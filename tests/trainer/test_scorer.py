@@ -12,13 +12,14 @@ import torchmetrics
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultMetric
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng, untouched
-from lightning_softprune.trainer.scorer import ValidationScorer
+from lightning_softprune.trainer.scorer import ValidationScorer, _results_that_stay
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
 from support.fits import ORDINARY_FITS, Batches, Polite, Probe, Tiny, TwoLoaders, assert_equal, data, loader, trainer_of
 
@@ -124,6 +125,34 @@ def test_a_pass_gives_what_validate_gives(tmp_path, kwargs):
     equal(scores[0], oracle)
     assert scores[0] == scores[1]
     assert {"val_loss", "val_loss_epoch", "val_accuracy", "val_MulticlassF1Score", "val_epoch_end"} < set(scores[0])
+
+
+def test_a_pass_does_not_look_through_what_is_logged_at_every_step(tmp_path, monkeypatch):
+    looked, plain = [], _ResultMetric.to
+    monkeypatch.setattr(_ResultMetric, "to", lambda self, *args, **kw: looked.append(self) or plain(self, *args, **kw))
+
+    def score(trainer, pl_module):
+        with ValidationScorer(trainer, pl_module) as scorer:
+            looked.clear()
+            return scorer.metrics(), len(looked)
+
+    probe = Probe(score)
+    trainer_of(tmp_path, probe).fit(Polite(), loader(drop_last=True), loader(96))
+    metrics, times = probe.result
+    assert len(metrics) > 4
+    assert times <= 2 * len(metrics) < 12 * 4  # once for metrics of torchmetrics, and when the pass is over
+
+
+def test_what_is_logged_is_moved_where_it_is_elsewhere(tmp_path):
+    results = _results_that_stay(trainer_of(tmp_path))
+
+    def logged(device):
+        results.log("validation_step", "loss", torch.tensor(1.0, device=device), batch_size=1)
+        (result,) = results.values()
+        return result.value.device.type, result.cumulated_batch_size.device.type
+
+    assert logged("cpu") == ("cpu", "cpu")
+    assert logged("meta") == ("meta", "meta")
 
 
 @pytest.mark.parametrize("module", [TwoLoaders, TwoLoadersOneName])
