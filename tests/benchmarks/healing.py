@@ -14,7 +14,7 @@
 - ``vit``: that of ``attention.py``, half of all heads and units gone; scored by the loss, since 199 images tell
   accuracies apart by luck; accuracy on images that no plan has seen.
 
-Each row: dense; pruned and compensated; trained on by the network's own loss and optimizer for so many batches;
+The plan is found once per row, and then given. Each row: dense; pruned and compensated; trained on by the network's own loss and optimizer for so many batches;
 healed for as many; with ``--teacher``, healed and then trained for an epoch with labels and teacher; seconds of labels
 and of healing. Rows go to ``--output`` too, and those that are there are not measured again.
 """
@@ -178,24 +178,26 @@ def row(case: Case, seed: int, batches: int, teacher: float) -> list[str]:
     def measured(module: L.LightningModule) -> str:
         return f"{quality.trainer(1).validate(module, case.held, verbose=False)[0][case.metric]:.4f}"
 
-    def pruned(healing: int) -> tuple[L.LightningModule, Any]:
+    def pruned(healing: int, **settings: Any) -> tuple[L.LightningModule, Any]:
         module = copy.deepcopy(case.module)
         L.seed_everything(seed, verbose=False)
         loaders = {"train_dataloaders": case.train, "val_dataloaders": case.scored}
-        more = {**case.settings, "healing": healing, "seed": seed, "report": False, "verbose": False}
-        return module, prune(module, **loaders, **more)
+        more = {"healing": healing, "seed": seed, "report": False, "verbose": False}
+        return module, prune(module, **loaders, **{**case.settings, **more, **settings})
 
     plain, before = pruned(0)
+    fractions = {group.name: 1 - group.channels_after / group.channels_before for group in before.groups}
+    same = {"bounds": {name: (part, part) for name, part in fractions.items()}, "search": UniformBaseline()}
     compensated = measured(plain)
     L.seed_everything(seed, verbose=False)
     seconds = trained_on(plain, case.train, batches)
     labels = measured(plain)
-    healed, result = pruned(batches)
+    healed, result = pruned(batches, **same)
     taught = "-"
     if teacher > 0.0:
         module = copy.deepcopy(case.module)
         L.seed_everything(seed, verbose=False)
-        more = {**case.settings, "healing": batches, "seed": seed, "report": False, "verbose": False}
+        more = {**case.settings, **same, "healing": batches, "seed": seed, "report": False, "verbose": False}
         pruning = SoftPruning(epochs=0, finetune_epochs=1, teacher=teacher, **more)
         quality.trainer(1, pruning).fit(module, case.train, case.scored)
         taught = measured(module)
