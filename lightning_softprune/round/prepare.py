@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,6 +277,7 @@ class StepsToTrace:
         round_to: Kept channels are a multiple of it.
         probed: Whether groups are tried; else they are what the trace says.
         predicting: The module's own `predict_step`, whose outputs are looked at; `None` without one.
+        steady: While it lasts, steps share one memory of what they are to put back.
     """
 
     steps: Steps
@@ -285,6 +287,7 @@ class StepsToTrace:
     round_to: int = 1
     probed: bool = True
     predicting: Step | None = None
+    steady: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 def prepare_groups(
@@ -300,7 +303,8 @@ def prepare_groups(
         trace = trace_model(model, how.steps, how.outside)
 
     def run(seed: int = 0) -> list[Any]:
-        return run_steps(how.probing or how.steps, seed)
+        with how.steady():
+            return run_steps(how.probing or how.steps, seed)
 
     def read(choices: Mapping[str, int], united: Sequence[tuple[Place, Place]]) -> tuple[list[PruningGroup], Grouping]:
         grouping = groups_of(trace, ignore, choices, united)
@@ -361,7 +365,14 @@ def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], pro
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
     probing = runner.probing(PROBE_SAMPLES) if probed else []
     how = StepsToTrace(
-        runner.tracing(), judged, runner.left_alone, probing, settings.round_to, probed, runner.predicting()
+        runner.tracing(),
+        judged,
+        runner.left_alone,
+        probing,
+        settings.round_to,
+        probed,
+        runner.predicting(),
+        runner.steady,
     )
     return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
 
