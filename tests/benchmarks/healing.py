@@ -14,9 +14,10 @@
 - ``vit``: that of ``attention.py``, half of all heads and units gone; scored by the loss, since 199 images tell
   accuracies apart by luck; accuracy on images that no plan has seen.
 
-The plan is found once per row, and then given. Each row: dense; pruned and compensated; trained on by the network's own loss and optimizer for so many batches;
-healed for as many; with ``--teacher``, healed and then trained for an epoch with labels and teacher; seconds of labels
-and of healing. Rows go to ``--output`` too, and those that are there are not measured again.
+The plan is found once per row, and then given. Each row: dense; pruned and compensated; trained on by the network's
+own loss and optimizer for so many batches; healed for as many; with ``--teacher``, healed and then trained for an epoch
+with labels and teacher; seconds of labels and of healing. Rows go to ``--output`` too, and those that are there are not
+measured again.
 """
 
 from __future__ import annotations
