@@ -133,6 +133,7 @@ COLUMNS = (
 def trained_on(module: L.LightningModule, loader: DataLoader, batches: int) -> float:
     """Train with labels; the seconds it took."""
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    module.train()  # a fit leaves modes as they are
     trainer = L.Trainer(max_steps=batches, max_epochs=-1, enable_model_summary=False, accelerator="cpu", **options)
     started = time.monotonic()
     trainer.fit(module, loader)
@@ -196,7 +197,7 @@ def row(case: Case, seed: int, batches: int, teacher: float) -> list[str]:
     healed, result = pruned(batches, **same)
     taught = "-"
     if teacher > 0.0:
-        module = copy.deepcopy(case.module)
+        module = copy.deepcopy(case.module).train()  # a fit leaves modes as they are
         L.seed_everything(seed, verbose=False)
         more = {**case.settings, **same, "healing": batches, "seed": seed, "report": False, "verbose": False}
         pruning = SoftPruning(epochs=0, finetune_epochs=1, teacher=teacher, **more)
