@@ -356,10 +356,11 @@ def _spread(accuracies: list[float]) -> str:
 def draw(rows: dict[str, Row], path: Path) -> None:
     """Accuracy without fine-tuning against what was removed, one line per method."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     names = list(dict.fromkeys(row["network"] for row in rows.values()))
     colours = {method: f"C{number}" for number, method in enumerate(methods(Path(), 0, {}))}
-    figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
+    figure = Figure(figsize=(6 * len(names) + 2, 4.5), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         found = cells(rows, name, 0)
         dense = [row["accuracy"] for row in rows.values() if row["network"] == name and row["method"] == "dense"]
@@ -368,11 +369,13 @@ def draw(rows: dict[str, Row], path: Path) -> None:
             points = [found[method, target] for target in SPARSITIES if (method, target) in found]
             x = [100 * statistics.fmean(row["sparsity"] for row in point) for point in points]
             y = [100 * statistics.fmean(row["accuracy"] for row in point) for point in points]
-            axis.plot(x, y, marker="o", ms=4, lw=1.2 + method.startswith("ours"), color=colours[method], label=method)
+            axis.plot(x, y, marker="o", ms=4, lw=1.2 + method.startswith("ours"), color=colours[method])
         axis.set_title(f"{name}; dotted: dense")
         axis.set_xlabel("parameters removed, %")
         axis.set_ylabel("accuracy on unseen images, %")
-        axis.legend(fontsize=7)
+    handles = [Line2D([], [], color=colour, marker="o", ms=4, label=method) for method, colour in colours.items()]
+    shown = {row["method"] for row in rows.values()}
+    figure.legend(handles=[one for one in handles if one.get_label() in shown], loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=100)
 
 
