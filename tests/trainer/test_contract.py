@@ -25,6 +25,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer import call as _call
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -44,6 +45,8 @@ PRIVATE = {
     "lightning.pytorch.trainer.call": ["_call_callback_hooks"],
     "lightning.pytorch.trainer.connectors.data_connector": ["_request_dataloader"],
     "lightning.pytorch.trainer.connectors.logger_connector.logger_connector": ["_LoggerConnector"],
+    "lightning.pytorch.trainer.connectors.logger_connector.result": ["_ResultCollection"],
+    "lightning.pytorch.trainer.connectors.logger_connector.result._ResultMetric": ["to"],
     "lightning.pytorch.utilities.data": ["_extract_batch_size"],
     "lightning.pytorch.utilities.model_helpers": ["is_overridden"],
     "lightning.pytorch.LightningModule": ["_on_before_batch_transfer"],
@@ -152,7 +155,7 @@ def test_pytorch_lightning_has_the_same_names():
 
 
 LOOKED_UP = [_call, evaluation_loop, evaluation_loop._EvaluationLoop, _LoggerConnector, _request_dataloader]
-LOOKED_UP += [CombinedLoader, RunningStage, is_overridden, pl.Trainer]
+LOOKED_UP += [_ResultCollection, CombinedLoader, RunningStage, is_overridden, pl.Trainer]
 
 
 @pytest.mark.parametrize("value", LOOKED_UP, ids=lambda value: value.__name__)
