@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_softprune.trainer import ModuleRunner
 
 _HELD = 5
-"""Copies of the network that healing holds: the dense one, that before healing, gradients, Adam's two averages."""
+"""Copies of the network that healing holds: the dense one, that before healing, gradients, two averages at most."""
 
 
 def teaching_bytes(module: nn.Module, heals: bool) -> int:
@@ -64,7 +64,7 @@ def teach(
         Exception: The user's own.
     """
     classroom = Classroom.of(runner, dense, judged)
-    pupil = Pupil(classroom.parameters, batches, halved=runner.scales_losses)
+    pupil = Pupil(classroom.parameters, batches, halved=runner.scales_losses, look_ups=_look_ups_in(runner.module))
     errors: list[float] = []
     with contextlib.closing(_endless(runner, batches)) as stream:
         for number, raw in enumerate(stream):
@@ -107,6 +107,11 @@ def statistics_in(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]
         if not any(True for _ in part.children()) and any(buffer.is_floating_point() for _, buffer in buffers):
             found += [(part, name, buffer) for name, buffer in buffers]
     return found
+
+
+def _look_ups_in(module: nn.Module) -> list[nn.Parameter]:
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    return [parameter for part in module.modules() if isinstance(part, kinds) for parameter in part.parameters()]
 
 
 @dataclass(frozen=True)

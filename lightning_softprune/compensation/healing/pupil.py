@@ -1,22 +1,24 @@
 """The pupil: parameters that learn from lessons, by an optimizer of their own.
 
-Adam, whose steps have one size whatever the outputs' is. The rate of each tensor is a fraction of what its elements
-are (their root mean square), so that it fits any network. The fraction goes with the root of the first lesson's
-error, which says by what part of their size the outputs are wrong, and so roughly by what part weights will have to
-change: where little is wrong, steps of the size that a broken network needs would only disturb. The rate rises over
-the first tenth of the lessons, in which Adam has seen too little to step in good directions, and falls linearly to
-nothing.
+Matrices step along orthogonalized momentum, all else by Adam: steps of one size whatever the outputs' is. The rate of
+each tensor is a fraction of what its elements are (their root mean square), so that it fits any network. The fraction
+goes with the root of the first lesson's error, which says by what part of their size the outputs are wrong, and so
+roughly by what part weights will have to change: where little is wrong, steps of the size that a broken network needs
+would only disturb. The rate rises over the first tenth of the lessons, in which averages have seen too little to step
+in good directions, and falls linearly to nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from lightning_softprune.compensation.healing.orthogonal import OrthogonalSteps, is_matrix
 from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
 
 RATE = 0.1
@@ -48,17 +50,32 @@ class Pupil:
         parameters: The parameters.
         lessons: How many there will be.
         halved: Whether gradients are computed in half precision, and need a factor in order not to vanish.
+        look_ups: Parameters of which a batch sees some rows only, as of embeddings: these are no matrices here.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], lessons: int, halved: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        lessons: int,
+        halved: bool = False,
+        look_ups: Collection[nn.Parameter] = (),
+    ) -> None:
         self._parameters, self._lessons = list(parameters), lessons
         self._scale = _SCALE if halved else 1.0
         self._copies = [  # of the others, the same numbers in another tensor
             parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32)) for parameter in parameters
         ]
-        self._sizes = [max(float(copy.square().mean().sqrt()), SMALLEST) for copy in self._copies]
+        sizes = [max(float(copy.square().mean().sqrt()), SMALLEST) for copy in self._copies]
         self._highest: float | None = None  # is known from the first lesson on
-        self._optimizer = torch.optim.Adam([{"params": [copy]} for copy in self._copies]) if parameters else None
+        others = {id(parameter) for parameter in look_ups}
+        kinds: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+        for parameter, copy, size in zip(parameters, self._copies, sizes, strict=True):
+            kinds[is_matrix(parameter) and id(parameter) not in others].append({"params": [copy], "size": size})
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if kinds[True]:
+            self._optimizers.append(OrthogonalSteps(kinds[True]))
+        if kinds[False]:
+            self._optimizers.append(torch.optim.Adam(kinds[False]))
 
     def gradients(self, error: torch.Tensor) -> list[torch.Tensor]:
         """The gradients of an error, of which no parameter's `grad` hears."""
@@ -79,7 +96,6 @@ class Pupil:
         Returns:
             The error, the mean over the processes.
         """
-        assert self._optimizer is not None
         device, processes = self._copies[0].device, 1.0
         if in_process_group():
             processes = sum_number_over_processes(1.0, device)
@@ -92,11 +108,12 @@ class Pupil:
             self._highest = RATE * math.sqrt(min(error, 1.0))
         risen = min((number + 1) / max(RISING * self._lessons, 1.0), 1.0)
         rate = self._highest * min(risen, 1.0 - number / self._lessons)
-        for group, size in zip(self._optimizer.param_groups, self._sizes, strict=True):
-            group["lr"] = rate * size
         for copy, gradient in zip(self._copies, gradients, strict=True):
             copy.grad = gradient
-        self._optimizer.step()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["size"]
+            optimizer.step()
         for parameter, copy in zip(self._parameters, self._copies, strict=True):
             if parameter.dtype != copy.dtype:
                 parameter.copy_(copy)
