@@ -11,6 +11,9 @@ A step at the iterate x, whose plan is on target:
 4. Step: minimise  g · d + d · H d / 2  subject to  n · d = 0, bounds, |d_i| <= r                               (3)
    with n the gradient of the sparsity; then project. Without curvature H is |g| / r, the normalised gradient.
 
+Behind the curves and exchanges of `SensitivitySearch`, the exchanges that did not help are the probes of a first step.
+Only where that pays, or where exchanges were still helping when they ended, do probes of its own follow.
+
 The radius r starts at `step_size`, grows on success and shrinks on failure. The iterate is always the best plan seen.
 Plans are sought at the lower edge of the tolerance: among plans on target those that remove least lose least.
 """
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 
@@ -34,6 +37,8 @@ _PAYS = 0.05  # of what the start has lost: a step after curves that gains less 
 _AUTO_SPSA = 16  # more coefficients than this: spsa
 
 _TINY = 1e-12
+
+_T = TypeVar("_T")
 
 _MOMENTUM = 0.7  # of the spsa gradient: one random pair per step says little
 
@@ -104,6 +109,39 @@ def constrained_step(
     return at((least + most) / 2)
 
 
+def _noting(
+    proposals: Generator[FloatArray, float, _T], notes: list[tuple[FloatArray, float]]
+) -> Generator[FloatArray, float, _T]:
+    """The proposals, each noted with the loss that it was answered with."""
+    loss = None
+    while True:
+        try:
+            x = next(proposals) if loss is None else proposals.send(loss)
+        except StopIteration as end:
+            return cast("_T", end.value)
+        loss = yield x
+        notes.append((x, loss))
+
+
+def _around(
+    space: SearchSpace, x: FloatArray, notes: list[tuple[FloatArray, float]], distance: float
+) -> tuple[FloatArray, FloatArray] | None:
+    """Moves from `x`, shape (n, k), to the plans on target no further away, and their losses, shape (n,).
+
+    None where the search that has noted them ended while it was getting on: where fewer than half as many plans as
+    there are coefficients were tried after `x`.
+    """
+    last = max((n for n, (other, _) in enumerate(notes) if space.key(other) == space.key(x)), default=len(notes))
+    if len(notes) - 1 - last < space.size / 2:
+        return None
+    near = [
+        (other - x, loss)
+        for other, loss in notes
+        if np.isfinite(loss) and 0 < np.abs(other - x).max() <= distance and space.on_target(other)
+    ]
+    return (np.stack([move for move, _ in near]), np.array([loss for _, loss in near])) if near else None
+
+
 @dataclass(frozen=True)
 class _Model:
     """What a step's probes say of the loss near the iterate.
@@ -157,8 +195,9 @@ class GradientSearch(SearchStrategy):
         difference: ``"central"`` (two evaluations per coefficient and step), ``"forward"`` (one), ``"spsa"`` (two per
             step however many coefficients) or ``"auto"``: central up to 16 coefficients, else spsa.
         start: ``"sensitivity"``: what `SensitivitySearch` finds in at most 3 k + 8 evaluations for k coefficients,
-            fewer where they would take more than half of `max_evaluations`; steps end as soon as one gains less than
-            5 % of what that plan loses. ``"uniform"``: the same coefficient everywhere.
+            fewer where they would take more than half of `max_evaluations`; the first step takes its gradient from
+            these, and steps end as soon as one gains less than 5 % of what that plan loses. ``"uniform"``: the same
+            coefficient everywhere.
         patience: Stop after this many steps without improvement.
         max_evaluations: Stop after this many evaluations. None: with ``start="sensitivity"`` 6 k + 9, as many for steps
             as for the start; else no limit.
@@ -199,13 +238,15 @@ class GradientSearch(SearchStrategy):
 
     def _propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         starts: list[tuple[FloatArray, float]] = []  # each with the sparsity to stay at from there
+        noted: list[tuple[FloatArray, float]] = []
         dense = np.nan  # the loss of the whole model
         if self._start == "sensitivity":
             budget = most_evaluations(space.size, is_expected=bool(self.expected))
             if self.max_evaluations is not None:
                 budget = min(budget, self.max_evaluations // 2)
             if budget > space.size + 2:
-                best, _ = yield from placed_search(space, (self.known, self.expected), 3, budget, self.keep_curves)
+                found = placed_search(space, (self.known, self.expected), 3, budget, self.keep_curves)
+                best, _ = yield from _noting(found, noted)
                 starts = [] if best is None else [(best, space.floor)]
                 dense = self._curves[0].losses[0]
         uniform = space.scale(np.ones(space.size))
@@ -218,10 +259,15 @@ class GradientSearch(SearchStrategy):
         for x, aim in starts:
             f = yield x
             if np.isfinite(f):
+                pays = _PAYS * (f - dense) if np.isfinite(dense) else 0.0
+                if (near := _around(space, x, noted, 2 * self.step_size)) is not None:
+                    model, before = _Model.of(near[0], near[1] - f), f
+                    x, f, _ = yield from self._move(space, (x, f), (x, f), model, self.step_size, aim)
+                    if before - f < pays:
+                        return StopReason.PAID_OFF
                 spsa = self.difference == "spsa" or (self.difference == "auto" and space.size > _AUTO_SPSA)
                 if spsa:
                     return (yield from self._descend_spsa(space, x, f, aim, rng))
-                pays = _PAYS * (f - dense) if np.isfinite(dense) else 0.0
                 return (yield from self._descend(space, x, f, aim, pays))
         return StopReason.NO_USABLE_LOSS
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from lightning_softprune.search import GradientSearch, GridSearch, StopReason, run_search
+from lightning_softprune.search import GradientSearch, GridSearch, SensitivitySearch, StopReason, run_search
 from lightning_softprune.search.strategies.gradient import constrained_step, diagonal_curvature, least_squares_gradient
 from support.networks import AUTOENCODER, CASES, LOSSES, coupled, mlp_space, plan_loss, steep
 
@@ -127,7 +127,17 @@ def test_steps_end_where_they_gain_little_of_what_the_start_has_lost():
     loss, cache = plan_loss(space, steep([1, 1, 3, 1, 1])), {}
     outcome = run_search(GradientSearch(), space, loss, seed=0, cache=cache)
     assert outcome.stop_reason == StopReason.PAID_OFF
-    assert outcome.evaluations <= 3 * space.size + 8 + 2 * space.size + 3
+    assert outcome.evaluations <= 3 * space.size + 8 + 3, "exchanges have probed the plan already"
+
+
+def test_steps_have_probes_of_their_own_where_exchanges_were_still_helping():
+    widths, weights = CASES["4 groups"]
+    space = mlp_space(widths)
+    loss, found, start = plan_loss(space, LOSSES["quadratic"](weights)), {}, {}
+    outcome = run_search(GradientSearch(), space, loss, seed=0, cache=found)
+    run_search(SensitivitySearch(), space, loss, seed=0, cache=start)
+    assert outcome.evaluations > 3 * space.size + 8 + 3
+    assert best_on_target(space, found) < 0.96 * best_on_target(space, start)
 
 
 def test_the_gradient_is_exact_along_the_directions_probed():
