@@ -2,7 +2,14 @@
 
 from lightning_softprune.compensation.dense_run import DenseRun
 from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
-from lightning_softprune.compensation.healing import DenseNetwork, Teacher, changeable, teach, teaching_bytes
+from lightning_softprune.compensation.healing import (
+    DenseNetwork,
+    Teacher,
+    changeable,
+    resting_in,
+    teach,
+    teaching_bytes,
+)
 from lightning_softprune.compensation.intercepts import Intercepts, find_intercepts
 from lightning_softprune.compensation.logits import find_logit_fits
 from lightning_softprune.compensation.refit import refit_readers
@@ -18,6 +25,7 @@ __all__ = [
     "find_intercepts",
     "find_logit_fits",
     "refit_readers",
+    "resting_in",
     "teach",
     "teaching_bytes",
 ]

@@ -20,6 +20,7 @@ from lightning_softprune.compensation import (
     Teacher,
     changeable,
     refit_readers,
+    resting_in,
     teach,
     teaching_bytes,
 )
@@ -227,10 +228,17 @@ def _if_better(
             "module's steps use and that the dense and the pruned network have in common"
         )
         return rehearsed
+    resting = resting_in(evaluator.runner.module)
     healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
     kept = healed.is_better_than(rehearsed.plan)
     if not kept:
         _put_back(before)
+        if resting:
+            rank_zero_warn(
+                f"SoftPruning: healing was taken back, since it did not better the score; {resting} layers that keep "
+                "statistics, as BatchNorm does, are in eval mode, where networks heal badly: if that is not meant, "
+                "call `module.train()` before the fit, which leaves modes as they are"
+            )
     healing = Healing(healed.trial.score, kept, tuple(errors))
     return replace(rehearsed, plan=healed if kept else rehearsed.plan, healing=healing)
 

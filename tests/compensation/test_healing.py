@@ -205,6 +205,18 @@ def test_what_does_not_score_better_is_taken_back(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_is_taken_back_names_layers_that_gather_no_statistics(tmp_path):
+    class Contrary(Frozen):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val_worse", F.cross_entropy(self(batch[0]), batch[1]))
+
+    with pytest.warns(UserWarning, match="healing was taken back.* 1 layers that keep statistics"):
+        result, _, _ = rounds(tmp_path, Contrary, 40, monitor="val_worse", mode="max")
+    assert not result.healing.kept
+
+
+@pytest.mark.slow
 def test_a_constraint_counts_on_healing_so_that_the_smallest_model_that_meets_it_is_smaller(tmp_path):
     def look(trainer, module):
         scores = plain_validate(tmp_path, module, loaders(module))

@@ -109,6 +109,12 @@ def statistics_in(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]
     return found
 
 
+def resting_in(module: nn.Module) -> int:
+    """How many layers that keep statistics would learn, but are in eval mode, where they gather none."""
+    layers = {id(part): part for part, _, _ in statistics_in(module)}.values()
+    return sum(not part.training and any(p.requires_grad for p in part.parameters()) for part in layers)
+
+
 def _look_ups_in(module: nn.Module) -> list[nn.Parameter]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
     return [parameter for part in module.modules() if isinstance(part, kinds) for parameter in part.parameters()]
