@@ -27,7 +27,7 @@ class Samples:
 
     def __init__(self, seed, batches=120, drop=1.0, sort=False):
         rng = np.random.default_rng(seed)
-        self.space = mlp_space(WIDTHS, target=0.6, tolerance=0.02)
+        self.space = mlp_space(WIDTHS, target=0.6, tolerance=0.02).at_least_target()  # as a round does
         self.batches, groups = batches, len(WIDTHS) - 2
         self.base = rng.gamma(2.0, 0.2, BATCH * batches)
         if sort:
@@ -126,7 +126,7 @@ def test_racing_finds_what_all_data_find_at_a_fraction_of_the_passes():
         on = evaluator.on
         assert 1000 <= on.share * BATCH * samples.batches <= 0.5 * BATCH * samples.batches
     assert same >= 19
-    assert np.mean(shares) < 0.45
+    assert np.mean(shares) < 0.5
 
 
 @pytest.mark.slow
