@@ -211,7 +211,11 @@ def test_what_is_taken_back_names_layers_that_gather_no_statistics(tmp_path):
             super().validation_step(batch, batch_idx)
             self.log("val_worse", F.cross_entropy(self(batch[0]), batch[1]))
 
-    with pytest.warns(UserWarning, match="healing was taken back.* 1 layers that keep statistics"):
+        def on_train_epoch_start(self):
+            self.features[1].eval()
+            self.features[4].eval()
+
+    with pytest.warns(UserWarning, match="healing was taken back.* 2 layers that keep statistics"):
         result, _, _ = rounds(tmp_path, Contrary, 40, monitor="val_worse", mode="max")
     assert not result.healing.kept
 

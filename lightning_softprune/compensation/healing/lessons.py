@@ -111,7 +111,7 @@ def statistics_in(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]
 
 def resting_in(module: nn.Module) -> int:
     """How many layers that keep statistics would learn, but are in eval mode, where they gather none."""
-    layers = {id(part): part for part, _, _ in statistics_in(module)}.values()
+    layers = {part for part, _, _ in statistics_in(module)}
     return sum(not part.training and any(p.requires_grad for p in part.parameters()) for part in layers)
 
 

@@ -2,7 +2,8 @@
 
 A gradient is mostly in a few directions, and steps along it leave the others as they are. Muon (Jordan et al. 2024,
 https://kellerjordan.github.io/posts/muon) makes all singular values of the averaged gradient alike, so that each step
-turns all directions in which the outputs are wrong; that counts where there are few steps.
+turns all directions in which the outputs are wrong; that counts where there are few steps. `torch.optim.Muon` came with
+torch 2.9, takes matrices only, and multiplies in half precision.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ MOMENTUM = 0.9
 WIDEST = 1024
 """The most rows and columns of a matrix whose steps are orthogonalized: one with more of both would cost too much."""
 
-_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5
-"""Of the odd polynomials that take singular values towards one: steep at zero, so that five of them are enough."""
+_LINEAR, _CUBIC, _QUINTIC, _TIMES = 3.4445, -4.7750, 2.0315, 5
+"""Of the odd polynomial that takes singular values towards one: steep at zero, so that five times are enough."""
 
 
 def is_matrix(weight: torch.Tensor) -> bool:
@@ -56,14 +57,20 @@ def orthogonalized(matrix: torch.Tensor) -> torch.Tensor:
     if len(matrix) > matrix.shape[1]:
         return orthogonalized(matrix.T).T
     matrix = matrix / matrix.norm().clamp(min=torch.finfo(matrix.dtype).tiny)
-    inner, turn = matrix @ matrix.T, None
-    for linear, cubic, quintic in _COEFFICIENTS:
-        factor = cubic * inner + quintic * (inner @ inner)
-        factor.diagonal().add_(linear)
-        turn = factor if turn is None else factor @ turn
+    inner = matrix @ matrix.T
+    turn = factor = _factor(inner)
+    for _ in range(_TIMES - 1):
         inner = factor @ inner @ factor
-    assert turn is not None
+        factor = _factor(inner)
+        turn = factor @ turn
     return turn @ matrix
+
+
+def _factor(inner: torch.Tensor) -> torch.Tensor:
+    """What a matrix with these inner products of rows is multiplied by."""
+    factor = _CUBIC * inner + _QUINTIC * (inner @ inner)
+    factor.diagonal().add_(_LINEAR)
+    return factor
 
 
 class OrthogonalSteps(torch.optim.Optimizer):

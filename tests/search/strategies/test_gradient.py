@@ -131,13 +131,13 @@ def test_steps_end_where_they_gain_little_of_what_the_start_has_lost():
 
 
 def test_steps_have_probes_of_their_own_where_exchanges_were_still_helping():
-    widths, weights = CASES["4 groups"]
+    widths, weights = CASES["5 groups"]
     space = mlp_space(widths)
     loss, found, start = plan_loss(space, LOSSES["quadratic"](weights)), {}, {}
     outcome = run_search(GradientSearch(), space, loss, seed=0, cache=found)
     run_search(SensitivitySearch(), space, loss, seed=0, cache=start)
     assert outcome.evaluations > 3 * space.size + 8 + 3
-    assert best_on_target(space, found) < 0.96 * best_on_target(space, start)
+    assert best_on_target(space, found) < 0.99 * best_on_target(space, start)
 
 
 def test_the_gradient_is_exact_along_the_directions_probed():
