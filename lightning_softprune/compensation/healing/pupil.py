@@ -21,7 +21,7 @@ from torch import nn
 from lightning_softprune.compensation.healing.orthogonal import OrthogonalSteps, is_matrix
 from lightning_softprune.utilities.distributed import in_process_group, sum_number_over_processes, sum_over_processes
 
-RATE = 0.1
+RATE = 0.05
 """The highest rate, as a fraction of the size of a tensor's elements, where all of the outputs' variance is missed."""
 
 SMALLEST = 1e-3
