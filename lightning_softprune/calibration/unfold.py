@@ -24,7 +24,7 @@ from lightning_softprune.graph import Kernel, WeightGeometry
 MAX_FEATURES = 4608
 """Widest rows that are built, 512 channels under a kernel of 3 x 3; their covariance takes 170 MB."""
 
-ROWS_PER_FEATURE, LEAST_ROWS = 16, 2**15
+ROWS_PER_FEATURE, LEAST_ROWS = 16, 2**14
 """Rows of a round for each of their numbers, and at least. A regression on p numbers, fitted on n rows, errs by about
 p / n more than it has to: 6 % with these, of the share of the outputs' variance that cannot be predicted at all."""
 

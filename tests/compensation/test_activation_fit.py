@@ -1,5 +1,7 @@
 """Oracles: explicit Gauss-Newton systems, one per output, by `numpy.linalg.solve`; the dense network's outputs."""
 
+import itertools
+
 import lightning.pytorch as pl
 import numpy as np
 import pytest
@@ -113,6 +115,7 @@ def lost(f, wanted, z, w, prior, pull):
 def test_a_step_is_the_solution_of_each_outputs_own_gauss_newton_system(name, seed, monkeypatch):
     monkeypatch.setattr(response, "STEPS", 1)
     monkeypatch.setattr(response, "SOLVES", 40)
+    monkeypatch.setattr(response, "LEAST_GAINS", (0.0, 0.0))
     f, slope = FUNCTIONS[name]
     given = problem(seed)
     weight, bias = fitted(f, given)
@@ -141,6 +144,45 @@ def test_no_output_ends_further_from_the_wanted_one_than_it_began(name, seed):
     before, after = ((f(wanted) - f(z @ w.t() + b)).square().sum(0) for w, b in ((weight, bias), (moved, shift)))
     assert (after <= before).all()
     assert after.sum() < 0.9 * before.sum()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_gradients_go_on_while_one_takes_a_noticeable_part_of_the_errors_away(seed, monkeypatch):
+    monkeypatch.setattr(response, "STEPS", 1)
+    wanted, z, weight, bias, *rest = problem(seed)
+
+    def errors(solves, least):
+        monkeypatch.setattr(response, "SOLVES", solves)
+        monkeypatch.setattr(response, "LEAST_GAINS", (0.0, least))
+        w, b = fitted(torch.sigmoid, (wanted, z, weight, bias, *rest[:-1], 0.0))
+        return float((wanted.sigmoid() - (z @ w.t() + b).sigmoid()).square().sum())
+
+    start = float((wanted.sigmoid() - (z @ weight.t() + bias).sigmoid()).square().sum())
+    ends = [errors(solves, 0.0) for solves in range(1, 9)]
+    assert ends[0] > ends[1]
+    assert errors(8, 1.0) == ends[0]  # one gradient never takes all of it
+    few = errors(8, 0.01)
+    assert few in ends[1:-1]
+    assert few - ends[-1] <= 0.01 * start
+
+
+def test_steps_go_on_while_one_takes_a_noticeable_part_of_the_errors_away(monkeypatch):
+    given = problem(1)
+    wanted, z, weight, bias, *_ = given
+
+    def errors(w, b):
+        return float((wanted.sigmoid() - (z @ w.t() + b).sigmoid()).square().sum())
+
+    def fit(steps, least):
+        monkeypatch.setattr(response, "STEPS", steps)
+        monkeypatch.setattr(response, "LEAST_GAINS", (least, 0.0))
+        return fitted(torch.sigmoid, (*given[:-1], 0.0))
+
+    ends = [errors(weight, bias), *(errors(*fit(steps, 0.0)) for steps in (1, 2))]
+    first, second = (1 - after / before for before, after in itertools.pairwise(ends))
+    assert 0 < second < first
+    assert errors(*fit(2, 1.01 * first)) == ends[1]
+    assert errors(*fit(2, 0.99 * first)) == ends[2]
 
 
 def test_an_output_without_a_slope_anywhere_stays_as_it_is():

@@ -95,7 +95,7 @@ def test_the_map_of_each_head_is_that_of_brute_force_least_squares_over_all_pair
     stays = [0, 2, 3, 5]
     q, k, _ = dense.heads(x)
     now, keys, _ = model.heads(x)
-    assert torch.equal(keys, k[..., stays])
+    torch.testing.assert_close(keys, k[..., stays])  # not bit-equal: some processors add up fewer columns otherwise
     for head in range(HEADS):
         queries, others = q[:, head].flatten(0, 1), k[:, head].flatten(0, 1)
         rows = torch.einsum("ia,jb->ijab", queries[:, stays], others[:, stays]).reshape(-1, 16)
