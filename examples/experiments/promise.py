@@ -3,11 +3,10 @@
 Every network of `promise_networks.py` is trained on MNIST and pruned once, by `prune` with its defaults. It keeps the
 promise if at least 70 % of its parameters are gone, its metric on the test images is at most 1 % (relative) below what
 it was, nothing was trained on labels after the prune, and the whole round took no longer than half a training epoch.
-Times are processor seconds of one thread, since machines are shared. The search scores plans on 1,000 images held out
-of the training images, in batches of 125, of which it takes as many as tell the plans apart; the test images are seen
-by no search.
+Times are processor seconds of one thread, since machines are shared. The networks are trained on 58,000 images, and
+the search scores plans on 1,000 others; the test images are seen by no search.
 
-    python examples/experiments/promise.py --data-dir DIR                  # half an hour on two cores
+    python examples/experiments/promise.py --data-dir DIR                  # a quarter of an hour
     python examples/experiments/promise.py --data-dir DIR --healing 0.125  # with an eighth of an epoch of healing
     python examples/experiments/promise.py --quick                         # two minutes, made-up pictures, no meaning
 """

@@ -32,7 +32,7 @@ STEPS, SOLVES, HALVINGS = 2, 6, 5
 
 LEAST_GAINS = 0.05, 0.003
 """What a step, and a conjugate gradient in it, have to gain for the next one, as fractions of the squared errors. A
-step gains a tenth of what the one before did, or less."""
+step was seen to gain a seventh of what the one before did, or less."""
 
 BLOCK = 2**23
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
