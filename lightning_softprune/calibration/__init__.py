@@ -20,7 +20,13 @@ from lightning_softprune.calibration.readers import (
     watch_inputs,
     weight_geometry,
 )
-from lightning_softprune.calibration.statistics import InputStatistics, KernelCoverage, collect_statistics, in_double
+from lightning_softprune.calibration.statistics import (
+    InputStatistics,
+    KernelCoverage,
+    Wanted,
+    collect_statistics,
+    in_double,
+)
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
     outputs_at_rows,
@@ -37,6 +43,7 @@ __all__ = [
     "ReadPositions",
     "Reader",
     "ScoresError",
+    "Wanted",
     "centred",
     "checked_importance",
     "collect_statistics",

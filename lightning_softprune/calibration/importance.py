@@ -38,6 +38,9 @@ from lightning_softprune.graph import (
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.checks import one_of
 
+_PART = 2**20
+"""Numbers of a weight that are looked at in double precision at a time."""
+
 IMPORTANCES = ("magnitude", "activation", "taylor", "reconstruction", "random")
 
 Importance = Callable[[nn.Module, PruningGroup], Any]
@@ -139,7 +142,7 @@ def _activation(
         for member in group.members:
             found = statistics.get(member.module) if is_reading(modules, member) else None
             if found is not None:
-                weight = reading_weight(modules[member.module]).double().square().flatten(1).sum(1)
+                weight = _sums(reading_weight(modules[member.module]), 0, lambda part: part.double().square())
                 score += _per_channel(member, (found.variance * weight.to(found.mean.device)).cpu().numpy(), group)
         scores.append(score if score.any() else _magnitude(model, [group])[0])  # nothing reads it: rank by weights
     return scores
@@ -327,11 +330,24 @@ def _sum_members(
                 if axis.tensor != computed.direction:
                     continue
                 weight, grad = computed.value(module), gradients.of(module)
-            along = value(weight, grad).transpose(0, axis.dim).flatten(1).sum(1)
+            along = _sums(weight, axis.dim, value, grad)
             indices = along.reshape(axis.repeat, -1).sum(0).cpu().numpy()
             shares = np.tile(indices / axis.parts, axis.parts)  # the parts of a grouped layer lose the same channels
             score += _per_channel(member, shares, group)
     return score
+
+
+def _sums(
+    weight: torch.Tensor, dim: int, value: Callable[..., torch.Tensor], *others: torch.Tensor | None
+) -> torch.Tensor:
+    """Sums over all dimensions but one of an elementwise value of tensors of one shape, a part of them at a time."""
+    parts = []
+    length = max(_PART * weight.shape[dim] // max(weight.numel(), 1), 1)
+    for first in range(0, weight.shape[dim], length):
+        size = min(length, weight.shape[dim] - first)
+        given = (None if one is None else one.narrow(dim, first, size) for one in (weight, *others))
+        parts.append(value(*given).transpose(0, dim).flatten(1).sum(1))
+    return torch.cat(parts) if parts else weight.new_zeros(0, dtype=torch.float64)
 
 
 def _has(module: nn.Module, path: str) -> bool:

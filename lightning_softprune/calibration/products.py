@@ -72,7 +72,7 @@ def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor | 
         total: Is added to, shape ``(columns of left, columns of right)``.
         left: Shape ``(observations, columns)``.
         right: The same; without it, the observations themselves, and only the upper triangle of `total` is right: see
-            :func:`mirrored`.
+            :func:`mirror`.
     """
     with _full_precision(left.device):
         for start in range(0, len(left), BLOCK_ROWS):
@@ -86,15 +86,14 @@ def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor | 
                 )
 
 
-def mirrored(upper: torch.Tensor) -> torch.Tensor:
-    """The symmetric matrix of an upper triangle."""
-    whole = upper.clone()
-    for first in range(0, len(whole), _PANEL):  # block by block: whole triangles are walked through four times
+def mirror(upper: torch.Tensor) -> torch.Tensor:
+    """Make a matrix symmetric by what is above its diagonal, in its own memory; returned for convenience."""
+    for first in range(0, len(upper), _PANEL):  # block by block: whole triangles are walked through four times
         after = first + _PANEL
-        block = whole[first:after, first:after]
+        block = upper[first:after, first:after]
         block.copy_(block.triu() + block.triu(1).t())
-        whole[after:, first:after] = whole[first:after, after:].t()
-    return whole
+        upper[after:, first:after] = upper[first:after, after:].t()
+    return upper
 
 
 def cross_products(left: torch.Tensor, right: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,7 +101,7 @@ def cross_products(left: torch.Tensor, right: torch.Tensor | None = None) -> tor
     columns = left.shape[1] if right is None else right.shape[1]
     total = torch.zeros(left.shape[1], columns, dtype=torch.float64, device=sums_device(left))
     add_products(total, left, right)
-    return mirrored(total) if right is None else total
+    return mirror(total) if right is None else total
 
 
 @contextmanager

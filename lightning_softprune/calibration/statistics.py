@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from lightning_softprune.calibration.products import (
     add_products,
     centred,
     mean_of,
-    mirrored,
+    mirror,
     observations,
     sums_device,
 )
@@ -57,6 +57,27 @@ class KernelCoverage:
         )
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What of the statistics somebody will want, besides means and variances.
+
+    Attributes:
+        unfolded: Those of all that one output reads.
+        covariances: What the regressions and rankings by reconstruction are made of.
+    """
+
+    unfolded: bool = True
+    covariances: bool = True
+
+    @classmethod
+    def by(cls, importance: object, compensation: str) -> Wanted | None:
+        """What a ranking and a compensation want; `None`: nothing at all."""
+        reconstructs, solves = importance == "reconstruction", compensation == "least_squares"
+        if compensation == "none" and importance != "activation" and not reconstructs:
+            return None
+        return cls(unfolded=compensation != "none", covariances=reconstructs or solves)
+
+
 class InputStatistics:
     """Streaming mean and covariance of a layer's input (Chan et al. 1979), summed in double precision (`products`).
 
@@ -66,10 +87,14 @@ class InputStatistics:
         coverage: How many of a kernel's positions fall on the input and not beside it, averaged.
         unfolded: The same of all that one output reads, for layers whose outputs read more than one row of channels
             and not too many numbers.
+
+    Args:
+        stride: Consecutive input indices per channel.
+        covariances: Whether to know more than variances: a matrix of channels by channels.
     """
 
-    def __init__(self, stride: int = 1) -> None:
-        self.stride = stride
+    def __init__(self, stride: int = 1, *, covariances: bool = True) -> None:
+        self.stride, self._with_covariances = stride, covariances
         self.count = 0
         self.coverage = KernelCoverage()
         self.unfolded: InputStatistics | None = None
@@ -95,11 +120,15 @@ class InputStatistics:
         by_channel = self._pooled_rows(centred(rows, mean))
         if self.count == 0:
             self.mean = mean
-            self._products = mean.new_zeros(by_channel.shape[1], by_channel.shape[1])
+            self._products = mean.new_zeros([by_channel.shape[1]] * (2 if self._with_covariances else 1))
         total, delta = self.count + n, mean - self.mean
         # what the distance between the means adds is one observation more, not one more walk through the matrix
         between = (delta * (self.count * n / total) ** 0.5).to(rows)[None]
-        add_products(self._products, torch.cat([by_channel, self._pooled_rows(between)]))
+        observed = torch.cat([by_channel, self._pooled_rows(between)])
+        if self._with_covariances:
+            add_products(self._products, observed)
+        else:
+            self._products += observed.to(self._products).square_().sum(0)
         self.mean = self.mean + delta * (n / total)
         self.count = total
 
@@ -116,7 +145,8 @@ class InputStatistics:
         total, mean = int(moments[0].item()), moments[3:] / moments[0]
         share, unevenness = (moments[1:3] / moments[0]).tolist()
         between = self._pooled_rows((self.mean - mean)[None])
-        products = self._products + self.count * (between.t() @ between)
+        product = between.t() @ between if self._with_covariances else between.square().sum(0)
+        products = self._products + self.count * product
         sum_over_processes(products)
         self.count, self.mean, self._products = total, mean, products
         self.coverage = KernelCoverage(share, unevenness)
@@ -129,13 +159,16 @@ class InputStatistics:
 
     @property
     def covariance(self) -> torch.Tensor:
-        """Population covariance of the channels, shape ``(channels, channels)``."""
-        return mirrored(self._products) / max(self.count * self.stride, 1)
+        """Population covariance of the channels, shape ``(channels, channels)``, made anew each time."""
+        if not self._with_covariances:
+            raise RuntimeError("of these statistics, nobody wanted the covariances")
+        return mirror(self._products.clone()).div_(max(self.count * self.stride, 1))
 
     @property
     def variance(self) -> torch.Tensor:
         """Population variance of each input index, shape ``(channels * stride,)``."""
-        variance = self._products.diagonal() / max(self.count * self.stride, 1)
+        sums = self._products.diagonal() if self._with_covariances else self._products
+        variance = sums / max(self.count * self.stride, 1)
         return variance.repeat_interleave(self.stride)
 
 
@@ -144,7 +177,7 @@ def collect_statistics(
     readers: Sequence[Reader],
     steps: Sequence[Callable[[], Any]],
     *,
-    with_unfolded: bool = True,
+    wanted: Wanted = Wanted(),
     budget: float | None = None,
     positions: ReadPositions = ReadPositions(),  # noqa: B008 - nobody writes it
 ) -> dict[str, InputStatistics]:
@@ -154,7 +187,7 @@ def collect_statistics(
         model: The model.
         readers: Layers to watch.
         steps: One function per batch that runs the model on it.
-        with_unfolded: Whether anybody will want the statistics of unfolded inputs.
+        wanted: What anybody will want of them.
         budget: Bytes that statistics and the regressions made of them may take (`memory`); `None`: no limit.
         positions: Where observations count.
 
@@ -162,11 +195,18 @@ def collect_statistics(
         Statistics by module name, over all processes; readers that did not run are missing.
     """
     wide = [reader.name for reader in readers if has_unfolded_rows(model.get_submodule(reader.name), reader.stride)]
-    wide = unfolded_within(model, readers, wide if with_unfolded else [], budget)
+    wide = unfolded_within(model, readers, wide if wanted.unfolded else [], budget if wanted.covariances else None)
+
+    def fresh() -> dict[str, InputStatistics]:
+        made = {reader.name: InputStatistics(reader.stride, covariances=wanted.covariances) for reader in readers}
+        for name in wide:
+            made[name].unfolded = InputStatistics(covariances=wanted.covariances)
+        return made
+
     try:
-        found = _collected(model, readers, steps, wide, positions, alike=_Alike())
+        found = _collected(model, fresh(), steps, positions, alike=_Alike())
     except _NoLongerAlikeError:
-        found = _collected(model, readers, steps, wide, positions, alike=None)
+        found = _collected(model, fresh(), steps, positions, alike=None)
     if in_process_group():
         for name in sorted(found):
             found[name].all_reduce()
@@ -175,34 +215,32 @@ def collect_statistics(
 
 def _collected(
     model: nn.Module,
-    readers: Sequence[Reader],
+    fresh: Mapping[str, InputStatistics],
     steps: Sequence[Callable[[], Any]],
-    wide: Sequence[str],
     positions: ReadPositions,
     *,
     alike: _Alike | None,
 ) -> dict[str, InputStatistics]:
+    """Those of the readers that ran, or of readers that were given the same."""
     found: dict[str, InputStatistics] = {}
-    strides = {reader.name: reader.stride for reader in readers}
     calls = len(steps)
     if in_process_group():
         alike = None  # which ones share could differ from process to process
 
     def add(name: str, source: torch.Tensor) -> None:
         geometry = weight_geometry(model.get_submodule(name))
-        unfolded = name in wide
-        what = (geometry.inputs, geometry.kernel, strides[name], unfolded, positions.key(name))
+        known = fresh[name]
+        what = (geometry.inputs, geometry.kernel, known.stride, known.unfolded is not None, positions.key(name))
         if alike is not None and alike.is_known(name, source, what):
             return
         source = positions.of(name, source)
-        known = found.setdefault(name, InputStatistics(strides[name]))
+        found[name] = known
         rows = sampled_rows(geometry, source, rows_per_call(geometry.inputs, calls))
         known.add(rows, kernel_coverage(geometry.kernel, source))
-        if unfolded:
-            known.unfolded = known.unfolded or InputStatistics()
+        if known.unfolded is not None:
             known.unfolded.add(unfold_inputs(geometry, source, rows_per_call(geometry.features, calls)))
 
-    with watch_inputs(model, list(strides), add), torch.no_grad():
+    with watch_inputs(model, list(fresh), add), torch.no_grad():
         for step in steps:
             step()
     return found if alike is None else found | alike.shared(found)

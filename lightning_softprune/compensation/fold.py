@@ -87,7 +87,7 @@ class Compensation:
             ways = (geometry.positions(reader.stride), geometry.reads_one_row(reader.stride), centred)
             key = (id(known), *ways, None if order is None else order.tobytes())
             if key not in made:  # queries, keys and values have one
-                moments = Moments.of(known.unfolded or known, centred=centred)
+                moments = Moments(known.unfolded or known, centred)
                 made[key] = _regression(mode, geometry, known, moments, order)
             self._regressions[reader.name] = made[key]
             if lacks and centred:

@@ -215,8 +215,8 @@ def _fit_features(
         prior = part.flatten(1)
         mean_y, mean_z = _mean(y, total, centre), _mean(z, total, centre)
         z = centred(z, mean_z)
-        s_zz = sum_over_processes(cross_products(z)) / total
-        s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)) / total
+        s_zz = sum_over_processes(cross_products(z)).div_(total)
+        s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)).div_(total)
         ridge = ridge_of(s_zz, REFIT_RIDGE)
         solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
         bias = mean_y
@@ -237,8 +237,8 @@ def _fit_channels(
     total = sum_number_over_processes(len(given), given.device)
     mean_x, mean_z = (_mean(rows_of, total, regression.centred) for rows_of in (wanted, given))
     x, z = _by_channel(centred(wanted, mean_x), stride), _by_channel(centred(given, mean_z), stride)
-    s_zz = sum_over_processes(cross_products(z)) / (total * stride)
-    s_xz = sum_over_processes(cross_products(x, z)) / (total * stride)
+    s_zz = sum_over_processes(cross_products(z)).div_(total * stride)
+    s_xz = sum_over_processes(cross_products(x, z)).div_(total * stride)
     if stride == 1:
         s_zz = regression.with_borders(s_zz, mean_z, mean_z)
         s_xz = regression.with_borders(s_xz, mean_x, mean_z)

@@ -42,25 +42,31 @@ class Moments:
     """Mean and covariance of a reader's inputs; or, without `centred`, what they are about zero.
 
     Attributes:
-        mean: Shape ``(channels * stride,)``; zeros about zero.
-        covariance: Shape ``(channels, channels)``.
-        stride: Consecutive input indices per channel.
+        known: What was observed.
         centred: Whether the regressions have an intercept.
     """
 
-    mean: torch.Tensor
-    covariance: torch.Tensor
-    stride: int
+    known: InputStatistics
     centred: bool
 
-    @classmethod
-    def of(cls, known: InputStatistics, *, centred: bool) -> Moments:
-        """Those of observations."""
-        if centred:
-            return cls(known.mean, known.covariance, known.stride, True)
-        means = known.mean.reshape(-1, known.stride)
-        about_zero = known.covariance + means @ means.t() / known.stride
-        return cls(torch.zeros_like(known.mean), about_zero, known.stride, False)
+    @property
+    def stride(self) -> int:
+        """Consecutive input indices per channel."""
+        return self.known.stride
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Shape ``(channels * stride,)``; zeros about zero."""
+        return self.known.mean if self.centred else torch.zeros_like(self.known.mean)
+
+    @property
+    def covariance(self) -> torch.Tensor:
+        """Shape ``(channels, channels)``, made anew each time: it may be large."""
+        covariance = self.known.covariance
+        if not self.centred:
+            means = self.known.mean.reshape(-1, self.stride)
+            covariance.addmm_(means, means.t(), alpha=1 / self.stride)
+        return covariance
 
 
 def ridge_of(covariance: torch.Tensor, fraction: float = RIDGE) -> float:
@@ -69,15 +75,21 @@ def ridge_of(covariance: torch.Tensor, fraction: float = RIDGE) -> float:
 
 
 def cholesky(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Factorise ``matrix + ridge I``, with more ridge where rounding has made the matrix indefinite."""
-    while True:
-        ridged = matrix.clone()
-        ridged.diagonal().add_(ridge)
-        factor, failed = torch.linalg.cholesky_ex(ridged)
-        if not failed:
-            found: torch.Tensor = factor
-            return found
-        ridge = 10.0 * ridge or ridge_of(matrix, 1e-12)
+    """Factorise ``matrix + ridge I``, with more ridge where rounding has made the matrix indefinite.
+
+    The ridge is put into the matrix while it is factorised, and taken out again: a copy may be a gigabyte.
+    """
+    diagonal = matrix.diagonal().clone()
+    try:
+        while True:
+            matrix.diagonal().copy_(diagonal + ridge)
+            factor, failed = torch.linalg.cholesky_ex(matrix)
+            if not failed:
+                found: torch.Tensor = factor
+                return found
+            ridge = 10.0 * ridge or ridge_of(matrix, 1e-12)
+    finally:
+        matrix.diagonal().copy_(diagonal)
 
 
 class OrderedCovariance:

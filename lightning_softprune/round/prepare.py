@@ -12,6 +12,9 @@ from torch import nn
 
 from lightning_softprune.calibration import (
     InputStatistics,
+    Reader,
+    ReadPositions,
+    Wanted,
     collect_statistics,
     find_read_positions,
     norms,
@@ -124,9 +127,7 @@ class PruningProblem:
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
             readers = readers_that_lose(module, groups, rounding.high)
-            positions = find_read_positions(module, [reader.name for reader in readers], calibration)
-            how: dict[str, Any] = {"with_unfolded": settings.compensation != "none", "budget": runner.memory_left}
-            statistics = collect_statistics(module, readers, calibration, positions=positions, **how)
+            positions, statistics = _statistics(runner, settings, readers, calibration)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
@@ -415,6 +416,18 @@ def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[
         return Intercepts()
     found = find_intercepts(runner.module, groups, runner.tracing(), runner.trainer.optimizers, settings.twins)
     return runner.broadcast(found)
+
+
+def _statistics(
+    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], steps: Steps
+) -> tuple[ReadPositions, dict[str, InputStatistics]]:
+    """What readers see of the calibration batches, and where they are read; nothing where nobody wants to know."""
+    wanted = Wanted.by(settings.importance, settings.compensation)
+    if wanted is None:
+        return ReadPositions(), {}
+    positions = find_read_positions(runner.module, [reader.name for reader in readers], steps)
+    how: dict[str, Any] = {"wanted": wanted, "budget": runner.memory_left, "positions": positions}
+    return positions, collect_statistics(runner.module, readers, steps, **how)
 
 
 def _seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:

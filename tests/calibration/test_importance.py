@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_softprune.calibration.importance as calibration
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
 from lightning_softprune.graph import Member, PruningGroup
@@ -91,6 +92,14 @@ def numbers(nested):
     return [[float(item) for item in row] for row in nested]
 
 
+@pytest.fixture(params=["whole", "in parts"])
+def looked_at(request, monkeypatch):
+    """Weights of these networks, which are small, whole and as large ones are looked at."""
+    if request.param == "in parts":
+        monkeypatch.setattr(calibration, "_PART", 8)
+
+
+@pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", [MLP, Conv])
 def test_magnitude_is_the_squared_norm_of_all_weights_of_a_channel(kind, seed):
@@ -100,6 +109,7 @@ def test_magnitude_is_the_squared_norm_of_all_weights_of_a_channel(kind, seed):
     assert norms(model, groups) == pytest.approx([np.mean(np.sqrt(row)) for row in expected])
 
 
+@pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", [MLP, Conv])
 def test_taylor_is_the_squared_first_order_change_summed_over_batches(kind, seed):
@@ -126,6 +136,7 @@ def inputs_of(kind, model, batches):
         return first, model.b(first).tanh().flatten(2)
 
 
+@pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", [MLP, Conv])
 def test_activation_is_variance_times_the_squared_norm_of_the_reading_weights(kind, seed):

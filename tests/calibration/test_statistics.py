@@ -11,6 +11,7 @@ from torch import nn
 from lightning_softprune.calibration import (
     InputStatistics,
     Reader,
+    Wanted,
     collect_statistics,
     find_readers,
     watch_inputs,
@@ -33,8 +34,8 @@ def observations(n=57, width=6, seed=0):
     return mixed + rng.normal(size=width) * 1e3
 
 
-def streamed(rows, splits, stride=1, dtype=torch.float64):
-    statistics = InputStatistics(stride)
+def streamed(rows, splits, stride=1, dtype=torch.float64, covariances=True):
+    statistics = InputStatistics(stride, covariances=covariances)
     for part in np.split(rows, splits):
         statistics.add(torch.from_numpy(part).to(dtype))
     return statistics
@@ -62,6 +63,30 @@ def test_streamed_moments_are_those_of_all_observations_at_once(splits, stride):
     np.testing.assert_allclose(found.variance, np.repeat(np.diag(expected), stride), rtol=1e-8)
     if stride == 1:
         np.testing.assert_allclose(found.covariance, np.cov(rows.T, bias=True), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("splits", [[], [1, 2, 3, 40]])
+@pytest.mark.parametrize("stride", [1, 2, 6])
+def test_variances_alone_are_the_same_and_take_no_matrix(splits, stride):
+    rows = observations()
+    found = streamed(rows, splits, stride, covariances=False)
+    expected = np.repeat(np.diag(pooled_covariance(rows, stride)), stride)
+    np.testing.assert_allclose(found.variance, expected, rtol=1e-8)
+    np.testing.assert_allclose(found.mean, rows.mean(0), rtol=1e-12)
+    assert all(value.numel() <= rows.shape[1] for value in vars(found).values() if isinstance(value, torch.Tensor))
+    with pytest.raises(RuntimeError, match="nobody wanted"):
+        _ = found.covariance
+
+
+def test_what_is_wanted_follows_from_the_ranking_and_the_compensation():
+    for importance in ("magnitude", "taylor", "random", len):
+        assert Wanted.by(importance, "none") is None
+    for importance in ("magnitude", "activation"):
+        assert Wanted.by(importance, "bias") == Wanted(unfolded=True, covariances=False)
+        assert Wanted.by(importance, "least_squares") == Wanted(unfolded=True, covariances=True)
+    assert Wanted.by("activation", "none") == Wanted(unfolded=False, covariances=False)
+    assert Wanted.by("reconstruction", "none") == Wanted(unfolded=False, covariances=True)
+    assert Wanted.by("reconstruction", "bias") == Wanted(unfolded=True, covariances=True)
 
 
 def test_a_mean_that_dwarfs_the_variance_does_not_cancel_it():
@@ -145,8 +170,9 @@ def test_adding_observations_leaves_them_as_they_are():
     assert torch.equal(rows.nan_to_num(-1), before.nan_to_num(-1))
 
 
+@pytest.mark.parametrize("covariances", [True, False])
 @pytest.mark.parametrize("stride", [1, 3])
-def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, monkeypatch):
+def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, covariances, monkeypatch):
     rows = observations()
     shares = np.split(rows, [5, 31])
     barrier, lock, table = threading.Barrier(len(shares)), threading.Lock(), {}
@@ -161,7 +187,7 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    found = [streamed(share, [2], stride) for share in shares]
+    found = [streamed(share, [2], stride, covariances=covariances) for share in shares]
     for statistics, coverage in zip(
         found, (KernelCoverage(0.5, 3.0), KernelCoverage(), KernelCoverage(0.25, 1.0)), strict=True
     ):
@@ -176,7 +202,10 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, m
         coverage = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
         np.testing.assert_allclose([statistics.coverage.share, statistics.coverage.unevenness], coverage)
         np.testing.assert_allclose(statistics.mean, rows.mean(0), rtol=1e-12)
-        np.testing.assert_allclose(statistics.covariance, pooled_covariance(rows, stride), rtol=1e-8, atol=1e-8)
+        expected = pooled_covariance(rows, stride)
+        np.testing.assert_allclose(statistics.variance, np.repeat(np.diag(expected), stride), rtol=1e-8)
+        if covariances:
+            np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-8, atol=1e-8)
 
 
 # --------------------------------------------------------------------------------------------------------- readers

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import lightning_softprune.calibration.statistics as calibration
-from lightning_softprune.calibration import InputStatistics, Reader, collect_statistics
+from lightning_softprune.calibration import InputStatistics, Reader, Wanted, collect_statistics
 from lightning_softprune.calibration.statistics import has_unfolded_rows
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
@@ -165,4 +165,4 @@ def test_nobody_pays_for_windows_that_nobody_wants(monkeypatch):
     monkeypatch.setattr(calibration, "unfold_inputs", lambda *_: pytest.fail("built"))
     model = nn.Sequential(nn.Conv2d(3, 2, 3))
     steps = [lambda: model(torch.ones(2, 3, 4, 4))]
-    assert collect_statistics(model, [Reader("0", "in", 1)], steps, with_unfolded=False)["0"].unfolded is None
+    assert collect_statistics(model, [Reader("0", "in", 1)], steps, wanted=Wanted(unfolded=False))["0"].unfolded is None

@@ -166,9 +166,11 @@ def test_the_solution_cut_from_one_factorisation_is_that_of_a_fresh_one_for_ever
 
 def test_a_matrix_that_rounding_made_indefinite_gets_as_much_ridge_as_it_takes():
     for matrix in (torch.ones(3, 3), torch.diag(torch.tensor([1.0, -1e-9, 0.0])), torch.zeros(2, 2)):
-        factor = regression.cholesky(matrix.double(), 0.0)
+        given = matrix.double()
+        factor = regression.cholesky(given, 0.0)
         assert factor.isfinite().all()
         torch.testing.assert_close(factor @ factor.t(), matrix.double(), atol=1e-7, rtol=0)
+        assert torch.equal(given, matrix.double())  # the ridge is taken out again
 
 
 @pytest.mark.parametrize("name", ["Autoencoder", "Residual", "Critic"])

@@ -467,6 +467,17 @@ def test_readers_of_groups_that_bounds_keep_whole_are_not_measured(tmp_path, mon
     assert measured == ["encoder.2", "decoder.2"]  # and not decoder.0, which reads encoder.2
 
 
+@pytest.mark.parametrize("importance", ["magnitude", "random"])
+def test_what_neither_the_ranking_nor_the_compensation_reads_is_not_measured(tmp_path, monkeypatch, importance):
+    monkeypatch.delattr(prepare, "collect_statistics")
+    monkeypatch.delattr(prepare, "find_read_positions")
+    callback = softpruning(importance=importance, compensation="none")
+    fit(tmp_path, made(), callback)
+    assert callback.results[0].applied
+    with pytest.raises(NameError):
+        fit(tmp_path, made(), softpruning(importance="activation", compensation="none"))
+
+
 @pytest.mark.parametrize("step", [4, 8])
 def test_round_to_keeps_multiples(tmp_path, step):
     module = made(hidden=24, latent=16)
