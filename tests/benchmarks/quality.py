@@ -12,7 +12,8 @@ The networks:
 
 Each is trained once (Adam, 1e-3). For every row a copy of it is pruned before a training epoch and then trained for
 that one epoch. The search scores its trials on 1,000 images held back from the training file; the table shows the
-metric on the 10,000 test images, which neither training nor search has seen. Rows go to ``--output`` as CSV and to the
+metric on the 10,000 test images, which neither training nor search has seen. ``epochs`` is the round's time as a
+multiple of an epoch's of that training, validation included. Rows go to ``--output`` as CSV and to the
 terminal as a table.
 """
 
@@ -162,10 +163,11 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--calibration-batches", type=int, default=8)
     parser.add_argument("--epochs", type=int, help="epochs of training before the prune, instead of the default")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--finetune", action="store_true", help="also train for one epoch after the prune")
     parser.add_argument("--output", type=Path, default=Path("quality.csv"))
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
@@ -191,6 +193,7 @@ def main() -> None:
         dense = kind()
         started = time.monotonic()
         trainer(options.epochs or epochs).fit(dense, train, val)
+        epoch = (time.monotonic() - started) / (options.epochs or epochs)
         metric = trainer(1).validate(dense, test, verbose=False)[0][kind.monitor]
         parameters = sum(p.numel() for p in dense.parameters())
         print(f"{name} seed {seed}: {parameters:,} parameters, {kind.monitor} {metric:.4f} on test images, "
@@ -215,7 +218,8 @@ def main() -> None:
             rows.append({
                 "network": name, "seed": seed, "target": target, "importance": importance,
                 "compensation": compensation, "strategy": strategy, "sparsity": round(result.sparsity, 4),
-                "evaluations": result.evaluations, "seconds": round(result.seconds, 2), "dense": round(metric, 4),
+                "evaluations": result.evaluations, "seconds": round(result.seconds, 2),
+                "epochs": round(result.seconds / epoch, 2), "dense": round(metric, 4),
                 "before_finetuning": round(before, 4), "after_one_epoch": round(after, 4),
             })  # fmt: skip
             if len(rows) == 1:
