@@ -341,13 +341,14 @@ def _sums(
     weight: torch.Tensor, dim: int, value: Callable[..., torch.Tensor], *others: torch.Tensor | None
 ) -> torch.Tensor:
     """Sums over all dimensions but one of an elementwise value of tensors of one shape, a part of them at a time."""
-    parts = []
+    # one tensor for all: small ones would lie between the parts, whose memory could not be used again
+    sums = weight.new_zeros(weight.shape[dim], dtype=torch.float64)
     length = max(_PART * weight.shape[dim] // max(weight.numel(), 1), 1)
     for first in range(0, weight.shape[dim], length):
         size = min(length, weight.shape[dim] - first)
         given = (None if one is None else one.narrow(dim, first, size) for one in (weight, *others))
-        parts.append(value(*given).transpose(0, dim).flatten(1).sum(1))
-    return torch.cat(parts) if parts else weight.new_zeros(0, dtype=torch.float64)
+        sums[first : first + size] = value(*given).transpose(0, dim).flatten(1).sum(1)
+    return sums
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -37,6 +37,9 @@ step was seen to gain a seventh of what the one before did, or less."""
 BLOCK = 2**23
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
 
+WEIGHTS = 4
+"""So many arrays (inputs x outputs) count as one of them: of these, there are more."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -76,7 +79,7 @@ def fit_after_activation(
         Weight and bias.
     """
     total = sum_number_over_processes(len(inputs), inputs.device)
-    width = max(int(BLOCK / max(total, 1.0)), 1)
+    width = max(int(BLOCK / max(total, WEIGHTS * inputs.shape[1], 1.0)), 1)
     fitted = []
     for first in range(0, len(start.weight), width):
         part = slice(first, first + width)

@@ -216,9 +216,10 @@ def _fit_features(
         mean_y, mean_z = _mean(y, total, centre), _mean(z, total, centre)
         z = centred(z, mean_z)
         s_zz = sum_over_processes(cross_products(z)).div_(total)
-        s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)).div_(total)
         ridge = ridge_of(s_zz, REFIT_RIDGE)
-        solution = torch.cholesky_solve((s_yz + ridge * prior).t(), cholesky(s_zz, ridge)).t()
+        s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)).div_(total).add_(ridge * prior)
+        solution = torch.cholesky_solve(s_yz.t(), cholesky(s_zz, ridge)).t()
+        del s_yz  # as large as the weight, in double precision
         bias = mean_y
         if activation is not None and not lacking:  # on every process
             part_of = activation.of(slice(first * width, (first + 1) * width))
@@ -276,9 +277,9 @@ def _fit_after_activation(
     activation, wanted, inputs = activation.at(slice(None, None, every)), wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
-    factor = cholesky(linear.covariance, ridge)
+    factor = cholesky(linear.covariance, ridge).float()
     prior = linear.weight if activation.is_summed else linear.prior  # the one-shot weight knows nothing of sums
-    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), factor.float(), ridge)
+    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), factor, ridge)
     weight, shift = fit_after_activation(activation, wanted.float(), inputs.float(), start)
     return weight.double(), shift.double()
 

@@ -194,11 +194,27 @@ def test_an_output_without_a_slope_anywhere_stays_as_it_is():
     assert moved.isfinite().all()
 
 
-def test_outputs_fitted_in_blocks_are_those_fitted_at_once(monkeypatch):
-    whole = fitted(torch.relu, problem(0))
-    monkeypatch.setattr(response, "BLOCK", 250)
-    for a, b in zip(whole, fitted(torch.relu, problem(0)), strict=True):
+@pytest.mark.parametrize("numbers", ["observations", "weights"])
+def test_outputs_fitted_in_blocks_are_those_fitted_at_once(monkeypatch, numbers):
+    given = problem(0)
+    whole = fitted(torch.relu, given)
+    wanted, inputs = given[:2]
+    blocks = []
+
+    class Counted(response._Problem):
+        def __init__(self, *args):
+            blocks.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(response, "_Problem", Counted)
+    size = max(inputs.shape)
+    if numbers == "weights":
+        monkeypatch.setattr(response, "WEIGHTS", size)
+        size *= inputs.shape[1]
+    monkeypatch.setattr(response, "BLOCK", 2 * size)  # of two outputs
+    for a, b in zip(whole, fitted(torch.relu, given), strict=True):
         torch.testing.assert_close(a, b)
+    assert len(blocks) == -(-wanted.shape[1] // 2)
 
 
 def pruned_error(layers, x, seen, monkeypatch, follow):
