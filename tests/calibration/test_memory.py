@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_softprune.calibration import collect_statistics, find_readers, statistics_bytes
+from lightning_softprune.calibration import Wanted, collect_statistics, find_readers, statistics_bytes
 from lightning_softprune.calibration.memory import MATRICES
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.compensation.regression import ChannelRegression, FeatureRegression
@@ -55,3 +55,5 @@ def test_layers_whose_unfolded_inputs_do_not_fit_share_one_regression_per_channe
     nothing = collect_statistics(model, readers, steps, budget=0)
     assert not any(nothing[name].unfolded for name in wide)
     assert nothing.keys() == everything.keys()
+    means = collect_statistics(model, readers, steps, budget=0, wanted=Wanted(covariances=False))
+    assert all(means[name].unfolded is not None for name in wide)  # which take no matrix
