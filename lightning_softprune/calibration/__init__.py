@@ -15,6 +15,7 @@ from lightning_softprune.calibration.products import centred, cross_products, me
 from lightning_softprune.calibration.readers import (
     Reader,
     find_readers,
+    is_reading,
     readers_that_lose,
     watch_calls,
     watch_inputs,
@@ -26,6 +27,8 @@ from lightning_softprune.calibration.statistics import (
     Wanted,
     collect_statistics,
     in_double,
+    seen_by_twins,
+    what_readers_see,
 )
 from lightning_softprune.calibration.unfold import (
     evenly_spaced,
@@ -52,6 +55,7 @@ __all__ = [
     "find_read_positions",
     "find_readers",
     "in_double",
+    "is_reading",
     "mean_of",
     "norms",
     "observations",
@@ -60,10 +64,12 @@ __all__ = [
     "readers_that_lose",
     "rows_per_call",
     "sampled_rows",
+    "seen_by_twins",
     "statistics_bytes",
     "sum_over_channels",
     "unfold_inputs",
     "watch_calls",
     "watch_inputs",
     "weight_geometry",
+    "what_readers_see",
 ]

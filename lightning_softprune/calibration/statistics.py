@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_softprune.calibration.memory import unfolded_within
-from lightning_softprune.calibration.positions import ReadPositions
+from lightning_softprune.calibration.positions import ReadPositions, find_read_positions
 from lightning_softprune.calibration.products import (
     BLOCK_ROWS,
     add_products,
@@ -210,6 +210,34 @@ def collect_statistics(
     if in_process_group():
         for name in sorted(found):
             found[name].all_reduce()
+    return found
+
+
+def what_readers_see(
+    model: nn.Module,
+    readers: Sequence[Reader],
+    steps: Sequence[Callable[[], Any]],
+    wanted: Wanted | None,
+    budget: float | None,
+) -> tuple[ReadPositions, dict[str, InputStatistics]]:
+    """Where inputs are read on the calibration batches, and statistics of them; nothing where nobody wants to know."""
+    if wanted is None:
+        return ReadPositions(), {}
+    positions = find_read_positions(model, [reader.name for reader in readers], steps)
+    return positions, collect_statistics(model, readers, steps, wanted=wanted, budget=budget, positions=positions)
+
+
+def seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:
+    """The statistics, with those of twins: one that did not run sees what its original sees.
+
+    Args:
+        statistics: By module name.
+        twins: Module name -> the module that it mirrors.
+    """
+    found = dict(statistics)
+    for twin, original in twins.items():
+        inside = {name: known for name, known in found.items() if name.startswith(f"{original}.")}
+        found = {twin + name[len(original) :]: known for name, known in inside.items()} | found
     return found
 
 

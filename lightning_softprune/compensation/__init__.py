@@ -1,6 +1,7 @@
 """What the readers of removed channels do to make up for them, in closed form; and healing, without labels."""
 
 from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.expected_errors import errors_of_outputs, errors_of_readers
 from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
 from lightning_softprune.compensation.healing import (
     DenseNetwork,
@@ -9,6 +10,7 @@ from lightning_softprune.compensation.healing import (
     resting_in,
     teach,
     teaching_bytes,
+    watch_outputs,
 )
 from lightning_softprune.compensation.intercepts import Intercepts, find_intercepts
 from lightning_softprune.compensation.logits import find_logit_fits
@@ -22,10 +24,13 @@ __all__ = [
     "Intercepts",
     "Teacher",
     "changeable",
+    "errors_of_outputs",
+    "errors_of_readers",
     "find_intercepts",
     "find_logit_fits",
     "refit_readers",
     "resting_in",
     "teach",
     "teaching_bytes",
+    "watch_outputs",
 ]

@@ -52,6 +52,7 @@ from lightning_softprune.graph.layers import (
     weight_of,
     write_weight,
 )
+from lightning_softprune.graph.left_out import nothing_prunable
 from lightning_softprune.graph.reach import Coverage, Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
@@ -95,6 +96,7 @@ __all__ = [
     "match_modules",
     "mirror_counts",
     "mirror_twins",
+    "nothing_prunable",
     "parts_called",
     "record_macs",
     "record_usage",

@@ -294,14 +294,11 @@ class PruningResult:
 
     def _known(self, numbers: SearchNumbers) -> Known:
         """What was measured, as losses."""
-        place = {name: n for n, name in enumerate(numbers.coefficients)}
-        curves = sorted(
-            (
-                SensitivityCurve(place[one.group], one.coefficients, tuple(map(self._signed, one.scores)))
-                for one in self.sensitivity
-            ),
-            key=lambda curve: curve.index,
-        )
+        place, shapes = {name: n for n, name in enumerate(numbers.coefficients)}, numbers.shapes()
+        curves = [
+            SensitivityCurve(n, one.coefficients, tuple(map(self._signed, one.scores)), shapes[n])
+            for n, one in sorted((place[one.group], one) for one in self.sensitivity)
+        ]
         owners = [group.owner for group in numbers.groups]
         first = [owners.index(n) for n in range(len(numbers.coefficients))]
         scored = [trial for trial in self.trials if math.isfinite(trial.score) and trial.share == 1.0]

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
-    InputStatistics,
-    Reader,
-    ReadPositions,
     Wanted,
-    collect_statistics,
-    find_read_positions,
     norms,
     rank,
     readers_that_lose,
+    seen_by_twins,
+    what_readers_see,
 )
-from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts, find_logit_fits
+from lightning_softprune.compensation import (
+    Compensation,
+    Intercepts,
+    errors_of_outputs,
+    errors_of_readers,
+    find_intercepts,
+    find_logit_fits,
+    watch_outputs,
+)
 from lightning_softprune.graph import (
     CostModel,
     Grouping,
@@ -33,6 +39,7 @@ from lightning_softprune.graph import (
     groups_of_one_width,
     mirror_counts,
     mirror_twins,
+    nothing_prunable,
     record_macs,
     record_usage,
     refuse_unjudged,
@@ -47,6 +54,7 @@ from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import (
     Budgets,
     Coefficients,
+    ExpectedErrors,
     Plan,
     Realisation,
     Rounding,
@@ -62,11 +70,12 @@ from lightning_softprune.utilities.threads import are_tiny, one_thread
 
 _DOES_NOT_RUN = "the model does not run with fewer channels"
 
-_MOST_READINGS = 3
-"""So many ways to take a reshape are tried where the first does not work."""
+_MOST_READINGS = 3  # ways to take a reshape that are tried where the first does not work
 
 PROBE_SAMPLES = 4
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
+
+ERROR_SAMPLES = 64  # on which outputs of pruned networks are compared
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,7 @@ class PruningProblem:
         calibration: One step per calibration batch.
         samples: Samples of the batch that costs were counted on.
         identity: Digest of groups, rankings and calibration data.
+        errors: What is known of plans before any is scored.
     """
 
     groups: list[PruningGroup]
@@ -96,6 +106,7 @@ class PruningProblem:
     calibration: Steps
     samples: int
     identity: str
+    errors: ExpectedErrors | None = None
 
     @classmethod
     def prepare(
@@ -127,11 +138,12 @@ class PruningProblem:
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
             readers = readers_that_lose(module, groups, rounding.high)
-            positions, statistics = _statistics(runner, settings, readers, calibration)
+            wanted = Wanted.by(settings.importance, settings.compensation)
+            positions, statistics = what_readers_see(module, readers, calibration, wanted, runner.memory_left)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
-            statistics = _seen_by_twins(statistics, settings.twins or {})
+            statistics = seen_by_twins(statistics, settings.twins or {})
             intercepts = _intercepts(runner, settings, groups)
             compensation = Compensation(settings.compensation, module, groups, rankings, statistics, intercepts)
             compensation.positions = positions
@@ -139,7 +151,11 @@ class PruningProblem:
                 compensation.logits = find_logit_fits(module, groups, calibration)
             identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
             realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
-            return cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
+            problem = cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
+            if settings.compensation == "least_squares" and settings.search.wants_errors:
+                errors = problem.expected_errors(module, judged, runner.few(batches, ERROR_SAMPLES))
+                problem = replace(problem, errors=runner.broadcast(errors))
+            return problem
 
     @classmethod
     def sketch(cls, runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> PruningProblem:
@@ -215,6 +231,24 @@ class PruningProblem:
             raise
         return surgery
 
+    def expected_errors(self, module: nn.Module, judged: Set[str], step: Step) -> ExpectedErrors | None:
+        """What can be known of plans before any is scored, by running a step with groups pruned alone."""
+        rounding, rankings = self.realisation.rounding, self.realisation.rankings
+
+        def run(group: int, count: int) -> Mapping[Any, Any]:
+            counts = [count if other == group else 0 for other in range(len(self.groups))]
+            surgery = self.prune(module, self.realisation.plan_that_removes(counts))
+            try:
+                with watch_outputs(module, judged, blocks=False) as found, torch.no_grad():
+                    step()
+                return found
+            finally:
+                surgery.undo()
+
+        of_readers = errors_of_readers(module, self.groups, rankings, self.compensation)
+        tables = errors_of_outputs(of_readers, rounding.counts(rounding.high).tolist(), run)
+        return ExpectedErrors.of(tables, rounding.channels)
+
     def costs_of(self, plan: Plan) -> Costs:
         """Costs of the model with a plan's channels gone."""
         counts = np.array([plan.counts])
@@ -231,12 +265,13 @@ class PruningProblem:
             )
         target = 1.0 if target is None else target
         budgets = Budgets(costs, target, settings.tolerance, settings.cost, limits)
-        return build_space(self.realisation, self.costs, budgets, self.norms)
+        return build_space(self.realisation, self.costs, budgets, self.norms, self.errors)
 
     def numbers(self, dense: Costs) -> SearchNumbers:
         """What was searched, for files: other targets are solved from it later."""
         counted = {"params": float(dense.params), "macs": float(dense.macs * self.samples)}
-        return SearchNumbers.of(self.realisation, self.groups, self.costs.stored, dense=counted, samples=self.samples)
+        more: dict[str, Any] = {"dense": counted, "samples": self.samples, "errors": self.errors}
+        return SearchNumbers.of(self.realisation, self.groups, self.costs.stored, **more)
 
     def group_results(self, plan: Plan, coefficients: Sequence[float]) -> tuple[GroupResult, ...]:
         """The groups, with what a plan of these soft coefficients does to them."""
@@ -365,16 +400,8 @@ def _best_reading(
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
     probing = runner.probing(PROBE_SAMPLES) if probed else []
-    how = StepsToTrace(
-        runner.tracing(),
-        judged,
-        runner.left_alone,
-        probing,
-        settings.round_to,
-        probed,
-        runner.predicting(),
-        runner.steady,
-    )
+    steps, predicting = runner.tracing(), runner.predicting()
+    how = StepsToTrace(steps, judged, runner.left_alone, probing, settings.round_to, probed, predicting, runner.steady)
     return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
 
 
@@ -416,31 +443,3 @@ def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[
         return Intercepts()
     found = find_intercepts(runner.module, groups, runner.tracing(), runner.trainer.optimizers, settings.twins)
     return runner.broadcast(found)
-
-
-def _statistics(
-    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], steps: Steps
-) -> tuple[ReadPositions, dict[str, InputStatistics]]:
-    """What readers see of the calibration batches, and where they are read; nothing where nobody wants to know."""
-    wanted = Wanted.by(settings.importance, settings.compensation)
-    if wanted is None:
-        return ReadPositions(), {}
-    positions = find_read_positions(runner.module, [reader.name for reader in readers], steps)
-    how: dict[str, Any] = {"wanted": wanted, "budget": runner.memory_left, "positions": positions}
-    return positions, collect_statistics(runner.module, readers, steps, **how)
-
-
-def _seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:
-    """The statistics, with those of twins: one that did not run sees what its original sees."""
-    found = dict(statistics)
-    for twin, original in twins.items():
-        inside = {name: known for name, known in found.items() if name.startswith(f"{original}.")}
-        found = {twin + name[len(original) :]: known for name, known in inside.items()} | found
-    return found
-
-
-def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
-    """Word the error for a model in which every group is refused."""
-    reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8])
-    more = f"; and {len(groups) - 8} more" if len(groups) > 8 else ""
-    return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"

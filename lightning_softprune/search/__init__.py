@@ -4,7 +4,14 @@
 """
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
-from lightning_softprune.search.coefficients import Budgets, Coefficients, Realisation, build_rounding, build_space
+from lightning_softprune.search.coefficients import (
+    Budgets,
+    Coefficients,
+    ExpectedErrors,
+    Realisation,
+    build_rounding,
+    build_space,
+)
 from lightning_softprune.search.curves import carried_over
 from lightning_softprune.search.look_ups import SLACK
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
@@ -39,6 +46,7 @@ __all__ = [
     "Coefficients",
     "Constraint",
     "ConstraintProgress",
+    "ExpectedErrors",
     "FloatArray",
     "GradientSearch",
     "GridSearch",

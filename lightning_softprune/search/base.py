@@ -31,12 +31,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import numpy as np
 
+from lightning_softprune.search.look_ups import Shape
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
@@ -83,11 +84,13 @@ class SensitivityCurve:
         index: Which coefficient.
         coefficients: Its values, ascending; the first is its lowest.
         losses: The loss at each, as measured; nan where there was none.
+        shape: What is known of it before any measurement; None where nothing is.
     """
 
     index: int
     coefficients: tuple[float, ...]
     losses: tuple[float, ...]
+    shape: Shape | None = field(default=None, compare=False, repr=False)
 
 
 class SearchStrategy:
@@ -122,6 +125,11 @@ class SearchStrategy:
     _pending: FloatArray | None = None
     _told: tuple[float, ...] = ()
     _curves: tuple[SensitivityCurve, ...] = ()
+
+    @property
+    def wants_errors(self) -> bool:
+        """Whether to tell it what is known of coefficients before any evaluation (`SearchSpace.shapes`); takes time."""
+        return False
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
         """The strategy itself: yields a vector (k,) within the bounds, receives its loss, returns its stop reason.

@@ -164,7 +164,55 @@ class Budgets:
     limits: Mapping[str, float] = field(default_factory=dict)
 
 
-def build_space(realisation: Realisation, costs: Counting, budgets: Budgets, norms: FloatArray) -> SearchSpace:
+_KEPT = 65
+"""Numbers of a group's table of errors that are kept: evenly spaced ones, with straight lines between them."""
+
+
+@dataclass(frozen=True)
+class ExpectedErrors:
+    """What the network's outputs are expected to miss, by how many channels of each group are gone.
+
+    Attributes:
+        counts: Per group, ascending numbers of removed channels, from 0 to all of them.
+        errors: Per group, the fraction of the outputs' variance that is missed with each.
+    """
+
+    counts: tuple[tuple[int, ...], ...]
+    errors: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, tables: Sequence[FloatArray | None], channels: IntArray) -> ExpectedErrors | None:
+        """Keep some of the numbers of each group; one of which nothing is known is taken to be as the others are.
+
+        Args:
+            tables: Per group, the error when 0, 1, ... of its channels are gone, or None.
+            channels: Of each group.
+
+        Returns:
+            None where nothing is known of more than half of them.
+        """
+        known = [table for table in tables if table is not None]
+        if 2 * len(known) < max(len(tables), 1):
+            return None
+        shares = np.linspace(0.0, 1.0, _KEPT)
+        usual = np.median([np.interp(shares, np.linspace(0, 1, len(table)), table) for table in known], axis=0)
+        counts, errors = [], []
+        for table, number in zip(tables, channels.tolist(), strict=True):
+            at = np.unique((shares * number).round().astype(np.int64))
+            kept = np.interp(at / number, shares, usual) if table is None else np.maximum.accumulate(table)[at]
+            counts.append(tuple(at.tolist()))
+            errors.append(tuple(float(f"{error:.4g}") for error in kept))
+        return cls(tuple(counts), tuple(errors))
+
+    def __call__(self, removed: IntArray) -> FloatArray:
+        """The sum over the groups, shape ``(n,)``, for removed channels of shape ``(n, m)``."""
+        columns = zip(np.asarray(removed).T, self.counts, self.errors, strict=True)
+        return np.asarray(sum(np.interp(column, at, errors) for column, at, errors in columns), dtype=np.float64)
+
+
+def build_space(
+    realisation: Realisation, costs: Counting, budgets: Budgets, norms: FloatArray, errors: ExpectedErrors | None = None
+) -> SearchSpace:
     """Bind the costs of plans to budgets.
 
     Args:
@@ -172,6 +220,7 @@ def build_space(realisation: Realisation, costs: Counting, budgets: Budgets, nor
         costs: From removed channels to costs.
         budgets: What a plan may cost.
         norms: Mean weight norm of each group, shape ``(m,)``.
+        errors: What is known of plans before any is scored.
     """
     rounding, coefficients = realisation.rounding, realisation.coefficients
     members = [np.flatnonzero(coefficients.owners == i) for i in range(len(coefficients.names))]
@@ -194,4 +243,5 @@ def build_space(realisation: Realisation, costs: Counting, budgets: Budgets, nor
         unit=np.full(len(members), rounding.round_to, dtype=np.int64),
         limits=tuple(budgets.limits.values()),
         shares=shares if budgets.limits else None,
+        errors=errors,
     )

@@ -1,16 +1,24 @@
 """Sensitivity curves of few points: measured where the solution needs them, and what they say between.
 
-A *curve* is the increase g of the loss as one coefficient c rises alone. Near c = 0 it is flat, near c = 1 it explodes,
-and over most of its way log g is close to a straight line in the log odds log(c / (1 - c)). So few points do: g is
-taken for piecewise linear in these coordinates, outside of what was measured with the slope next to it (1.5 where there
-is one point)::
+A *curve* is the increase g of the loss as one coefficient c rises alone. Where nothing else is known of it, it is flat
+near c = 0 and explodes near c = 1, and over most of its way log g is close to a straight line in the log odds
+t = log(c / (1 - c)). Where its *shape* is known, the expected error E(c) (`SearchSpace.errors`), log g is closer to a
+straight line in t = log E(c), of a slope a little above 1. So few points do: g is taken for piecewise linear in these
+coordinates, outside of what was measured with the slope next to it (1.5, or 1.2 over errors, where it is one point)::
 
-    log g(c) = log g(a) + (log g(b) - log g(a)) (t - t_a) / (t_b - t_a),    t = log(c / (1 - c)), a <= c <= b
+    log g(c) = log g(a) + (log g(b) - log g(a)) (t - t_a) / (t_b - t_a),    t_a <= t <= t_b
 
-*Placing*: each coefficient is measured once where the same coefficient everywhere meets the target; the separable model
-is solved; whatever the solution asks for and no measured point is near is measured; and so on until the solution stays
-among measured points. Levels that no solution comes near are never measured, which is what makes this cheap: two to
-three points per coefficient instead of ten.
+*Luck*: a score of a few hundred samples that is above the dense network's is so by chance, and shows how large chance
+is: s is the root of the mean square of all such differences. Where shapes are known, a measured increase is drawn to
+what is usual for its error, p = r E(c) with the median r of all g / E, by as much as it may be chance::
+
+    g' = (g p^2 + p s^2) / (p^2 + s^2)
+
+*Placing*: each coefficient is measured once, where the solution of the expected errors is (but at half of the
+coefficient that is the same everywhere at least), or without shapes where the same coefficient everywhere meets the
+target; the separable model is solved; whatever the solution asks for and no measured point is near is measured; and so
+on until the solution stays among measured points. Levels that no solution comes near are never measured, which is what
+makes this cheap: one to three points per coefficient instead of ten.
 """
 
 from __future__ import annotations
@@ -20,13 +28,18 @@ from collections.abc import Generator, Sequence
 import numpy as np
 
 from lightning_softprune.search.base import SensitivityCurve
+from lightning_softprune.search.look_ups import Shape
 from lightning_softprune.search.separable import best_combinations, envelope
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
 _SLOPE = 1.5  # of log g over log odds, where one point was measured
 _SLOPES = (0.5, 3.0)  # within these where two were
+_SLOPE_OF_ERRORS = 1.2  # the same over logarithms of errors
 _NEAR = 0.35  # in log odds: a point that close to another tells nothing new
+_NEAR_ERRORS = 1.0  # the same in logarithms of errors, which tell better what is between points
+_LEAST_TRIED = 0.5  # of the coefficient that is the same everywhere
+_NO_ERROR = 1e-6  # errors below that are none
 _ROUNDS = 5  # of solving and measuring, at most
 _FLOOR = 1e-3  # of the largest increase: what is less counts as that, noise that falls included
 _EDGE = 1e-4  # coefficients are kept that far from 0 and 1, where log odds are infinite
@@ -56,22 +69,29 @@ def modelled_increases(curves: Sequence[SensitivityCurve], values: Sequence[Floa
     """
     heights = [_heights(curve) for curve in curves]
     finite = [part[1:][np.isfinite(part[1:])] for part in heights]
-    if not any(len(part) for part in finite):
+    if not any(len(part) for part in finite) and not all(curve.shape for curve in curves):
         return [np.array(value - curve.coefficients[0]) for curve, value in zip(curves, values, strict=True)]
     scale = max((float(part.max()) for part in finite if len(part)), default=0.0)
     scale = scale if scale > 0 else 1.0
+    usual, noise = _usual_ratio(curves, heights, scale), noise_of(curves)
     result = []
     for curve, height, value in zip(curves, heights, values, strict=True):
         points = np.array(curve.coefficients)
         usable = np.isfinite(height)
         usable[0] = False  # an increase of nothing, at log odds of their own
-        t, low = log_odds(value), points[0]
+        t, low = _coordinates(curve.shape, value), points[0]
         if usable.any():
-            known, logs = log_odds(points[usable]), np.log(np.maximum(height[usable], _FLOOR * scale))
+            known = _coordinates(curve.shape, points[usable])
+            drawn = (
+                height[usable] if curve.shape is None else _without_luck(height[usable], usual * np.exp(known), noise)
+            )
+            logs = np.log(np.maximum(drawn, _FLOOR * scale))
+        elif curve.shape is not None and len(points) == 1:  # not measured: as is usual
+            known, logs = np.zeros(1), np.log([usual])
         else:  # the first point that was tried is out of the question, and less was not tried
-            known, logs = log_odds(points[-1:]), np.log([scale])
+            known, logs = _coordinates(curve.shape, points[-1:]), np.log([scale])
         logs = np.maximum.accumulate(logs)
-        before, after = _slopes(known, logs)
+        before, after = _slopes(known, logs, _SLOPE if curve.shape is None else _SLOPE_OF_ERRORS)
         outside = before * np.minimum(t - known[0], 0.0) + after * np.maximum(t - known[-1], 0.0)
         increase = np.exp(np.minimum(np.interp(t, known, logs) + outside, np.log(scale) + 20.0))
         broken = points[np.flatnonzero(~np.isfinite(height))[:1]]
@@ -83,10 +103,44 @@ def modelled_increases(curves: Sequence[SensitivityCurve], values: Sequence[Floa
     return result
 
 
-def _slopes(t: FloatArray, logs: FloatArray) -> tuple[float, float]:
+def _coordinates(shape: Shape | None, values: FloatArray) -> FloatArray:
+    """What log g is close to a straight line in: the logarithm of the error, or log odds where none is known."""
+    if shape is None:
+        return log_odds(values)
+    errors = np.interp(values, shape.coefficients, shape.errors)
+    return np.asarray(np.log(np.maximum(errors, _NO_ERROR)), dtype=np.float64)
+
+
+def _without_luck(increases: FloatArray, usual: FloatArray, noise: float) -> FloatArray:
+    return np.asarray((increases * usual**2 + usual * noise**2) / (usual**2 + noise**2), dtype=np.float64)
+
+
+def noise_of(curves: Sequence[SensitivityCurve]) -> float:
+    """By how much losses scatter, judged by those below that of the whole model; 0 where there are none, or no shapes.
+
+    Without shapes nothing says that less cannot be better.
+    """
+    shaped = [curve for curve in curves if curve.shape is not None]
+    below = [loss - curve.losses[0] for curve in shaped for loss in curve.losses[1:] if loss < curve.losses[0]]
+    return float(np.sqrt(np.mean(np.square(below)))) if below else 0.0
+
+
+def _usual_ratio(curves: Sequence[SensitivityCurve], heights: Sequence[FloatArray], scale: float) -> float:
+    """The median of increase over error, of measured points; 1 where none tells."""
+    logs: list[float] = []
+    for curve, height in zip(curves, heights, strict=True):
+        if curve.shape is not None:
+            usable = np.isfinite(height) & (height > _FLOOR * scale)
+            usable[0] = False
+            t = _coordinates(curve.shape, np.array(curve.coefficients)[usable])
+            logs += (np.log(height[usable]) - t).tolist()
+    return float(np.exp(np.median(logs))) if logs else 1.0
+
+
+def _slopes(t: FloatArray, logs: FloatArray, alone: float) -> tuple[float, float]:
     """Of log g before the first point and after the last: as between the two next to it, within reason."""
     if len(t) < 2:
-        return _SLOPE, _SLOPE
+        return alone, alone
     between = np.clip(np.diff(logs) / np.maximum(np.diff(t), 1e-9), *_SLOPES)
     return float(between[0]), float(between[-1])
 
@@ -148,7 +202,8 @@ class PlacedCurves:
                 if space.low[curve.index] < value <= space.high[curve.index]:
                     self._points[curve.index][value] = loss
         self._whole = float("nan")
-        self._is_informed = bool(known)
+        self._shapes: Sequence[Shape | None] = space.shapes or [None] * space.size
+        self._is_informed = bool(known or space.shapes)
 
     def curves(self) -> tuple[SensitivityCurve, ...]:
         """What is known so far."""
@@ -156,7 +211,8 @@ class PlacedCurves:
         for i, points in enumerate(self._points):
             values = sorted(points)
             coefficients = (float(self.space.low[i]), *values)
-            found.append(SensitivityCurve(i, coefficients, (self._whole, *(points[value] for value in values))))
+            losses = (self._whole, *(points[value] for value in values))
+            found.append(SensitivityCurve(i, coefficients, losses, self._shapes[i]))
         return tuple(found)
 
     def measure(self, budget: int) -> Generator[FloatArray, float, int]:
@@ -193,13 +249,18 @@ class PlacedCurves:
             wanted = np.array([self._away_from_broken(i, float(solutions[0][i])) for i in range(space.size)])
         return asked
 
+    def expected(self) -> FloatArray | None:
+        """The solution of what is expected, by an earlier round or by errors; None where there is none."""
+        curves = self._expected or (self.curves() if self.space.shapes else ())
+        found = best_combinations(self.space, curves, 1, increases=modelled_increases) if curves else []
+        return found[0] if found else None
+
     def _first(self) -> FloatArray:
-        """Where to look first: the same coefficient everywhere, or the solution of what is expected."""
-        if self._expected:
-            solutions = best_combinations(self.space, self._expected, 1, increases=modelled_increases)
-            if solutions:
-                return solutions[0]
-        return self.space.scale(np.ones(self.space.size))
+        """Where to look first."""
+        uniform, expected = self.space.scale(np.ones(self.space.size)), self.expected()
+        if expected is None:
+            return uniform
+        return expected if self._expected else np.maximum(expected, _LEAST_TRIED * uniform)
 
     def _beyond(self, i: int) -> float:
         """A coefficient one step of log odds above what was measured."""
@@ -221,8 +282,13 @@ class PlacedCurves:
         return sorted(range(self.space.size), key=lambda i: -far[i])
 
     def _distance(self, i: int, value: float) -> float:
+        """To the nearest measured point, in widths within which a point tells nothing new."""
         known = np.array([c for c, loss in self._points[i].items() if np.isfinite(loss) or value >= c])
-        return float(np.abs(log_odds(known) - log_odds([value])).min()) if len(known) else np.inf
+        if not len(known):
+            return np.inf
+        shape = self._shapes[i]
+        apart = np.abs(_coordinates(shape, known) - _coordinates(shape, np.array([value])))
+        return float(apart.min()) / (_NEAR if shape is None else _NEAR_ERRORS)
 
     def _is_known(self, i: int, value: float) -> bool:
         """Whether a point would tell nothing: close to a measured one, or the same plan, or nothing removed."""
@@ -237,4 +303,4 @@ class PlacedCurves:
             at[0, i] = other
             if space.key(at[0]) == space.key(at[1]):
                 return True
-        return self._distance(i, value) <= _NEAR
+        return self._distance(i, value) <= 1.0

@@ -28,6 +28,19 @@ _SAMPLES = 8192  # per coefficient, when its values that realise differently are
 _PAIRS = 64  # beyond this many coefficients single steps are fine enough, and pairs too many
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is known of a coefficient's effect before any evaluation.
+
+    Attributes:
+        coefficients: Its values, ascending; the first is its lowest.
+        errors: The expected error at each: what the network's outputs miss of their variance, as a fraction.
+    """
+
+    coefficients: tuple[float, ...]
+    errors: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class PlanLookUps:
     """The numbers of a network, and what can be read off them; `SearchSpace` explains the fields."""
@@ -44,6 +57,7 @@ class PlanLookUps:
     limits: tuple[float, ...] = ()
     shares: Callable[[IntArray], FloatArray] | None = None
     from_target: bool = False
+    errors: Callable[[IntArray], FloatArray] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: ArrayLike, dtype: type[Any]) -> NDArray[Any]:
@@ -155,6 +169,19 @@ class PlanLookUps:
     def levels(self) -> tuple[FloatArray, ...]:
         """Per coefficient, one value for every state its groups can be in, ascending."""
         return tuple(values for _, values in self.states)
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """Per coefficient, the expected errors as it alone rises; empty where none are known."""
+        if self.errors is None:
+            return ()
+        shapes = []
+        for i, values in enumerate(self.levels):
+            points = np.repeat(self.low[None], len(values), axis=0)
+            points[:, i] = values
+            errors = np.asarray(self.errors(self.realise(points)), dtype=np.float64)
+            shapes.append(Shape(tuple(values.tolist()), tuple((errors - errors[0]).tolist())))
+        return tuple(shapes)
 
     def indices(self, x: FloatArray) -> IntArray:
         """The index into `levels` of each coefficient of one vector (k,)."""

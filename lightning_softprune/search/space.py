@@ -33,6 +33,8 @@ class SearchSpace(PlanLookUps):
         unit: Channels per smallest removable step, shape (k,). Default: one.
         limits: Largest share of each further cost that may remain, shape (l,). Default: no further budgets.
         shares: Removed channels (n, m) to the shares (n, l) of those costs that remain, antitone.
+        errors: Removed channels (n, m) to the sum of the groups' expected errors (n,): the fraction of their variance
+            that the network's outputs miss. Known without an evaluation. Default: nothing is known.
         from_target: Whether only sparsities from the target up are on it, and none below.
 
     Raises:
@@ -57,7 +59,8 @@ class SearchSpace(PlanLookUps):
     def at_least_target(self) -> SearchSpace:
         """The space in which only plans from the target up are on it; this one where no such plan was found."""
         upper = replace(self, from_target=True)
-        vars(upper).update({name: vars(self)[name] for name in ("states", "table", "moves") if name in vars(self)})
+        kept = ("states", "shapes", "table", "moves")
+        vars(upper).update({name: vars(self)[name] for name in kept if name in vars(self)})
         return upper if projection.reaches_target(upper) else self
 
     def slope(self, x: FloatArray) -> FloatArray:

@@ -16,11 +16,13 @@ import numpy as np
 from lightning_softprune.search.coefficients import (
     Budgets,
     Coefficients,
+    ExpectedErrors,
     Named,
     Realisation,
     build_rounding,
     build_space,
 )
+from lightning_softprune.search.look_ups import Shape
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
@@ -155,6 +157,7 @@ class SearchNumbers:
         round_to: Kept channels are a multiple of it.
         dense: What the first dense model costs as counted: ``params`` and ``macs``.
         samples: Samples of the batch that MACs were counted on.
+        errors: What was known of plans before any was scored.
     """
 
     costs: StoredCosts
@@ -163,10 +166,11 @@ class SearchNumbers:
     round_to: int
     dense: dict[str, float]
     samples: int = 1
+    errors: ExpectedErrors | None = None
 
     @classmethod
     def of(cls, realisation: Realisation, groups: Sequence[Named], costs: StoredCosts, **more: Any) -> SearchNumbers:
-        """What a realisation and its groups say; `more` are `dense` and `samples`."""
+        """What a realisation and its groups say; `more` are `dense`, `samples` and `errors`."""
         rounding, coefficients = realisation.rounding, realisation.coefficients
         stored = (
             StoredGroup(group.name, group.component, group.kind, group.num_channels, group.least, low, high, owner)
@@ -194,4 +198,9 @@ class SearchNumbers:
 
     def space(self, realisation: Realisation, budgets: Budgets) -> SearchSpace:
         """The space of another search."""
-        return build_space(realisation, self.costs, budgets, np.ones(len(self.groups)))
+        return build_space(realisation, self.costs, budgets, np.ones(len(self.groups)), self.errors)
+
+    def shapes(self) -> tuple[Shape | None, ...]:
+        """What is known of each coefficient before any evaluation, within the bounds that it was searched in."""
+        space = self.space(self.realisation(), Budgets(self.dense, 1.0, 0.0))
+        return space.shapes or (None,) * space.size

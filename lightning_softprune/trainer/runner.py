@@ -388,6 +388,14 @@ class ModuleRunner:
             steps = [self.training_step(batch, number) for number, batch in enumerate(batches)]
         return [_repeatable(step, number) for number, step in enumerate(steps)], batches
 
+    def few(self, batches: Sequence[Any], samples: int) -> Step:
+        """The step of the first of these training batches, or else of a validation batch, on so many samples of it.
+
+        It has the same random numbers each time.
+        """
+        step = self.training_step(batches[0], samples=samples) if batches else self.validation_step(samples)
+        return _repeatable(step, 0)
+
     def rehearse(self) -> None:
         """Run the pruned module once as validation and as training will; the user's own exception goes on."""
         with isolated_rng(self.seed):

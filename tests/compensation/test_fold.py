@@ -363,7 +363,7 @@ def test_sensitivity_curves_are_in_the_result_and_survive_json(search):
     for curve in result.sensitivity:
         assert curve.coefficients[0] == 0.0
         assert curve.scores[0] == pytest.approx(result.score_before)
-        assert len(set(curve.scores)) > 2
+        assert len(set(curve.scores)) > 1
         assert list(curve.coefficients) == sorted(curve.coefficients)
     assert PruningResult.from_dict(json.loads(json.dumps(result.to_dict()))) == result
 

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round.prepare as prepare
+import lightning_softprune.calibration.statistics as statistics
 import lightning_softprune.round.searching as searching
 from lightning_softprune import (
     GradientSearch,
@@ -27,6 +27,7 @@ from lightning_softprune import (
 from lightning_softprune.calibration import IMPORTANCES, collect_statistics, sum_over_channels
 from lightning_softprune.round import Goal, run_round
 from lightning_softprune.round.decision import check_agreement
+from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 from support.modules import (
@@ -462,20 +463,74 @@ def test_readers_of_groups_that_bounds_keep_whole_are_not_measured(tmp_path, mon
         measured.extend(reader.name for reader in readers)
         return collect_statistics(model, readers, *args, **kwargs)
 
-    monkeypatch.setattr(prepare, "collect_statistics", collect)
+    monkeypatch.setattr(statistics, "collect_statistics", collect)
     fit(tmp_path, made(), softpruning(bounds={"encoder.2": [0, 0]}))
     assert measured == ["encoder.2", "decoder.2"]  # and not decoder.0, which reads encoder.2
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "random"])
 def test_what_neither_the_ranking_nor_the_compensation_reads_is_not_measured(tmp_path, monkeypatch, importance):
-    monkeypatch.delattr(prepare, "collect_statistics")
-    monkeypatch.delattr(prepare, "find_read_positions")
+    monkeypatch.delattr(statistics, "collect_statistics")
+    monkeypatch.delattr(statistics, "find_read_positions")
     callback = softpruning(importance=importance, compensation="none")
     fit(tmp_path, made(), callback)
     assert callback.results[0].applied
     with pytest.raises(NameError):
         fit(tmp_path, made(), softpruning(importance="activation", compensation="none"))
+
+
+@pytest.mark.parametrize(
+    ("search", "compensation", "told"),
+    [
+        (GradientSearch(), "least_squares", True),
+        (SensitivitySearch(), "least_squares", True),
+        (GradientSearch(), "bias", False),
+        (SensitivitySearch(levels=3), "least_squares", False),
+        (GradientSearch(start="uniform", steps=1), "least_squares", False),
+        (UniformBaseline(), "least_squares", False),
+    ],
+)
+def test_outputs_are_compared_where_the_search_begins_with_what_they_say(tmp_path, search, compensation, told):
+    callback = softpruning(search=search, compensation=compensation)
+    fit(tmp_path, made(), callback)
+    (result,) = callback.results
+    assert (result.numbers.errors is not None) == told
+
+
+def test_what_is_expected_is_what_the_networks_outputs_miss(tmp_path, monkeypatch):
+    """Each group alone pruned, on the same samples; the module's outputs are seen by a hook of the test's own."""
+    compared, original = [], PruningProblem.expected_errors
+
+    def compare(problem, module, judged, step):
+        tables = original(problem, module, judged, step)
+
+        def output():
+            seen = []
+            handle = module.register_forward_hook(lambda _, __, found: seen.append(found.detach().clone()))
+            with torch.no_grad():
+                step()
+            handle.remove()
+            return seen[0]
+
+        dense = output()
+        for number, (counts, errors) in enumerate(zip(tables.counts, tables.errors, strict=True)):
+            for gone, expected in zip(counts[1:-1], errors[1:-1], strict=True):
+                plan = problem.realisation.plan_that_removes(
+                    [gone if n == number else 0 for n in range(len(problem.groups))]
+                )
+                surgery = problem.prune(module, plan)
+                missed = (output() - dense).square().mean() / (dense - dense.mean(0)).square().mean()
+                surgery.undo()
+                compared.append((float(missed), expected))
+        return tables
+
+    monkeypatch.setattr(PruningProblem, "expected_errors", compare)
+    fit(tmp_path, made(hidden=24, latent=12), softpruning(target_sparsity=0.4, search=GradientSearch()))
+    exact = [abs(missed - expected) <= 1e-3 * expected for missed, expected in compared]
+    assert sum(exact) >= 5  # those that were measured
+    logs = np.log([[missed, expected] for missed, expected in compared if missed > 1e-3])
+    assert np.corrcoef(logs.T)[0, 1] > 0.95
+    assert np.abs(logs[:, 0] - logs[:, 1]).max() < np.log(4.0)
 
 
 @pytest.mark.parametrize("step", [4, 8])

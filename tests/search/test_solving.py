@@ -81,6 +81,27 @@ def test_the_stored_costs_are_those_of_the_pruned_model(result):
     assert solution == result.solve()
 
 
+def test_errors_that_were_expected_are_stored_and_are_what_lies_between_points(result):
+    plain = json.loads(json.dumps(result.to_dict()))
+    again = PruningResult.from_dict(plain)
+    assert again.numbers.errors == result.numbers.errors
+    shapes = again.numbers.shapes()
+    assert [shape.coefficients[0] for shape in shapes] == [0.0] * len(result.groups)
+    assert all(np.diff(shape.errors).min() >= 0 and shape.errors[-1] > 0 for shape in shapes)
+    assert again.solve(0.35) == result.solve(0.35)
+    wrong = {**plain["numbers"]["errors"], "errors": [[0.0] * len(row) for row in result.numbers.errors.errors]}
+    flat = PruningResult.from_dict({**plain, "numbers": {**plain["numbers"], "errors": wrong}})
+    assert flat.solve(0.35).score != result.solve(0.35).score
+
+
+def test_a_result_of_an_older_version_is_solved_by_its_curves_alone(result):
+    plain = json.loads(json.dumps(result.to_dict()))
+    del plain["numbers"]["errors"]
+    older = PruningResult.from_dict(plain)
+    assert older.numbers.errors is None
+    assert older.solve(0.35).sparsity == pytest.approx(0.35, abs=older.tolerance)
+
+
 def test_bounds_limits_and_costs_are_kept(result):
     name = result.groups[0].name
     solution = result.solve(0.4, bounds={name: [0.0, 0.2]})

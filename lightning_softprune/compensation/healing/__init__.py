@@ -2,6 +2,17 @@
 
 from lightning_softprune.compensation.healing.dense import DenseNetwork, changeable
 from lightning_softprune.compensation.healing.lessons import resting_in, teach, teaching_bytes
+from lightning_softprune.compensation.healing.points import Place, errors_at, watch_outputs
 from lightning_softprune.compensation.healing.teacher import Teacher
 
-__all__ = ["DenseNetwork", "Teacher", "changeable", "resting_in", "teach", "teaching_bytes"]
+__all__ = [
+    "DenseNetwork",
+    "Place",
+    "Teacher",
+    "changeable",
+    "errors_at",
+    "resting_in",
+    "teach",
+    "teaching_bytes",
+    "watch_outputs",
+]

@@ -31,16 +31,19 @@ Place = tuple[str, int, int]
 
 
 @contextmanager
-def watch_outputs(model: nn.Module, parameters: Collection[str]) -> Iterator[dict[Place, torch.Tensor]]:
+def watch_outputs(
+    model: nn.Module, parameters: Collection[str], blocks: bool = True
+) -> Iterator[dict[Place, torch.Tensor]]:
     """Note what the code of a step gets from modules, and what blocks give, while the context lasts.
 
     Args:
         model: The model.
         parameters: Names of the parameters that count: modules without any of them are passed by (losses, metrics).
+        blocks: Whether to note what blocks give.
     """
     outputs: dict[Place, torch.Tensor] = {}
     calls, depth = Counter[str](), 0
-    blocks = _blocks_in(model)
+    inner = _blocks_in(model) if blocks else set()
     counted = {"", *(name[:end] for name in parameters for end, letter in enumerate(name) if letter == ".")}
 
     def enter(*_: Any) -> None:
@@ -50,7 +53,7 @@ def watch_outputs(model: nn.Module, parameters: Collection[str]) -> Iterator[dic
     def leave(name: str, output: Any) -> None:
         nonlocal depth
         depth -= 1
-        if depth == 0 or name in blocks:
+        if depth == 0 or name in inner:
             calls[name] += 1
             for number, tensor in enumerate(tensors_in(output)):
                 if tensor.is_floating_point() and tensor.ndim > 0 and tensor.numel() > 1:  # not: a loss
@@ -91,13 +94,18 @@ def mismatch(dense: Mapping[Place, torch.Tensor], pruned: Mapping[Place, torch.T
     Returns:
         The mean over the outputs; ``None`` where there are none in common that can be learned from.
     """
+    found = errors_at({place: output for place, output in pruned.items() if output.requires_grad}, dense)
+    return torch.stack(found).mean() if found else None
+
+
+def errors_at(pruned: Mapping[Place, torch.Tensor], dense: Mapping[Place, torch.Tensor]) -> list[torch.Tensor]:
+    """The fraction of its variance that the pruned network misses of each output that both have, in one shape."""
     errors = [
         _missed(wanted.detach().float(), pruned[place].float())
         for place, wanted in dense.items()
-        if place in pruned and pruned[place].requires_grad and pruned[place].shape == wanted.shape
+        if place in pruned and pruned[place].shape == wanted.shape
     ]
-    found = [error for error in errors if error is not None]
-    return torch.stack(found).mean() if found else None
+    return [error for error in errors if error is not None]
 
 
 def _missed(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:

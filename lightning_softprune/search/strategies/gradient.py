@@ -12,7 +12,8 @@ A step at the iterate x, whose plan is on target:
    with n the gradient of the sparsity; then project. Without curvature H is |g| / r, the normalised gradient.
 
 Behind the curves and exchanges of `SensitivitySearch`, the exchanges that did not help are the probes of a first step.
-Only where that pays, or where exchanges were still helping when they ended, do probes of its own follow.
+Only where that pays, or, without expected errors, where exchanges were still helping when they ended, do probes of its
+own follow.
 
 The radius r starts at `step_size`, grows on success and shrinks on failure. The iterate is always the best plan seen.
 Plans are sought at the lower edge of the tolerance: among plans on target those that remove least lose least.
@@ -28,11 +29,9 @@ import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
-from lightning_softprune.search.strategies.sensitivity import most_evaluations, placed_search
+from lightning_softprune.search.strategies.sensitivity import most_evaluations, paying_gain, placed_search
 from lightning_softprune.utilities.arrays import FloatArray
 from lightning_softprune.utilities.checks import fraction, one_of, optional_whole_number, whole_number
-
-_PAYS = 0.05  # of what the start has lost: a step after curves that gains less is the last
 
 _AUTO_SPSA = 16  # more coefficients than this: spsa
 
@@ -196,11 +195,11 @@ class GradientSearch(SearchStrategy):
             step however many coefficients) or ``"auto"``: central up to 16 coefficients, else spsa.
         start: ``"sensitivity"``: what `SensitivitySearch` finds in at most 3 k + 8 evaluations for k coefficients,
             fewer where they would take more than half of `max_evaluations`; the first step takes its gradient from
-            these, and steps end as soon as one gains less than 5 % of what that plan loses. ``"uniform"``: the same
-            coefficient everywhere.
+            these, and steps end as soon as one gains less than 5 % of what that plan loses, or than luck may. With
+            expected errors, 2 k + 8. ``"uniform"``: the same coefficient everywhere.
         patience: Stop after this many steps without improvement.
         max_evaluations: Stop after this many evaluations. None: with ``start="sensitivity"`` 6 k + 9, as many for steps
-            as for the start; else no limit.
+            as for the start, or 4 k + 9 with expected errors; else no limit.
     """
 
     def __init__(
@@ -229,11 +228,16 @@ class GradientSearch(SearchStrategy):
             return (yield from proposals)
         return (yield from _at_most(proposals, planned))
 
+    @property
+    def wants_errors(self) -> bool:
+        """Where it begins with curves."""
+        return bool(self._start == "sensitivity")
+
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """As the class says."""
         if self.max_evaluations is None and self._start == "sensitivity":
-            most = most_evaluations(space.size, is_expected=bool(self.expected))
-            return most + most_evaluations(space.size) - 7
+            most = most_evaluations(space.size, is_informed=bool(self.expected or space.errors))
+            return most + most_evaluations(space.size, is_informed=bool(space.errors)) - 7
         return self.max_evaluations
 
     def _propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
@@ -241,7 +245,7 @@ class GradientSearch(SearchStrategy):
         noted: list[tuple[FloatArray, float]] = []
         dense = np.nan  # the loss of the whole model
         if self._start == "sensitivity":
-            budget = most_evaluations(space.size, is_expected=bool(self.expected))
+            budget = most_evaluations(space.size, is_informed=bool(self.expected or space.errors))
             if self.max_evaluations is not None:
                 budget = min(budget, self.max_evaluations // 2)
             if budget > space.size + 2:
@@ -259,12 +263,16 @@ class GradientSearch(SearchStrategy):
         for x, aim in starts:
             f = yield x
             if np.isfinite(f):
-                pays = _PAYS * (f - dense) if np.isfinite(dense) else 0.0
+                if space.shapes and f <= dense:  # nothing is lost that could be won
+                    return StopReason.PAID_OFF
+                pays = paying_gain(self._curves, f) if np.isfinite(dense) else 0.0
                 if (near := _around(space, x, noted, 2 * self.step_size)) is not None:
                     model, before = _Model.of(near[0], near[1] - f), f
                     x, f, _ = yield from self._move(space, (x, f), (x, f), model, self.step_size, aim)
                     if before - f < pays:
                         return StopReason.PAID_OFF
+                elif space.shapes and np.isfinite(dense):  # errors and exchanges have told what there is to win
+                    return StopReason.PAID_OFF
                 spsa = self.difference == "spsa" or (self.difference == "auto" and space.size > _AUTO_SPSA)
                 if spsa:
                     return (yield from self._descend_spsa(space, x, f, aim, rng))

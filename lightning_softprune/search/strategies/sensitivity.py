@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
-from lightning_softprune.search.curves import PlacedCurves, log_odds, modelled_increases
+from lightning_softprune.search.curves import PlacedCurves, log_odds, modelled_increases, noise_of
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
@@ -16,6 +16,12 @@ from lightning_softprune.utilities.checks import optional_whole_number, whole_nu
 _SEPARATION = 0.03  # between the combinations that are tried
 
 _SHIFT = 0.5  # in log odds: what an exchange changes one coefficient by
+
+_PATIENCE = 4  # exchanges that gain too little, at least
+
+_PAYS = 0.05  # of what a plan loses
+
+_LUCK = 2.0  # of the scatter of a loss, between two of them
 
 
 def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple[SensitivityCurve, ...]]:
@@ -45,16 +51,26 @@ def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple
     return tuple(curves)
 
 
-def most_evaluations(size: int, *, is_expected: bool = False) -> int:
+def most_evaluations(size: int, *, is_informed: bool = False) -> int:
     """How many vectors a search with placed curves asks for at most: 3 k + 8.
 
     With the pass over the dense model and that over the pruned one, that makes 3 k + 10 for k coefficients.
 
     Args:
         size: Coefficients.
-        is_expected: Whether an earlier round tells where to look first: then 2 k + 8.
+        is_informed: Whether expected errors, or an earlier round, tell where to look first: then 2 k + 8.
     """
-    return (2 if is_expected else 3) * size + 8
+    return (2 if is_informed else 3) * size + 8
+
+
+def paying_gain(curves: Sequence[SensitivityCurve], loss: float) -> float:
+    """What an evaluation or a step has to gain to be worth it: 5 % of what is lost, and more than luck may give.
+
+    Args:
+        curves: What was measured.
+        loss: Of the best plan.
+    """
+    return max(_PAYS * (loss - curves[0].losses[0]), _LUCK * noise_of(curves))
 
 
 def exchanges(
@@ -63,7 +79,9 @@ def exchanges(
     """Yields exchanges between coefficients around the best plan so far; each that helps is kept.
 
     An exchange moves one coefficient and puts the others back on the target. Those come first that the curves expect to
-    cost least: curves are measured alone, and what they call even is where groups that act on each other decide.
+    cost least: curves are measured alone, and what they call even is where groups that act on each other decide. Where
+    expected errors are known, exchanges end when half as many as there are coefficients, four at least, have gained
+    too little to pay: those errors have told most of it.
 
     Args:
         space: What is searched.
@@ -76,7 +94,9 @@ def exchanges(
     """
     x, least = best
     tried = {space.key(x)}
-    while budget > 0 and not least <= curves[0].losses[0]:
+    dense, idle = curves[0].losses[0], 0
+    patience = max(_PATIENCE, space.size // 2) if space.shapes else budget
+    while budget > 0 and idle < patience and not least <= dense:
         moves = []
         for i in range(space.size):
             for sign in (1.0, -1.0):
@@ -95,8 +115,11 @@ def exchanges(
             tried.add(space.key(moves[n]))
             loss = yield moves[n]
             budget -= 1
+            idle = 0 if least - loss > paying_gain(curves, least) else idle + 1
             if loss < least:
                 x, least = moves[n], loss
+                break
+            if idle >= patience:
                 break
         else:
             break
@@ -123,10 +146,14 @@ def placed_search(
         The best vector on target (None: there is none) and its loss.
     """
     placed = PlacedCurves(space, *known)
-    budget -= 1 + (yield from placed.measure(min(2 * space.size + 2, budget - refine - 1)))
+    expected = placed.expected() if space.shapes else None
+    points_at_most = space.size + space.size // 2 if space.shapes else 2 * space.size + 2
+    budget -= 1 + (yield from placed.measure(min(points_at_most, budget - refine - 1)))
     curves = placed.curves()
     keep(curves)
     points = best_combinations(space, curves, refine, separation=_SEPARATION, increases=modelled_increases)
+    if expected is not None:  # what luck has no part in
+        points = [expected, *(x for x in points if space.key(x) != space.key(expected))][:refine]
     if not points:  # the combination found none: the nearest plan may still be on target
         points = [x for x in (space.nearest_point(),) if space.on_target(x)]
     best, least = points[0] if points else None, float("inf")
@@ -146,6 +173,9 @@ class SensitivitySearch(SearchStrategy):
 
     By default, curves have few points, placed where the solution needs them (`search/curves.py` has the formulas), and
     what evaluations are left go into exchanges between coefficients on the real loss, since groups act on each other.
+    Where the space has expected errors, these tell where the first points lie and what is between them, their solution
+    is among the combinations that are tried, and exchanges end when they do not pay.
+
     With `levels`, every coefficient is raised through so many evenly spaced values with the others at their lowest, and
     there are no exchanges. Removing more never helps, so a curve is replaced by its running maximum. The sum of the
     curves' increases is then minimised over all plans on target: exactly on networks with few plans, and elsewhere by a
@@ -153,9 +183,10 @@ class SensitivitySearch(SearchStrategy):
     groups under the real cost (`search/separable.py`). Curves are interpolated, so the combination may remove any
     number of channels, not only those that were measured.
 
-    Evaluations are linear in the number k of coefficients: at most 3 k + 8 by default, and 2 k + 8 in a later round, to
-    which the one before has told where to look first; with `levels`, one for the whole
-    model (usually known already), `levels` per coefficient, and `refine`.
+    Evaluations are linear in the number k of coefficients: at most 3 k + 8 by default, and 2 k + 8 where something
+    tells where to look first: what the network's outputs miss with each group alone pruned (under
+    ``compensation="least_squares"``; `compensation/expected_errors.py`), or an earlier round. With `levels`: one for
+    the whole model (usually known already), `levels` per coefficient, and `refine`.
 
     Args:
         levels: Points per curve, besides the whole model; None: as few as it takes.
@@ -166,10 +197,16 @@ class SensitivitySearch(SearchStrategy):
         self.levels = optional_whole_number("levels", levels)
         self.refine = whole_number("refine", refine)
 
+    @property
+    def wants_errors(self) -> bool:
+        """By default; evenly spaced levels need no advice."""
+        return self.levels is None
+
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """As the class says."""
         if self.levels is None:
-            return most_evaluations(space.size, is_expected=bool(self.expected)) + max(0, self.refine - 3)
+            is_informed = bool(self.expected or space.errors)
+            return most_evaluations(space.size, is_informed=is_informed) + max(0, self.refine - 3)
         return 1 + self.levels * space.size + self.refine
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from lightning_softprune.search import (
 )
 from lightning_softprune.search import separable as separable_module
 from lightning_softprune.search.curves import modelled_increases
+from lightning_softprune.search.look_ups import Shape
 from lightning_softprune.search.separable import envelope, increases
 from support.networks import CASES, coupled, mlp_space, plan_loss, quadratic, steep
 
@@ -270,3 +272,107 @@ def test_a_later_round_looks_first_where_the_curves_of_the_one_before_lead(make)
     heights = [np.sort(np.concatenate([x[x > 0] for x in asked[1:6]])) for asked in (uninformed, informed)]
     assert np.ptp(heights[0]) < 0.05  # the same coefficient everywhere
     assert np.ptp(heights[1]) > 0.2
+
+
+def informed(space, function, seed=0, ratio=3.0):
+    """The space with expected errors in proportion to what each coefficient alone loses, up to a factor of its own."""
+    factors = np.exp(np.random.default_rng(seed).normal(0.0, 0.2, space.size)) / ratio
+
+    def errors(removed):
+        shares = removed / space.channels
+        alone = [
+            [function(np.where(np.arange(space.size) == i, share, 0.0)) for i, share in enumerate(row)]
+            for row in shares
+        ]
+        return (np.array(alone) - function(np.zeros(space.size))) @ factors
+
+    return replace(space, errors=errors)
+
+
+@pytest.mark.parametrize("k", [4, 8, 16, 32])
+def test_expected_errors_spare_a_third_of_the_evaluations(k):
+    function = steep([1.0] * k)
+    space = informed(mlp_space([100, *([64, 128, 96, 48] * (k // 4)), 10]), function)
+    search = SensitivitySearch()
+    outcome = run_search(search, space, plan_loss(space, function), seed=0)
+    assert outcome.evaluations <= search.planned_evaluations(space) == 2 * k + 8
+
+
+@pytest.mark.parametrize("target", [0.5, 0.8])
+@pytest.mark.parametrize("kind", [steep, quadratic])
+@pytest.mark.parametrize("case", CASES)
+def test_with_expected_errors_it_finds_what_ten_levels_find(case, kind, target):
+    widths, weights = CASES[case]
+    space, few, many = mlp_space(widths, target), {}, {}
+    loss = plan_loss(space, kind(weights))
+    outcome = run_search(SensitivitySearch(), informed(space, kind(weights)), loss, seed=0, cache=few)
+    run_search(SensitivitySearch(levels=10), space, loss, seed=0, cache=many)
+    dense = loss(space.low)
+    assert best_on_target(space, few) - dense <= 1.05 * (best_on_target(space, many) - dense)
+    assert outcome.evaluations <= 2 * space.size + 8
+
+
+def test_luck_of_a_few_samples_misleads_less_where_errors_are_expected():
+    """Losses scatter by as much as some coefficients alone cost: how far from the best what is found really is."""
+    widths, weights = CASES["5 groups"]
+    function = steep([0.1 * weight for weight in weights])
+    plain, cache = mlp_space(widths, 0.6), {}
+    loss = plan_loss(plain, function)
+    run_search(SensitivitySearch(levels=20), plain, loss, seed=0, cache=cache)
+
+    def excess(space, seed):
+        rng, asked = np.random.default_rng(seed), []
+
+        def noisy(x):
+            asked.append((loss(x) + 0.02 * rng.normal() * x.any(), tuple(x)))
+            return asked[-1][0]
+
+        run_search(SensitivitySearch(), space, noisy, seed=0)
+        return loss(min(trial for trial in asked if space.on_target(trial[1]))[1]) - best_on_target(plain, cache)
+
+    told = np.mean([excess(informed(plain, function, seed), seed) for seed in range(10)])
+    alone = np.mean([excess(plain, seed) for seed in range(10)])
+    assert told < 0.5 * alone
+
+
+def test_the_model_between_points_is_straight_in_logarithms_of_errors_where_they_are_known():
+    shape = Shape((0.0, 0.2, 0.5, 0.8), (0.0, 0.01, 0.04, 0.16))
+    curve = SensitivityCurve(0, (0.0, 0.2, 0.8), (1.0, 1.1, 1.9), shape)
+    (at_half,) = modelled_increases([curve], [np.array([0.5])])
+    assert at_half[0] == pytest.approx(math.sqrt(0.1 * 0.9), rel=1e-4)
+
+
+def test_a_coefficient_that_was_not_measured_costs_what_is_usual_for_its_error():
+    shapes = [Shape((0.0, 0.5), (0.0, 0.1)), Shape((0.0, 0.5), (0.0, 0.4))]
+    curves = [SensitivityCurve(0, (0.0, 0.5), (1.0, 1.3), shapes[0]), SensitivityCurve(1, (0.0,), (1.0,), shapes[1])]
+    measured, expected = modelled_increases(curves, [np.array([0.5])] * 2)
+    assert measured[0] == pytest.approx(0.3, rel=1e-4)
+    assert expected[0] == pytest.approx(3.0 * 0.4**1.2, rel=1e-4)
+
+
+def test_what_may_be_luck_is_drawn_to_what_is_usual():
+    """One group seems better than the whole model by 0.02: an increase of 0.03 where 0.06 is usual may be luck."""
+    shapes = [Shape((0.0, 0.5), (0.0, error)) for error in (0.1, 0.1, 0.05, 0.1)]
+    losses = [1.2, 1.3, 1.03, 0.98]
+    curves = [
+        SensitivityCurve(n, (0.0, 0.5), (1.0, loss), shape)
+        for n, (loss, shape) in enumerate(zip(losses, shapes, strict=True))
+    ]
+    usual = np.median([2.0, 3.0, 0.6])
+    found = np.concatenate(modelled_increases(curves, [np.array([0.5])] * 4))
+    for loss, shape, increase in zip(losses, shapes, found, strict=True):
+        prior, noise = usual * shape.errors[1], 0.02
+        measured = max(loss - 1.0, 0.0)
+        assert increase == pytest.approx((measured * prior**2 + prior * noise**2) / (prior**2 + noise**2), rel=1e-3)
+    without = np.concatenate(
+        modelled_increases([replace(curve, shape=None) for curve in curves], [np.array([0.5])] * 4)
+    )
+    assert without[:3] == pytest.approx([0.2, 0.3, 0.03], rel=1e-3)
+
+
+def test_where_errors_are_known_exchanges_end_that_do_not_pay():
+    widths, weights = CASES["5 groups"]
+    function = steep(weights)
+    space, asked = informed(mlp_space(widths, 0.7), function), []
+    run_search(SensitivitySearch(), space, plan_loss(space, function), seed=0, on_asked=lambda x, v, _: asked.append(v))
+    assert len(asked) <= 1 + 5 + 2 + 3 + 5  # the whole model, points, combinations, exchanges
