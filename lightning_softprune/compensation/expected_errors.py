@@ -141,6 +141,8 @@ def _error(run: Callable[[], Outputs], dense: Outputs) -> float:
     """The sum over the outputs; nan where the user's code does not take this width, which is said of plans."""
     try:
         pruned = run()
+    except torch.OutOfMemoryError:
+        raise
     except Exception:
         return np.nan
     return float(sum(errors_at(pruned, dense)))

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_softprune.round.commit as commit
 import lightning_softprune.round.prepare as prepare
 import lightning_softprune.trainer.runner as runner
-from lightning_softprune import SoftPruning, UniformBaseline
+from lightning_softprune import SensitivitySearch, SoftPruning
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.search import SearchLoop
@@ -23,10 +23,12 @@ STEPS = [
     (prepare, "trace_model"),
     (prepare, "mirror_twins"),
     (prepare, "probe_with_counts"),
-    (prepare, "collect_statistics"),
+    (prepare, "what_readers_see"),
     (prepare, "rank"),
     (prepare, "norms"),
     (prepare, "build_rounding"),
+    (prepare, "errors_of_readers"),
+    (prepare, "watch_outputs"),
     (prepare, "build_space"),
     (SearchLoop, "run"),
     (runner, "time_validation_step"),
@@ -138,7 +140,7 @@ def test_a_fault_at_any_step_of_a_round_leaves_everything_as_it_was(tmp_path, mo
     monkeypatch.setattr(owner, name, staticmethod(failing) if name == "build" else failing)
     L.seed_everything(0, verbose=False)
     module, snapshots = Net(), Snapshots()
-    pruning = SoftPruning(epochs=1, tolerance=0.1, search=UniformBaseline(), healing=2, verbose=False, report=False)
+    pruning = SoftPruning(epochs=1, tolerance=0.1, search=SensitivitySearch(), healing=2, verbose=False, report=False)
     trainer = L.Trainer(
         default_root_dir=tmp_path, accelerator="cpu", max_epochs=3, logger=False, enable_progress_bar=False,
         enable_model_summary=False, enable_checkpointing=False, callbacks=[snapshots, pruning],
