@@ -147,7 +147,7 @@ def placed_search(
     """
     placed = PlacedCurves(space, *known)
     expected = placed.expected() if space.shapes else None
-    points_at_most = space.size + space.size // 2 if space.shapes else 2 * space.size + 2
+    points_at_most = space.size if space.shapes else 2 * space.size + 2
     budget -= 1 + (yield from placed.measure(min(points_at_most, budget - refine - 1)))
     curves = placed.curves()
     keep(curves)
