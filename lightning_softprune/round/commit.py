@@ -9,7 +9,7 @@ from typing import Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
@@ -95,7 +95,7 @@ def rehearse_plan(
         runner.rehearse()
     teacher = Teacher(beside, judged) if beside is not None and taught else None
     rehearsed = Rehearsed(best, surgery, best.trial.score, teacher=teacher)
-    if beside is None or not heals:
+    if beside is None or not heals or _has_lost_nothing(evaluator, best):
         return rehearsed
     with phases.counted("healing", settings.healing) as advance:
         before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
@@ -213,6 +213,15 @@ def _refined(evaluator: Evaluator, surgery: Surgery, dense: DenseRun, best: Scor
         return refined
     _put_back([*values, *means])
     return best
+
+
+def _has_lost_nothing(evaluator: Evaluator, plan: ScoredPlan) -> bool:
+    """Whether a plan meets the constraints and scores no worse than the dense network: nothing shows what to heal."""
+    objective = evaluator.trials.objective
+    if plan.violation > 0.0 or not objective.loss(plan.judged) <= objective.loss(evaluator.before):
+        return False
+    rank_zero_info("SoftPruning: no healing: the pruned network scores no worse than the dense one")
+    return True
 
 
 def _if_better(

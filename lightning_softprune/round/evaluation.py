@@ -42,13 +42,15 @@ class Evaluator:
 
     Attributes:
         on: The validation data that `score` uses.
-        baseline_seconds: What the pass over the module as it is has taken.
+        before: Metrics of the module as it is, on all validation data.
+        baseline_seconds: What the pass that gave them has taken.
         passes: Validation passes so far, those on a part as fractions; what a killed run has scored counts too.
     """
 
     def __init__(self, runner: ModuleRunner, problem: PruningProblem, journal: Journal, trials: Trials) -> None:
         self.runner, self.problem, self.journal, self.trials = runner, problem, journal, trials
         self.on = WHOLE
+        self.before: Mapping[str, float] = {}
         self.baseline_seconds = 0.0
         self.passes = 0.0
 

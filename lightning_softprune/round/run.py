@@ -77,7 +77,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio, settings.latency_batch)
         while True:
             evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
-            evaluator.baseline_seconds = baseline_seconds
+            evaluator.before, evaluator.baseline_seconds = before, baseline_seconds
             with phases.timed("searching"):
                 strategy, outcome, decision = _search(evaluator, settings, goal, before, stopwatch)
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):

@@ -241,11 +241,22 @@ class ModuleRunner:
         return step
 
     @contextmanager
-    def undisturbed(self) -> Iterator[None]:
-        """What steps change around the parameters is put back; metrics start afresh, gradients are set aside."""
-        with untouched(self.trainer, self.module):
+    def undisturbed(self) -> Iterator[Callable[[], None]]:
+        """What steps change around the parameters is put back; metrics start afresh, gradients are set aside.
+
+        Yields:
+            Makes all of it as it was when the block began, for another step.
+        """
+        memory = remembered(self.trainer, self.module)
+
+        def again() -> None:
+            memory.restore()
+            memory.take_gradients()
             clone_inference_tensors_and_reset_metrics(self.module)
-            yield
+
+        with untouched(self.trainer, self.module, memory):
+            clone_inference_tensors_and_reset_metrics(self.module)
+            yield again
 
     @property
     def scales_losses(self) -> bool:

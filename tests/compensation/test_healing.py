@@ -195,7 +195,8 @@ def test_what_does_not_score_better_is_taken_back(tmp_path):
     class Contrary(AutoEncoder):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
-            self.log("val_worse", F.mse_loss(self(batch[0]), batch[0]))
+            is_dense = self.encoder[0].out_features == 16
+            self.log("val_worse", F.mse_loss(self(batch[0]), batch[0]) + 1e3 * is_dense)
 
     plain, before, _ = rounds(tmp_path, Contrary, 0, monitor="val_worse", mode="max")
     healed, after, _ = rounds(tmp_path, Contrary, 40, monitor="val_worse", mode="max")
@@ -204,12 +205,36 @@ def test_what_does_not_score_better_is_taken_back(tmp_path):
     assert_same(after, before)
 
 
+def test_what_has_lost_nothing_is_not_healed(tmp_path):
+    """Where the pruned network scores no worse than the dense one, nothing shows what there would be to heal."""
+
+    class Contrary(AutoEncoder):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("val_worse", F.mse_loss(self(batch[0]), batch[0]))
+
+    plain, before, _ = rounds(tmp_path, Contrary, 0, monitor="val_worse", mode="max")
+    assert plain.score_after > plain.score_before
+    spared, after, _ = rounds(tmp_path, Contrary, 40, monitor="val_worse", mode="max")
+    assert spared.healing is None
+    assert_same(after, before)
+    bound = plain.score_after + 1e3  # which nothing meets: it is tried, all the same
+    asked = {"constraints": [f"val_worse >= {bound}"], "on_violation": "prune"}
+    with pytest.warns(UserWarning, match="pruned all the same"):
+        tried, _, _ = rounds(tmp_path, Contrary, 4, monitor="val_worse", mode="max", **asked)
+    assert tried.healing is not None
+
+
 @pytest.mark.slow
 def test_what_is_taken_back_names_layers_that_gather_no_statistics(tmp_path):
     class Contrary(Frozen):
         def validation_step(self, batch, batch_idx):
             super().validation_step(batch, batch_idx)
-            self.log("val_worse", F.cross_entropy(self(batch[0]), batch[1]))
+            is_dense = sum(p.numel() for p in self.parameters()) == self.dense
+            self.log("val_worse", F.cross_entropy(self(batch[0]), batch[1]) + 1e3 * is_dense)
+
+        def on_fit_start(self):
+            self.dense = sum(p.numel() for p in self.parameters())
 
         def on_train_epoch_start(self):
             self.features[1].eval()

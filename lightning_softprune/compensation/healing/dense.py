@@ -32,8 +32,11 @@ class DenseNetwork:
         self.created = {name for name, _, _ in surgery.created}
         with surgery.undone():
             before = {id(tensor) for tensor in _tensors_of(module)}
+            buffers = list(module.buffers())
         kept = _tensors_of(module) if everything else changeable(module)
         self._shared = [(tensor, tensor.detach().clone()) for tensor in kept if id(tensor) in before]
+        now = {id(buffer) for buffer in module.buffers()}
+        self._own = [(buffer, buffer.detach().clone()) for buffer in buffers if id(buffer) not in now]
 
     def let_go(self) -> None:
         """Drop what only a rollback would need: the gradients that were pending in the former tensors."""
@@ -42,7 +45,7 @@ class DenseNetwork:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The module is the dense network for as long as the block lasts."""
+        """The module is the dense network for as long as the block lasts, and its buffers stay as they are."""
         with self._surgery.undone():
             now = [(tensor, tensor.data) for tensor, _ in self._shared]
             try:
@@ -52,6 +55,8 @@ class DenseNetwork:
             finally:
                 for tensor, value in now:
                     tensor.data = value
+                for buffer, value in self._own:
+                    buffer.data.copy_(value)
 
 
 def changeable(module: nn.Module) -> list[torch.Tensor]:

@@ -161,11 +161,12 @@ class Classroom:
         """
         runner, module = self.runner, self.runner.module
         step = runner.teaching_step(raw, number)
-        with self.dense.in_place(), runner.undisturbed(), torch.no_grad():
-            module.eval()
-            with watch_outputs(module, self.judged) as wanted:
-                step()
-        with runner.undisturbed(), torch.enable_grad():
+        with runner.undisturbed() as again, torch.enable_grad():
+            with self.dense.in_place(), torch.no_grad():
+                module.eval()
+                with watch_outputs(module, self.judged) as wanted:
+                    step()
+            again()
             module.eval()
             for part, training in self.modes.items():
                 part.training = training
