@@ -12,7 +12,7 @@ def test_a_round_announces_groups_coefficients_evaluations_and_time(tmp_path, ca
     fit(tmp_path, made(), callback)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "evaluations, about" in line]
     groups = len(callback.results[0].groups)
-    assert line.startswith(f"SoftPruning: {groups} groups, {groups} coefficients, up to {2 * groups + 8} evaluations")
+    assert line.startswith(f"SoftPruning: {groups} groups, {groups} coefficients, up to {groups + 8} evaluations")
     assert re.search(r" s; then healing on 2 batches, about [\d.e-]+ s$", line)
 
 

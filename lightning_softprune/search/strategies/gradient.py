@@ -196,10 +196,10 @@ class GradientSearch(SearchStrategy):
         start: ``"sensitivity"``: what `SensitivitySearch` finds in at most 3 k + 8 evaluations for k coefficients,
             fewer where they would take more than half of `max_evaluations`; the first step takes its gradient from
             these, and steps end as soon as one gains less than 5 % of what that plan loses, or than luck may. With
-            expected errors, 2 k + 8. ``"uniform"``: the same coefficient everywhere.
+            expected errors, 1.5 k + 8. ``"uniform"``: the same coefficient everywhere.
         patience: Stop after this many steps without improvement.
         max_evaluations: Stop after this many evaluations. None: with ``start="sensitivity"`` 6 k + 9, as many for steps
-            as for the start, or 4 k + 9 with expected errors; else no limit.
+            as for the start, or 3 k + 9 with expected errors; else no limit.
     """
 
     def __init__(
@@ -236,8 +236,7 @@ class GradientSearch(SearchStrategy):
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """As the class says."""
         if self.max_evaluations is None and self._start == "sensitivity":
-            most = most_evaluations(space.size, is_informed=bool(self.expected or space.errors))
-            return most + most_evaluations(space.size, is_informed=bool(space.errors)) - 7
+            return most_evaluations(space, is_expected=bool(self.expected)) + most_evaluations(space) - 7
         return self.max_evaluations
 
     def _propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:
@@ -245,7 +244,7 @@ class GradientSearch(SearchStrategy):
         noted: list[tuple[FloatArray, float]] = []
         dense = np.nan  # the loss of the whole model
         if self._start == "sensitivity":
-            budget = most_evaluations(space.size, is_informed=bool(self.expected or space.errors))
+            budget = most_evaluations(space, is_expected=bool(self.expected))
             if self.max_evaluations is not None:
                 budget = min(budget, self.max_evaluations // 2)
             if budget > space.size + 2:

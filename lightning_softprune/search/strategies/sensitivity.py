@@ -17,7 +17,7 @@ _SEPARATION = 0.03  # between the combinations that are tried
 
 _SHIFT = 0.5  # in log odds: what an exchange changes one coefficient by
 
-_PATIENCE = 4  # exchanges that gain too little, at least
+_BESIDE_POINTS = 4  # the whole model, and the combinations that are tried
 
 _PAYS = 0.05  # of what a plan loses
 
@@ -51,20 +51,28 @@ def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple
     return tuple(curves)
 
 
-def most_evaluations(size: int, *, is_informed: bool = False) -> int:
+def most_evaluations(space: SearchSpace, *, is_expected: bool = False) -> int:
     """How many vectors a search with placed curves asks for at most: 3 k + 8.
 
-    With the pass over the dense model and that over the pruned one, that makes 3 k + 10 for k coefficients.
+    With the pass over the dense model and that over the pruned one, that makes 3 k + 10 for k coefficients. Where an
+    earlier round tells where to look first, 2 k + 8; with expected errors, 1.5 k + 8.
 
     Args:
-        size: Coefficients.
-        is_informed: Whether expected errors, or an earlier round, tell where to look first: then 2 k + 8.
+        space: What is searched.
+        is_expected: Whether an earlier round tells where to look first.
     """
-    return (2 if is_informed else 3) * size + 8
+    if space.errors is not None:
+        return space.size + _BESIDE_POINTS + _most_exchanges(space)
+    return (2 if is_expected else 3) * space.size + 8
+
+
+def _most_exchanges(space: SearchSpace) -> int:
+    """Where expected errors have told most of it."""
+    return max(4, space.size // 2)
 
 
 def paying_gain(curves: Sequence[SensitivityCurve], loss: float) -> float:
-    """What an evaluation or a step has to gain to be worth it: 5 % of what is lost, and more than luck may give.
+    """What a step has to gain to be worth its evaluations: 5 % of what is lost, and more than luck may give.
 
     Args:
         curves: What was measured.
@@ -79,9 +87,7 @@ def exchanges(
     """Yields exchanges between coefficients around the best plan so far; each that helps is kept.
 
     An exchange moves one coefficient and puts the others back on the target. Those come first that the curves expect to
-    cost least: curves are measured alone, and what they call even is where groups that act on each other decide. Where
-    expected errors are known, exchanges end when half as many as there are coefficients, four at least, have gained
-    too little to pay: those errors have told most of it.
+    cost least: curves are measured alone, and what they call even is where groups that act on each other decide.
 
     Args:
         space: What is searched.
@@ -94,9 +100,7 @@ def exchanges(
     """
     x, least = best
     tried = {space.key(x)}
-    dense, idle = curves[0].losses[0], 0
-    patience = max(_PATIENCE, space.size // 2) if space.shapes else budget
-    while budget > 0 and idle < patience and not least <= dense:
+    while budget > 0 and not least <= curves[0].losses[0]:
         moves = []
         for i in range(space.size):
             for sign in (1.0, -1.0):
@@ -115,11 +119,8 @@ def exchanges(
             tried.add(space.key(moves[n]))
             loss = yield moves[n]
             budget -= 1
-            idle = 0 if least - loss > paying_gain(curves, least) else idle + 1
             if loss < least:
                 x, least = moves[n], loss
-                break
-            if idle >= patience:
                 break
         else:
             break
@@ -164,7 +165,8 @@ def placed_search(
             best, least = x, loss
     # a plan that has lost nothing cannot be told from better ones: what seems better is so by chance
     if best is not None and np.isfinite(least) and not least <= curves[0].losses[0]:
-        best, least = yield from exchanges(space, curves, (best, least), budget)
+        most = min(budget, _most_exchanges(space)) if space.shapes else budget
+        best, least = yield from exchanges(space, curves, (best, least), most)
     return best, least
 
 
@@ -174,7 +176,7 @@ class SensitivitySearch(SearchStrategy):
     By default, curves have few points, placed where the solution needs them (`search/curves.py` has the formulas), and
     what evaluations are left go into exchanges between coefficients on the real loss, since groups act on each other.
     Where the space has expected errors, these tell where the first points lie and what is between them, their solution
-    is among the combinations that are tried, and exchanges end when they do not pay.
+    is among the combinations that are tried, and few exchanges follow.
 
     With `levels`, every coefficient is raised through so many evenly spaced values with the others at their lowest, and
     there are no exchanges. Removing more never helps, so a curve is replaced by its running maximum. The sum of the
@@ -183,10 +185,10 @@ class SensitivitySearch(SearchStrategy):
     groups under the real cost (`search/separable.py`). Curves are interpolated, so the combination may remove any
     number of channels, not only those that were measured.
 
-    Evaluations are linear in the number k of coefficients: at most 3 k + 8 by default, and 2 k + 8 where something
-    tells where to look first: what the network's outputs miss with each group alone pruned (under
-    ``compensation="least_squares"``; `compensation/expected_errors.py`), or an earlier round. With `levels`: one for
-    the whole model (usually known already), `levels` per coefficient, and `refine`.
+    Evaluations are linear in the number k of coefficients: at most 3 k + 8, or 2 k + 8 in a later round, to which the
+    one before has told where to look first. Under ``compensation="least_squares"`` 1.5 k + 8, since there what the
+    network's outputs miss with each group alone pruned is known (`compensation/expected_errors.py`). With `levels`: one
+    for the whole model (usually known already), `levels` per coefficient, and `refine`.
 
     Args:
         levels: Points per curve, besides the whole model; None: as few as it takes.
@@ -205,8 +207,7 @@ class SensitivitySearch(SearchStrategy):
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """As the class says."""
         if self.levels is None:
-            is_informed = bool(self.expected or space.errors)
-            return most_evaluations(space.size, is_informed=is_informed) + max(0, self.refine - 3)
+            return most_evaluations(space, is_expected=bool(self.expected)) + max(0, self.refine - 3)
         return 1 + self.levels * space.size + self.refine
 
     def propose(self, space: SearchSpace, rng: np.random.Generator) -> Generator[FloatArray, float, str]:

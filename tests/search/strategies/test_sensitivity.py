@@ -290,12 +290,12 @@ def informed(space, function, seed=0, ratio=3.0):
 
 
 @pytest.mark.parametrize("k", [4, 8, 16, 32])
-def test_expected_errors_spare_a_third_of_the_evaluations(k):
+def test_expected_errors_spare_half_of_the_evaluations(k):
     function = steep([1.0] * k)
     space = informed(mlp_space([100, *([64, 128, 96, 48] * (k // 4)), 10]), function)
     search = SensitivitySearch()
     outcome = run_search(search, space, plan_loss(space, function), seed=0)
-    assert outcome.evaluations <= search.planned_evaluations(space) == 2 * k + 8
+    assert outcome.evaluations <= search.planned_evaluations(space) <= 1.5 * k + 8
 
 
 @pytest.mark.parametrize("target", [0.5, 0.8])
@@ -309,7 +309,7 @@ def test_with_expected_errors_it_finds_what_ten_levels_find(case, kind, target):
     run_search(SensitivitySearch(levels=10), space, loss, seed=0, cache=many)
     dense = loss(space.low)
     assert best_on_target(space, few) - dense <= 1.05 * (best_on_target(space, many) - dense)
-    assert outcome.evaluations <= 2 * space.size + 8
+    assert outcome.evaluations <= 1.5 * space.size + 8
 
 
 def test_luck_of_a_few_samples_misleads_less_where_errors_are_expected():
@@ -370,9 +370,9 @@ def test_what_may_be_luck_is_drawn_to_what_is_usual():
     assert without[:3] == pytest.approx([0.2, 0.3, 0.03], rel=1e-3)
 
 
-def test_where_errors_are_known_exchanges_end_that_do_not_pay():
+def test_where_errors_are_known_few_exchanges_follow():
     widths, weights = CASES["5 groups"]
     function = steep(weights)
     space, asked = informed(mlp_space(widths, 0.7), function), []
     run_search(SensitivitySearch(), space, plan_loss(space, function), seed=0, on_asked=lambda x, v, _: asked.append(v))
-    assert len(asked) <= 1 + 5 + 2 + 3 + 5  # the whole model, points, combinations, exchanges
+    assert len(asked) <= 1 + 5 + 3 + 4  # the whole model, points, combinations, exchanges
