@@ -166,12 +166,15 @@ def sensitivity_charts(result: PruningResult) -> Markup:
     low, high = score_limits(scores, [result.score_before])
     colours = component_colours(result)
     groups = {group.name: group for group in result.groups}
+    lines = result.modelled_sensitivity()
     figures = []
     for number, curve in enumerate(result.sensitivity):
         group = groups.get(curve.group)
         colour = colours[group.component] if group else "c0"
         key = Heading(f"sensitivity-{number}", result.monitor, "")
-        chart = _small_chart(curve, (low, high), None if group is None else group.coefficient, key)
+        points = sorted(zip(curve.coefficients, curve.scores, strict=True))
+        line = lines.get(curve.group, points)
+        chart = _small_chart(curve, (low, high), None if group is None else group.coefficient, key, line)
         figures.append(tag("figure", tag("figcaption", curve.group), chart, class_=f"small {colour}"))
     return tag("div", *figures, class_="smalls")
 
@@ -322,7 +325,13 @@ class _Frame:
         return f"trial {index}: score {trial.score:.5g}{part}, sparsity {trial.sparsity:.4g}, {feasible}{chosen}"
 
 
-def _small_chart(curve: Sensitivity, ends: tuple[float, float], coefficient: float | None, heading: Heading) -> Markup:
+def _small_chart(
+    curve: Sensitivity,
+    ends: tuple[float, float],
+    coefficient: float | None,
+    heading: Heading,
+    line: Sequence[tuple[float, float]],
+) -> Markup:
     low, high = ends
     marks = ticks(low, high, 2)
     marks = marks if len(marks) > 1 else ticks(low, high, 4)  # one mark alone is no scale
@@ -346,7 +355,7 @@ def _small_chart(curve: Sensitivity, ends: tuple[float, float], coefficient: flo
         parts.append(tag("line", note, x1=at, x2=at, y1=y.start, y2=y.end, class_="coefficient"))
     curves = []
     points = sorted(zip(curve.coefficients, curve.scores, strict=True))
-    for drawable, run in itertools.groupby(points, key=lambda point: all(map(is_drawable, point))):
+    for drawable, run in itertools.groupby(line, key=lambda point: all(map(is_drawable, point))):
         if drawable:
             curves.append(tag("polyline", points=" ".join(_pair(x.at(a), y.beyond(b)) for a, b in run), class_="curve"))
     # A picture in the picture: it cuts off what lies beyond the axis.

@@ -320,6 +320,7 @@ def _sensitivity(result: PruningResult) -> Markup:
         "Sensitivity",
         scrolling(charts, len(result.sensitivity), "Sensitivity") if len(result.sensitivity) > LONG else charts,
         note=f"{result.monitor} against the coefficient of one group, all others left whole. "
+        f"{'Points are measured, lines as expected by what outputs miss. ' if result.modelled_sensitivity() else ''}"
         "A curve that leaves its chart goes on beyond it. Dashed: the coefficient that the round gave the group.",
     )
 

@@ -37,6 +37,7 @@ from lightning_softprune.search import (
     SensitivityCurve,
     Solution,
     carried_over,
+    modelled_increases,
     solve,
 )
 from lightning_softprune.utilities.checks import fraction, mapping, number_between, one_of, ordered_pair
@@ -310,6 +311,20 @@ class PruningResult:
         lowest = curves[0].losses[0]
         dense = lowest if math.isfinite(lowest) else self._signed(self.score_before)
         return Known(tuple(curves), points[same], losses[same], dense)
+
+    def modelled_sensitivity(self) -> dict[str, tuple[tuple[float, float], ...]]:
+        """What curves are taken for between and beyond their points, where errors were expected: group -> line."""
+        if self.numbers is None or self.numbers.errors is None or not self.sensitivity:
+            return {}
+        curves = self._known(self.numbers).curves
+        values = [np.linspace(curve.coefficients[0], 1.0, 41)[:-1] for curve in curves]
+        increases = modelled_increases(curves, values)
+        return {
+            self.numbers.coefficients[curve.index]: tuple(
+                (float(x), self._signed(curve.losses[0] + float(y))) for x, y in zip(value, increase, strict=True)
+            )
+            for curve, value, increase in zip(curves, values, increases, strict=True)
+        }
 
     def expected_curves(self, names: Sequence[str]) -> tuple[SensitivityCurve, ...]:
         """What a later round may expect of its coefficients' curves, going by this one's and what it has removed.

@@ -12,7 +12,7 @@ from lightning_softprune.search.coefficients import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.search.curves import carried_over
+from lightning_softprune.search.curves import carried_over, modelled_increases
 from lightning_softprune.search.look_ups import SLACK
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
@@ -84,6 +84,7 @@ __all__ = [
     "compressed",
     "mode_of",
     "mode_of_name",
+    "modelled_increases",
     "parse_constraint",
     "run_search",
     "solve",
