@@ -376,3 +376,15 @@ def test_where_errors_are_known_few_exchanges_follow():
     space, asked = informed(mlp_space(widths, 0.7), function), []
     run_search(SensitivitySearch(), space, plan_loss(space, function), seed=0, on_asked=lambda x, v, _: asked.append(v))
     assert len(asked) <= 1 + 5 + 3 + 4  # the whole model, points, combinations, exchanges
+
+
+def test_the_solution_of_the_expected_errors_alone_is_tried_first_of_all_combinations():
+    widths, weights = CASES["5 groups"]
+    function = steep(weights)
+    space, asked = informed(mlp_space(widths, 0.7), function), []
+    rng = np.random.default_rng(0)  # points that say nothing
+    run_search(SensitivitySearch(), space, lambda x: 1.0 + rng.random(), seed=0, on_asked=lambda x, *_: asked.append(x))
+    unmeasured = [SensitivityCurve(n, (0.0,), (1.0,), shape) for n, shape in enumerate(space.shapes)]
+    (expected,) = best_combinations(space, unmeasured, 1, increases=modelled_increases)
+    first = next(x for x in asked if space.on_target(x))
+    assert space.key(first) == space.key(expected)
