@@ -128,7 +128,8 @@ def by_threshold(subject: Subject, removed: float, *, cache: Path) -> Pruned:
     path = cache / f"scores of {subject.name} {subject.seed}.json"
     curves: list[SensitivityCurve] = []
     if path.is_file():
-        curves = [SensitivityCurve(i, *map(tuple, pair)) for i, pair in enumerate(json.loads(path.read_text()))]
+        pairs = json.loads(path.read_text())
+        curves = [SensitivityCurve(i, tuple(points), tuple(losses)) for i, (points, losses) in enumerate(pairs)]
     network, result = _round(subject, removed, search=ThresholdSearch(curves=curves))
     if not curves:
         found = [(one.coefficients, [-score for score in one.scores]) for one in result.sensitivity]
