@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_softprune.round.commit as commit
 from lightning_softprune.compensation.healing import DenseNetwork
 from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
 from lightning_softprune.compensation.healing.pupil import RATE, SMALLEST, Lesson, Pupil
@@ -95,6 +96,46 @@ def test_the_dense_network_is_there_again_whatever_was_learned_and_the_pruned_on
             assert torch.equal(outputs(model(x)), expected)
     assert_same_model(model, learned[0])
     assert torch.equal(outputs(model(x)), learned[1])
+
+
+def test_what_the_dense_networks_steps_do_to_its_buffers_does_not_last():
+    """A buffer that the plan has sliced is another tensor in the dense network: nobody else could put it back."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)).eval()
+    x = torch.randn(5, 4)
+    groups = prunable(model, x)
+    expected = outputs(model(x)).clone()
+    dense = DenseNetwork(model, apply_plan(model, groups, random_plan(groups, 0)))
+    assert len(model[1].running_mean) < 6
+    for _ in range(2):
+        with dense.in_place():
+            assert torch.equal(outputs(model(x)), expected)
+            model[1].running_mean.add_(1.0)
+
+
+def test_both_networks_steps_begin_with_the_same(tmp_path, monkeypatch):
+    """What a step of the one has changed around the parameters, the step of the other does not find."""
+    seen, healing, original = [], [], commit.teach
+
+    class Counting(AutoEncoder):
+        counter = 0
+
+        def training_step(self, batch, batch_idx):
+            if healing:
+                seen.append((sum(p.numel() for p in self.parameters()), self.counter))
+            self.counter += 1
+            return super().training_step(batch, batch_idx)
+
+    def teach(*arguments):
+        healing.append(True)
+        errors = original(*arguments)
+        healing.clear()
+        return errors
+
+    monkeypatch.setattr(commit, "teach", teach)
+    rounds(tmp_path, Counting, 3)
+    assert len(seen) == 6
+    assert len({size for size, _ in seen}) == 2
+    assert len({counter for _, counter in seen}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
