@@ -316,11 +316,12 @@ def _sensitivity(result: PruningResult) -> Markup:
     if not result.sensitivity:
         return Markup()
     charts = sensitivity_charts(result)
+    expected = result.numbers is not None and result.numbers.errors is not None
     return section(
         "Sensitivity",
         scrolling(charts, len(result.sensitivity), "Sensitivity") if len(result.sensitivity) > LONG else charts,
         note=f"{result.monitor} against the coefficient of one group, all others left whole. "
-        f"{'Points are measured, lines as expected by what outputs miss. ' if result.modelled_sensitivity() else ''}"
+        f"{'Points are measured, lines as expected by what outputs miss. ' if expected else ''}"
         "A curve that leaves its chart goes on beyond it. Dashed: the coefficient that the round gave the group.",
     )
 

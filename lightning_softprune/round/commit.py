@@ -95,8 +95,8 @@ def rehearse_plan(
         runner.rehearse()
     teacher = Teacher(beside, judged) if beside is not None and taught else None
     rehearsed = Rehearsed(best, surgery, best.trial.score, teacher=teacher)
-    if beside is None or not heals or _has_lost_nothing(evaluator, best):
-        return rehearsed
+    if beside is None or not heals or (settings.healing > 1 and _has_lost_nothing(evaluator, best)):
+        return rehearsed  # one batch, which is all that a dry run heals on, shows what could fail
     with phases.counted("healing", settings.healing) as advance:
         before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
         errors = teach(runner, beside, judged, settings.healing, advance)

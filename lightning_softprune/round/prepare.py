@@ -153,7 +153,7 @@ class PruningProblem:
             realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
             problem = cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
             if settings.compensation == "least_squares" and settings.search.wants_errors:
-                errors = problem.expected_errors(module, judged, runner.few(batches, ERROR_SAMPLES))
+                errors = problem.expected_errors(runner, judged, runner.few(batches, ERROR_SAMPLES))
                 problem = replace(problem, errors=runner.broadcast(errors))
             return problem
 
@@ -231,9 +231,9 @@ class PruningProblem:
             raise
         return surgery
 
-    def expected_errors(self, module: nn.Module, judged: Set[str], step: Step) -> ExpectedErrors | None:
+    def expected_errors(self, runner: ModuleRunner, judged: Set[str], step: Step) -> ExpectedErrors | None:
         """What can be known of plans before any is scored, by running a step with groups pruned alone."""
-        rounding, rankings = self.realisation.rounding, self.realisation.rankings
+        module, rounding, rankings = runner.module, self.realisation.rounding, self.realisation.rankings
 
         def run(group: int, count: int) -> Mapping[Any, Any]:
             counts = [count if other == group else 0 for other in range(len(self.groups))]
@@ -245,9 +245,10 @@ class PruningProblem:
             finally:
                 surgery.undo()
 
-        of_readers = errors_of_readers(module, self.groups, rankings, self.compensation)
-        tables = errors_of_outputs(of_readers, rounding.counts(rounding.high).tolist(), run)
-        return ExpectedErrors.of(tables, rounding.channels)
+        # steps may wait for those of other processes: all have to run as many
+        of_readers = runner.broadcast(errors_of_readers(module, self.groups, rankings, self.compensation))
+        most = rounding.counts(rounding.high)
+        return ExpectedErrors.of(errors_of_outputs(of_readers, most.tolist(), run), rounding.channels, most)
 
     def costs_of(self, plan: Plan) -> Costs:
         """Costs of the model with a plan's channels gone."""

@@ -181,18 +181,19 @@ class ExpectedErrors:
     errors: tuple[tuple[float, ...], ...]
 
     @classmethod
-    def of(cls, tables: Sequence[FloatArray | None], channels: IntArray) -> ExpectedErrors | None:
+    def of(cls, tables: Sequence[FloatArray | None], channels: IntArray, most: IntArray) -> ExpectedErrors | None:
         """Keep some of the numbers of each group; one of which nothing is known is taken to be as the others are.
 
         Args:
             tables: Per group, the error when 0, 1, ... of its channels are gone, or None.
             channels: Of each group.
+            most: How many of them may go.
 
         Returns:
-            None where nothing is known of more than half of them.
+            None where nothing is known of more than half of the groups that may lose any.
         """
         known = [table for table in tables if table is not None]
-        if 2 * len(known) < max(len(tables), 1):
+        if 2 * len(known) < max(int(np.count_nonzero(most)), 1):
             return None
         shares = np.linspace(0.0, 1.0, _KEPT)
         usual = np.median([np.interp(shares, np.linspace(0, 1, len(table)), table) for table in known], axis=0)

@@ -24,6 +24,7 @@ makes this cheap: one to three points per coefficient instead of ten.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -186,6 +187,7 @@ class PlacedCurves:
         space: What is searched.
         known: Curves that were measured on the same network before; their points cost nothing.
         expected: One curve per coefficient that may be about right; the first points lie where their solution is.
+            Expected errors of the space go before.
     """
 
     def __init__(
@@ -249,18 +251,22 @@ class PlacedCurves:
             wanted = np.array([self._away_from_broken(i, float(solutions[0][i])) for i in range(space.size)])
         return asked
 
+    @cached_property
     def expected(self) -> FloatArray | None:
-        """The solution of what is expected, by an earlier round or by errors; None where there is none."""
-        curves = self._expected or (self.curves() if self.space.shapes else ())
-        found = best_combinations(self.space, curves, 1, increases=modelled_increases) if curves else []
+        """The solution of the errors, or else of what an earlier round lets expect; None where there is none."""
+        space, curves = self.space, self._expected
+        if space.shapes:
+            bare = enumerate(zip(space.low.tolist(), space.shapes, strict=True))
+            curves = [SensitivityCurve(i, (low,), (float("nan"),), shape) for i, (low, shape) in bare]
+        found = best_combinations(space, curves, 1, increases=modelled_increases) if curves else []
         return found[0] if found else None
 
     def _first(self) -> FloatArray:
         """Where to look first."""
-        uniform, expected = self.space.scale(np.ones(self.space.size)), self.expected()
-        if expected is None:
+        uniform = self.space.scale(np.ones(self.space.size))
+        if self.expected is None:
             return uniform
-        return expected if self._expected else np.maximum(expected, _LEAST_TRIED * uniform)
+        return np.maximum(self.expected, _LEAST_TRIED * uniform) if self.space.shapes else self.expected
 
     def _beyond(self, i: int) -> float:
         """A coefficient one step of log odds above what was measured."""

@@ -400,12 +400,16 @@ class ModuleRunner:
         return [_repeatable(step, number) for number, step in enumerate(steps)], batches
 
     def few(self, batches: Sequence[Any], samples: int) -> Step:
-        """The step of the first of these training batches, or else of a validation batch, on so many samples of it.
+        """The step of the first of these training batches, or else of a validation batch.
 
-        It has the same random numbers each time.
+        It runs on so many of the batch's samples, where these run the same layers as all of them, and has the same
+        random numbers each time.
         """
-        step = self.training_step(batches[0], samples=samples) if batches else self.validation_step(samples)
-        return _repeatable(step, 0)
+        make = partial(self.training_step, batches[0]) if batches else self.validation_step
+        whole, few = make(samples=None), make(samples=samples)
+        with layer_calls(self.module) as calls:
+            run_steps([whole])
+        return _repeatable(few if self.all_agree(calls_as_often(self.module, [few], calls)) else whole, 0)
 
     def rehearse(self) -> None:
         """Run the pruned module once as validation and as training will; the user's own exception goes on."""

@@ -119,18 +119,20 @@ def test_channels_whose_loss_no_reader_notices_are_free():
 
 
 def test_a_group_of_which_nothing_is_known_is_taken_to_be_as_the_others_are():
-    known = np.linspace(0.0, 1.0, 11)
-    errors = ExpectedErrors.of([known, None, 3.0 * known], np.array([10, 5, 10]))
+    known, channels = np.linspace(0.0, 1.0, 11), np.array([10, 5, 10])
+    errors = ExpectedErrors.of([known, None, 3.0 * known], channels, channels)
     one = np.array([[0, 5, 0]])
     assert errors(one)[0] == pytest.approx(2.0)  # between the others
     assert errors(np.array([[4, 0, 0], [0, 0, 4], [4, 5, 4]])) == pytest.approx([0.4, 1.2, 3.6])
-    assert ExpectedErrors.of([known, None, None], np.array([10, 5, 10])) is None
-    assert ExpectedErrors.of([], np.array([], dtype=int)) is None
+    assert ExpectedErrors.of([known, None, None], channels, channels) is None
+    assert ExpectedErrors.of([], channels[:0], channels[:0]) is None
+    kept_whole = ExpectedErrors.of([known, None, None], channels, np.array([9, 0, 0]))
+    assert kept_whole(np.array([[4, 0, 0]]))[0] == pytest.approx(0.4)
 
 
 def test_a_wide_group_keeps_some_of_its_numbers():
     table = np.linspace(0.0, 1.0, 2049) ** 3
-    errors = ExpectedErrors.of([table], np.array([2048]))
+    errors = ExpectedErrors.of([table], np.array([2048]), np.array([2047]))
     assert len(errors.errors[0]) == 65
     removed = np.array([[10], [1000], [2047]])
     np.testing.assert_allclose(errors(removed), table[removed[:, 0]], rtol=0.01, atol=1e-4)

@@ -259,6 +259,8 @@ def test_what_has_lost_nothing_is_not_healed(tmp_path):
     spared, after, _ = rounds(tmp_path, Contrary, 40, monitor="val_worse", mode="max")
     assert spared.healing is None
     assert_same(after, before)
+    one, _, _ = rounds(tmp_path, Contrary, 1, monitor="val_worse", mode="max")
+    assert one.healing is not None  # all that a dry run heals on, to show what could fail
     bound = plain.score_after + 1e3  # which nothing meets: it is tried, all the same
     asked = {"constraints": [f"val_worse >= {bound}"], "on_violation": "prune"}
     with pytest.warns(UserWarning, match="pruned all the same"):

@@ -497,12 +497,42 @@ def test_outputs_are_compared_where_the_search_begins_with_what_they_say(tmp_pat
     assert (result.numbers.errors is not None) == told
 
 
+def test_a_strategy_of_ones_own_that_wants_errors_finds_shapes_in_its_space(tmp_path):
+    class Told(SearchStrategy):
+        wants_errors = True
+
+        def propose(self, space, rng):
+            assert [shape.errors[0] for shape in space.shapes] == [0.0] * space.size
+            yield space.scale(np.ones(space.size))
+            return "told"
+
+    callback = softpruning(search=Told())
+    fit(tmp_path, made(), callback)
+    assert callback.results[0].stop_reason == "told"
+
+
+def test_outputs_are_compared_on_whole_batches_where_a_step_takes_no_others(tmp_path):
+    class Strict(AutoEncoder):
+        def training_step(self, batch, batch_idx):
+            if len(batch[0]) != 72:
+                raise ValueError(f"batches of 72, not of {len(batch[0])}")
+            return super().training_step(batch, batch_idx)
+
+    data = {
+        "train_dataloaders": DataLoader(vectors(144, 1), batch_size=72),
+        "val_dataloaders": DataLoader(vectors(20, 2), batch_size=8),
+    }
+    callback = softpruning(search=GradientSearch())
+    fit(tmp_path, made(Strict), callback, data=data)
+    assert callback.results[0].numbers.errors is not None
+
+
 def test_what_is_expected_is_what_the_networks_outputs_miss(tmp_path, monkeypatch):
     """Each group alone pruned, on the same samples; the module's outputs are seen by a hook of the test's own."""
     compared, original = [], PruningProblem.expected_errors
 
-    def compare(problem, module, judged, step):
-        tables = original(problem, module, judged, step)
+    def compare(problem, runner, judged, step):
+        tables, module = original(problem, runner, judged, step), runner.module
 
         def output():
             seen = []

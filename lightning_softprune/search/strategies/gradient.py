@@ -28,6 +28,7 @@ from typing import Literal, TypeVar, cast
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, StopReason
+from lightning_softprune.search.curves import PlacedCurves
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.strategies.sensitivity import most_evaluations, paying_gain, placed_search
 from lightning_softprune.utilities.arrays import FloatArray
@@ -194,7 +195,8 @@ class GradientSearch(SearchStrategy):
         difference: ``"central"`` (two evaluations per coefficient and step), ``"forward"`` (one), ``"spsa"`` (two per
             step however many coefficients) or ``"auto"``: central up to 16 coefficients, else spsa.
         start: ``"sensitivity"``: what `SensitivitySearch` finds in at most 3 k + 8 evaluations for k coefficients,
-            fewer where they would take more than half of `max_evaluations`; the first step takes its gradient from
+            fewer where they would take more than half of `max_evaluations` (and where that leaves none for curves, what
+            is expected without evaluations); the first step takes its gradient from
             these, and steps end as soon as one gains less than 5 % of what that plan loses, or than luck may. With
             expected errors, 1.5 k + 8. ``"uniform"``: the same coefficient everywhere.
         patience: Stop after this many steps without improvement.
@@ -252,6 +254,8 @@ class GradientSearch(SearchStrategy):
                 best, _ = yield from _noting(found, noted)
                 starts = [] if best is None else [(best, space.floor)]
                 dense = self._curves[0].losses[0]
+            elif (expected := PlacedCurves(space, (), self.expected).expected) is not None:
+                starts = [(expected, space.floor)]
         uniform = space.scale(np.ones(space.size))
         aims = (space.floor, space.target, space.target + space.tolerance)
         starts += [(space.project(uniform, aim=aim), aim) for aim in aims]

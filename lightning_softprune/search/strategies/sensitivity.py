@@ -147,13 +147,12 @@ def placed_search(
         The best vector on target (None: there is none) and its loss.
     """
     placed = PlacedCurves(space, *known)
-    expected = placed.expected() if space.shapes else None
     points_at_most = space.size if space.shapes else 2 * space.size + 2
     budget -= 1 + (yield from placed.measure(min(points_at_most, budget - refine - 1)))
     curves = placed.curves()
     keep(curves)
     points = best_combinations(space, curves, refine, separation=_SEPARATION, increases=modelled_increases)
-    if expected is not None:  # what luck has no part in
+    if space.shapes and (expected := placed.expected) is not None:  # what luck has no part in
         points = [expected, *(x for x in points if space.key(x) != space.key(expected))][:refine]
     if not points:  # the combination found none: the nearest plan may still be on target
         points = [x for x in (space.nearest_point(),) if space.on_target(x)]
@@ -192,7 +191,8 @@ class SensitivitySearch(SearchStrategy):
 
     Args:
         levels: Points per curve, besides the whole model; None: as few as it takes.
-        refine: The best combinations, kept apart, that are really evaluated.
+        refine: The best combinations, kept apart, that are really evaluated; where there are expected errors, their
+            solution is one of them.
     """
 
     def __init__(self, levels: int | None = None, refine: int = 3) -> None:

@@ -1,12 +1,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy.optimize import minimize
 
-from lightning_softprune.search import GradientSearch, GridSearch, SensitivitySearch, StopReason, run_search
+from lightning_softprune.search import (
+    GradientSearch,
+    GridSearch,
+    SensitivityCurve,
+    SensitivitySearch,
+    StopReason,
+    best_combinations,
+    modelled_increases,
+    run_search,
+)
 from lightning_softprune.search.strategies.gradient import constrained_step, diagonal_curvature, least_squares_gradient
 from support.networks import AUTOENCODER, CASES, LOSSES, coupled, mlp_space, plan_loss, steep
 
@@ -184,3 +194,16 @@ def test_the_curvature_of_a_separable_quadratic_is_found_from_pairs_of_probes():
     moves = rng.normal(size=(6, 3))
     differences = moves @ gradient + moves**2 @ curvature / 2
     np.testing.assert_allclose(diagonal_curvature(moves, differences, gradient), curvature, atol=1e-9)
+
+
+def test_a_budget_too_small_for_curves_begins_where_errors_say():
+    space, asked = mlp_space(AUTOENCODER, 0.7), []
+    errors = replace(
+        space, errors=lambda removed: (removed / space.channels) ** 2 @ np.array([1.0, 4.0, 9.0, 2.0, 1.0])
+    )
+    loss = plan_loss(space, coupled([1.0, 0.5, 3.0, 0.6, 1.5]))
+    run_search(GradientSearch(max_evaluations=9), errors, loss, seed=0, on_asked=lambda x, *_: asked.append(x))
+    unmeasured = [SensitivityCurve(n, (0.0,), (math.nan,), shape) for n, shape in enumerate(errors.shapes)]
+    (expected,) = best_combinations(errors, unmeasured, 1, increases=modelled_increases)
+    assert space.key(asked[0]) == space.key(expected)
+    assert len(asked) > 1  # probes of its own follow

@@ -388,3 +388,28 @@ def test_the_solution_of_the_expected_errors_alone_is_tried_first_of_all_combina
     (expected,) = best_combinations(space, unmeasured, 1, increases=modelled_increases)
     first = next(x for x in asked if space.on_target(x))
     assert space.key(first) == space.key(expected)
+
+
+def test_where_errors_are_known_points_that_are_spared_are_not_spent_on_exchanges():
+    """A search at another target, of the same network, is told what was measured."""
+    function = steep([1.0] * 8)
+    space = informed(mlp_space([100, 64, 128, 96, 48, 64, 128, 96, 48, 10]), function)
+    loss, first, again = plan_loss(space, function), SensitivitySearch(), SensitivitySearch()
+    run_search(first, space, loss, seed=0)
+    again.known = first.sensitivity
+    outcome = run_search(again, space, loss, seed=0)
+    assert outcome.evaluations <= 1 + 3 + 4
+
+
+def test_expected_errors_go_before_what_an_earlier_round_lets_expect():
+    widths, weights = CASES["5 groups"]
+    function = steep(weights)
+    space = informed(mlp_space(widths, 0.7), function)
+    asked = {}
+    for name, curves in (("errors", ()), ("both", tuple(random_curves(space, np.random.default_rng(0))))):
+        search = SensitivitySearch()
+        search.expected, asked[name] = curves, []
+        run_search(
+            search, space, plan_loss(space, function), seed=0, on_asked=lambda x, *_, to=asked[name]: to.append(x)
+        )
+    np.testing.assert_array_equal(asked["errors"], asked["both"])
