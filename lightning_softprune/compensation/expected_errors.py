@@ -32,7 +32,7 @@ from lightning_softprune.compensation.regression import FeatureRegression, chole
 from lightning_softprune.graph import PruningGroup, geometry_of, weight_of
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
-_LEVELS = (0.01, 0.06, 0.3)
+_LEVELS = (0.02, 0.15)
 """Errors of readers at which outputs are looked at."""
 
 _NOTHING = 1e-6

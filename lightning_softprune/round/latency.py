@@ -13,8 +13,9 @@ from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 
-_TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
-"""Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
+_TURNS, _ENOUGH = 3, 0.3
+"""Turns, and seconds after which the dense module is timed once more and no other turn begins: what is slow scatters
+less."""
 
 
 class Stopwatch:
@@ -74,8 +75,9 @@ class Stopwatch:
         after: list[float] = []
         shapes = shapes_of(self.runner.module)
         started = time.monotonic()
-        while len(before) < _TURNS:  # what else the machine does meanwhile disturbs both
-            if len(before) >= _LEAST_TURNS and time.monotonic() - started > _ENOUGH:
+        while len(after) < _TURNS:  # what else the machine does meanwhile disturbs both
+            if after and time.monotonic() - started > _ENOUGH:
+                before.append(self._time(0, seconds))
                 break
             before.append(self._time(runs, seconds))
             surgery = self.problem.prune(self.runner.module, plan)
@@ -84,7 +86,7 @@ class Stopwatch:
                 self.layers[plan] = changed_layers(shapes, shapes_of(self.runner.module))
             finally:
                 surgery.undo()
-        ratios = [pruned / dense for dense, pruned in zip(before, after, strict=True)]
+        ratios = [pruned / dense for dense, pruned in zip(before, [*after, after[-1]], strict=False)]
         return min(before), min(after), max(ratios) - min(ratios)
 
 

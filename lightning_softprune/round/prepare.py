@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -310,7 +311,7 @@ class StepsToTrace:
         steps: Run it; all that they run is traced.
         judged: Names of the parameters that validation uses.
         outside: Modules that are left alone with all that is in them -> why.
-        probing: The same on fewer samples, for probes; empty: the steps themselves.
+        probing: Asked for once they have been run: the same on fewer samples, for probes; None: the steps themselves.
         round_to: Kept channels are a multiple of it.
         probed: Whether groups are tried; else they are what the trace says.
         predicting: The module's own `predict_step`, whose outputs are looked at; `None` without one.
@@ -320,7 +321,7 @@ class StepsToTrace:
     steps: Steps
     judged: Set[str]
     outside: Mapping[str, str] = field(default_factory=dict)
-    probing: Steps = field(default_factory=list)
+    probing: Callable[[], Steps] | None = None
     round_to: int = 1
     probed: bool = True
     predicting: Step | None = None
@@ -338,10 +339,11 @@ def prepare_groups(
     twins = twins or {}
     with record_usage(model) as used:
         trace = trace_model(model, how.steps, how.outside)
+    probing = how.probing() if how.probing else how.steps
 
     def run(seed: int = 0) -> list[Any]:
         with how.steady():
-            return run_steps(how.probing or how.steps, seed)
+            return run_steps(probing, seed)
 
     def read(choices: Mapping[str, int], united: Sequence[tuple[Place, Place]]) -> tuple[list[PruningGroup], Grouping]:
         grouping = groups_of(trace, ignore, choices, united)
@@ -400,7 +402,7 @@ def _best_reading(
 
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
     """The module's groups, the same on every process: a probe may fail on one process's batch only."""
-    probing = runner.probing(PROBE_SAMPLES) if probed else []
+    probing = partial(runner.probing, PROBE_SAMPLES) if probed else None
     steps, predicting = runner.tracing(), runner.predicting()
     how = StepsToTrace(steps, judged, runner.left_alone, probing, settings.round_to, probed, predicting, runner.steady)
     return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
@@ -442,5 +444,7 @@ def _intercepts(runner: ModuleRunner, settings: RoundSettings, groups: Sequence[
     """Where readers without a bias put what compensation adds to their outputs."""
     if settings.compensation == "none":
         return Intercepts()
-    found = find_intercepts(runner.module, groups, runner.tracing(), runner.trainer.optimizers, settings.twins)
+    found = find_intercepts(
+        runner.module, groups, runner.probing(PROBE_SAMPLES), runner.trainer.optimizers, settings.twins
+    )
     return runner.broadcast(found)

@@ -40,6 +40,9 @@ _SLOPE_OF_ERRORS = 1.2  # the same over logarithms of errors
 _NEAR = 0.35  # in log odds: a point that close to another tells nothing new
 _NEAR_ERRORS = 1.0  # the same in logarithms of errors, which tell better what is between points
 _LEAST_TRIED = 0.5  # of the coefficient that is the same everywhere
+_TELLING = 3  # coefficients that tell whether the loss goes as errors do
+_ALIKE = 3.0  # factor between what a coefficient adds to the loss and what is usual for its error
+_LUCK = 2.0  # of the scatter of a loss, between two of them
 _NO_ERROR = 1e-6  # errors below that are none
 _ROUNDS = 5  # of solving and measuring, at most
 _FLOOR = 1e-3  # of the largest increase: what is less counts as that, noise that falls included
@@ -124,6 +127,24 @@ def noise_of(curves: Sequence[SensitivityCurve]) -> float:
     shaped = [curve for curve in curves if curve.shape is not None]
     below = [loss - curve.losses[0] for curve in shaped for loss in curve.losses[1:] if loss < curve.losses[0]]
     return float(np.sqrt(np.mean(np.square(below)))) if below else 0.0
+
+
+def follow_errors(curves: Sequence[SensitivityCurve]) -> bool:
+    """Whether enough was measured to see that the loss goes as expected errors do.
+
+    Args:
+        curves: One per coefficient; False where any has no shape.
+    """
+    if not all(curve.shape for curve in curves) or sum(len(curve.losses) > 1 for curve in curves) < _TELLING:
+        return False
+    found = [(curve, n) for curve in curves for n in range(1, len(curve.losses))]
+    increases = np.array([curve.losses[n] - curve.losses[0] for curve, n in found])
+    if not np.isfinite(increases).all():
+        return False
+    logs = [_coordinates(curve.shape, np.array(curve.coefficients[n : n + 1]))[0] for curve, n in found]
+    errors, luck = np.exp(logs), _LUCK * noise_of(curves)
+    usual = max(float(np.median(increases / errors)), 0.0) * errors
+    return bool(((increases <= _ALIKE * usual + luck) & (increases >= usual / _ALIKE - luck)).all())
 
 
 def _usual_ratio(curves: Sequence[SensitivityCurve], heights: Sequence[FloatArray], scale: float) -> float:
@@ -233,11 +254,13 @@ class PlacedCurves:
         for _ in range(_ROUNDS):
             fresh = [i for i in self._order(wanted) if not self._is_known(i, float(wanted[i]))]
             for i in fresh[: budget - asked]:
+                if follow_errors(self.curves()):
+                    return asked
                 x = space.low.copy()
                 x[i] = wanted[i]
                 self._points[i][float(wanted[i])] = yield x
                 asked += 1
-            if asked >= budget:
+            if asked >= budget or follow_errors(self.curves()):
                 break
             if not fresh:
                 if looked_up:
@@ -283,9 +306,11 @@ class PlacedCurves:
         return float(np.clip(1 / (1 + np.exp(1.0 - min(broken))), self.space.low[i], self.space.high[i]))
 
     def _order(self, wanted: FloatArray) -> list[int]:
-        """Coefficients, those first whose points are furthest from all measured ones."""
+        """Coefficients, those first whose points are furthest from all measured ones, then those with large errors."""
         far = [self._distance(i, float(wanted[i])) for i in range(self.space.size)]
-        return sorted(range(self.space.size), key=lambda i: -far[i])
+        shapes = self.space.shapes
+        errors = [_coordinates(shapes[i], wanted[i : i + 1])[0] if shapes else 0.0 for i in range(len(far))]
+        return sorted(range(len(far)), key=lambda i: (-far[i], -errors[i]))
 
     def _distance(self, i: int, value: float) -> float:
         """To the nearest measured point, in widths within which a point tells nothing new."""

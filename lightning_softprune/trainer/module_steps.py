@@ -1,10 +1,12 @@
-"""Steps as functions without arguments, and batches cut short for them."""
+"""Steps as functions without arguments, which of them show all of a module, and batches cut short for them."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from inspect import unwrap
 from types import CodeType
 from typing import Any
@@ -13,12 +15,14 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.utilities.hooks import forward_hook, registered
 from lightning_softprune.utilities.nested import is_container, rebuild, tensors_in
 
 Step = Callable[[], Any]
 Steps = list[Step]
+Make = Callable[..., Step]
 
 
 def run_steps(steps: Steps, seed: int = 0) -> list[Any]:
@@ -91,6 +95,91 @@ def calls_as_often(model: nn.Module, few: Steps, wanted: Counter[str]) -> bool:
     except Exception:  # whatever the user's code says to fewer samples: whole batches do
         return False
     return seen == wanted
+
+
+@dataclass
+class _Kept:
+    """A step of those that together use all of a module.
+
+    Attributes:
+        make: Makes it for so many samples.
+        calls: How often it calls each layer on a whole batch; `None` until it has been run.
+        is_training: Whether it is one of training.
+    """
+
+    make: Callable[[int | None], Step]
+    calls: Counter[str] | None
+    is_training: bool
+
+
+class StepsOfAllKinds:
+    """A few steps that together use all of a module: the first of validation and of training, and what else these lack.
+
+    They return all that they show.
+
+    Args:
+        module: The module.
+        kinds: What makes the steps of validation, one per loader, and those of training, one per batch; called with
+            `samples` and `shown`.
+        all_agree: Whether a flag is set on every process.
+    """
+
+    def __init__(
+        self, module: nn.Module, kinds: tuple[Sequence[Make], Sequence[Make]], all_agree: Callable[[bool], bool]
+    ) -> None:
+        self._module, self._all_agree = module, all_agree
+        self._few: Steps | None = None
+        self._kept: list[_Kept] = []
+        everything = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        everything |= {name for name, layer in module.named_modules() if any(True for _ in layer.parameters(False))}
+        used: set[str] = set()
+        for kind in kinds:
+            for number, make in enumerate(kind):
+                if number and everything <= used:
+                    break  # no batch can use anything else
+                found: set[str] = set()
+                calls: Counter[str] | None = None
+                if len(kind) > 1:
+                    with record_usage(module) as usage, layer_calls(module) as calls:
+                        run_steps([make(samples=None)])
+                    found = usage.parameters | usage.layers
+                if number == 0 or not found <= used:
+                    self._kept.append(_Kept(partial(_on_samples, make), calls, kind is kinds[1]))
+                used |= found
+
+    def steps(self, samples: int | None = None) -> Steps:
+        """The steps, on so many samples or on whole batches; the latter count the calls of layers as they run."""
+        return [self._counting(kept) if samples is None else kept.make(samples) for kept in self._kept]
+
+    def on_few(self, samples: int) -> Steps:
+        """The steps on so many samples, where these run the same layers as whole batches; else on these."""
+        if self._few is None:
+            run_steps([self._counting(kept) for kept in self._kept if kept.calls is None])
+            wanted = sum((kept.calls or Counter() for kept in self._kept), Counter[str]())
+            few = self.steps(samples)
+            self._few = few if self._all_agree(calls_as_often(self._module, few, wanted)) else self.steps()
+        return self._few
+
+    def calls_of_first(self, *, training: bool) -> Counter[str] | None:
+        """How often the first step of training, or of validation, calls each layer; `None` where it has not run yet."""
+        return next((kept.calls for kept in self._kept if kept.is_training == training), None)
+
+    def _counting(self, kept: _Kept) -> Step:
+        whole = kept.make(None)
+
+        def step() -> Any:
+            if kept.calls is not None:
+                return whole()
+            with layer_calls(self._module) as calls:
+                shown = whole()
+            kept.calls = calls
+            return shown
+
+        return step
+
+
+def _on_samples(make: Make, samples: int | None) -> Step:
+    return make(samples=samples, shown=True)
 
 
 def head_of_batch(batch: Any, count: int | None) -> Any:

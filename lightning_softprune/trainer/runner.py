@@ -6,10 +6,8 @@ for. Where several processes train together, every process runs its share, and a
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -17,7 +15,6 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.batches import copy_batch, read_training_batches, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
@@ -30,6 +27,7 @@ from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.trainer.module_steps import (
     Step,
     Steps,
+    StepsOfAllKinds,
     attributes_of,
     batch_of,
     calls_as_often,
@@ -48,14 +46,6 @@ Value = TypeVar("Value")
 
 _TRACED_BATCHES = 4
 """Training batches that are looked at for branches that the first one does not take."""
-
-
-@dataclass
-class _Traced:
-    """A step that tracing runs: made for so many samples, and how often it calls each layer on a whole batch."""
-
-    make: Callable[[int | None], Step]
-    calls: Counter[str] | None
 
 
 class ModuleRunner:
@@ -90,7 +80,7 @@ class ModuleRunner:
         self.trainer, self.module, self.seed = trainer, module, seed
         self._most = calibration_batches
         self._trained_on: list[Any] | None = None
-        self._traced: list[_Traced] | None = None
+        self._traced: StepsOfAllKinds | None = None
         self._memory: Snapshot | None = None
         limit = None if memory_limit is None else memory_limit * GIB
         self._glance = glance
@@ -345,48 +335,20 @@ class ModuleRunner:
         They are the first batch of validation and of training, and of the other loaders and the next training batches
         those that use a part of the module that the ones before have not used.
         """
-        if self._traced is None:
-            self._traced = self._first_of_all_kinds()
-        return [traced.make(samples) for traced in self._traced]
+        return self._of_all_kinds.steps(samples)
 
-    def _first_of_all_kinds(self) -> list[_Traced]:
-        loaders = self._scorer.loaders
-        batches = self._training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
-        validation = [partial(self.validation_step, loader=loader) for loader in loaders]
-        training = [partial(self.training_step, raw, number) for number, raw in enumerate(batches)]
-        kept: list[_Traced] = []
-        everything = {name for name, _ in self.module.named_parameters(remove_duplicate=False)}
-        everything |= {
-            name for name, layer in self.module.named_modules() if any(True for _ in layer.parameters(False))
-        }
-        used: set[str] = set()
-        for kind in (validation, training):
-            for number, make in enumerate(kind):
-                if number and everything <= used:
-                    break  # no batch can use anything else
-                found: set[str] = set()
-                calls: Counter[str] | None = None
-                if len(kind) > 1:
-                    with record_usage(self.module) as usage, layer_calls(self.module) as calls:
-                        run_steps([make(samples=None)])
-                    found = usage.parameters | usage.layers
-                if number == 0 or not found <= used:
-                    kept.append(_Traced(partial(_on_samples, make), calls))
-                used |= found
-        return kept
+    @property
+    def _of_all_kinds(self) -> StepsOfAllKinds:
+        if self._traced is None:
+            batches = self._training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
+            validation = [partial(self.validation_step, loader=loader) for loader in self._scorer.loaders]
+            training = [partial(self.training_step, raw, number) for number, raw in enumerate(batches)]
+            self._traced = StepsOfAllKinds(self.module, (validation, training), self.all_agree)
+        return self._traced
 
     def probing(self, samples: int) -> Steps:
         """The steps that groups are probed by: on so many samples, where these run the same layers as whole batches."""
-        whole, few = self.tracing(), self.tracing(samples)
-        wanted: Counter[str] = Counter()
-        for step, traced in zip(whole, self._traced or (), strict=True):
-            calls = traced.calls
-            if calls is None:
-                with layer_calls(self.module) as calls:
-                    run_steps([step])
-            traced.calls = calls
-            wanted += calls
-        return few if self.all_agree(calls_as_often(self.module, few, wanted)) else whole
+        return self._of_all_kinds.on_few(samples)
 
     def calibration(self, count: int) -> tuple[Steps, list[Any]]:
         """Training batches, and one step for each; where there are none, one validation batch's step.
@@ -407,15 +369,21 @@ class ModuleRunner:
         """
         make = partial(self.training_step, batches[0]) if batches else self.validation_step
         whole, few = make(samples=None), make(samples=samples)
-        with layer_calls(self.module) as calls:
-            run_steps([whole])
+        calls = self._of_all_kinds.calls_of_first(training=bool(batches))
+        if calls is None:
+            with layer_calls(self.module) as calls:
+                run_steps([whole])
         return _repeatable(few if self.all_agree(calls_as_often(self.module, [few], calls)) else whole, 0)
 
-    def rehearse(self) -> None:
-        """Run the pruned module once as validation and as training will; the user's own exception goes on."""
+    def rehearse(self, *, validated: bool = False) -> None:
+        """Run the pruned module once as validation and as training will; the user's own exception goes on.
+
+        Args:
+            validated: Whether a validation pass over it as it is now has just been run.
+        """
         with isolated_rng(self.seed):
             with torch.no_grad():
-                for loader in self._scorer.loaders:
+                for loader in () if validated else self._scorer.loaders:
                     self.validation_step(loader=loader)()
             for raw in self._training_batches(1) if self.trains_by_itself else ():
                 with untouched(self.trainer, self.module), torch.enable_grad():
@@ -435,10 +403,6 @@ class ModuleRunner:
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is set on every process."""
         return flag if self._glance is not None else self.trainer.strategy.reduce_boolean_decision(flag, all=True)
-
-
-def _on_samples(make: Callable[..., Step], samples: int | None) -> Step:
-    return make(samples=samples, shown=True)
 
 
 def _repeatable(step: Step, seed: int) -> Step:

@@ -38,7 +38,7 @@ from lightning_softprune.trainer.steps import (
     compiler_off,
     loggers_silenced,
     moved_already,
-    run_step,
+    ready_to_run,
     transfer,
     validation_loop,
 )
@@ -335,8 +335,9 @@ def time_validation_step(
         trainer: The trainer in charge.
         pl_module: Its module.
         scorer: Has the batch.
-        runs: How many runs at most, after a warm-up of one and a third as many.
-        seconds: Roughly how long to measure at most; a step that takes longer is run once, after a warm-up of one.
+        runs: How many runs at most, after a warm-up of one and a third as many; 0: one, and no warm-up.
+        seconds: Roughly how long to measure at most; a step that takes longer is run once, without a warm-up where it
+            has the whole batch, which passes have run before.
         samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
 
     Returns:
@@ -351,16 +352,19 @@ def time_validation_step(
         batch = scorer.first_batch()
         if samples is not None:
             batch = batch._replace(data=batch_of(batch.data, samples)[0])
-        wait()
-        started = time.perf_counter()
-        run_step(trainer, pl_module, "validation_step", batch, autocast=True, begin=begin)
-        wait()
-        return time.perf_counter() - started
+        with ready_to_run(trainer, pl_module, "validation_step", batch, autocast=True, begin=begin) as step:
+            wait()
+            started = time.perf_counter()
+            step()
+            wait()
+            return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
         clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
-        run(begin=True)
+        first = run(begin=True)
+        if runs == 0 or (samples is None and first > seconds > 0):
+            return first
         once = run()
         runs = min(runs, int(seconds / once))
         if runs < 2:

@@ -201,7 +201,22 @@ def run_step(
     autocast: bool = False,
     begin: bool = True,
 ) -> Ran:
-    """Runs one step of the module by itself, with nothing logged.
+    """Runs one step of the module by itself, with nothing logged. Takes what `ready_to_run` takes."""
+    with ready_to_run(trainer, pl_module, step, batch, autocast=autocast, begin=begin) as run:
+        return run()
+
+
+@contextmanager
+def ready_to_run(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    step: str,
+    batch: LoadedBatch,
+    *,
+    autocast: bool = False,
+    begin: bool = True,
+) -> Iterator[Callable[[], Ran]]:
+    """Makes one step of the module ready to be run by itself, with nothing logged.
 
     The mode (`train()`, `eval()`, gradients) is the caller's choice. What the step changes on the module stays changed:
     wrap it in `untouched` and `isolated_rng`. Steps may need what the module's hooks make at the start of an epoch, so
@@ -216,8 +231,8 @@ def run_step(
         autocast: Whether mixed precision applies. Precisions that change the module itself (`"bf16-true"`) always do.
         begin: Whether to call those hooks.
 
-    Returns:
-        What the step returns, and what it logs.
+    Yields:
+        Runs it: what the step returns, and what it logs.
 
     Raises:
         ValueError: `step` is none of these.
@@ -247,7 +262,7 @@ def run_step(
             pl_module.on_validation_epoch_start()
         elif begin and step == "training_step" and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             pl_module.on_train_epoch_start()
-        return Ran(function(*arguments), logged)
+        yield lambda: Ran(function(*arguments), logged)
 
 
 def _arguments(trainer: pl.Trainer, function: Callable[..., Any], step: str, batch: LoadedBatch) -> tuple[Any, ...]:

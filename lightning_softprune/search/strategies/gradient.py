@@ -28,7 +28,7 @@ from typing import Literal, TypeVar, cast
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, StopReason
-from lightning_softprune.search.curves import PlacedCurves
+from lightning_softprune.search.curves import PlacedCurves, follow_errors
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.strategies.sensitivity import most_evaluations, paying_gain, placed_search
 from lightning_softprune.utilities.arrays import FloatArray
@@ -272,7 +272,7 @@ class GradientSearch(SearchStrategy):
                 if (near := _around(space, x, noted, 2 * self.step_size)) is not None:
                     model, before = _Model.of(near[0], near[1] - f), f
                     x, f, _ = yield from self._move(space, (x, f), (x, f), model, self.step_size, aim)
-                    if before - f < pays:
+                    if before - f < pays or follow_errors(self._curves):
                         return StopReason.PAID_OFF
                 elif space.shapes and np.isfinite(dense):  # errors and exchanges have told what there is to win
                     return StopReason.PAID_OFF

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
-from lightning_softprune.search.curves import PlacedCurves, log_odds, modelled_increases, noise_of
+from lightning_softprune.search.curves import PlacedCurves, follow_errors, log_odds, modelled_increases, noise_of
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
@@ -20,6 +20,8 @@ _SHIFT = 0.5  # in log odds: what an exchange changes one coefficient by
 _BESIDE_POINTS = 4  # the whole model, and the combinations that are tried
 
 _PAYS = 0.05  # of what a plan loses
+
+_IN_VAIN = 2  # exchanges in a row, where expected errors have told most of it
 
 _LUCK = 2.0  # of the scatter of a loss, between two of them
 
@@ -113,7 +115,8 @@ def exchanges(
             break
         columns = np.stack(moves).T
         expected = sum(modelled_increases(curves, list(columns)))
-        for n in np.argsort(expected, kind="stable")[:budget]:
+        tries = min(budget, max(_IN_VAIN, space.size // 3)) if space.shapes else budget
+        for n in np.argsort(expected, kind="stable")[:tries]:
             if space.key(moves[n]) in tried:
                 continue
             tried.add(space.key(moves[n]))
@@ -153,7 +156,8 @@ def placed_search(
     keep(curves)
     points = best_combinations(space, curves, refine, separation=_SEPARATION, increases=modelled_increases)
     if space.shapes and (expected := placed.expected) is not None:  # what luck has no part in
-        points = [expected, *(x for x in points if space.key(x) != space.key(expected))][:refine]
+        others = [] if follow_errors(curves) else [x for x in points if space.key(x) != space.key(expected)]
+        points = [expected, *others][:refine]
     if not points:  # the combination found none: the nearest plan may still be on target
         points = [x for x in (space.nearest_point(),) if space.on_target(x)]
     best, least = points[0] if points else None, float("inf")
