@@ -42,6 +42,7 @@ _NEAR_ERRORS = 1.0  # the same in logarithms of errors, which tell better what i
 _LEAST_TRIED = 0.5  # of the coefficient that is the same everywhere
 _TELLING = 3  # coefficients that tell whether the loss goes as errors do
 _ALIKE = 3.0  # factor between what a coefficient adds to the loss and what is usual for its error
+_AMPLIFIED = 10.0  # factor between what a plan loses and what its coefficients lose alone: groups act on each other
 _LUCK = 2.0  # of the scatter of a loss, between two of them
 _NO_ERROR = 1e-6  # errors below that are none
 _ROUNDS = 5  # of solving and measuring, at most
@@ -147,6 +148,19 @@ def follow_errors(curves: Sequence[SensitivityCurve]) -> bool:
     return bool(((increases <= _ALIKE * usual + luck) & (increases >= usual / _ALIKE - luck)).all())
 
 
+def explain(curves: Sequence[SensitivityCurve], x: FloatArray, loss: float) -> bool:
+    """Whether a plan loses about what curves expect: not less than a third of it, nor more than ten times as much.
+
+    Args:
+        curves: One per coefficient.
+        x: The coefficients of the plan, shape (k,).
+        loss: What it lost.
+    """
+    expected = float(sum(increase[0] for increase in modelled_increases(curves, list(x[:, None]))))
+    increase, luck = loss - curves[0].losses[0], _LUCK * noise_of(curves)
+    return bool(expected / _ALIKE - luck <= increase <= _AMPLIFIED * expected + luck)
+
+
 def _usual_ratio(curves: Sequence[SensitivityCurve], heights: Sequence[FloatArray], scale: float) -> float:
     """The median of increase over error, of measured points; 1 where none tells."""
     logs: list[float] = []
@@ -238,11 +252,12 @@ class PlacedCurves:
             found.append(SensitivityCurve(i, coefficients, losses, self._shapes[i]))
         return tuple(found)
 
-    def measure(self, budget: int) -> Generator[FloatArray, float, int]:
+    def measure(self, budget: int, *, every: bool = False) -> Generator[FloatArray, float, int]:
         """Yields the vectors of the points, and receives their losses.
 
         Args:
             budget: Vectors at most, besides the lowest.
+            every: Whether to go on where the loss goes as expected errors do.
 
         Returns:
             How many vectors were asked for.
@@ -254,13 +269,13 @@ class PlacedCurves:
         for _ in range(_ROUNDS):
             fresh = [i for i in self._order(wanted) if not self._is_known(i, float(wanted[i]))]
             for i in fresh[: budget - asked]:
-                if follow_errors(self.curves()):
+                if not every and follow_errors(self.curves()):
                     return asked
                 x = space.low.copy()
                 x[i] = wanted[i]
                 self._points[i][float(wanted[i])] = yield x
                 asked += 1
-            if asked >= budget or follow_errors(self.curves()):
+            if asked >= budget or (not every and follow_errors(self.curves())):
                 break
             if not fresh:
                 if looked_up:

@@ -363,7 +363,7 @@ def time_validation_step(
         clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
         first = run(begin=True)
-        if runs == 0 or (samples is None and first > seconds > 0):
+        if runs == 0 or (samples is None and first > seconds):
             return first
         once = run()
         runs = min(runs, int(seconds / once))

@@ -111,3 +111,25 @@ def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
     groups = [[(g.name, g.channels_before) for g in result.groups] for result in results.values()]
     assert groups[0] == groups[1] == groups[2]
     assert all(result.applied for result in results.values())
+
+
+def test_a_round_runs_whole_batches_once_to_trace_and_counts_their_calls_meanwhile(monkeypatch):
+    """What probing is compared with is what tracing has run."""
+    given, original = [], network.trace_model
+
+    def trace_model(*args):
+        GIVEN.clear()
+        found = original(*args)
+        given.append(list(GIVEN))
+        GIVEN.clear()
+        return found
+
+    def probe_with_counts(*args):
+        given.append(list(GIVEN))
+        return probe(*args)
+
+    probe = network.probe_with_counts
+    monkeypatch.setattr(network, "trace_model", trace_model)
+    monkeypatch.setattr(network, "probe_with_counts", probe_with_counts)
+    round_of(made(Counting))
+    assert given == [[48], [PROBE_SAMPLES]]  # of the training step, which notes them

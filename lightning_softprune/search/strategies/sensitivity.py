@@ -7,7 +7,14 @@ from collections.abc import Callable, Generator, Sequence
 import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
-from lightning_softprune.search.curves import PlacedCurves, follow_errors, log_odds, modelled_increases, noise_of
+from lightning_softprune.search.curves import (
+    PlacedCurves,
+    explain,
+    follow_errors,
+    log_odds,
+    modelled_increases,
+    noise_of,
+)
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
@@ -21,7 +28,7 @@ _BESIDE_POINTS = 4  # the whole model, and the combinations that are tried
 
 _PAYS = 0.05  # of what a plan loses
 
-_IN_VAIN = 2  # exchanges in a row, where expected errors have told most of it
+_IN_VAIN = 3  # exchanges in a row, where expected errors have told most of it
 
 _LUCK = 2.0  # of the scatter of a loss, between two of them
 
@@ -115,7 +122,7 @@ def exchanges(
             break
         columns = np.stack(moves).T
         expected = sum(modelled_increases(curves, list(columns)))
-        tries = min(budget, max(_IN_VAIN, space.size // 3)) if space.shapes else budget
+        tries = min(budget, _IN_VAIN) if space.shapes else budget
         for n in np.argsort(expected, kind="stable")[:tries]:
             if space.key(moves[n]) in tried:
                 continue
@@ -151,20 +158,28 @@ def placed_search(
     """
     placed = PlacedCurves(space, *known)
     points_at_most = space.size if space.shapes else 2 * space.size + 2
-    budget -= 1 + (yield from placed.measure(min(points_at_most, budget - refine - 1)))
-    curves = placed.curves()
+    asked = yield from placed.measure(min(points_at_most, budget - refine - 1))
+    curves, expected = placed.curves(), placed.expected if space.shapes else None
+    best, least, is_known = None, float("inf"), False
+    if expected is not None:  # what luck has no part in goes first
+        best, least = expected, (yield expected)
+        is_known = follow_errors(curves)
+        if is_known and not explain(curves, expected, least):
+            asked += yield from placed.measure(min(points_at_most - asked, budget - asked - refine - 1), every=True)
+            curves = placed.curves()
+            is_known = not explain(curves, expected, least)  # even so: groups act on each other, and curves cannot tell
     keep(curves)
+    budget -= 1 + asked + (expected is not None)
     points = best_combinations(space, curves, refine, separation=_SEPARATION, increases=modelled_increases)
-    if space.shapes and (expected := placed.expected) is not None:  # what luck has no part in
-        others = [] if follow_errors(curves) else [x for x in points if space.key(x) != space.key(expected)]
-        points = [expected, *others][:refine]
-    if not points:  # the combination found none: the nearest plan may still be on target
+    if expected is not None:
+        others = [x for x in points if space.key(x) != space.key(expected)]
+        points = [] if is_known else others[: refine - 1]
+    elif not points:  # the combination found none: the nearest plan may still be on target
         points = [x for x in (space.nearest_point(),) if space.on_target(x)]
-    best, least = points[0] if points else None, float("inf")
     for x in points:
         loss = yield x
         budget -= 1
-        if loss < least:
+        if best is None or loss < least:
             best, least = x, loss
     # a plan that has lost nothing cannot be told from better ones: what seems better is so by chance
     if best is not None and np.isfinite(least) and not least <= curves[0].losses[0]:
