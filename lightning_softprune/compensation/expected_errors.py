@@ -11,7 +11,7 @@ and the sum over any number of columns from the end is e for that number of chan
 The error of a group is the mean over its readers. Channels of other groups that a reader has are taken as kept.
 
 *Errors of outputs* say what of it arrives at the end: the fraction of the variance that a network with this group alone
-pruned misses of the outputs that steps use, without labels. They are measured on a few training samples for three
+pruned misses of the outputs that steps use, without labels. They are measured on a few training samples for two
 numbers of channels; between and beyond these numbers they go as the errors of readers do, in logarithms a straight
 line. They add up from group to group better than scores do, and no luck is in them.
 """

@@ -23,9 +23,9 @@ class Stopwatch:
 
     Latency is no function of counts, and measuring is noisy: both are timed in turns, on the first validation batch (or
     one of as many samples as were asked for, made of it), in eval mode after a warm-up, on the training device. A
-    turn's figure is the median of repeated steps; what is reported is the best of the turns for each, with the
-    *spread*: the distance between the largest and the smallest of their ratios. Only plans that are about to be chosen
-    are timed, each once: what is reported is what was decided on.
+    turn's figure is the median of repeated steps, or one step of a slow module; what is reported is the best of the
+    turns for each, with the *spread*: the distance between the largest and the smallest of their ratios. Only plans
+    that are about to be chosen are timed, each once: what is reported is what was decided on.
 
     Args:
         runner: Runs the module.

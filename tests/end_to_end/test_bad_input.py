@@ -553,8 +553,8 @@ def test_a_failure_inside_the_commit_rolls_back_weights_and_optimizers(tmp_path,
     owner = ModuleRunner if where == "rehearse" else round_module
     original = getattr(owner, where)
 
-    def failing(*arguments):
-        original(*arguments)
+    def failing(*arguments, **named):
+        original(*arguments, **named)
         raise MemoryError("no memory")
 
     monkeypatch.setattr(owner, where, failing)

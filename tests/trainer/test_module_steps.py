@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import lightning_softprune.round.prepare as network
 from lightning_softprune import UniformBaseline, prune
 from lightning_softprune.round.prepare import PROBE_SAMPLES
+from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.module_steps import head_of_batch
 from support.modules import AutoEncoder, loaders, made
 
@@ -65,9 +66,15 @@ GIVEN: list[int] = []
 class Counting(AutoEncoder):
     """Its training step notes how many samples it is given; it may insist on whole batches, or do more with them."""
 
+    validated = 0
+
     def __init__(self, whole=False, more=False):
         super().__init__()
         self.whole, self.more = whole, more
+
+    def validation_step(self, batch, batch_idx):
+        Counting.validated += 1
+        super().validation_step(batch, batch_idx)
 
     def loss(self, batch):
         size = len(batch[0])
@@ -79,12 +86,12 @@ class Counting(AutoEncoder):
         return super().loss(batch)
 
 
-def round_of(module):
+def round_of(module, **more):
     x = torch.randn(96, next(iter(loaders(module)["val_dataloaders"]))[0].shape[1], generator=torch.manual_seed(0))
     data = DataLoader(TensorDataset(x), batch_size=48)
     result = prune(
         module, train_dataloaders=data, val_dataloaders=data, search=UniformBaseline(), tolerance=0.05,
-        verbose=False, report=False,
+        verbose=False, report=False, **more,
     )  # fmt: skip
     return result, x
 
@@ -133,3 +140,19 @@ def test_a_round_runs_whole_batches_once_to_trace_and_counts_their_calls_meanwhi
     monkeypatch.setattr(network, "probe_with_counts", probe_with_counts)
     round_of(made(Counting))
     assert given == [[48], [PROBE_SAMPLES]]  # of the training step, which notes them
+
+
+@pytest.mark.parametrize(("compensation", "again"), [("least_squares", 0), ("none", 1)])
+def test_the_rehearsal_validates_where_no_pass_over_the_same_network_has(monkeypatch, compensation, again):
+    """A refit is scored on all batches, whether it is kept or not."""
+    ran, original = [], ModuleRunner.rehearse
+
+    def rehearse(self, **how):
+        before = Counting.validated
+        original(self, **how)
+        ran.append(Counting.validated - before)
+
+    monkeypatch.setattr(ModuleRunner, "rehearse", rehearse)
+    result, _ = round_of(made(Counting), compensation=compensation)
+    assert result.applied
+    assert ran == [again]

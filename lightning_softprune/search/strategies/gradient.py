@@ -12,8 +12,8 @@ A step at the iterate x, whose plan is on target:
    with n the gradient of the sparsity; then project. Without curvature H is |g| / r, the normalised gradient.
 
 Behind the curves and exchanges of `SensitivitySearch`, the exchanges that did not help are the probes of a first step.
-Only where that pays, or, without expected errors, where exchanges were still helping when they ended, do probes of its
-own follow.
+Only where that pays and the loss does not go as expected errors do, or, without these, where exchanges were still
+helping when they ended, do probes of its own follow.
 
 The radius r starts at `step_size`, grows on success and shrinks on failure. The iterate is always the best plan seen.
 Plans are sought at the lower edge of the tolerance: among plans on target those that remove least lose least.
@@ -196,9 +196,9 @@ class GradientSearch(SearchStrategy):
             step however many coefficients) or ``"auto"``: central up to 16 coefficients, else spsa.
         start: ``"sensitivity"``: what `SensitivitySearch` finds in at most 3 k + 8 evaluations for k coefficients,
             fewer where they would take more than half of `max_evaluations` (and where that leaves none for curves, what
-            is expected without evaluations); the first step takes its gradient from
-            these, and steps end as soon as one gains less than 5 % of what that plan loses, or than luck may. With
-            expected errors, 1.5 k + 8. ``"uniform"``: the same coefficient everywhere.
+            is expected without evaluations); the first step takes its gradient from these, and steps end as soon as one
+            gains less than 5 % of what that plan loses, or than luck may. With expected errors, 1.5 k + 8, and one step
+            alone where the loss goes as they do. ``"uniform"``: the same coefficient everywhere.
         patience: Stop after this many steps without improvement.
         max_evaluations: Stop after this many evaluations. None: with ``start="sensitivity"`` 6 k + 9, as many for steps
             as for the start, or 3 k + 9 with expected errors; else no limit.

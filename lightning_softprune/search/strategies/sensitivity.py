@@ -193,8 +193,9 @@ class SensitivitySearch(SearchStrategy):
 
     By default, curves have few points, placed where the solution needs them (`search/curves.py` has the formulas), and
     what evaluations are left go into exchanges between coefficients on the real loss, since groups act on each other.
-    Where the space has expected errors, these tell where the first points lie and what is between them, their solution
-    is among the combinations that are tried, and few exchanges follow.
+    Where the space has expected errors, these tell where the first points lie and what is between them. Their solution
+    is the first combination that is tried; where three points show that the loss goes as errors do, it is the only one,
+    and no more points are measured. Few exchanges follow, until three in a row are in vain.
 
     With `levels`, every coefficient is raised through so many evenly spaced values with the others at their lowest, and
     there are no exchanges. Removing more never helps, so a curve is replaced by its running maximum. The sum of the
@@ -211,7 +212,7 @@ class SensitivitySearch(SearchStrategy):
     Args:
         levels: Points per curve, besides the whole model; None: as few as it takes.
         refine: The best combinations, kept apart, that are really evaluated; where there are expected errors, their
-            solution is one of them.
+            solution is one of them, or the only one.
     """
 
     def __init__(self, levels: int | None = None, refine: int = 3) -> None:
