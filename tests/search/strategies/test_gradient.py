@@ -17,6 +17,7 @@ from lightning_softprune.search import (
     modelled_increases,
     run_search,
 )
+from lightning_softprune.search.strategies import gradient as gradient_module
 from lightning_softprune.search.strategies.gradient import constrained_step, diagonal_curvature, least_squares_gradient
 from support.networks import AUTOENCODER, CASES, LOSSES, coupled, mlp_space, plan_loss, steep
 
@@ -148,6 +149,25 @@ def test_steps_have_probes_of_their_own_where_exchanges_were_still_helping():
     run_search(SensitivitySearch(), space, loss, seed=0, cache=start)
     assert outcome.evaluations > 3 * space.size + 8 + 3
     assert best_on_target(space, found) < 0.99 * best_on_target(space, start)
+
+
+def test_one_step_alone_follows_where_the_loss_goes_as_expected_errors_do(monkeypatch):
+    """Though it pays: without this the same search goes on with probes of its own."""
+    weights = np.array([1.0, 4.0, 0.5, 2.0])
+    plain = mlp_space([100, *[64] * 4, 10], 0.7)
+    space = replace(plain, errors=lambda removed: (removed / plain.channels) ** 2 @ weights)
+    pairs = np.outer(weights, weights[::-1])
+
+    def function(r):
+        return 0.1 + weights @ r**2 + 3.0 * r @ pairs @ r * (np.count_nonzero(r) > 1)
+
+    def evaluations():
+        return run_search(GradientSearch(), space, plan_loss(space, function), seed=0).evaluations
+
+    told = evaluations()
+    assert told <= 1 + 3 + 1 + 4 + 1
+    monkeypatch.setattr(gradient_module, "follow_errors", lambda curves: False)
+    assert evaluations() > told
 
 
 def test_the_gradient_is_exact_along_the_directions_probed():

@@ -15,7 +15,7 @@ from lightning_softprune.search import (
     run_search,
 )
 from lightning_softprune.search import separable as separable_module
-from lightning_softprune.search.curves import follow_errors, modelled_increases
+from lightning_softprune.search.curves import explain, follow_errors, modelled_increases
 from lightning_softprune.search.look_ups import Shape
 from lightning_softprune.search.separable import envelope, increases
 from support.networks import CASES, coupled, mlp_space, plan_loss, quadratic, steep
@@ -456,9 +456,50 @@ def test_it_tells_three_that_scatter_from_three_that_differ():
     assert not follow_errors([*curves(0.1, 0.2), bare, replace(bare, index=2)]), "two do not tell"
     assert not follow_errors([*curves(0.1, 0.2, 0.7), bare]), "more than three times what is usual"
     assert not follow_errors([*curves(0.03, 0.2, 0.2), bare]), "less than a third of it"
-    assert follow_errors([*curves(-0.1, 0.2, 0.4), bare]), "as far off as the one that is better than the whole"
+    assert follow_errors([*curves(-0.1, 0.1, 0.45), bare]), "as far off as the one that is better than the whole"
+    assert not follow_errors([*curves(-0.01, 0.1, 0.45), bare]), "further off than that"
     assert not follow_errors([*curves(0.1, 0.2, np.nan), bare])
     assert not follow_errors([replace(curve, shape=None) for curve in curves(0.2, 0.2, 0.2)])
+
+
+def test_a_plan_may_lose_ten_times_what_its_coefficients_lose_alone_and_a_third_of_it_at_least():
+    shapes = [Shape((0.0, 0.5), (0.0, 0.1))] * 3
+    curves = [SensitivityCurve(n, (0.0, 0.5), (1.0, 1.1), shape) for n, shape in enumerate(shapes)]
+    x = np.full(3, 0.5)  # 0.3 in all
+    assert [explain(curves, x, 1.0 + lost) for lost in (0.09, 0.11, 2.9, 3.1)] == [False, True, True, False]
+    lucky = [replace(curves[0], losses=(1.0, 0.9)), *curves[1:]]
+    assert explain(lucky, x, 0.9), "as much below as one of them was"
+
+
+def test_where_groups_act_on_each_other_curves_are_not_asked_which_combination_is_best():
+    """Together they lose a hundred times what they lose alone: all are measured, and none explains it."""
+    single = steep([1.0] * 8)
+    plain = mlp_space([100, *[64] * 8, 10])
+
+    def function(removed):
+        several = np.count_nonzero(removed) > 1
+        return single(removed) * (100.0 if several else 1.0) if np.any(removed) else single(removed)
+
+    space, asked = informed(plain, single), []
+    run_search(SensitivitySearch(), space, plan_loss(plain, function), seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert set(alone(space, asked)) == set(range(8))
+    assert len([x for x in asked if space.on_target(x)]) <= 1 + 4  # the errors' solution, and exchanges
+
+
+def test_three_exchanges_in_vain_are_enough_where_errors_are_known():
+    function = steep([1.0] * 16)
+    space, asked = informed(mlp_space([100, *[64] * 16, 10]), function), []
+    loss = plan_loss(space, function)
+    least = []
+
+    def first_is_best(x):  # of the combinations
+        if space.on_target(x):
+            least.append(loss(x))
+            return least[0] + 0.001 * (len(least) - 1)
+        return loss(x)
+
+    run_search(SensitivitySearch(), space, first_is_best, seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert len([x for x in asked if space.on_target(x)]) == 1 + 3
 
 
 def test_expected_errors_go_before_what_an_earlier_round_lets_expect():
