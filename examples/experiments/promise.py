@@ -7,7 +7,7 @@ Times are processor seconds of one thread, since machines are shared. The networ
 the search scores plans on 1,000 others; the test images are seen by no search.
 
     python examples/experiments/promise.py --data-dir DIR                  # a quarter of an hour
-    python examples/experiments/promise.py --data-dir DIR --healing 0.125  # with an eighth of an epoch of healing
+    python examples/experiments/promise.py --data-dir DIR --healing 0.175  # with so many epochs of healing
     python examples/experiments/promise.py --quick                         # two minutes, made-up pictures, no meaning
 """
 
