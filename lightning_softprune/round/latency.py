@@ -13,9 +13,8 @@ from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 
-_TURNS, _ENOUGH = 3, 0.3
-"""Turns, and seconds after which the dense module is timed once more and no other turn begins: what is slow scatters
-less."""
+_TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
+"""Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
 
 
 class Stopwatch:
@@ -23,9 +22,9 @@ class Stopwatch:
 
     Latency is no function of counts, and measuring is noisy: both are timed in turns, on the first validation batch (or
     one of as many samples as were asked for, made of it), in eval mode after a warm-up, on the training device. A
-    turn's figure is the median of repeated steps, or one step of a slow module; what is reported is the best of the
-    turns for each, with the *spread*: the distance between the largest and the smallest of their ratios. Only plans
-    that are about to be chosen are timed, each once: what is reported is what was decided on.
+    turn's figure is the median of repeated steps; what is reported is the best of the turns for each, with the
+    *spread*: the distance between the largest and the smallest of their ratios. Only plans that are about to be chosen
+    are timed, each once: what is reported is what was decided on.
 
     Args:
         runner: Runs the module.
@@ -75,9 +74,8 @@ class Stopwatch:
         after: list[float] = []
         shapes = shapes_of(self.runner.module)
         started = time.monotonic()
-        while len(after) < _TURNS:  # what else the machine does meanwhile disturbs both
-            if after and time.monotonic() - started > _ENOUGH:
-                before.append(self._time(0, seconds))
+        while len(before) < _TURNS:  # what else the machine does meanwhile disturbs both
+            if len(before) >= _LEAST_TURNS and time.monotonic() - started > _ENOUGH:
                 break
             before.append(self._time(runs, seconds))
             surgery = self.problem.prune(self.runner.module, plan)
@@ -86,7 +84,7 @@ class Stopwatch:
                 self.layers[plan] = changed_layers(shapes, shapes_of(self.runner.module))
             finally:
                 surgery.undo()
-        ratios = [pruned / dense for dense, pruned in zip(before, [*after, after[-1]], strict=False)]
+        ratios = [pruned / dense for dense, pruned in zip(before, after, strict=True)]
         return min(before), min(after), max(ratios) - min(ratios)
 
 

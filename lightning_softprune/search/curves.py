@@ -19,6 +19,12 @@ coefficient that is the same everywhere at least), or without shapes where the s
 target; the separable model is solved; whatever the solution asks for and no measured point is near is measured; and so
 on until the solution stays among measured points. Levels that no solution comes near are never measured, which is what
 makes this cheap: one to three points per coefficient instead of ten.
+
+*Following errors*: the coefficients with the largest expected errors go first. Once three are measured, and each has
+added between a third and three times what is usual for its error (give or take two s), the loss goes as errors do, and
+the others are not measured: their curves are the expected ones. Where a metric cares for some outputs and not for
+others, as the return of an agent may, it does not, and every coefficient is measured; also where the plan that errors
+lead to loses more than ten times what these curves *explain*, or less than a third of it.
 """
 
 from __future__ import annotations
@@ -34,6 +40,9 @@ from lightning_softprune.search.separable import best_combinations, envelope
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
+LUCK = 2.0
+"""By so many times their scatter two losses may differ by chance."""
+
 _SLOPE = 1.5  # of log g over log odds, where one point was measured
 _SLOPES = (0.5, 3.0)  # within these where two were
 _SLOPE_OF_ERRORS = 1.2  # the same over logarithms of errors
@@ -43,7 +52,6 @@ _LEAST_TRIED = 0.5  # of the coefficient that is the same everywhere
 _TELLING = 3  # coefficients that tell whether the loss goes as errors do
 _ALIKE = 3.0  # factor between what a coefficient adds to the loss and what is usual for its error
 _AMPLIFIED = 10.0  # factor between what a plan loses and what its coefficients lose alone: groups act on each other
-_LUCK = 2.0  # of the scatter of a loss, between two of them
 _NO_ERROR = 1e-6  # errors below that are none
 _ROUNDS = 5  # of solving and measuring, at most
 _FLOOR = 1e-3  # of the largest increase: what is less counts as that, noise that falls included
@@ -143,7 +151,7 @@ def follow_errors(curves: Sequence[SensitivityCurve]) -> bool:
     if not np.isfinite(increases).all():
         return False
     logs = [_coordinates(curve.shape, np.array(curve.coefficients[n : n + 1]))[0] for curve, n in found]
-    errors, luck = np.exp(logs), _LUCK * noise_of(curves)
+    errors, luck = np.exp(logs), LUCK * noise_of(curves)
     usual = max(float(np.median(increases / errors)), 0.0) * errors
     return bool(((increases <= _ALIKE * usual + luck) & (increases >= usual / _ALIKE - luck)).all())
 
@@ -157,7 +165,7 @@ def explain(curves: Sequence[SensitivityCurve], x: FloatArray, loss: float) -> b
         loss: What it lost.
     """
     expected = float(sum(increase[0] for increase in modelled_increases(curves, list(x[:, None]))))
-    increase, luck = loss - curves[0].losses[0], _LUCK * noise_of(curves)
+    increase, luck = loss - curves[0].losses[0], LUCK * noise_of(curves)
     return bool(expected / _ALIKE - luck <= increase <= _AMPLIFIED * expected + luck)
 
 

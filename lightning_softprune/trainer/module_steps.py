@@ -103,7 +103,8 @@ class _Kept:
 
     Attributes:
         make: Makes it for so many samples.
-        calls: How often it calls each layer on a whole batch; `None` until it has been run.
+        calls: How often it called each layer on a whole batch when it was traced last, or run for this; `None` until
+            then. A module may make some of its layers when it first runs.
         is_training: Whether it is one of training.
     """
 
@@ -128,7 +129,7 @@ class StepsOfAllKinds:
         self, module: nn.Module, kinds: tuple[Sequence[Make], Sequence[Make]], all_agree: Callable[[bool], bool]
     ) -> None:
         self._module, self._all_agree = module, all_agree
-        self._few: Steps | None = None
+        self._few: dict[int, Steps] = {}
         self._kept: list[_Kept] = []
         everything = {name for name, _ in module.named_parameters(remove_duplicate=False)}
         everything |= {name for name, layer in module.named_modules() if any(True for _ in layer.parameters(False))}
@@ -153,12 +154,12 @@ class StepsOfAllKinds:
 
     def on_few(self, samples: int) -> Steps:
         """The steps on so many samples, where these run the same layers as whole batches; else on these."""
-        if self._few is None:
+        if samples not in self._few:
             run_steps([self._counting(kept) for kept in self._kept if kept.calls is None])
             wanted = sum((kept.calls or Counter() for kept in self._kept), Counter[str]())
-            few = self.steps(samples)
-            self._few = few if self._all_agree(calls_as_often(self._module, few, wanted)) else self.steps()
-        return self._few
+            few, whole = ([kept.make(number) for kept in self._kept] for number in (samples, None))
+            self._few[samples] = few if self._all_agree(calls_as_often(self._module, few, wanted)) else whole
+        return self._few[samples]
 
     def calls_of_first(self, *, training: bool) -> Counter[str] | None:
         """How often the first step of training, or of validation, calls each layer; `None` where it has not run yet."""
@@ -168,8 +169,6 @@ class StepsOfAllKinds:
         whole = kept.make(None)
 
         def step() -> Any:
-            if kept.calls is not None:
-                return whole()
             with layer_calls(self._module) as calls:
                 shown = whole()
             kept.calls = calls

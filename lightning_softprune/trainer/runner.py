@@ -379,7 +379,7 @@ class ModuleRunner:
         """Run the pruned module once as validation and as training will; the user's own exception goes on.
 
         Args:
-            validated: Whether a validation pass over it as it is now has just been run.
+            validated: Whether a validation pass has just been run, over it or with other weights of these shapes.
         """
         with isolated_rng(self.seed):
             with torch.no_grad():

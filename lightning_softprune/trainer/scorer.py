@@ -335,7 +335,7 @@ def time_validation_step(
         trainer: The trainer in charge.
         pl_module: Its module.
         scorer: Has the batch.
-        runs: How many runs at most, after a warm-up of one and a third as many; 0: one, and no warm-up.
+        runs: How many runs at most, after a warm-up of one and a third as many.
         seconds: Roughly how long to measure at most; a step that takes longer is run once, without a warm-up where it
             has the whole batch, which passes have run before.
         samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
@@ -363,7 +363,7 @@ def time_validation_step(
         clone_inference_tensors_and_reset_metrics(pl_module)
         pl_module.eval()
         first = run(begin=True)
-        if runs == 0 or (samples is None and first > seconds):
+        if samples is None and first > seconds:
             return first
         once = run()
         runs = min(runs, int(seconds / once))

@@ -10,7 +10,7 @@ import lightning_softprune.round.prepare as network
 from lightning_softprune import UniformBaseline, prune
 from lightning_softprune.round.prepare import PROBE_SAMPLES
 from lightning_softprune.trainer import ModuleRunner
-from lightning_softprune.trainer.module_steps import head_of_batch
+from lightning_softprune.trainer.module_steps import StepsOfAllKinds, head_of_batch, run_steps
 from support.modules import AutoEncoder, loaders, made
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -156,3 +156,37 @@ def test_the_rehearsal_validates_where_no_pass_over_the_same_network_has(monkeyp
     result, _ = round_of(made(Counting), compensation=compensation)
     assert result.applied
     assert ran == [again]
+
+
+def test_a_layer_that_runs_the_first_time_only_does_not_keep_probes_from_few_samples():
+    """Tracing runs a model once more where it makes some of its layers when it first runs."""
+
+    class Warming(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.once, self.is_warm = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), False
+
+        def forward(self, x):
+            x = x if self.is_warm else self.once(x)
+            self.is_warm = True
+            return self.layer(x)
+
+    module, sizes = Warming(), []
+
+    def make(samples=None, shown=False):
+        def step():
+            sizes.append(samples or 48)
+            return module(torch.ones(samples or 48, 2))
+
+        return step
+
+    steps = StepsOfAllKinds(module, ([make], []), lambda flag: flag)
+    for _ in range(2):
+        run_steps(steps.steps())
+    assert steps.calls_of_first(training=False) == {"": 1, "layer": 1}
+    assert steps.calls_of_first(training=True) is None
+    for few in (4, 8):
+        sizes.clear()
+        run_steps(steps.on_few(few))
+        run_steps(steps.on_few(few))
+        assert sizes == [few] * 3, "one to see that it runs the same layers"

@@ -45,8 +45,8 @@ def test_run_step_gives_each_step_the_arguments_lightning_gives_it(tmp_path):
     assert probe.result
 
 
-@pytest.mark.parametrize(("runs", "samples", "wanted"), [(5, None, 1), (0, None, 1), (5, 4, 2)])
-def test_a_slow_step_is_timed_once_and_without_what_its_epoch_begins_with(tmp_path, monkeypatch, runs, samples, wanted):
+@pytest.mark.parametrize(("samples", "wanted"), [(None, 1), (4, 2)])
+def test_a_slow_step_is_timed_once_and_without_what_its_epoch_begins_with(tmp_path, monkeypatch, samples, wanted):
     """By a clock that the module moves: its hook takes an hour, its step a second. A batch of another size is cold."""
 
     class Slow(Polite):
@@ -70,7 +70,7 @@ def test_a_slow_step_is_timed_once_and_without_what_its_epoch_begins_with(tmp_pa
         with ValidationScorer(trainer, module) as scorer:
             monkeypatch.setattr(scorer_module, "time", Clock)
             before = Slow.steps
-            how = {"runs": runs, "seconds": 0.5, "samples": samples}
+            how = {"runs": 5, "seconds": 0.5, "samples": samples}
             return time_validation_step(trainer, module, scorer, **how), Slow.steps - before
 
     probe = Probe(function, 0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lightning_softprune.search.base import SearchStrategy, SensitivityCurve, StopReason
 from lightning_softprune.search.curves import (
+    LUCK,
     PlacedCurves,
     explain,
     follow_errors,
@@ -29,8 +30,6 @@ _BESIDE_POINTS = 4  # the whole model, and the combinations that are tried
 _PAYS = 0.05  # of what a plan loses
 
 _IN_VAIN = 3  # exchanges in a row, where expected errors have told most of it
-
-_LUCK = 2.0  # of the scatter of a loss, between two of them
 
 
 def sweep(space: SearchSpace, levels: int) -> Generator[FloatArray, float, tuple[SensitivityCurve, ...]]:
@@ -87,7 +86,7 @@ def paying_gain(curves: Sequence[SensitivityCurve], loss: float) -> float:
         curves: What was measured.
         loss: Of the best plan.
     """
-    return max(_PAYS * (loss - curves[0].losses[0]), _LUCK * noise_of(curves))
+    return max(_PAYS * (loss - curves[0].losses[0]), LUCK * noise_of(curves))
 
 
 def exchanges(
@@ -157,23 +156,26 @@ def placed_search(
         The best vector on target (None: there is none) and its loss.
     """
     placed = PlacedCurves(space, *known)
-    points_at_most = space.size if space.shapes else 2 * space.size + 2
-    asked = yield from placed.measure(min(points_at_most, budget - refine - 1))
+    points_at_most = max(min(space.size if space.shapes else 2 * space.size + 2, budget - refine - 1), 0)
+    asked = yield from placed.measure(points_at_most)
     curves, expected = placed.curves(), placed.expected if space.shapes else None
-    best, least, is_known = None, float("inf"), False
+    best, least, can_tell = None, float("inf"), True
     if expected is not None:  # what luck has no part in goes first
-        best, least = expected, (yield expected)
-        is_known = follow_errors(curves)
-        if is_known and not explain(curves, expected, least):
-            asked += yield from placed.measure(min(points_at_most - asked, budget - asked - refine - 1), every=True)
-            curves = placed.curves()
-            is_known = not explain(curves, expected, least)  # even so: groups act on each other, and curves cannot tell
+        best, loss = expected, (yield expected)
+        least = loss if np.isfinite(loss) else least
+        if follow_errors(curves):
+            can_tell = False  # no more than the errors have told
+            if not explain(curves, expected, loss):
+                asked += yield from placed.measure(points_at_most - asked, every=True)
+                curves = placed.curves()
+                # else groups act on each other, and what each loses alone does not say which combination is best
+                can_tell = not np.isfinite(loss) or explain(curves, expected, loss)
     keep(curves)
     budget -= 1 + asked + (expected is not None)
     points = best_combinations(space, curves, refine, separation=_SEPARATION, increases=modelled_increases)
     if expected is not None:
         others = [x for x in points if space.key(x) != space.key(expected)]
-        points = [] if is_known else others[: refine - 1]
+        points = others[: refine - 1] if can_tell else []
     elif not points:  # the combination found none: the nearest plan may still be on target
         points = [x for x in (space.nearest_point(),) if space.on_target(x)]
     for x in points:

@@ -486,6 +486,24 @@ def test_where_groups_act_on_each_other_curves_are_not_asked_which_combination_i
     assert len([x for x in asked if space.on_target(x)]) <= 1 + 4  # the errors' solution, and exchanges
 
 
+def test_where_the_plan_of_the_errors_has_no_loss_others_are_tried_and_exchanged():
+    """As where the user's code does not take its widths."""
+    function = steep([1.0, 8.0, 1.0, 4.0, 0.5, 2.0, 1.0, 1.0])
+    space, asked = informed(mlp_space([100, *[64] * 8, 10]), function), []
+    loss = plan_loss(space, function)
+    broken = []
+
+    def first_is_broken(x):
+        if space.on_target(x) and not broken:
+            broken.append(space.key(x))
+        return np.nan if space.key(x) in broken else loss(x)
+
+    run_search(SensitivitySearch(), space, first_is_broken, seed=0, on_asked=lambda x, *_: asked.append(x))
+    assert set(alone(space, asked)) == set(range(8))
+    on_target = [x for x in asked if space.on_target(x)]
+    assert len(on_target) > 3, "the errors' solution, two of the curves', and exchanges of these"
+
+
 def test_three_exchanges_in_vain_are_enough_where_errors_are_known():
     function = steep([1.0] * 16)
     space, asked = informed(mlp_space([100, *[64] * 16, 10]), function), []
