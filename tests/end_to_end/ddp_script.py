@@ -3,8 +3,10 @@
 The first argument is a list of fits, as JSON; they run one after the other.
 """
 
+import gc
 import itertools
 import json
+import logging
 import os
 import signal
 import sys
@@ -173,8 +175,11 @@ def run(options):
 
 def main():
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what fails is read from the end of stderr
     for options in json.loads(sys.argv[1]):
         run(options)
+    gc.collect()  # the last trainer and its wrapper hold the group, too
+    torch.distributed.destroy_process_group()  # else gloo's threads may outlive the interpreter, which aborts
 
 
 if __name__ == "__main__":
