@@ -37,7 +37,6 @@ from lightning_softprune.graph import (
     assign_components,
     coverage,
     groups_of,
-    groups_of_one_width,
     mirror_counts,
     mirror_twins,
     nothing_prunable,
@@ -64,14 +63,10 @@ from lightning_softprune.search import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.surgery import Candidates, Surgery, apply_plan, forget_weights, probe_with_counts
+from lightning_softprune.surgery import Candidates, Surgery, apply_plan, best_reading, forget_weights, probe_with_counts
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Step, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.threads import are_tiny, one_thread
-
-_DOES_NOT_RUN = "the model does not run with fewer channels"
-
-_MOST_READINGS = 3  # ways to take a reshape that are tried where the first does not work
 
 PROBE_SAMPLES = 4
 """Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
@@ -358,46 +353,9 @@ def prepare_groups(
 
     with one_thread(are_tiny(trace.tape.shapes)):
         try:
-            return with_outputs_of(how.predicting, "predict_step", _best_reading(read), trace)
+            return with_outputs_of(how.predicting, "predict_step", best_reading(read), trace)
         finally:
             forget_weights()
-
-
-def _reached(groups: Sequence[PruningGroup]) -> int:
-    """How many slots of layers can lose something."""
-    return len(set().union(*(group.slots() for group in groups if group.prunable)))
-
-
-def _best_reading(
-    read: Callable[[Mapping[str, int], Sequence[tuple[Place, Place]]], tuple[list[PruningGroup], Grouping]],
-) -> list[PruningGroup]:
-    """The groups, with alternatives tried where what was taken first does not work.
-
-    These are other dimensions of a reshape; and groups of one width together, which code that gives the output of one
-    the shape of another couples without a trace (``y.view(x.shape)``).
-    """
-    best, grouping = read({}, ())
-    choices: dict[str, int] = {}
-    for attempt in range(1, _MOST_READINGS):
-        working = {site for g in best if g.prunable for site in grouping.splits.get(g.name, ())}
-        failing = {
-            site: attempt
-            for g in best
-            if not g.prunable
-            for site, alternatives in grouping.splits.get(g.name, {}).items()
-            if site not in working and attempt < alternatives
-        }
-        if not failing:
-            break
-        found, other = read({**choices, **failing}, ())
-        if _reached(found) > _reached(best):
-            best, grouping, choices = found, other, {**choices, **failing}
-    united = groups_of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
-    if united:
-        found, _ = read(choices, united)
-        if _reached(found) > _reached(best):
-            best = found
-    return best
 
 
 def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:

@@ -5,6 +5,7 @@ from lightning_softprune.surgery.attempts import Candidates, probe_with_counts
 from lightning_softprune.surgery.fingerprints import forget_weights
 from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
 from lightning_softprune.surgery.probe import probe_groups
+from lightning_softprune.surgery.readings import best_reading
 from lightning_softprune.surgery.references import References, inner_optimizers
 from lightning_softprune.surgery.transaction import Transaction
 
@@ -14,6 +15,7 @@ __all__ = [
     "Surgery",
     "Transaction",
     "apply_plan",
+    "best_reading",
     "forget_weights",
     "inner_optimizers",
     "probe_groups",

@@ -1,0 +1,53 @@
+"""Readings of what was traced: alternatives that are tried where groups do not work.
+
+These are other dimensions of a reshape; and groups of one width together, which code that gives the output of one the
+shape of another couples without a trace (``y.view(x.shape)``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from lightning_softprune.graph import Grouping, Place, PruningGroup, groups_of_one_width
+
+Read = Callable[[Mapping[str, int], Sequence[tuple[Place, Place]]], tuple[list[PruningGroup], Grouping]]
+"""From choices of dimensions, by reshape, and from places that are coupled: the groups, probed."""
+
+_DOES_NOT_RUN = "the model does not run with fewer channels"
+
+_MOST_READINGS = 3  # ways to take a reshape that are tried where the first does not work
+
+
+def best_reading(read: Read) -> list[PruningGroup]:
+    """The groups, with alternatives tried where what was taken first does not work.
+
+    Args:
+        read: Makes groups of what was traced, and probes them.
+    """
+    best, grouping = read({}, ())
+    choices: dict[str, int] = {}
+    for attempt in range(1, _MOST_READINGS):
+        working = {site for g in best if g.prunable for site in grouping.splits.get(g.name, ())}
+        failing = {
+            site: attempt
+            for g in best
+            if not g.prunable
+            for site, alternatives in grouping.splits.get(g.name, {}).items()
+            if site not in working and attempt < alternatives
+        }
+        if not failing:
+            break
+        found, other = read({**choices, **failing}, ())
+        if _reached(found) > _reached(best):
+            best, grouping, choices = found, other, {**choices, **failing}
+    united = groups_of_one_width([g for g in best if not g.prunable and _DOES_NOT_RUN in g.reason])
+    if united:
+        found, _ = read(choices, united)
+        if _reached(found) > _reached(best):
+            best = found
+    return best
+
+
+def _reached(groups: Sequence[PruningGroup]) -> int:
+    """How many slots of layers can lose something."""
+    return len(set().union(*(group.slots() for group in groups if group.prunable)))
