@@ -48,20 +48,28 @@ class ReadPositions:
         return tuple((shape, mask.cpu().numpy().tobytes()) for shape, mask in self._masks.get(name, {}).items())
 
 
-def find_read_positions(model: nn.Module, names: Sequence[str], steps: Sequence[Callable[[], Any]]) -> ReadPositions:
-    """Look for positions that count, by a backward pass of the first batch; where all do, the others are not run.
+_Step = Callable[[], Any]
+
+
+def find_read_positions(
+    model: nn.Module, names: Sequence[str], steps: Sequence[_Step], glance: Callable[[], _Step] | None = None
+) -> ReadPositions:
+    """Look for positions that count, by a backward pass of one step; where all do, the others are not run.
 
     Args:
         model: The dense model.
         names: Its readers.
         steps: One function per calibration batch that runs the model on it and returns its loss.
+        glance: Makes a step on a few samples, which is looked at before the others.
 
     Returns:
         The positions. All count where steps give no loss with a gradient, and where several processes train together.
     """
     names = [name for name in names if weight_geometry(model.get_submodule(name)).kernel is None]
     found: dict[str, dict[_Shape, torch.Tensor]] = defaultdict(dict)
-    for number, step in enumerate(steps if names and not in_process_group() else ()):
+    if not names or not steps or in_process_group():
+        return ReadPositions()
+    for number, step in enumerate(steps if glance is None else (glance(), *steps)):
         seen = _gradients_of(model, names, step)
         if seen is None:
             return ReadPositions()

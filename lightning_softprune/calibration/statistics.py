@@ -219,11 +219,12 @@ def what_readers_see(
     steps: Sequence[Callable[[], Any]],
     wanted: Wanted | None,
     budget: float | None,
+    glance: Callable[[], Callable[[], Any]] | None = None,
 ) -> tuple[ReadPositions, dict[str, InputStatistics]]:
     """Where inputs are read on the calibration batches, and statistics of them; nothing where nobody wants to know."""
     if wanted is None:
         return ReadPositions(), {}
-    positions = find_read_positions(model, [reader.name for reader in readers], steps)
+    positions = find_read_positions(model, [reader.name for reader in readers], steps, glance)
     return positions, collect_statistics(model, readers, steps, wanted=wanted, budget=budget, positions=positions)
 
 

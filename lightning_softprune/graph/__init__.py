@@ -13,7 +13,7 @@ from lightning_softprune.graph.components import (
     undeclared_twins,
 )
 from lightning_softprune.graph.computed import ComputedWeight, WeightGradients, watch_gradients
-from lightning_softprune.graph.costs import COSTS, CostModel, record_macs
+from lightning_softprune.graph.costs import COSTS, CostModel, record_macs, with_macs_recorded
 from lightning_softprune.graph.geometry import Kernel, Shape, WeightGeometry, shape_mismatch
 from lightning_softprune.graph.grouping import (
     Grouping,
@@ -114,6 +114,7 @@ __all__ = [
     "undeclared_twins",
     "watch_gradients",
     "weight_of",
+    "with_macs_recorded",
     "with_outputs_of",
     "write_weight",
 ]

@@ -22,6 +22,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from lightning_softprune.graph.components import is_inside
@@ -246,7 +247,9 @@ def record_macs(model: nn.Module, outside: Collection[str] = ()) -> Iterator[dic
 
     def hook_for(name: str, entry: LayerType) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            entry.observe(module, {**dict(enumerate(args)), **kwargs}, output, seen.setdefault(name, Applications()))
+            given, so_far = {**dict(enumerate(args)), **kwargs}, seen.setdefault(name, Applications())
+            with torch._C.DisableTorchFunction():  # who watches what is computed has no business here
+                entry.observe(module, given, output, so_far)
 
         return hook
 
@@ -259,6 +262,28 @@ def record_macs(model: nn.Module, outside: Collection[str] = ()) -> Iterator[dic
         and entry.macs(module, Applications())
     ):
         yield seen
+
+
+def with_macs_recorded(
+    model: nn.Module, step: Callable[[], Any], outside: Collection[str] = ()
+) -> tuple[Callable[[], Any], dict[str, Applications]]:
+    """A step that also records how often each layer's weights are applied, and where: its last run counts.
+
+    Args:
+        model: The model.
+        step: Runs it.
+        outside: Names of modules that do not count, with all that is in them.
+    """
+    found: dict[str, Applications] = {}
+
+    def run() -> Any:
+        with record_macs(model, outside) as seen:
+            returned = step()
+        found.clear()
+        found.update(seen)
+        return returned
+
+    return run, found
 
 
 def _terms_of(module: nn.Module, seen: Applications) -> Iterator[tuple[MacTerm, Mapping[str, int]]]:

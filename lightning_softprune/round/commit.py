@@ -92,7 +92,7 @@ def rehearse_plan(
         repair_optimizers(all_optimizers(trainer, module), surgery)
         if dense is not None:
             best = _refined(evaluator, surgery, dense, best)
-        runner.rehearse(validated=dense is not None)
+        runner.rehearse()
     teacher = Teacher(beside, judged) if beside is not None and taught else None
     rehearsed = Rehearsed(best, surgery, best.trial.score, teacher=teacher)
     if beside is None or not heals or (settings.healing > 1 and _has_lost_nothing(evaluator, best)):

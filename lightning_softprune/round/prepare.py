@@ -30,6 +30,7 @@ from lightning_softprune.compensation import (
     watch_outputs,
 )
 from lightning_softprune.graph import (
+    Applications,
     CostModel,
     Grouping,
     Place,
@@ -40,11 +41,11 @@ from lightning_softprune.graph import (
     mirror_counts,
     mirror_twins,
     nothing_prunable,
-    record_macs,
     record_usage,
     refuse_unjudged,
     refuse_unseen_readers,
     trace_model,
+    with_macs_recorded,
     with_outputs_of,
 )
 from lightning_softprune.report import Phases
@@ -128,14 +129,15 @@ class PruningProblem:
         module, judged = runner.module, runner.broadcast(judged)
         phases = phases or Phases("none")
         with phases("tracing"):
-            found = _traced(runner, settings, judged)
+            found, applications = _traced(runner, settings, judged)
         groups = _prunable(found)
         rounding = _rounding(groups, settings)
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
             readers = readers_that_lose(module, groups, rounding.high)
             wanted = Wanted.by(settings.importance, settings.compensation)
-            positions, statistics = what_readers_see(module, readers, calibration, wanted, runner.memory_left)
+            glance = partial(runner.few, batches, PROBE_SAMPLES)
+            positions, statistics = what_readers_see(module, readers, calibration, wanted, runner.memory_left, glance)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
@@ -147,7 +149,8 @@ class PruningProblem:
                 compensation.logits = find_logit_fits(module, groups, calibration)
             identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
             realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
-            problem = cls._counted(runner, found, realisation, compensation, (judged, calibration, identity))
+            known = judged, calibration, identity
+            problem = cls._counted(runner, (found, applications), realisation, compensation, known)
             if settings.compensation == "least_squares" and settings.search.wants_errors:
                 errors = problem.expected_errors(runner, judged, runner.few(batches, ERROR_SAMPLES))
                 problem = replace(problem, errors=runner.broadcast(errors))
@@ -165,9 +168,9 @@ class PruningProblem:
         Raises:
             MisconfigurationException: As for `prepare`.
         """
-        found = _traced(runner, settings, judged, probed=False)
+        found, applications = _traced(runner, settings, judged, probed=False)
         if not _one_can_go(runner, [group for group in found if group.prunable], settings.round_to):
-            found = _traced(runner, settings, judged)
+            found, applications = _traced(runner, settings, judged)
         groups = _prunable(found)
         rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
         if callable(settings.importance):  # the user's own, which may be wrong
@@ -175,23 +178,20 @@ class PruningProblem:
         nothing = Compensation("none", runner.module, groups, rankings, {})
         coefficients = Coefficients.of(groups, settings.granularity)
         realisation = Realisation(coefficients, _rounding(groups, settings), tuple(rankings))
-        return cls._counted(runner, found, realisation, nothing, (judged, [], ""))
+        return cls._counted(runner, (found, applications), realisation, nothing, (judged, [], ""))
 
     @classmethod
     def _counted(
         cls,
         runner: ModuleRunner,
-        found: Sequence[PruningGroup],
+        traced: _Traced,
         realisation: Realisation,
         compensation: Compensation,
         rest: tuple[Set[str], Steps, str],
     ) -> PruningProblem:
         """The problem with its costs, from the groups and what is known of them."""
+        (found, applications), (judged, calibration, identity) = traced, rest
         module, groups = runner.module, [group for group in found if group.prunable]
-        judged, calibration, identity = rest
-        with record_macs(module, runner.left_alone) as applications:
-            runner.validation_step()()
-        applications, samples = runner.broadcast((applications, runner.batch_size))
         return cls(
             groups=groups,
             coverage=str(coverage(module, found)),
@@ -201,7 +201,7 @@ class PruningProblem:
             costs=CostModel.build(module, groups, realisation.rankings, applications, compensation.new_biases, judged),
             compensation=compensation,
             calibration=calibration,
-            samples=samples,
+            samples=runner.broadcast(runner.batch_size),
             identity=identity,
         )
 
@@ -358,12 +358,19 @@ def prepare_groups(
             forget_weights()
 
 
-def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> list[PruningGroup]:
-    """The module's groups, the same on every process: a probe may fail on one process's batch only."""
+_Traced = tuple[Sequence[PruningGroup], Mapping[str, Applications]]
+"""A module's groups, and how often the first validation step applies each layer's weights."""
+
+
+def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], probed: bool = True) -> _Traced:
+    """What tracing finds, the same on every process: a probe may fail on one process's batch only."""
     probing = partial(runner.probing, PROBE_SAMPLES) if probed else None
-    steps, predicting = runner.tracing(), runner.predicting()
-    how = StepsToTrace(steps, judged, runner.left_alone, probing, settings.round_to, probed, predicting, runner.steady)
-    return runner.broadcast(prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins))
+    (validating, *others), predicting, outside = runner.tracing(), runner.predicting(), runner.left_alone
+    validating, applications = with_macs_recorded(runner.module, validating, outside)
+    steps = [validating, *others]
+    how = StepsToTrace(steps, judged, outside, probing, settings.round_to, probed, predicting, runner.steady)
+    groups = prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins)
+    return runner.broadcast((groups, applications))
 
 
 def _one_can_go(runner: ModuleRunner, groups: Sequence[PruningGroup], number: int) -> bool:

@@ -375,16 +375,12 @@ class ModuleRunner:
                 run_steps([whole])
         return _repeatable(few if self.all_agree(calls_as_often(self.module, [few], calls)) else whole, 0)
 
-    def rehearse(self, *, validated: bool = False) -> None:
-        """Run the pruned module once as validation and as training will; the user's own exception goes on.
+    def rehearse(self) -> None:
+        """Run the pruned module once as training will; the user's own exception goes on.
 
-        Args:
-            validated: Whether a validation pass has just been run, over it or with other weights of these shapes.
+        Validation need not be rehearsed: every plan has been scored by it.
         """
         with isolated_rng(self.seed):
-            with torch.no_grad():
-                for loader in () if validated else self._scorer.loaders:
-                    self.validation_step(loader=loader)()
             for raw in self._training_batches(1) if self.trains_by_itself else ():
                 with untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)

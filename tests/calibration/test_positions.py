@@ -120,6 +120,23 @@ def test_all_positions_count_without_a_loss_and_one_batch_tells_where_they_do():
     assert not find_read_positions(whole, ["second"], steps_of(whole))
 
 
+def test_a_glance_is_enough_where_it_sees_that_all_positions_count_and_adds_to_what_batches_tell_elsewhere():
+    runs = []
+
+    def found(reads, glance):
+        whole = networks("all")[0]
+        whole.reads = reads
+        x, few = torch.randn(4, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+        steps = [lambda: runs.append(1) or whole(x).sum()] * 2
+        return find_read_positions(whole, ["second"], steps, lambda: lambda: glance(whole, few))
+
+    assert not found(READS["all"][0], lambda whole, few: whole(few).sum())
+    assert not runs
+    masks = found(READS["last"][0], lambda whole, few: whole(few).sum() + whole.second(whole.first(few))[:, 1].sum())
+    assert len(runs) == 2
+    assert masks.of("second", torch.arange(5.0).reshape(1, 5, 1)).flatten().tolist() == [1, 4]
+
+
 def test_a_sample_that_is_predicted_so_well_that_its_gradient_vanishes_counts():
     whole, _, _ = networks("all")
     x = torch.randn(4, 5, 3, dtype=torch.float64)

@@ -142,20 +142,41 @@ def test_a_round_runs_whole_batches_once_to_trace_and_counts_their_calls_meanwhi
     assert given == [[48], [PROBE_SAMPLES]]  # of the training step, which notes them
 
 
-@pytest.mark.parametrize(("compensation", "again"), [("least_squares", 0), ("none", 1)])
-def test_the_rehearsal_validates_where_no_pass_over_the_same_network_has(monkeypatch, compensation, again):
-    """A refit is scored on all batches, whether it is kept or not."""
+@pytest.mark.parametrize("compensation", ["least_squares", "none"])
+def test_the_rehearsal_trains_the_pruned_network_and_does_not_validate_it_again(monkeypatch, compensation):
+    """A plan was scored on all batches, and timed."""
     ran, original = [], ModuleRunner.rehearse
 
-    def rehearse(self, **how):
-        before = Counting.validated
-        original(self, **how)
-        ran.append(Counting.validated - before)
+    def rehearse(self):
+        validated, trained = Counting.validated, len(GIVEN)
+        original(self)
+        ran.append((Counting.validated - validated, len(GIVEN) - trained))
 
     monkeypatch.setattr(ModuleRunner, "rehearse", rehearse)
     result, _ = round_of(made(Counting), compensation=compensation)
     assert result.applied
-    assert ran == [again]
+    assert ran == [(0, 1)]
+
+
+def test_costs_are_counted_while_the_validation_step_is_traced(monkeypatch):
+    counted, original = [], network.CostModel.build
+
+    def build(*args):
+        counted.append(Counting.validated)
+        return original(*args)
+
+    def rank(*args):
+        counted.append(Counting.validated)
+        return ranked(*args)
+
+    ranked = network.rank
+    monkeypatch.setattr(network.CostModel, "build", build)
+    monkeypatch.setattr(network, "rank", rank)
+    result, _ = round_of(made(Counting))
+    assert len(set(counted)) == 1, "no step of its own"
+    assert result.costs_before.macs == sum(
+        layer.weight.numel() for layer in made(Counting).modules() if isinstance(layer, torch.nn.Linear)
+    )
 
 
 def test_a_layer_that_runs_the_first_time_only_does_not_keep_probes_from_few_samples():
