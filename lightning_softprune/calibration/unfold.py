@@ -32,7 +32,7 @@ MOST_ROWS, ROW_NUMBERS, LEAST_WIDE_ROWS = 4096, 2**21, 512
 """One call gives at most so many rows; wide ones so many numbers, but not fewer rows than the last."""
 
 _SPARSE = 4
-"""An input with so many times the numbers that are wanted of it is not laid out anew for them."""
+"""A tensor with so many times the numbers that are wanted of it is not laid out anew for them."""
 
 
 def rows_per_call(features: int, calls: int = 1) -> int:
@@ -82,8 +82,11 @@ def outputs_at_rows(geometry: WeightGeometry, output: torch.Tensor, most: int) -
     if geometry.kernel is not None:
         dims = len(geometry.kernel.size)
         output = (output[None] if output.ndim == dims + 1 else output).movedim(1, -1)
-    rows = output.reshape(-1, output.shape[-1])
-    return rows[evenly_spaced(output.shape[:-1], most, rows.device)]
+    places = output.shape[:-1]
+    chosen = evenly_spaced(places, most, output.device)
+    if math.prod(places) > _SPARSE * len(chosen):
+        return output[torch.unravel_index(chosen, places)]
+    return output.reshape(-1, output.shape[-1])[chosen]
 
 
 def evenly_spaced(places: Sequence[int], most: int, device: torch.device) -> torch.Tensor:
