@@ -219,7 +219,7 @@ def what_readers_see(
     steps: Sequence[Callable[[], Any]],
     wanted: Wanted | None,
     budget: float | None,
-    glance: Callable[[], Callable[[], Any]] | None = None,
+    glance: Callable[[], Callable[[], Any]],
 ) -> tuple[ReadPositions, dict[str, InputStatistics]]:
     """Where inputs are read on the calibration batches, and statistics of them; nothing where nobody wants to know."""
     if wanted is None:

@@ -22,7 +22,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from lightning_softprune.graph.components import is_inside
@@ -247,9 +246,7 @@ def record_macs(model: nn.Module, outside: Collection[str] = ()) -> Iterator[dic
 
     def hook_for(name: str, entry: LayerType) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given, so_far = {**dict(enumerate(args)), **kwargs}, seen.setdefault(name, Applications())
-            with torch._C.DisableTorchFunction():  # who watches what is computed has no business here
-                entry.observe(module, given, output, so_far)
+            entry.observe(module, {**dict(enumerate(args)), **kwargs}, output, seen.setdefault(name, Applications()))
 
         return hook
 

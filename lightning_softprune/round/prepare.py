@@ -70,7 +70,8 @@ from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.threads import are_tiny, one_thread
 
 PROBE_SAMPLES = 4
-"""Samples of a batch on which groups are probed; tracing, calibration and rehearsal run whole batches."""
+"""Samples of a batch on which groups are probed, and positions first looked for; tracing, calibration and rehearsal run
+whole batches."""
 
 ERROR_SAMPLES = 64  # on which outputs of pruned networks are compared
 

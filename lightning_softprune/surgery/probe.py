@@ -38,6 +38,9 @@ from lightning_softprune.utilities.frames import frames_of, is_users, line_of
 _AS_MASKED = 2e-5
 """Zeros in a sum change no more than rounding."""
 
+DOES_NOT_RUN = "the model does not run with fewer channels"
+"""How the reason of such a group begins."""
+
 _LONGEST = 80
 """Of an exception's message, in a reason."""
 
@@ -284,7 +287,7 @@ class _Probe:
             module = names.get(id(frame.f_locals.get("self")), module)
             place = line_of(frame, number) if is_users(frame) else place
         where = " in ".join(filter(None, (place, module)))
-        found = f"the model does not run with fewer channels: {type(error).__name__}: {line}"
+        found = f"{DOES_NOT_RUN}: {type(error).__name__}: {line}"
         hint = _BY_NUMBER if isinstance(error, IndexError) else _HINT
         return f"{found} ({where}); {hint}" if where else f"{found}; {hint}"
 
