@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.prepare as network
 from lightning_softprune import UniformBaseline, prune
+from lightning_softprune.calibration import statistics
 from lightning_softprune.round.prepare import PROBE_SAMPLES
 from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.module_steps import StepsOfAllKinds, head_of_batch, run_steps
@@ -177,6 +178,20 @@ def test_costs_are_counted_while_the_validation_step_is_traced(monkeypatch):
     assert result.costs_before.macs == sum(
         layer.weight.numel() for layer in made(Counting).modules() if isinstance(layer, torch.nn.Linear)
     )
+
+
+def test_a_round_looks_for_positions_on_a_few_samples_first(monkeypatch):
+    given, original = [], statistics.find_read_positions
+
+    def find_read_positions(*args):
+        GIVEN.clear()
+        found = original(*args)
+        given.append(set(GIVEN))
+        return found
+
+    monkeypatch.setattr(statistics, "find_read_positions", find_read_positions)
+    round_of(made(Counting))
+    assert given == [{PROBE_SAMPLES}]
 
 
 def test_a_layer_that_runs_the_first_time_only_does_not_keep_probes_from_few_samples():
