@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folder(tmp_path_factory):
-    """Where runs write that are not told where: one folder for each of pytest's workers, and none of them the project's."""
+    """Where runs write that are not told where: a folder for each of pytest's workers, and not the project's."""
     before = Path.cwd()
     os.chdir(tmp_path_factory.mktemp("cwd"))
     yield
