@@ -34,7 +34,7 @@ LEAST_GAINS = 0.05, 0.003
 """What a step, and a conjugate gradient in it, have to gain for the next one, as fractions of the squared errors. A
 step was seen to gain a seventh of what the one before did, or less."""
 
-BLOCK = 2**23
+BLOCK = 2**21
 """Numbers in each of the arrays (observations x outputs) that are held at a time."""
 
 WEIGHTS = 4
@@ -121,9 +121,10 @@ class _Problem:
         scale = sum_over_processes(square.sum(0)) / self.total  # mean squared slope of each output
         pull = self.ridge * self.total * scale
         gradient = self.back(slope * error) - self.pulled(pull, w - self.prior)
-        errors = float(sum_over_processes(error.square().sum()))
+        squares = sum_over_processes(error.square().sum(0))
+        errors = float(squares.sum())
         step, moved = self.conjugate_gradients(gradient, square, scale, pull, LEAST_GAINS[1] * errors)
-        before, length = self.objective(w, outputs, pull), (scale > 0).to(w.dtype)
+        before, length = squares + self.penalty(w, pull), (scale > 0).to(w.dtype)
         for halving in range(HALVINGS + 1):
             after = self.objective(w + length[:, None] * step, outputs + length * moved, pull)
             worse = ~(after <= before)
@@ -166,7 +167,10 @@ class _Problem:
 
     def objective(self, w: torch.Tensor, outputs: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
         error = sum_over_processes((self.target - self.activation(outputs)).square().sum(0))
-        return error + pull * (w - self.prior)[:, :-1].square().sum(1)
+        return error + self.penalty(w, pull)
+
+    def penalty(self, w: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
+        return pull * (w - self.prior)[:, :-1].square().sum(1)
 
     def forth(self, w: torch.Tensor) -> torch.Tensor:
         return torch.addmm(w[:, -1], self.inputs, w[:, :-1].t())

@@ -140,7 +140,8 @@ def addend_of(func: Any, output: torch.Tensor, args: Any, kwargs: Any) -> torch.
     others = [value for value in args if value is not output]
     if len(others) != 1 or not isinstance(others[0], torch.Tensor) or others[0].shape != output.shape:
         return None
-    return others[0].detach().clone()  # the sum may be written into it
+    addend = others[0].detach()
+    return addend.clone() if args[0] is others[0] else addend  # the sum may be written into it
 
 
 Affine = tuple[torch.Tensor, torch.Tensor]

@@ -170,7 +170,10 @@ def _given(
             raise _StopForward
 
     def see(name: str, source: torch.Tensor) -> None:
-        replay.stop()
+        if name in summed and left == 2:  # after this, nothing is wanted but what is added to the output
+            replay.spare(model.get_submodule(name))
+        else:
+            replay.stop()
         source = dense.positions.of(name, source)
         if name in dense.most:
             rows = unfold_inputs(geometries[name], source, dense.most[name])
@@ -180,6 +183,7 @@ def _given(
         count()
 
     def see_sum(name: str, addend: torch.Tensor | None) -> None:
+        replay.stop()
         if addend is not None:
             addend = dense.positions.of(name, addend)
             added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))

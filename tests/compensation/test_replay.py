@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from lightning_softprune.compensation.dense_run import DenseRun
 from lightning_softprune.compensation.refit import refit_readers
@@ -116,3 +117,162 @@ def test_the_refit_with_outputs_that_are_kept_is_the_refit_without(computed, inp
         counts.append(len(computed))
     assert all(torch.equal(one, other) for one, other in zip(*fitted, strict=True))
     assert counts == [2 * 4 + 3 * inplace, 2 * (1 + 2 + 3 + 4)], "the second step knows what the first has changed"
+
+
+class Counts(TorchFunctionMode):
+    """The functions that have really computed something, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+    def of(self, *names):
+        found = [name for name in self.seen if name in names]
+        self.seen.clear()
+        return found
+
+
+class Block(nn.Module):
+    """A sum whose other addend is computed behind the layer, as in ResNets, and functions that change things."""
+
+    def __init__(self, inplace=False):
+        super().__init__()
+        self.first, self.last, self.short, self.head = (nn.Linear(8, 8) for _ in range(4))
+        self.norm = nn.BatchNorm1d(8)
+        self.inplace = inplace
+
+    def forward(self, x):
+        x = F.relu(self.first(x), inplace=self.inplace)
+        y = self.norm(self.last(x))
+        if self.inplace:
+            y += self.short(x)
+        else:
+            y = y + self.short(x)
+        return F.relu(self.head(F.gelu(y)).flatten(1))
+
+
+def block(inplace=False):
+    torch.manual_seed(0)
+    return Block(inplace).eval().requires_grad_(False), torch.randn(5, 8)
+
+
+def test_functions_compute_again_only_where_something_has_changed():
+    model, x = block()
+    replay = Replay(model)
+
+    def run():
+        with Counts() as counts, replay.step(0):
+            found = model(x.clone())
+        assert torch.equal(found, model(x))
+        return counts.of("relu", "gelu", "add", "__add__")
+
+    everything = run()
+    assert [name.strip("_") for name in everything] == ["relu", "add", "gelu", "relu"]
+    assert run() == []
+    model.short.bias += 1
+    assert [name.strip("_") for name in run()] == ["add", "gelu", "relu"]
+    model.first.bias += 1
+    assert run() == everything
+    assert run() == []
+    assert replay.functions.room.left == float("inf")
+
+
+def test_what_functions_compute_takes_room_and_gives_it_back():
+    model, x = block()
+    each = 5 * 8 * 4
+    replay = Replay(model, 20.0 * each)
+    for _ in range(2):  # five layers' outputs, and those of four functions; flatten makes none
+        with replay.step(0):
+            model(x)
+        assert replay.room.left == (20 - 9) * each
+    with model.last.register_forward_pre_hook(lambda *_: replay.stop()), replay.step(0):
+        model(x)
+    assert replay.room.left == 18 * each
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_the_model_changes_in_place_is_never_given_out_changed(inplace):
+    model, x = block(inplace)
+    wanted = model(x)
+    replay = Replay(model)
+    for _ in range(4):
+        with replay.step(0):
+            assert torch.equal(model(x.clone()), wanted)
+
+
+def test_functions_that_change_or_draw_something_are_computed_each_time():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return F.dropout(y, 0.5, True), y.mul(torch.tensor(2.0)), y.add(1).relu_()
+
+    model, x = Random().eval().requires_grad_(False), torch.randn(5, 8)
+    replay = Replay(model)
+    drawn = []
+    for _ in range(3):
+        with Counts() as counts, replay.step(0):
+            drawn.append(model(x)[0])
+        names = counts.of("dropout", "mul", "relu_")
+        assert names == ["dropout", "mul", "relu_"], "the number is another tensor each time"
+    assert not torch.equal(drawn[0], drawn[1])
+    with replay.step(0):
+        assert torch.equal(model(x)[2], model.layer(x).add(1).relu())
+
+
+def test_a_spared_layer_gives_zeros_and_what_hangs_on_them_is_not_kept(computed):
+    model, x = block()
+    wanted = model(x)
+    replay, names = Replay(model), {id(layer): name for name, layer in model.named_children()}
+
+    def run(*hooks):
+        computed.clear()
+        with replay.step(0):
+            found = model(x)
+        for hook in hooks:
+            hook.remove()
+        return found, [names[id(layer)] for layer in computed]
+
+    seen = []
+    last = model.last.register_forward_pre_hook(lambda *_: replay.spare(model.last))
+    norm = model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    short = model.head.register_forward_pre_hook(lambda *_: replay.stop())
+    assert run(last, norm, short)[1] == ["first", "last", "short", "head"]
+    assert seen[0].shape == (5, 8)
+    assert not seen[0].any(), "one sample of it was computed, for the shape"
+    found, layers = run()
+    assert torch.equal(found, wanted)
+    assert layers == ["last", "head"], "the shortcut has been kept"
+    assert not run()[1]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_the_refit_to_sums_is_the_same_where_layers_are_spared(monkeypatch, inplace):
+    spared = []
+    real = Replay.spare
+    fitted = []
+    for spare in (lambda replay, layer: spared.append(layer) or real(replay, layer), lambda replay, _: replay.stop()):
+        monkeypatch.setattr(Replay, "spare", spare)
+        torch.manual_seed(0)
+        body = [Block(inplace) for _ in range(3)]
+        model = nn.Sequential(*body, nn.Linear(8, 3)).eval()
+        for one in model.modules():
+            if isinstance(one, nn.BatchNorm1d):
+                nn.init.uniform_(one.running_mean)
+        x = torch.randn(300, 8)
+        net = Prepared(model, x)
+        found = net.compensation()
+        run = DenseRun(model, found, net.steps * 2)
+        assert run.summed
+        net.prune()
+        refit_readers(model, net.surgery, found, run)
+        fitted.append([*model.parameters(), *model.buffers()])
+    assert spared
+    assert all(torch.equal(one, other) for one, other in zip(*fitted, strict=True))
