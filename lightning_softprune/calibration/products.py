@@ -26,6 +26,9 @@ PRODUCT_ERROR = 2.0**-14
 LARGEST = 2.0**53
 """What is larger counts as broken: the squares of a block of it are to be finite in single precision."""
 
+_EXACT_ROWS = 256
+"""Observations that are held in double precision at a time."""
+
 _PANEL = 256
 """Columns of a symmetric matrix that are computed at a time, from the diagonal on."""
 
@@ -52,17 +55,25 @@ def mean_of(rows: torch.Tensor) -> torch.Tensor:
     if rows.device.type == "mps":
         rows = rows.cpu()
     total = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
-    for start in range(0, len(rows), BLOCK_ROWS):  # a product takes half the time of a mean in another precision
-        block = rows[start : start + BLOCK_ROWS]
-        total += torch.ones(len(block), dtype=torch.float64, device=rows.device) @ block.double()
+    exact = total.new_empty(min(_EXACT_ROWS, len(rows)), rows.shape[1])
+    ones = total.new_ones(len(exact))
+    for start in range(0, len(rows), _EXACT_ROWS):  # a product takes half the time of a mean in another precision
+        block = rows[start : start + _EXACT_ROWS]
+        total += ones[: len(block)] @ exact[: len(block)].copy_(block)
     return total / len(rows)
 
 
-def centred(rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Observations about a mean in double precision; what its rounding leaves is taken off as well."""
+def centred(rows: torch.Tensor, mean: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Observations about a mean in double precision; what its rounding leaves is taken off as well.
+
+    Args:
+        rows: The observations.
+        mean: Theirs.
+        out: Where to write, which may be the observations themselves; default: a new tensor.
+    """
     rounded = mean.to(rows.device, rows.dtype)
     left = mean - rounded.to(mean)
-    return (rows - rounded).sub_(left.to(rows.device, rows.dtype))
+    return torch.sub(rows, rounded, out=out).sub_(left.to(rows.device, rows.dtype))
 
 
 def add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor | None = None) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_softprune.calibration.memory import unfolded_within
-from lightning_softprune.calibration.positions import ReadPositions, find_read_positions
+from lightning_softprune.calibration.positions import ReadPositions
 from lightning_softprune.calibration.products import (
     BLOCK_ROWS,
     add_products,
@@ -30,9 +30,10 @@ from lightning_softprune.calibration.products import (
     sums_device,
 )
 from lightning_softprune.calibration.readers import Reader, watch_inputs, weight_geometry
-from lightning_softprune.calibration.unfold import MAX_FEATURES, rows_per_call, sampled_rows, unfold_inputs
+from lightning_softprune.calibration.unfold import MAX_FEATURES, Scratch, rows_per_call, sampled_rows, unfold_inputs
 from lightning_softprune.graph import Kernel
 from lightning_softprune.utilities.distributed import in_process_group, sum_over_processes
+from lightning_softprune.utilities.hooks import unwatched
 
 
 @dataclass(frozen=True)
@@ -117,14 +118,16 @@ class InputStatistics:
 
     def _add_block(self, rows: torch.Tensor) -> None:
         n, mean = len(rows), mean_of(rows)
-        by_channel = self._pooled_rows(centred(rows, mean))
         if self.count == 0:
             self.mean = mean
-            self._products = mean.new_zeros([by_channel.shape[1]] * (2 if self._with_covariances else 1))
+            width = rows.shape[1] // self.stride
+            self._products = mean.new_zeros([width] * (2 if self._with_covariances else 1))
         total, delta = self.count + n, mean - self.mean
+        about = rows.new_empty(n + 1, rows.shape[1])
+        centred(rows, mean, out=about[:n])
         # what the distance between the means adds is one observation more, not one more walk through the matrix
-        between = (delta * (self.count * n / total) ** 0.5).to(rows)[None]
-        observed = torch.cat([by_channel, self._pooled_rows(between)])
+        about[n] = (delta * (self.count * n / total) ** 0.5).to(rows)
+        observed = self._pooled_rows(about)
         if self._with_covariances:
             add_products(self._products, observed)
         else:
@@ -194,8 +197,7 @@ def collect_statistics(
     Returns:
         Statistics by module name, over all processes; readers that did not run are missing.
     """
-    wide = [reader.name for reader in readers if has_unfolded_rows(model.get_submodule(reader.name), reader.stride)]
-    wide = unfolded_within(model, readers, wide if wanted.unfolded else [], budget if wanted.covariances else None)
+    wide = unfolded_readers(model, readers, wanted, budget)
 
     def fresh() -> dict[str, InputStatistics]:
         made = {reader.name: InputStatistics(reader.stride, covariances=wanted.covariances) for reader in readers}
@@ -213,19 +215,12 @@ def collect_statistics(
     return found
 
 
-def what_readers_see(
-    model: nn.Module,
-    readers: Sequence[Reader],
-    steps: Sequence[Callable[[], Any]],
-    wanted: Wanted | None,
-    budget: float | None,
-    glance: Callable[[], Callable[[], Any]],
-) -> tuple[ReadPositions, dict[str, InputStatistics]]:
-    """Where inputs are read on the calibration batches, and statistics of them; nothing where nobody wants to know."""
-    if wanted is None:
-        return ReadPositions(), {}
-    positions = find_read_positions(model, [reader.name for reader in readers], steps, glance)
-    return positions, collect_statistics(model, readers, steps, wanted=wanted, budget=budget, positions=positions)
+def unfolded_readers(
+    model: nn.Module, readers: Sequence[Reader], wanted: Wanted = Wanted(), budget: float | None = None
+) -> list[str]:
+    """Names of those of whose unfolded inputs there will be statistics; see :func:`collect_statistics`."""
+    wide = [reader.name for reader in readers if has_unfolded_rows(model.get_submodule(reader.name), reader.stride)]
+    return unfolded_within(model, readers, wide if wanted.unfolded else [], budget if wanted.covariances else None)
 
 
 def seen_by_twins(statistics: Mapping[str, InputStatistics], twins: Mapping[str, str]) -> dict[str, InputStatistics]:
@@ -252,10 +247,11 @@ def _collected(
 ) -> dict[str, InputStatistics]:
     """Those of the readers that ran, or of readers that were given the same."""
     found: dict[str, InputStatistics] = {}
-    calls = len(steps)
+    calls, scratch = len(steps), Scratch()
     if in_process_group():
         alike = None  # which ones share could differ from process to process
 
+    @unwatched()
     def add(name: str, source: torch.Tensor) -> None:
         geometry = weight_geometry(model.get_submodule(name))
         known = fresh[name]
@@ -267,7 +263,7 @@ def _collected(
         rows = sampled_rows(geometry, source, rows_per_call(geometry.inputs, calls))
         known.add(rows, kernel_coverage(geometry.kernel, source))
         if known.unfolded is not None:
-            known.unfolded.add(unfold_inputs(geometry, source, rows_per_call(geometry.features, calls)))
+            known.unfolded.add(unfold_inputs(geometry, source, rows_per_call(geometry.features, calls), scratch))
 
     with watch_inputs(model, list(fresh), add), torch.no_grad():
         for step in steps:

@@ -56,15 +56,40 @@ def sampled_rows(geometry: WeightGeometry, source: torch.Tensor, most: int) -> t
     return source.detach()[torch.unravel_index(chosen, places)] if places else source.detach().clone()[None]
 
 
-def unfold_inputs(geometry: WeightGeometry, source: torch.Tensor, most: int) -> torch.Tensor:
-    """What a layer's outputs read, a new tensor of shape ``(rows, features)``.
+class Scratch:
+    """Memory for what is built, used and built anew, call after call: to get it from the system takes longer."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], torch.Tensor] = {}
+
+    def array(self, use: str, shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
+        """An array for one use, of whatever content; the last one of the same use is overwritten."""
+        key, size = (use, like.dtype, like.device), math.prod(shape)
+        held = self._held.get(key)
+        if held is None or held.numel() < size:
+            held = self._held[key] = like.new_empty(size)
+        return held[:size].view(tuple(shape))
+
+
+def unfold_inputs(
+    geometry: WeightGeometry, source: torch.Tensor, most: int, scratch: Scratch | None = None
+) -> torch.Tensor:
+    """What a layer's outputs read, a tensor of shape ``(rows, features)``.
 
     Args:
         geometry: Of the layer.
         source: Its input.
         most: How many rows to build at most.
+        scratch: Where to build them; they are valid until it is used again. Default: in memory of their own.
     """
-    kernel = geometry.kernel
+    return rows_of_inputs(geometry, source, most, scratch).flatten(1)
+
+
+def rows_of_inputs(
+    geometry: WeightGeometry, source: torch.Tensor, most: int, scratch: Scratch | None = None
+) -> torch.Tensor:
+    """The same, of shape ``(rows, channels, *kernel)`` and not laid out in this order."""
+    kernel, scratch, source = geometry.kernel, scratch or Scratch(), source.detach()
     if kernel is None:
         rows = source.reshape(-1, source.shape[-1])
         return rows[evenly_spaced(source.shape[:-1], most, rows.device)]
@@ -72,9 +97,10 @@ def unfold_inputs(geometry: WeightGeometry, source: torch.Tensor, most: int) -> 
     if source.ndim == dims + 1:
         source = source[None]
     if not kernel.transposed:
-        return _rows_under(_padded(kernel, source), kernel, kernel.stride, most).flatten(1)
-    rows = _rows_under(_stretched(kernel, source), kernel, (1,) * dims, most)
-    return rows.flip(tuple(range(2, 2 + dims))).flatten(1)  # its kernel goes backwards
+        return _rows_under(_padded(kernel, source, scratch), kernel, kernel.stride, most, scratch)
+    stretched = _stretched(kernel, source)
+    rows = _rows_under(_laid_out(stretched, (0,) * 2 * dims, scratch), kernel, (1,) * dims, most, scratch)
+    return rows.flip(tuple(range(2, 2 + dims)))  # its kernel goes backwards
 
 
 def outputs_at_rows(geometry: WeightGeometry, output: torch.Tensor, most: int) -> torch.Tensor:
@@ -98,11 +124,29 @@ def evenly_spaced(places: Sequence[int], most: int, device: torch.device) -> tor
     return torch.arange(0, total, step, device=device)
 
 
-def _padded(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
-    if not any(kernel.around):
-        return source
-    mode = "constant" if kernel.padding_mode == "zeros" else kernel.padding_mode
-    return F.pad(source, kernel.around, mode=mode)
+def _padded(kernel: Kernel, source: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """A convolution's input with what is around it, channels last."""
+    if kernel.padding_mode == "zeros":
+        return _laid_out(source, kernel.around, scratch)
+    return _laid_out(F.pad(source, kernel.around, mode=kernel.padding_mode), (0,) * len(kernel.around), scratch)
+
+
+def _laid_out(source: torch.Tensor, around: Sequence[int], scratch: Scratch) -> torch.Tensor:
+    """A tensor with its channels last, so that whole channels can be copied at a time, and zeros around it.
+
+    Elements one by one take five times as long.
+    """
+    source = source.movedim(1, -1)
+    inner, shape = [slice(None)], [len(source)]
+    for dim, size in enumerate(source.shape[1:-1]):
+        before, after = around[-2 * dim - 2 :][:2]  # of the last dimension first
+        inner.append(slice(before, before + size))
+        shape.append(before + size + after)
+    laid_out = scratch.array("inputs", (*shape, source.shape[-1]), source)
+    if any(around):
+        laid_out.zero_()
+    laid_out[tuple(inner)] = source
+    return laid_out
 
 
 def _stretched(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
@@ -118,28 +162,24 @@ def _stretched(kernel: Kernel, source: torch.Tensor) -> torch.Tensor:
     return F.pad(stretched, around)
 
 
-def _rows_under(source: torch.Tensor, kernel: Kernel, stride: Sequence[int], most: int) -> torch.Tensor:
-    """What is under a kernel that moves over an input, shape ``(rows, channels, *kernel)``."""
-    sizes = source.shape[2:]
+def _rows_under(
+    source: torch.Tensor, kernel: Kernel, stride: Sequence[int], most: int, scratch: Scratch
+) -> torch.Tensor:
+    """What is under a kernel that moves over an input, whose channels are last; shape ``(rows, channels, *kernel)``."""
+    sizes = source.shape[1:-1]
     spans = [apart * (size - 1) + 1 for size, apart in zip(kernel.size, kernel.dilation, strict=True)]
     places = [(size - span) // step + 1 for size, span, step in zip(sizes, spans, stride, strict=True)]
     places = [source.shape[0], *places]
     chosen = evenly_spaced(places, most, source.device)
     if not len(chosen):
-        return source.new_zeros(0, source.shape[1], *kernel.size)
+        return source.new_zeros(0, source.shape[-1], *kernel.size)
     dims = len(sizes)
     first, *moved = torch.unravel_index(chosen, places)
-    at = [first.reshape(-1, *[1] * dims)]
+    where = first.reshape(-1, *[1] * dims)
     for dim, along in enumerate(moved):
         offsets = torch.arange(kernel.size[dim], device=source.device) * kernel.dilation[dim]
         here = along[:, None] * stride[dim] + offsets
-        at.append(here.reshape(-1, *(kernel.size[dim] if one == dim else 1 for one in range(dims))))
-    source = source.detach().movedim(1, -1)
-    if source[..., 0].numel() > _SPARSE * len(chosen) * math.prod(kernel.size):
-        return source[tuple(at)].movedim(-1, 1)
-    # whole channels are copied at a time: elements one by one take five times as long
-    where = at[0]
-    for size, here in zip(sizes, at[1:], strict=True):
-        where = where * size + here
-    rows = source.flatten(0, -2).index_select(0, where.flatten())
-    return rows.reshape(*where.shape, source.shape[-1]).movedim(-1, 1)
+        where = where * sizes[dim] + here.reshape(-1, *(kernel.size[dim] if one == dim else 1 for one in range(dims)))
+    rows = scratch.array("rows", (where.numel(), source.shape[-1]), source)
+    torch.index_select(source.flatten(0, -2), 0, where.flatten(), out=rows)
+    return rows.view(*where.shape, source.shape[-1]).movedim(-1, 1)

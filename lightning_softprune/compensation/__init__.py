@@ -1,8 +1,8 @@
 """What the readers of removed channels do to make up for them, in closed form; and healing, without labels."""
 
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import DenseRun, run_dense
 from lightning_softprune.compensation.expected_errors import errors_of_outputs, errors_of_readers
-from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation
+from lightning_softprune.compensation.fold import COMPENSATIONS, Compensation, kinds_of_readers
 from lightning_softprune.compensation.healing import (
     DenseNetwork,
     Teacher,
@@ -28,8 +28,10 @@ __all__ = [
     "errors_of_readers",
     "find_intercepts",
     "find_logit_fits",
+    "kinds_of_readers",
     "refit_readers",
     "resting_in",
+    "run_dense",
     "teach",
     "teaching_bytes",
     "watch_outputs",

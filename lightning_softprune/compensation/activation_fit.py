@@ -100,9 +100,11 @@ class _Problem:
         start: Start,
         total: float,
     ) -> None:
-        self.activation, self.inputs, self.start, self.total = activation, inputs, start, total
+        self.activation, self.inputs, self.start, self.total = activation.settled(wanted), inputs, start, total
         self.factor, self.ridge = start.factor, start.ridge
-        self.target = activation(wanted)
+        self.target = self.activation(wanted)
+        # arrays as large as these are got from the system each time, which takes longer than most of what fills them
+        self.along, self.weighted = torch.empty_like(self.target), torch.empty_like(self.target)
         self.prior = torch.cat([start.prior, torch.zeros_like(start.prior[:, :1])], 1)
 
     def solved(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,16 +119,18 @@ class _Problem:
     def stepped(self, w: torch.Tensor, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float]:
         """Weights after a step, outputs, which move along a line with them, and what part of the errors it takes."""
         error, slope = self.error_and_slope(outputs)
-        square = slope.square()
+        gradient = self.back(torch.mul(slope, error, out=self.weighted))
+        squares = sum_over_processes(error.square_().sum(0))
+        square = slope.square_()
         scale = sum_over_processes(square.sum(0)) / self.total  # mean squared slope of each output
         pull = self.ridge * self.total * scale
-        gradient = self.back(slope * error) - self.pulled(pull, w - self.prior)
-        squares = sum_over_processes(error.square().sum(0))
+        gradient -= self.pulled(pull, w - self.prior)
         errors = float(squares.sum())
         step, moved = self.conjugate_gradients(gradient, square, scale, pull, LEAST_GAINS[1] * errors)
         before, length = squares + self.penalty(w, pull), (scale > 0).to(w.dtype)
         for halving in range(HALVINGS + 1):
-            after = self.objective(w + length[:, None] * step, outputs + length * moved, pull)
+            ahead = torch.addcmul(outputs, moved, length, out=self.along)
+            after = self.objective(w + length[:, None] * step, ahead, pull)
             worse = ~(after <= before)
             if not worse.any():
                 break
@@ -134,7 +138,7 @@ class _Problem:
         stays = length == 0
         w = torch.where(stays[:, None], w, w + length[:, None] * step)
         gained = float(torch.where(stays, 0.0, before - after).sum()) / max(errors, torch.finfo(w.dtype).tiny)
-        return w, torch.where(stays, outputs, outputs + length * moved), gained
+        return w, outputs.addcmul_(moved.masked_fill_(stays, 0.0), length), gained
 
     def conjugate_gradients(
         self, residual: torch.Tensor, square: torch.Tensor, scale: torch.Tensor, pull: torch.Tensor, least: float
@@ -145,8 +149,8 @@ class _Problem:
         direction = ahead = self.preconditioned(residual, scale)
         energy = (residual * ahead).sum(1)
         for _ in range(SOLVES):
-            along = self.forth(direction)
-            product = self.back(square * along) + self.pulled(pull, direction)
+            along = self.forth(direction, out=self.along)
+            product = self.back(torch.mul(square, along, out=self.weighted)) + self.pulled(pull, direction)
             length = energy / (direction * product).sum(1).clamp(min=tiny)
             step = step + length[:, None] * direction
             moved = moved.addcmul_(along, length)
@@ -163,17 +167,17 @@ class _Problem:
             outputs = outputs.detach().requires_grad_()
             after = self.activation(outputs)
             (slope,) = torch.autograd.grad(after.sum(), outputs)
-        return self.target - after.detach(), slope
+        return after.detach().neg_().add_(self.target), slope
 
     def objective(self, w: torch.Tensor, outputs: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
-        error = sum_over_processes((self.target - self.activation(outputs)).square().sum(0))
-        return error + self.penalty(w, pull)
+        error = torch.sub(self.target, self.activation(outputs), out=self.weighted)
+        return sum_over_processes(error.square_().sum(0)) + self.penalty(w, pull)
 
     def penalty(self, w: torch.Tensor, pull: torch.Tensor) -> torch.Tensor:
         return pull * (w - self.prior)[:, :-1].square().sum(1)
 
-    def forth(self, w: torch.Tensor) -> torch.Tensor:
-        return torch.addmm(w[:, -1], self.inputs, w[:, :-1].t())
+    def forth(self, w: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.addmm(w[:, -1], self.inputs, w[:, :-1].t(), out=out)
 
     def back(self, outputs: torch.Tensor) -> torch.Tensor:
         return sum_over_processes(torch.cat([outputs.t() @ self.inputs, outputs.sum(0)[:, None]], 1))

@@ -35,7 +35,7 @@ class FollowingActivation:
     """What becomes of a layer's outputs: ``function(scale * (y + added) + shift)``.
 
     Attributes:
-        function: Pointwise.
+        function: Pointwise; may change what it is given.
         scale: One per output, or ``None`` for the outputs as they are.
         shift: The same.
         is_summed: Whether the model adds something to the outputs.
@@ -50,18 +50,27 @@ class FollowingActivation:
 
     def __call__(self, outputs: torch.Tensor) -> torch.Tensor:
         """Outputs of shape ``(observations, outputs)``, in their precision."""
+        given = outputs
         if self.added is not None:
             outputs = outputs + self.added.to(outputs)
         if self.scale is not None and self.shift is not None:
-            outputs = outputs * self.scale.to(outputs) + self.shift.to(outputs)
-        return self.function(outputs)
+            outputs = torch.addcmul(self.shift.to(outputs), outputs, self.scale.to(outputs))
+        return self.function(outputs.clone() if outputs is given else outputs)
+
+    def settled(self, outputs: torch.Tensor) -> FollowingActivation:
+        """The same for outputs of this precision and on this device, with as little to do as can be each time."""
+        scale, shift, added = (None if part is None else part.to(outputs) for part in self._parts())
+        if added is not None and scale is not None and shift is not None:
+            shift, added = torch.addcmul(shift, added, scale), None
+        return replace(self, scale=scale, shift=shift, added=added)
+
+    def _parts(self) -> tuple[torch.Tensor | None, ...]:
+        return self.scale, self.shift, self.added
 
     def of(self, outputs: slice | torch.Tensor) -> FollowingActivation:
         """The same for some of the outputs."""
         places = outputs.cpu() if isinstance(outputs, torch.Tensor) else outputs
-        scale, shift, added = (
-            None if part is None else part[..., places] for part in (self.scale, self.shift, self.added)
-        )
+        scale, shift, added = (None if part is None else part[..., places] for part in self._parts())
         return replace(self, scale=scale, shift=shift, added=added)
 
     def at(self, observations: slice) -> FollowingActivation:
@@ -130,7 +139,7 @@ def _following(
     alone = len(tensors_in((args, kwargs))) == 1 and bool(args) and args[0] is output
     if not alone or getattr(func, "__name__", "") not in POINTWISE:
         return None
-    return replace(so_far, function=lambda values: func(values.clone(), *args[1:], **kwargs))
+    return replace(so_far, function=lambda values: func(values, *args[1:], **kwargs))
 
 
 def addend_of(func: Any, output: torch.Tensor, args: Any, kwargs: Any) -> torch.Tensor | None:

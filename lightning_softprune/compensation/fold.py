@@ -8,7 +8,7 @@ committed plan is refitted once more (``refit.py``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,12 +73,9 @@ class Compensation:
         shared = _shared_parameters(model)
         made: dict[tuple[Any, ...], FeatureRegression | ChannelRegression] = {}
         for reader in find_readers(model, groups):
-            layer = model.get_submodule(reader.name)
-            geometry, known = geometry_of(layer), statistics.get(reader.name)
-            computed = computed_of(layer)
-            if known is None or geometry is None or not geometry.is_whole or _ids(layer) & shared:
-                continue
-            if computed is not None and not computed.takes_any:
+            layer, known = model.get_submodule(reader.name), statistics.get(reader.name)
+            geometry = _changeable_weight(layer, shared)
+            if known is None or geometry is None:
                 continue
             order = _keep_order(reader, groups, rankings) if geometry.groups == 1 else None
             self._readers[reader.name] = reader
@@ -135,6 +132,30 @@ class Compensation:
         self.logits.apply(model, surgery)
         if surgery.created:
             surgery.order = list(model.parameters())
+
+
+def kinds_of_readers(model: nn.Module, readers: Sequence[Reader], unfolded: Collection[str]) -> dict[str, bool]:
+    """Readers that can be compensated for -> whether each output has a regression of its own.
+
+    Args:
+        model: The model.
+        readers: Its readers.
+        unfolded: Names of those that have statistics of all that an output reads.
+    """
+    shared, kinds = _shared_parameters(model), {}
+    for reader in readers:
+        geometry = _changeable_weight(model.get_submodule(reader.name), shared)
+        if geometry is not None:
+            kinds[reader.name] = reader.name in unfolded or geometry.reads_one_row(reader.stride)
+    return kinds
+
+
+def _changeable_weight(layer: nn.Module, shared: set[int]) -> WeightGeometry | None:
+    """Of a layer whose weight can be made to predict; ``None`` for others."""
+    geometry, computed = geometry_of(layer), computed_of(layer)
+    if geometry is None or not geometry.is_whole or _ids(layer) & shared:
+        return None
+    return None if computed is not None and not computed.takes_any else geometry
 
 
 def _regression(

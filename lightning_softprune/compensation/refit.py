@@ -18,22 +18,24 @@ around the one-shot prediction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
+    Scratch,
     centred,
     cross_products,
     mean_of,
     observations,
     outputs_at_rows,
+    rows_of_inputs,
     rows_per_call,
     sampled_rows,
-    unfold_inputs,
     watch_inputs,
 )
 from lightning_softprune.compensation.activation_fit import Start, fit_after_activation
@@ -70,8 +72,9 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
     """
     queries = compensation.logits.fitted(model, surgery)  # they are not to compute what they did
     lossy: dict[str, _Reader] = {}
+    compensated = set(compensation.readers)
     for name in dense.rows:
-        if name in queries:
+        if name in queries or name not in compensated:
             continue
         layer, regression = model.get_submodule(name), compensation.regression(name)
         pruned = PrunedWeight.of(layer, name, compensation.stride(name), surgery)
@@ -80,10 +83,15 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         if pruned.geometry.groups == 1 or isinstance(regression, FeatureRegression):
             lossy[name] = _Reader(name, layer, pruned, regression)
     replay = Replay(model, dense.room)
-    for names in _passes(list(lossy), dense):
-        given, added = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense, replay)
-        for name in names:
-            _refit(lossy[name], surgery, dense, (given.pop(name), added.pop(name, None)))
+    with dense.steady() as accept:
+        for names in _passes(list(lossy), dense):
+            given, added = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense, replay)
+            for name in names:
+                _refit(lossy[name], surgery, dense, (given.pop(name), added.pop(name, None)))
+                for buffer in lossy[name].layer.buffers():
+                    accept(buffer)
+                if name in surgery.shifted:
+                    accept(surgery.shifted[name][0])
 
 
 @dataclass(frozen=True)
@@ -96,21 +104,53 @@ class _Reader:
     regression: FeatureRegression | ChannelRegression
 
 
-_Seen = tuple[list[torch.Tensor], list[torch.Tensor] | None]
+class _Seen:
+    """Observations of several calls, one below the other in one tensor, and how many each call gave.
+
+    Args:
+        number: Of all of them.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.lengths: list[int] = []
+        self._rows = torch.empty(0)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Those of one call, shape ``(rows, ...)``; what is not finite counts as zero."""
+        before = sum(self.lengths)
+        self.lengths.append(len(rows))
+        if before + len(rows) > self.number:
+            return  # the layer is called differently now, and nobody will ask for them
+        if before == 0:
+            precision = torch.promote_types(rows.dtype, torch.float32)
+            self._rows = rows.new_empty(self.number, math.prod(rows.shape[1:]), dtype=precision)
+        place = self._rows[before : before + len(rows)]
+        place.view(rows.shape).copy_(rows)
+        finite = observations(place)
+        if finite.data_ptr() != place.data_ptr():
+            place.copy_(finite)
+
+    def rows(self) -> torch.Tensor:
+        """All of them, if there are as many as were said."""
+        return self._rows
 
 
-def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> None:
+_Found = tuple[_Seen, _Seen | None]
+
+
+def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Found) -> None:
     """Fit one reader's weight and bias to what it is given now, and what is added to its outputs, call by call."""
     seen, added = found
     name, layer, pruned, regression = reader.name, reader.layer, reader.pruned, reader.regression
     targets = dense.rows[name]
     before = weight_of(layer, pruned.geometry.weight)
     device = regression.mean.device
-    lengths = [[len(rows) for rows in part] for part in (targets, seen, *([] if added is None else [added]))]
-    differs = any(other != lengths[0] for other in lengths)
+    lengths = [len(rows) for rows in targets]
+    differs = any(part is not None and part.lengths != lengths for part in found)
     if sum_number_over_processes(differs, device) > 0:
         return  # the pruned model calls the layer differently; the one-shot prediction stays
-    given = torch.cat(seen).to(device)
+    given = seen.rows().to(device)
     wanted = observations(torch.cat(targets)).to(given)
     if isinstance(regression, FeatureRegression):
         kept = pruned.kept_outputs()
@@ -120,7 +160,7 @@ def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Seen) -> 
             activation = None
         activation = activation if activation is None or kept is None else activation.of(kept)
         if added is not None:
-            beside = observations(torch.cat(added)).to(wanted)
+            beside = added.rows().to(wanted)
             wanted = wanted - beside
             activation = activation and replace(activation, added=beside)
         now = pruned.geometry.to_rows(before).to(device, torch.float64)
@@ -153,15 +193,15 @@ class _StopForward(BaseException):
 
 def _given(
     model: nn.Module, geometries: Mapping[str, WeightGeometry], dense: DenseRun, replay: Replay
-) -> tuple[dict[str, list[torch.Tensor]], dict[str, list[torch.Tensor]]]:
+) -> tuple[dict[str, _Seen], dict[str, _Seen]]:
     """What readers are given now, call by call, and what is added to the outputs of those in `dense.summed`.
 
     Each step is run as far as the last call of them, or the sum behind it.
     """
-    seen: dict[str, list[torch.Tensor]] = {name: [] for name in geometries}
+    seen = {name: _Seen(sum(map(len, dense.rows[name]))) for name in geometries}
     summed = [name for name in geometries if name in dense.summed]
-    added: dict[str, list[torch.Tensor]] = {name: [] for name in summed}
-    left = 0
+    added = {name: _Seen(seen[name].number) for name in summed}
+    left, scratch = 0, Scratch()
 
     def count() -> None:
         nonlocal left
@@ -176,25 +216,29 @@ def _given(
             replay.stop()
         source = dense.positions.of(name, source)
         if name in dense.most:
-            rows = unfold_inputs(geometries[name], source, dense.most[name])
+            rows = rows_of_inputs(geometries[name], source, dense.most[name], scratch)
         else:
             rows = sampled_rows(geometries[name], source, rows_per_call(geometries[name].inputs, len(dense.steps)))
-        seen[name].append(observations(rows))
+        seen[name].add(rows)
         count()
 
     def see_sum(name: str, addend: torch.Tensor | None) -> None:
         replay.stop()
         if addend is not None:
             addend = dense.positions.of(name, addend)
-            added[name].append(outputs_at_rows(geometries[name], addend, dense.most[name]))
+            added[name].add(outputs_at_rows(geometries[name], addend, dense.most[name]))
             count()
 
-    with watch_inputs(model, list(geometries), see), torch.no_grad(), dense.steady():
-        for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
-            left = sum(calls[name] for name in (*geometries, *summed))
-            if left:
-                with suppress(_StopForward), replay.step(number), watch_sums(model, summed, see_sum):
-                    step()
+    for number, (step, calls) in enumerate(zip(dense.steps, dense.calls, strict=True)):
+        left = sum(calls[name] for name in (*geometries, *summed))
+        if left:
+            with ExitStack() as stack:  # watched anew for each step, which puts back what it finds changed
+                stack.enter_context(suppress(_StopForward))
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(watch_inputs(model, list(geometries), see))
+                stack.enter_context(replay.step(number))
+                stack.enter_context(watch_sums(model, summed, see_sum))
+                step()
     return seen, added
 
 
@@ -218,16 +262,17 @@ def _fit_features(
     for first, (part, y, z) in enumerate(zip(weight, wanted.chunk(groups, 1), given.chunk(groups, 1), strict=True)):
         prior = part.flatten(1)
         mean_y, mean_z = _mean(y, total, centre), _mean(z, total, centre)
-        z = centred(z, mean_z)
+        z = centred(z, mean_z, out=z)
         s_zz = sum_over_processes(cross_products(z)).div_(total)
         ridge = ridge_of(s_zz, REFIT_RIDGE)
         s_yz = sum_over_processes(cross_products(centred(y, mean_y), z)).div_(total).add_(ridge * prior)
-        solution = torch.cholesky_solve(s_yz.t(), cholesky(s_zz, ridge)).t()
+        factor = cholesky(s_zz, ridge)
+        solution = torch.cholesky_solve(s_yz.t(), factor).t()
         del s_yz  # as large as the weight, in double precision
         bias = mean_y
         if activation is not None and not lacking:  # on every process
             part_of = activation.of(slice(first * width, (first + 1) * width))
-            linear = _LinearFit(solution, bias, prior, s_zz)
+            linear = _LinearFit(solution, bias, prior, s_zz, factor)
             solution, bias = _fit_after_activation(part_of, y, z, linear)
         weights.append(solution.reshape(part.shape))
         biases.append(bias - solution @ mean_z)
@@ -265,12 +310,16 @@ def _mean(rows: torch.Tensor, total: float, centre: bool) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _LinearFit:
-    """The least squares fit of a layer's outputs: weight, bias for centred inputs, prior, covariance of the inputs."""
+    """The least squares fit of a layer's outputs: weight, bias for centred inputs, prior, covariance of the inputs.
+
+    And the factor of the covariance with the fit's ridge.
+    """
 
     weight: torch.Tensor
     bias: torch.Tensor
     prior: torch.Tensor
     covariance: torch.Tensor
+    factor: torch.Tensor
 
 
 def _fit_after_activation(
@@ -281,9 +330,8 @@ def _fit_after_activation(
     activation, wanted, inputs = activation.at(slice(None, None, every)), wanted[::every], inputs[::every]
     observations = sum_number_over_processes(len(inputs), inputs.device)
     ridge = ridge_of(linear.covariance, max(REFIT_RIDGE, ACTIVATION_PRIOR / observations))
-    factor = cholesky(linear.covariance, ridge).float()
     prior = linear.weight if activation.is_summed else linear.prior  # the one-shot weight knows nothing of sums
-    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), factor, ridge)
+    start = Start(linear.weight.float(), linear.bias.float(), prior.float(), linear.factor.float(), ridge)
     weight, shift = fit_after_activation(activation, wanted.float(), inputs.float(), start)
     return weight.double(), shift.double()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,20 +13,28 @@ import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
+    InputStatistics,
+    Reader,
+    ReadPositions,
     Wanted,
+    collect_statistics,
+    find_read_positions,
     norms,
     rank,
     readers_that_lose,
     seen_by_twins,
-    what_readers_see,
+    statistics_bytes,
+    unfolded_readers,
 )
 from lightning_softprune.compensation import (
     Compensation,
+    DenseRun,
     Intercepts,
     errors_of_outputs,
     errors_of_readers,
     find_intercepts,
     find_logit_fits,
+    kinds_of_readers,
     watch_outputs,
 )
 from lightning_softprune.graph import (
@@ -92,6 +100,7 @@ class PruningProblem:
         samples: Samples of the batch that costs were counted on.
         identity: Digest of groups, rankings and calibration data.
         errors: What is known of plans before any is scored.
+        dense: What the readers did while they were measured, if there was room to watch it.
     """
 
     groups: list[PruningGroup]
@@ -105,6 +114,7 @@ class PruningProblem:
     samples: int
     identity: str
     errors: ExpectedErrors | None = None
+    dense: DenseRun | None = None
 
     @classmethod
     def prepare(
@@ -136,9 +146,7 @@ class PruningProblem:
         calibration, batches = runner.calibration(settings.calibration_batches)
         with phases("measuring"):
             readers = readers_that_lose(module, groups, rounding.high)
-            wanted = Wanted.by(settings.importance, settings.compensation)
-            glance = partial(runner.few, batches, PROBE_SAMPLES)
-            positions, statistics = what_readers_see(module, readers, calibration, wanted, runner.memory_left, glance)
+            positions, statistics, dense = _measured(runner, settings, readers, (calibration, batches))
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
             )
@@ -155,7 +163,7 @@ class PruningProblem:
             if settings.compensation == "least_squares" and settings.search.wants_errors:
                 errors = problem.expected_errors(runner, judged, runner.few(batches, ERROR_SAMPLES))
                 problem = replace(problem, errors=runner.broadcast(errors))
-            return problem
+            return replace(problem, dense=dense)
 
     @classmethod
     def sketch(cls, runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> PruningProblem:
@@ -321,7 +329,7 @@ class StepsToTrace:
     round_to: int = 1
     probed: bool = True
     predicting: Step | None = None
-    steady: Callable[[], AbstractContextManager[None]] = nullcontext
+    steady: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 def prepare_groups(
@@ -372,6 +380,28 @@ def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], pro
     how = StepsToTrace(steps, judged, outside, probing, settings.round_to, probed, predicting, runner.steady)
     groups = prepare_groups(runner.module, how, settings.components, settings.ignore, settings.twins)
     return runner.broadcast((groups, applications))
+
+
+def _measured(
+    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], calibration: tuple[Steps, list[Any]]
+) -> tuple[ReadPositions, dict[str, InputStatistics], DenseRun | None]:
+    """What readers see on the calibration batches, and where; and what they do, for the refit, where there is room."""
+    (steps, batches), module, left = calibration, runner.module, runner.memory_left
+    wanted = Wanted.by(settings.importance, settings.compensation)
+    if wanted is None:
+        return ReadPositions(), {}, None
+    glance = cache(partial(runner.few, batches, PROBE_SAMPLES))
+    positions = find_read_positions(module, [reader.name for reader in readers], steps, glance)
+    dense = None
+    if settings.compensation == "least_squares":
+        unfolded = unfolded_readers(module, readers, wanted, left)
+        kinds, taken = kinds_of_readers(module, readers, unfolded), statistics_bytes(module, readers, unfolded)
+        dense = DenseRun.that_fits(module, kinds, steps, positions, left - taken)
+    watched = steps if dense is None else dense.watched()
+    statistics = collect_statistics(module, readers, watched, wanted=wanted, budget=left, positions=positions)
+    if dense is not None:
+        dense.finish(glance())
+    return positions, statistics, dense
 
 
 def _one_can_go(runner: ModuleRunner, groups: Sequence[PruningGroup], number: int) -> bool:

@@ -308,14 +308,17 @@ class ModuleRunner:
             return what_a_step_shows(self.module, name, returned, logged, before) if shown else returned
 
     @contextmanager
-    def steady(self) -> Iterator[None]:
+    def steady(self) -> Iterator[Callable[[torch.Tensor], None]]:
         """Steps that run inside leave the module as it is now, which is remembered once for all of them.
 
         Of value where many are run. Whatever else changes inside and is no parameter's value is put back with them.
+
+        Yields:
+            To be told of a tensor of the module that has been changed, and is to stay as it is.
         """
-        self._memory = remembered(self.trainer, self.module)
+        memory = self._memory = remembered(self.trainer, self.module)
         try:
-            yield
+            yield memory.accept
         finally:
             self._memory = None
 

@@ -263,6 +263,13 @@ class Snapshot:
             if gradient is not None:
                 parameter.grad = None
 
+    def accept(self, tensor: Tensor) -> None:
+        """What a tensor is now, and not what it was, is put back from now on."""
+        with unwatched(), torch.no_grad():
+            for held, _, saved in self._tensors:
+                if held is tensor:
+                    saved.copy_(_distinct(tensor.detach()))
+
     def restore(self) -> None:
         """Puts everything back."""
         with unwatched(), torch.no_grad():

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_softprune import find_groups
 from lightning_softprune.calibration import collect_statistics, find_read_positions, find_readers, rank
-from lightning_softprune.compensation import Compensation, DenseRun, refit_readers
+from lightning_softprune.compensation import Compensation, refit_readers, run_dense
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 
@@ -61,7 +61,7 @@ def pruned(model):
     rankings = rank("activation", model, groups, steps, statistics, np.random.default_rng(0))
     compensation = Compensation("least_squares", model, groups, rankings, statistics)
     compensation.positions = positions
-    dense = DenseRun(model, compensation, steps)
+    dense = run_dense(model, compensation, steps)
     surgery = apply_plan(model, groups, Plan.from_counts([4], rankings))
     compensation.apply(model, surgery)
     with torch.no_grad():

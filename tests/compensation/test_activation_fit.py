@@ -15,7 +15,7 @@ from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.compensation import Compensation
 from lightning_softprune.compensation.activation_fit import Start, fit_after_activation
 from lightning_softprune.compensation.activations import FollowingActivation, find_following_activations
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import run_dense
 from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.search.plan import Plan
@@ -230,7 +230,7 @@ def pruned_error(layers, x, seen, monkeypatch, follow):
     with monkeypatch.context() as patch:
         if not follow:
             patch.setattr(dense_run, "find_following_activations", lambda *_: {})
-        targets = DenseRun(model, found, steps)
+        targets = run_dense(model, found, steps)
     surgery = apply_plan(model, groups, Plan.from_counts([group.num_channels // 2 for group in groups], rankings))
     found.apply(model, surgery)
     refit_readers(model, surgery, found, targets)

@@ -19,7 +19,7 @@ from lightning_softprune import (
     SoftPruning,
     UniformBaseline,
 )
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import run_dense
 from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.search.plan import Plan
@@ -70,7 +70,7 @@ def test_applying_writes_into_no_tensor_of_the_dense_model(name):
     ]
     state = {key: value.clone() for key, value in net.model.state_dict().items()}
     surgery = net.prune()
-    refit_readers(net.model, surgery, net.compensation(), DenseRun(net.model, net.compensation(), []))
+    refit_readers(net.model, surgery, net.compensation(), run_dense(net.model, net.compensation(), []))
     for tensor, value, grad in before:
         assert torch.equal(tensor, value)
         assert grad is None or torch.equal(tensor.grad, grad)

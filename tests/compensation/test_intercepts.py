@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.compensation import Compensation, Intercepts, find_intercepts
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import run_dense
 from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.surgery import apply_plan
@@ -179,7 +179,7 @@ def pruned(net, intercepts, mode="least_squares", refit=False):
     model = copy.deepcopy(net.model)
     compensation = Compensation(mode, model, net.groups, net.rankings, net.statistics, intercepts)
     steps = [lambda: model(*net.inputs)]
-    dense = DenseRun(model, compensation, steps)
+    dense = run_dense(model, compensation, steps)
     surgery = apply_plan(model, net.groups, net.plan)
     compensation.apply(model, surgery)
     if refit:

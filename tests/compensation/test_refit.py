@@ -11,7 +11,7 @@ from torch.nn import functional as F
 import lightning_softprune.calibration.statistics as calibration
 import lightning_softprune.compensation.dense_run as dense_run
 from lightning_softprune.calibration import rows_per_call
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import DenseRun, run_dense
 from lightning_softprune.compensation.refit import REFIT_RIDGE, refit_readers
 from lightning_softprune.compensation.regression import RIDGE
 from lightning_softprune.search.plan import Plan
@@ -55,7 +55,7 @@ def test_the_refit_brings_the_output_nearer_to_the_dense_networks_where_inputs_h
     dense = model(x).detach()
     net = Prepared(model, x, seed=seed, least=0.4, most=0.7)
     found = net.compensation()
-    targets = DenseRun(model, found, net.steps)
+    targets = run_dense(model, found, net.steps)
     surgery = apply_plan(model, net.groups, net.plan)
     uncompensated = (model(x) - dense).square().mean().item()
     found.apply(model, surgery)
@@ -76,7 +76,7 @@ def test_the_refit_is_the_ridge_regression_of_dense_inputs_on_shifted_ones_aroun
         dense = copy.deepcopy(model)
         net = Prepared(model, x, x[:100] + 1, seed=seed)
         found = net.compensation()
-        targets = DenseRun(model, found, net.steps)
+        targets = run_dense(model, found, net.steps)
         surgery = apply_plan(model, net.groups, net.plan)
         found.apply(model, surgery)
         refit_readers(model, surgery, found, targets)
@@ -105,7 +105,7 @@ def test_the_refit_without_shifted_inputs_changes_little_and_spoils_nothing(name
     first = min(range(len(net.groups)), key=lambda g: net.groups[g].name != net.compensation().readers[0])
     net.plan = Plan(tuple(gone if g == first else () for g, gone in enumerate(net.plan.removed)))
     found = net.compensation()
-    targets = DenseRun(model, found, net.steps)
+    targets = run_dense(model, found, net.steps)
     surgery = net.prune()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     refit_readers(model, surgery, found, targets)
@@ -123,7 +123,7 @@ def test_the_refit_fits_what_outputs_read_now_to_the_dense_outputs_around_the_on
     net = prepared(name, 60)
     model, dense = net.model, copy.deepcopy(net.model)
     found = net.compensation()
-    run = DenseRun(model, found, net.steps)
+    run = run_dense(model, found, net.steps)
     net.prune()
     one_shot = copy.deepcopy(model)
     refit_readers(model, net.surgery, found, run)
@@ -150,7 +150,7 @@ def test_the_refit_leaves_grouped_convolutions_of_wide_windows_alone(too_wide):
     net = prepared("GroupedBothWays")
     model = net.model
     found = net.compensation()
-    targets = DenseRun(model, found, net.steps)
+    targets = run_dense(model, found, net.steps)
     surgery = net.prune()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     refit_readers(model, surgery, found, targets)
@@ -185,7 +185,7 @@ def test_the_refit_leaves_layers_that_compute_in_their_own_way_alone(own, kinds,
     model, x = nn.Sequential(*layers), torch.randn(shape)
     net = Prepared(model, x)
     found = net.compensation()
-    run = DenseRun(model, found, net.steps)
+    run = run_dense(model, found, net.steps)
     net.prune()
     before = copy.deepcopy(model.state_dict())
     refit_readers(model, net.surgery, found, run)
@@ -198,7 +198,7 @@ def test_the_refit_leaves_alone_what_the_pruned_network_is_given_in_other_number
     model, x = deep()
     net = Prepared(model, x)
     found = net.compensation()
-    targets = DenseRun(model, found, net.steps)
+    targets = run_dense(model, found, net.steps)
     targets.steps = [lambda: model(x[:50])]
     surgery = net.prune()
     before = copy.deepcopy(model.state_dict())
@@ -225,14 +225,14 @@ def test_the_refit_runs_each_step_as_far_as_the_reader_and_survives_code_that_ca
         model[layer].register_forward_hook(lambda *_, layer=layer: calls.append(layer))
     net = Prepared(model, x)
     found = net.compensation()
-    run = DenseRun(model, found, [step, step])
+    run = run_dense(model, found, [step, step])
     net.prune()
     calls.clear()
     refit_readers(model, net.surgery, found, run)
     assert calls == ["step"] * 2 + [2, "step"] * 2 + [2, 4, "step"] * 2
     plain = Prepared(reference, x)
     found = plain.compensation()
-    run = DenseRun(reference, found, plain.steps * 2)
+    run = run_dense(reference, found, plain.steps * 2)
     plain.prune()
     refit_readers(reference, plain.surgery, found, run)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
@@ -245,7 +245,7 @@ def test_nothing_in_the_data_makes_a_refitted_weight_nan(kind):
     if kind in ("nan channel", "infinite channel"):
         net.plan = Plan(((4, 7, 8), *net.plan.removed[1:]))
     found = net.compensation()
-    targets = DenseRun(model, found, net.steps)
+    targets = run_dense(model, found, net.steps)
     surgery = net.prune()
     refit_readers(model, surgery, found, targets)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
@@ -277,7 +277,7 @@ def test_readers_of_one_tensor_are_refitted_in_one_pass_as_they_would_be_one_by_
         x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
         net = Prepared(model, x)
         found = net.compensation()
-        run = DenseRun(model, found, [lambda model=model, steps=steps, x=x: steps.append(0) or model(x)])
+        run = run_dense(model, found, [lambda model=model, steps=steps, x=x: steps.append(0) or model(x)])
         assert run.reads_as == {"shortcut": "a"}
         if not together:
             run.reads_as = {}
@@ -296,10 +296,10 @@ def test_readers_whose_observations_do_not_fit_keep_their_one_shot_predictions()
     found = net.compensation()
     rows = [rows_per_call(width) for width in (24, 20, 16)]
     sizes = {name: 4 * n * outputs for name, n, outputs in zip(found.readers, rows, (20, 16, 4), strict=True)}
-    assert list(DenseRun(model, found, net.steps, sizes["6"] + sizes["4"]).rows) == ["4", "6"]
-    assert list(DenseRun(model, found, net.steps, sizes["6"] + sizes["4"] - 1).rows) == ["6"]
-    assert list(DenseRun(model, found, net.steps, 1e12).rows) == ["2", "4", "6"]
-    run = DenseRun(model, found, net.steps, sizes["6"])
+    assert list(run_dense(model, found, net.steps, sizes["6"] + sizes["4"]).rows) == ["4", "6"]
+    assert list(run_dense(model, found, net.steps, sizes["6"] + sizes["4"] - 1).rows) == ["6"]
+    assert list(run_dense(model, found, net.steps, 1e12).rows) == ["2", "4", "6"]
+    run = run_dense(model, found, net.steps, sizes["6"])
     net.prune()
     one_shot = copy.deepcopy(model)
     refit_readers(model, net.surgery, found, run)

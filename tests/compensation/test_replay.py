@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import run_dense
 from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.compensation.replay import Replay
 from support.readers import Prepared
@@ -106,7 +106,7 @@ def test_the_refit_with_outputs_that_are_kept_is_the_refit_without(computed, inp
         model = copy.deepcopy(start)
         net = Prepared(model, x)
         found = net.compensation()
-        run = DenseRun(model, found, net.steps * 2)
+        run = run_dense(model, found, net.steps * 2)
         run.room = room
         net.prune()
         model.train()  # as it is in a fit; steps see to it that they run in eval mode
@@ -269,7 +269,7 @@ def test_the_refit_to_sums_is_the_same_where_layers_are_spared(monkeypatch, inpl
         x = torch.randn(300, 8)
         net = Prepared(model, x)
         found = net.compensation()
-        run = DenseRun(model, found, net.steps * 2)
+        run = run_dense(model, found, net.steps * 2)
         assert run.summed
         net.prune()
         refit_readers(model, net.surgery, found, run)

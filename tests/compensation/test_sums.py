@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.compensation import dense_run
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import DenseRun, run_dense
 from lightning_softprune.compensation.refit import REFIT_RIDGE, refit_readers
 from lightning_softprune.compensation.sums import watch_sums
 from support.readers import Prepared, inputs_of, regress
@@ -50,7 +50,7 @@ def pruned_residual(read=lambda y: y, seed=0, after=lambda y: y):
     dense = copy.deepcopy(model)
     net = Prepared(model, x, seed=seed, least=0.5, most=0.5)
     found = net.compensation()
-    run = DenseRun(model, found, net.steps)
+    run = run_dense(model, found, net.steps)
     net.prune()
     one_shot = copy.deepcopy(model)
     refit_readers(model, net.surgery, found, run)

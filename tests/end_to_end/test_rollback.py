@@ -12,7 +12,7 @@ import lightning_softprune.round.commit as commit
 import lightning_softprune.round.prepare as prepare
 import lightning_softprune.trainer.runner as runner
 from lightning_softprune import SensitivitySearch, SoftPruning
-from lightning_softprune.compensation import Compensation
+from lightning_softprune.compensation import Compensation, DenseRun
 from lightning_softprune.graph.costs import CostModel
 from lightning_softprune.search import SearchLoop
 from lightning_softprune.trainer import ModuleRunner
@@ -23,7 +23,7 @@ STEPS = [
     (prepare, "trace_model"),
     (prepare, "mirror_twins"),
     (prepare, "probe_with_counts"),
-    (prepare, "what_readers_see"),
+    (prepare, "collect_statistics"),
     (prepare, "rank"),
     (prepare, "norms"),
     (prepare, "build_rounding"),
@@ -32,7 +32,7 @@ STEPS = [
     (prepare, "build_space"),
     (SearchLoop, "run"),
     (runner, "time_validation_step"),
-    (commit, "DenseRun"),
+    (DenseRun, "finish"),
     (prepare, "apply_plan"),
     (commit, "repair_optimizers"),
     (commit, "refit_readers"),

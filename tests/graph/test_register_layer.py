@@ -18,7 +18,7 @@ from lightning_softprune import LayerSpec, SoftPruning, find_groups, register_la
 from lightning_softprune.calibration import collect_statistics, find_readers, norms, rank
 from lightning_softprune.checkpoint import ModelShapes, keep_record
 from lightning_softprune.compensation import COMPENSATIONS, Compensation, find_intercepts
-from lightning_softprune.compensation.dense_run import DenseRun
+from lightning_softprune.compensation.dense_run import run_dense
 from lightning_softprune.compensation.refit import refit_readers
 from lightning_softprune.graph import (
     CostModel,
@@ -259,7 +259,7 @@ def test_pruned_compensated_and_refitted_layers_equal_linear_ones(kind, mode):
         statistics = collect_statistics(net, readers, steps)
         intercepts = find_intercepts(other, groups, [lambda: other(x)])  # of both: those that can have no bias
         compensation = Compensation(mode, net, groups, rankings, statistics, intercepts)
-        dense = DenseRun(net, compensation, steps)
+        dense = run_dense(net, compensation, steps)
         surgery = apply_plan(net, groups, plan)
         compensation.apply(net, surgery)
         net.one_shot = copy.deepcopy(net)

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.calibration.statistics as statistics
+import lightning_softprune.round.prepare as prepare
 import lightning_softprune.round.searching as searching
 from lightning_softprune import (
     GradientSearch,
@@ -463,15 +463,15 @@ def test_readers_of_groups_that_bounds_keep_whole_are_not_measured(tmp_path, mon
         measured.extend(reader.name for reader in readers)
         return collect_statistics(model, readers, *args, **kwargs)
 
-    monkeypatch.setattr(statistics, "collect_statistics", collect)
+    monkeypatch.setattr(prepare, "collect_statistics", collect)
     fit(tmp_path, made(), softpruning(bounds={"encoder.2": [0, 0]}))
     assert measured == ["encoder.2", "decoder.2"]  # and not decoder.0, which reads encoder.2
 
 
 @pytest.mark.parametrize("importance", ["magnitude", "random"])
 def test_what_neither_the_ranking_nor_the_compensation_reads_is_not_measured(tmp_path, monkeypatch, importance):
-    monkeypatch.delattr(statistics, "collect_statistics")
-    monkeypatch.delattr(statistics, "find_read_positions")
+    monkeypatch.delattr(prepare, "collect_statistics")
+    monkeypatch.delattr(prepare, "find_read_positions")
     callback = softpruning(importance=importance, compensation="none")
     fit(tmp_path, made(), callback)
     assert callback.results[0].applied
