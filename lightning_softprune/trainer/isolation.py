@@ -177,6 +177,13 @@ def clone_inference_tensors_and_reset_metrics(module: nn.Module) -> None:
                     holder[name] = value.clone()
 
 
+def is_fresh(module: nn.Module) -> bool:
+    """Whether :func:`clone_inference_tensors_and_reset_metrics` would find nothing to do."""
+    return not has_inference_tensors(module) and not any(
+        isinstance(child, (Metric, MetricCollection)) for child in module.modules()
+    )
+
+
 def has_inference_tensors(module: nn.Module) -> bool:
     """Whether a `Trainer.validate` left buffers or metric states that a fit cannot use."""
     holders = (holder for child in module.modules() for holder in (child._buffers, vars(child)))

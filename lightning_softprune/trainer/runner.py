@@ -18,6 +18,7 @@ import torch
 from lightning_softprune.trainer.batches import copy_batch, read_training_batches, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
+    is_fresh,
     isolated_rng,
     metrics_in,
     remembered,
@@ -82,6 +83,7 @@ class ModuleRunner:
         self._trained_on: list[Any] | None = None
         self._traced: StepsOfAllKinds | None = None
         self._memory: Snapshot | None = None
+        self._is_fresh = False
         limit = None if memory_limit is None else memory_limit * GIB
         self._glance = glance
         most = None if glance is None else 1
@@ -300,10 +302,11 @@ class ModuleRunner:
     def _ran(self, name: str, batch: LoadedBatch, samples: int | None, shown: bool) -> Any:
         """Run a step: what it returns, or all that it shows."""
         with untouched(self.trainer, self.module, self._memory):
-            clone_inference_tensors_and_reset_metrics(self.module)
+            if not self._is_fresh:
+                clone_inference_tensors_and_reset_metrics(self.module)
             self.module.eval()
             batch = batch._replace(data=head_of_batch(batch.data, samples))
-            before = attributes_of(self.module)
+            before = attributes_of(self.module) if shown else {}
             returned, logged = run_step(self.trainer, self.module, name, batch)
             return what_a_step_shows(self.module, name, returned, logged, before) if shown else returned
 
@@ -317,10 +320,11 @@ class ModuleRunner:
             To be told of a tensor of the module that has been changed, and is to stay as it is.
         """
         memory = self._memory = remembered(self.trainer, self.module)
+        self._is_fresh = is_fresh(self.module)  # as every step finds it
         try:
             yield memory.accept
         finally:
-            self._memory = None
+            self._memory, self._is_fresh = None, False
 
     @property
     def trains_by_itself(self) -> bool:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from lightning_softprune.compensation.dense_run import run_dense
 from lightning_softprune.compensation.refit import refit_readers
@@ -119,25 +118,8 @@ def test_the_refit_with_outputs_that_are_kept_is_the_refit_without(computed, inp
     assert counts == [2 * 4 + 3 * inplace, 2 * (1 + 2 + 3 + 4)], "the second step knows what the first has changed"
 
 
-class Counts(TorchFunctionMode):
-    """The functions that have really computed something, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
-
-    def of(self, *names):
-        found = [name for name in self.seen if name in names]
-        self.seen.clear()
-        return found
-
-
 class Block(nn.Module):
-    """A sum whose other addend is computed behind the layer, as in ResNets, and functions that change things."""
+    """A sum whose other addend is computed behind the layer, as in ResNets."""
 
     def __init__(self, inplace=False):
         super().__init__()
@@ -160,40 +142,6 @@ def block(inplace=False):
     return Block(inplace).eval().requires_grad_(False), torch.randn(5, 8)
 
 
-def test_functions_compute_again_only_where_something_has_changed():
-    model, x = block()
-    replay = Replay(model)
-
-    def run():
-        with Counts() as counts, replay.step(0):
-            found = model(x.clone())
-        assert torch.equal(found, model(x))
-        return counts.of("relu", "gelu", "add", "__add__")
-
-    everything = run()
-    assert [name.strip("_") for name in everything] == ["relu", "add", "gelu", "relu"]
-    assert run() == []
-    model.short.bias += 1
-    assert [name.strip("_") for name in run()] == ["add", "gelu", "relu"]
-    model.first.bias += 1
-    assert run() == everything
-    assert run() == []
-    assert replay.functions.room.left == float("inf")
-
-
-def test_what_functions_compute_takes_room_and_gives_it_back():
-    model, x = block()
-    each = 5 * 8 * 4
-    replay = Replay(model, 20.0 * each)
-    for _ in range(2):  # five layers' outputs, and those of four functions; flatten makes none
-        with replay.step(0):
-            model(x)
-        assert replay.room.left == (20 - 9) * each
-    with model.last.register_forward_pre_hook(lambda *_: replay.stop()), replay.step(0):
-        model(x)
-    assert replay.room.left == 18 * each
-
-
 @pytest.mark.parametrize("inplace", [False, True])
 def test_what_the_model_changes_in_place_is_never_given_out_changed(inplace):
     model, x = block(inplace)
@@ -202,29 +150,6 @@ def test_what_the_model_changes_in_place_is_never_given_out_changed(inplace):
     for _ in range(4):
         with replay.step(0):
             assert torch.equal(model(x.clone()), wanted)
-
-
-def test_functions_that_change_or_draw_something_are_computed_each_time():
-    class Random(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
-        def forward(self, x):
-            y = self.layer(x)
-            return F.dropout(y, 0.5, True), y.mul(torch.tensor(2.0)), y.add(1).relu_()
-
-    model, x = Random().eval().requires_grad_(False), torch.randn(5, 8)
-    replay = Replay(model)
-    drawn = []
-    for _ in range(3):
-        with Counts() as counts, replay.step(0):
-            drawn.append(model(x)[0])
-        names = counts.of("dropout", "mul", "relu_")
-        assert names == ["dropout", "mul", "relu_"], "the number is another tensor each time"
-    assert not torch.equal(drawn[0], drawn[1])
-    with replay.step(0):
-        assert torch.equal(model(x)[2], model.layer(x).add(1).relu())
 
 
 def test_a_spared_layer_gives_zeros_and_what_hangs_on_them_is_not_kept(computed):

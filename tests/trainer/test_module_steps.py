@@ -8,7 +8,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.prepare as network
 from lightning_softprune import UniformBaseline, prune
-from lightning_softprune.calibration import statistics
 from lightning_softprune.round.prepare import PROBE_SAMPLES
 from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.module_steps import StepsOfAllKinds, head_of_batch, run_steps
@@ -181,7 +180,7 @@ def test_costs_are_counted_while_the_validation_step_is_traced(monkeypatch):
 
 
 def test_a_round_looks_for_positions_on_a_few_samples_first(monkeypatch):
-    given, original = [], statistics.find_read_positions
+    given, original = [], network.find_read_positions
 
     def find_read_positions(*args):
         GIVEN.clear()
@@ -189,7 +188,7 @@ def test_a_round_looks_for_positions_on_a_few_samples_first(monkeypatch):
         given.append(set(GIVEN))
         return found
 
-    monkeypatch.setattr(statistics, "find_read_positions", find_read_positions)
+    monkeypatch.setattr(network, "find_read_positions", find_read_positions)
     round_of(made(Counting))
     assert given == [{PROBE_SAMPLES}]
 

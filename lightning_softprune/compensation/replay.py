@@ -3,9 +3,10 @@
 The refit runs each calibration step once per reader, and nothing that runs before a reader has changed since the last
 time. So the outputs of layers are kept, and given out again in place of a computation. The user's code runs as it does
 without, with its hooks; only those layers of PyTorch's own are spared that have weights and no parts, since they depend
-on nothing else, and functions between them (`functions`). An output is computed again where the layer's weights have
-changed since, where it is given something else than the last time (a few elements tell), or where its place in the step
-is another layer's now: then all that came later in the step is forgotten too.
+on nothing else. An output is computed again where the layer's weights have changed since, where it is given something
+else than the last time (a few elements tell), or where its place in the step is another layer's now: then all that came
+later in the step is forgotten too. Results of functions between layers are not kept: memory that is new to the process
+takes longer to get than they take to compute.
 """
 
 from __future__ import annotations
@@ -15,12 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import getattr_static
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
-
-from lightning_softprune.compensation.replay.functions import KeptFunctions, Results, Room, is_plain
 
 _ALONG = 5
 """Elements of an input that are compared, along each dimension."""
@@ -58,7 +57,7 @@ class _Kept:
 
 
 class Replay:
-    """Keeps what layers, and functions between them, compute in several steps.
+    """Keeps what layers compute in several steps.
 
     Args:
         model: The model; layers in training mode are computed each time.
@@ -67,11 +66,9 @@ class Replay:
 
     def __init__(self, model: nn.Module, budget: float | None = None) -> None:
         self.layers = [layer for layer in model.modules() if _is_known(layer)]
-        self.room = Room() if budget is None else Room(budget)
-        self.functions = KeptFunctions(self.room)
-        self._steps: dict[int, tuple[dict[int, _Kept], Results]] = {}
+        self.left = float("inf") if budget is None else budget
+        self._steps: dict[int, dict[int, _Kept]] = {}
         self._known: dict[int, _Kept] | None = None
-        self._results: Results = {}
         self._place = 0
         self._changed: set[int] = set()  # places of outputs that the model changes in place, in whatever step
         self._spared: nn.Module | None = None
@@ -80,20 +77,15 @@ class Replay:
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """While this lasts, a step of this number is run, always in the same way."""
-        known, results = self._steps.setdefault(number, ({}, {}))
-        self._known, self._results, self._place = known, results, 0
-        self._spared, self._stand_ins = None, []
-        self.functions.begin(results)
+        known = self._steps.setdefault(number, {})
+        self._known, self._place, self._spared, self._stand_ins = known, 0, None, []
         try:
             for layer in self.layers:
                 vars(layer)["forward"] = self._replacing(layer)
-            with self.functions:
-                yield
+            yield
         finally:
-            self.functions.stop()
             self._known = None
             self._changed.update(place for place, kept in known.items() if kept.output._version != kept.version)
-            self.functions.forget_changed(results)
             for layer in self.layers:
                 vars(layer).pop("forward", None)
 
@@ -102,7 +94,6 @@ class Replay:
         if self._known is not None:
             self._forget_from(self._known, self._place)
         self._known = None
-        self.functions.stop()
 
     def spare(self, layer: nn.Module) -> None:
         """The layer, which is about to run, need not compute: what follows in this step does not depend on its output.
@@ -111,7 +102,6 @@ class Replay:
         """
         if isinstance(layer, _BY_SAMPLE) and "forward" in vars(layer):
             self._spared = layer
-            self.functions.pauses = True  # until then
         else:
             self.stop()
 
@@ -122,11 +112,11 @@ class Replay:
             source = args[0] if args else next(iter(kwargs.values()), None)
             spared = self._spared is layer
             if spared:
-                self._spared, self.functions.pauses = None, False
-            if layer.training or not is_plain(source) or (self._known is None and not spared):
+                self._spared = None
+            if layer.training or not _is_plain(source) or (self._known is None and not spared):
                 return own(*args, **kwargs)
             known, place = self._known, self._place
-            self._place = self.functions.place = place + 1
+            self._place += 1
             if spared and _is_batched(layer, source):
                 self._stand_ins.append(self._stand_in(own, source))
                 return self._stand_ins[-1]
@@ -140,7 +130,7 @@ class Replay:
                 same = kept is not None and kept.is_of(layer, source)
                 unchanged = same and kept is not None and kept.output._version == kept.version
             if kept is not None and unchanged:
-                return kept.output.clone() if kept.is_copied else self._given_out(kept.output)
+                return kept.output.clone() if kept.is_copied else kept.output
             if kept is not None and not same:
                 self._forget_from(known, place)
             output = own(*args, **kwargs)
@@ -149,10 +139,6 @@ class Replay:
             return output
 
         return forward
-
-    def _given_out(self, output: torch.Tensor) -> torch.Tensor:
-        self.functions.know(output)
-        return output
 
     def _stand_in(self, own: Callable[..., Any], source: torch.Tensor) -> torch.Tensor:
         """Zeros of the shape that a layer's output would have."""
@@ -166,18 +152,16 @@ class Replay:
         """Keep an output, if there is room; a copy, if the last one was changed in place."""
         layer, source, output = call
         old = known.pop(place, None)
-        if old is not None:
-            self.room.gets_back(old.output)
-            self.functions.forget_from(self._results, place)
-        if not is_plain(output) or output.requires_grad or not self.room.takes(output):
+        self.left += 0 if old is None else _size(old.output)
+        if not _is_plain(output) or output.requires_grad or _size(output) > self.left:
             return
-        kept = output.clone() if changes else self._given_out(output)
+        self.left -= _size(output)
+        kept = output.clone() if changes else output
         known[place] = _Kept(layer, _weights(layer), source.shape, _some(source), kept, kept._version, changes)
 
     def _forget_from(self, known: dict[int, _Kept], place: int) -> None:
         for later in [one for one in known if one >= place]:
-            self.room.gets_back(known.pop(later).output)
-        self.functions.forget_from(self._results, place)
+            self.left += _size(known.pop(later).output)
 
 
 def _is_known(layer: nn.Module) -> bool:
@@ -187,6 +171,10 @@ def _is_known(layer: nn.Module) -> bool:
     own = own and "forward" not in vars(layer)
     weights = [*layer._parameters.values(), *layer._buffers.values()]
     return own and not layer._modules and any(one is not None for one in weights)
+
+
+def _is_plain(value: Any) -> TypeGuard[torch.Tensor]:
+    return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_inference()
 
 
 def _is_batched(layer: nn.Module, source: torch.Tensor) -> bool:
@@ -201,3 +189,7 @@ def _weights(layer: nn.Module) -> list[tuple[int, int]]:
 def _some(source: torch.Tensor) -> torch.Tensor:
     every: Any = tuple(slice(None, None, max(size // _ALONG, 1)) for size in source.shape)
     return source.detach()[every].clone()
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
