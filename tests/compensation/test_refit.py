@@ -251,6 +251,20 @@ def test_nothing_in_the_data_makes_a_refitted_weight_nan(kind):
     assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
+def test_a_broken_sample_spoils_no_refit():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 24), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)), torch.randn(300, 8)
+    x[7] = torch.nan
+    net = Prepared(model, x)
+    found = net.compensation()
+    run = run_dense(model, found, net.steps)
+    net.prune()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    refit_readers(model, net.surgery, found, run)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not all(torch.equal(one, other) for one, other in zip(model.parameters(), before, strict=True))
+
+
 class Branches(nn.Module):
     """Two readers of one tensor around a chain."""
 

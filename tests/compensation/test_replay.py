@@ -1,6 +1,7 @@
 """Steps that are run again: layers compute what they must, and nothing else, and the numbers are the same."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -178,16 +179,24 @@ def test_a_spared_layer_gives_zeros_and_what_hangs_on_them_is_not_kept(computed)
     assert not run()[1]
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-def test_the_refit_to_sums_is_the_same_where_layers_are_spared(monkeypatch, inplace):
+class Twice(Block):
+    """The layer whose outputs are added to something runs twice."""
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = x + self.last(x)
+        return self.head(F.relu(x + self.last(x)))
+
+
+@pytest.mark.parametrize("kind", [Block, partial(Block, True), Twice])
+def test_the_refit_to_sums_is_the_same_where_layers_are_spared(monkeypatch, kind):
     spared = []
     real = Replay.spare
     fitted = []
     for spare in (lambda replay, layer: spared.append(layer) or real(replay, layer), lambda replay, _: replay.stop()):
         monkeypatch.setattr(Replay, "spare", spare)
         torch.manual_seed(0)
-        body = [Block(inplace) for _ in range(3)]
-        model = nn.Sequential(*body, nn.Linear(8, 3)).eval()
+        model = nn.Sequential(*(kind() for _ in range(3)), nn.Linear(8, 3)).eval()
         for one in model.modules():
             if isinstance(one, nn.BatchNorm1d):
                 nn.init.uniform_(one.running_mean)
