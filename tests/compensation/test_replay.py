@@ -179,6 +179,13 @@ def test_a_spared_layer_gives_zeros_and_what_hangs_on_them_is_not_kept(computed)
     assert not run()[1]
 
 
+def test_a_layer_that_is_given_one_sample_without_a_batch_is_not_spared(computed):
+    model = nn.Sequential(nn.Linear(8, 8)).eval().requires_grad_(False)
+    replay, x = Replay(model), torch.randn(8)
+    with model[0].register_forward_pre_hook(lambda *_: replay.spare(model[0])), replay.step(0):
+        assert torch.equal(model(x), F.linear(x, model[0].weight, model[0].bias))
+
+
 class Twice(Block):
     """The layer whose outputs are added to something runs twice."""
 
