@@ -88,6 +88,7 @@ class DenseRun:
         self.model, self.steps, self.positions = model, steps, positions
         self.room: float | None = None
         self.steady: Steady = careless
+        self.kinds = dict(kinds)
         self.by_feature = [name for name, by_feature in kinds.items() if by_feature]
         self.by_channel = [name for name, by_feature in kinds.items() if not by_feature]
         self.geometries = {name: weight_geometry(model.get_submodule(name)) for name in kinds}
@@ -155,7 +156,12 @@ class DenseRun:
         return sum(rows.numel() * rows.element_size() for seen in self.rows.values() for rows in seen)
 
     def ready(self, budget: float | None, steady: Steady) -> DenseRun:
-        """The same, for a refit that may hold so many bytes, these observations among them."""
+        """The same, for a refit that may hold so many bytes, these observations among them.
+
+        Where there is less room now, those of readers with most numbers are dropped, on all processes the same ones.
+        """
+        kept = _within(self.model, self.kinds, len(self.steps), budget)
+        self.rows = {name: rows for name, rows in self.rows.items() if name in kept}
         self.room = None if budget is None else max(budget - self.bytes_taken, 0.0)
         self.steady = steady
         return self

@@ -85,10 +85,10 @@ def rehearse_plan(
         dense = None
         if settings.compensation == "least_squares":
             room = runner.memory_left - (teaching_bytes(module, heals) if heals or taught else 0)
-            dense = problem.dense
-            if dense is None or dense.bytes_taken > room:
+            if problem.dense is not None:
+                dense = problem.dense.ready(room, runner.steady)
+            else:
                 dense = run_dense(module, problem.compensation, problem.calibration, room, runner.steady)
-            dense = dense.ready(room, runner.steady)
         for averaged in copies:
             problem.prune(averaged, best.plan)
         surgery = problem.prune(module, best.plan)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Residual(pl.LightningModule):
-    """Layers without a bias, whose constants go to the BatchNorm behind them; a sum; a metric that counts steps."""
+    """Layers without a bias, whose constants go to the BatchNorm behind them; a sum; a buffer that counts steps."""
 
     def __init__(self):
         super().__init__()
@@ -102,4 +102,5 @@ def test_observations_beside_statistics_keep_within_their_room():
     assert dense.bytes_taken == 50 * size
     torch.testing.assert_close(dense.rows["0"], [model[0](x), model[0](x + 1)])
     torch.testing.assert_close(dense.rows["2"], [F.relu(model[0](x)), F.relu(model[0](x + 1))])
-    assert dense.ready(60.0 * size, dense.steady).room == 10 * size
+    assert dense.ready(4096.0 * size, dense.steady).room == 4046 * size
+    assert list(dense.ready(4096.0 * size - 1, dense.steady).rows) == ["0"], "both are as large, and one fits"
