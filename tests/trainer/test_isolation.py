@@ -5,9 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 
-from lightning_softprune.trainer.isolation import isolated_rng, untouched
+from lightning_softprune.trainer.isolation import is_fresh, isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer
 from support.fits import ORDINARY_FITS, Polite, Probe, loader, trainer_of
 
@@ -89,3 +90,12 @@ def test_a_graph_from_before_a_pass_can_still_be_differentiated(tmp_path):
     probe = Probe(function, 1)
     trainer_of(tmp_path, probe).fit(Polite(), loader(drop_last=True), loader())
     assert probe.result
+
+
+def test_a_module_is_fresh_without_metrics_and_tensors_of_a_validation():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    assert is_fresh(module)
+    assert not is_fresh(nn.Sequential(module, torchmetrics.SumMetric()))
+    with torch.inference_mode():
+        module[1].running_mean = torch.zeros(2)
+    assert not is_fresh(module)
