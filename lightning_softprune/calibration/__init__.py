@@ -1,5 +1,6 @@
 """What layers see of a group's channels on a few training batches, and which channels go first by it."""
 
+from lightning_softprune.calibration.amount import LEAST_BATCHES, MOST_OF_EPOCH, batches_wanted
 from lightning_softprune.calibration.importance import (
     IMPORTANCES,
     Importance,
@@ -42,6 +43,8 @@ from lightning_softprune.calibration.unfold import (
 
 __all__ = [
     "IMPORTANCES",
+    "LEAST_BATCHES",
+    "MOST_OF_EPOCH",
     "Importance",
     "InputStatistics",
     "KernelCoverage",
@@ -50,6 +53,7 @@ __all__ = [
     "ScoresError",
     "Scratch",
     "Wanted",
+    "batches_wanted",
     "centred",
     "checked_importance",
     "collect_statistics",

@@ -78,7 +78,9 @@ class SoftPruning(PruningHooks):
             the loader in each pass. ``None``: a quarter of the free memory.
         latency_batch: Samples of the batch that latency is measured with, as in deployment: the first validation
             batch's, again and again where it has fewer. ``None``: that batch as it is.
-        calibration_batches: Training batches that rankings and compensation look at.
+        calibration_batches: Training batches that rankings and compensation look at. ``None``: 8, and up to 32 where
+            "least_squares" lacks observations: where a layer, as those of an MLP, sees fewer than 8 rows for each of
+            its inputs. Beyond 8 batches no more than 4,096 samples, and no more than a twentieth of an epoch.
         finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
             0: stop with the pruned, validated, checkpointed model.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
@@ -133,7 +135,7 @@ class SoftPruning(PruningHooks):
         search_batches: int | None = None,
         memory_limit: float | None = None,
         latency_batch: int | None = None,
-        calibration_batches: int = 8,
+        calibration_batches: int | None = None,
         finetune_epochs: int | None = None,
         reset_monitors: bool = True,
         seed: int = 0,
@@ -176,7 +178,7 @@ class SoftPruning(PruningHooks):
         self.search_batches = checks.optional_whole_number("search_batches", search_batches)
         self.memory_limit = checks.optional_positive("memory_limit", memory_limit)
         self.latency_batch = checks.optional_whole_number("latency_batch", latency_batch)
-        self.calibration_batches = checks.whole_number("calibration_batches", calibration_batches, 1)
+        self.calibration_batches = checks.optional_whole_number("calibration_batches", calibration_batches)
         self.finetune_epochs = checks.optional_whole_number("finetune_epochs", finetune_epochs, 0)
         if self.teacher > 0.0 and self.finetune_epochs == 0:
             raise ValueError(f"teacher: {teacher} with finetune_epochs=0, where nothing is trained after the round")

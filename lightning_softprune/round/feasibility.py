@@ -172,7 +172,7 @@ class _Look:
     @contextmanager
     def _runner(self, batch: LoadedBatch | None) -> Iterator[ModuleRunner]:
         settings, seed = self.settings, self.settings.seed
-        limit, batches = settings.memory_limit, settings.calibration_batches
+        limit, batches = settings.memory_limit, settings.least_calibration_batches
         runner = ModuleRunner(
             self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, glance=batch
         )

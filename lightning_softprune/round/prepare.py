@@ -13,10 +13,12 @@ import torch
 from torch import nn
 
 from lightning_softprune.calibration import (
+    MOST_OF_EPOCH,
     InputStatistics,
     Reader,
     ReadPositions,
     Wanted,
+    batches_wanted,
     collect_statistics,
     find_read_positions,
     norms,
@@ -72,7 +74,15 @@ from lightning_softprune.search import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.surgery import Candidates, Surgery, apply_plan, best_reading, forget_weights, probe_with_counts
+from lightning_softprune.surgery import (
+    Candidates,
+    Surgery,
+    apply_plan,
+    best_reading,
+    forget_weights,
+    one_can_go,
+    probe_with_counts,
+)
 from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, Step, Steps, run_steps
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.threads import are_tiny, one_thread
@@ -143,9 +153,9 @@ class PruningProblem:
             found, applications = _traced(runner, settings, judged)
         groups = _prunable(found)
         rounding = _rounding(groups, settings)
-        calibration, batches = runner.calibration(settings.calibration_batches)
+        readers = readers_that_lose(module, groups, rounding.high)
+        calibration, batches = _calibration(runner, settings, readers, applications)
         with phases("measuring"):
-            readers = readers_that_lose(module, groups, rounding.high)
             positions, statistics, dense = _measured(runner, settings, readers, (calibration, batches))
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.importance, module, groups, calibration, statistics, rng)
@@ -178,7 +188,7 @@ class PruningProblem:
             MisconfigurationException: As for `prepare`.
         """
         found, applications = _traced(runner, settings, judged, probed=False)
-        if not _one_can_go(runner, [group for group in found if group.prunable], settings.round_to):
+        if not one_can_go(runner.module, found, settings.round_to, lambda: run_steps(runner.tracing(PROBE_SAMPLES))):
             found, applications = _traced(runner, settings, judged)
         groups = _prunable(found)
         rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
@@ -382,6 +392,18 @@ def _traced(runner: ModuleRunner, settings: RoundSettings, judged: Set[str], pro
     return runner.broadcast((groups, applications))
 
 
+def _calibration(
+    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], applications: Mapping[str, Applications]
+) -> tuple[Steps, list[Any]]:
+    """The training batches that a round looks at, and a step for each: as many as asked for, or as layers need."""
+    if settings.calibration_batches is not None or settings.compensation != "least_squares":
+        return runner.calibration(settings.least_calibration_batches)
+    applied = {name: seen.applied for name, seen in applications.items()}
+    trained = runner.training_batch_size if runner.trains_by_itself else 0
+    samples = runner.broadcast((runner.batch_size, trained))
+    return runner.calibration(batches_wanted(runner.module, readers, applied, samples), MOST_OF_EPOCH)
+
+
 def _measured(
     runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], calibration: tuple[Steps, list[Any]]
 ) -> tuple[ReadPositions, dict[str, InputStatistics], DenseRun | None]:
@@ -402,24 +424,6 @@ def _measured(
     if dense is not None:
         dense.finish(glance())
     return positions, statistics, dense
-
-
-def _one_can_go(runner: ModuleRunner, groups: Sequence[PruningGroup], number: int) -> bool:
-    """Whether the model runs with so many channels of some group gone."""
-    rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
-    for one, group in enumerate(groups):
-        if group.num_channels - number < max(group.least, 1):
-            continue
-        plan = Plan.from_counts([number if other == one else 0 for other in range(len(groups))], rankings)
-        surgery = apply_plan(runner.module, groups, plan)
-        try:
-            run_steps(runner.tracing(PROBE_SAMPLES))
-            return True
-        except Exception:  # the user's code, which does not take this width
-            continue
-        finally:
-            surgery.undo()
-    return False
 
 
 def _prunable(found: Sequence[PruningGroup]) -> list[PruningGroup]:

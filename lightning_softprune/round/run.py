@@ -143,7 +143,7 @@ def _hand_over(goal: Goal, rehearsed: Rehearsed | None) -> None:
 
 
 def _runner(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, seed: int) -> ModuleRunner:
-    batches, limit = settings.calibration_batches, settings.memory_limit
+    batches, limit = settings.least_calibration_batches, settings.memory_limit
     return ModuleRunner(trainer, module, memory_limit=limit, seed=seed, calibration_batches=batches)
 
 

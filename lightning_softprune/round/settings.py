@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lightning_softprune.calibration import Importance
+from lightning_softprune.calibration import LEAST_BATCHES, Importance
 from lightning_softprune.compensation import Teacher
 from lightning_softprune.graph import COSTS
 from lightning_softprune.results import Costs, PruningResult
@@ -35,7 +35,7 @@ class RoundSettings:
     compensation: str
     round_to: int
     search_batches: int | None
-    calibration_batches: int
+    calibration_batches: int | None
     seed: int
     verbose: bool
     cost: str = "params"
@@ -47,6 +47,11 @@ class RoundSettings:
     healing: int = 0
     teacher: float = 0.0
     latency_batch: int | None = None
+
+    @property
+    def least_calibration_batches(self) -> int:
+        """Those that a round reads before it knows whether more are wanted."""
+        return LEAST_BATCHES if self.calibration_batches is None else self.calibration_batches
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from lightning_softprune.surgery.apply import Surgery, apply_plan
 from lightning_softprune.surgery.attempts import Candidates, probe_with_counts
 from lightning_softprune.surgery.fingerprints import forget_weights
 from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
-from lightning_softprune.surgery.probe import probe_groups
+from lightning_softprune.surgery.probe import one_can_go, probe_groups
 from lightning_softprune.surgery.readings import best_reading
 from lightning_softprune.surgery.references import References, inner_optimizers
 from lightning_softprune.surgery.transaction import Transaction
@@ -18,6 +18,7 @@ __all__ = [
     "best_reading",
     "forget_weights",
     "inner_optimizers",
+    "one_can_go",
     "probe_groups",
     "probe_with_counts",
     "repair_optimizers",

@@ -30,7 +30,8 @@ from lightning_softprune.graph import (
     layout_of,
     tensor_at,
 )
-from lightning_softprune.surgery.apply import Surgery, counts_after, select_channels
+from lightning_softprune.search import Plan
+from lightning_softprune.surgery.apply import Surgery, apply_plan, counts_after, select_channels
 from lightning_softprune.surgery.fingerprints import Dense, Seen, is_alike, look_at, look_at_dense
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.frames import frames_of, is_users, line_of
@@ -104,6 +105,29 @@ def probe_groups(
         if found and len(found) == len(patterns[i]) - _NARROW:
             reasons.setdefault(i, found[0])
     return [group.refuse(reasons[i]) if i in reasons else group for i, group in enumerate(groups)]
+
+
+def one_can_go(model: nn.Module, groups: Sequence[PruningGroup], number: int, run: Callable[[], Any]) -> bool:
+    """Whether the model runs with so many channels of some prunable group gone.
+
+    Args:
+        model: The model; unchanged afterwards.
+        groups: Traced groups.
+        number: How many channels.
+        run: Runs the steps of the model once.
+    """
+    for group in groups:
+        if not group.prunable or group.num_channels - number < max(group.least, 1):
+            continue
+        surgery = apply_plan(model, [group], Plan((tuple(range(number)),)))
+        try:
+            run()
+            return True
+        except Exception:  # the user's code, which does not take this width
+            continue
+        finally:
+            surgery.undo()
+    return False
 
 
 def unlike_masked(

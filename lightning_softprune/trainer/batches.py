@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
@@ -65,7 +65,14 @@ def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
     return result
 
 
-def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:
+class TrainingBatches(NamedTuple):
+    """The first batches of an epoch, and how many it has; `None` where nobody knows, as of a stream."""
+
+    first: list[Any]
+    in_epoch: int | None
+
+
+def training_batches(trainer: pl.Trainer, n: int) -> TrainingBatches:
     """Reads training batches beside the running epoch, whose order, workers and random state stay as they are.
 
     Args:
@@ -80,16 +87,16 @@ def training_batches(trainer: pl.Trainer, n: int) -> list[Any]:
     Raises:
         MisconfigurationException: A loader can be read only once.
     """
-    with torch.inference_mode(False), torch.no_grad(), isolated_rng(), _one_epoch(trainer) as epoch:
-        return [copy_batch(batch) for batch in itertools.islice(epoch, n)]
+    with torch.inference_mode(False), torch.no_grad(), isolated_rng(), _one_epoch(trainer) as (epoch, length):
+        return TrainingBatches([copy_batch(batch) for batch in itertools.islice(epoch, n)], length)
 
 
 @contextmanager
-def _one_epoch(trainer: pl.Trainer) -> Iterator[Iterator[Any]]:
-    """The batches of one epoch, beside the running one."""
+def _one_epoch(trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], int | None]]:
+    """The batches of one epoch, beside the running one, and how many they are; `None` for a stream."""
     combined = _training_loader(trainer)
     if combined is None:
-        yield iter(())
+        yield iter(()), 0
         return
     with loaders_beside(trainer, list(combined.flattened), "train_dataloaders") as loaders:
         beside = copy(combined)
@@ -99,7 +106,7 @@ def _one_epoch(trainer: pl.Trainer) -> Iterator[Iterator[Any]]:
         iter(beside)  # and never again, as a `for` would: that starts the workers once more
         length = sized_len(beside)  # None: a stream
         rest: Iterator[Any] = iter(lambda: next(beside, _NONE), _NONE)
-        yield (found[0] for found in itertools.islice(rest, length))
+        yield (found[0] for found in itertools.islice(rest, length)), length
 
 
 def read_training_batches(trainer: pl.Trainer, n: int, seed: int) -> Generator[Any]:
@@ -123,7 +130,7 @@ def read_training_batches(trainer: pl.Trainer, n: int, seed: int) -> Generator[A
         before = count
         with ExitStack() as stack:
             with own():
-                batches = stack.enter_context(_one_epoch(trainer))
+                batches, _ = stack.enter_context(_one_epoch(trainer))
             while count < n:
                 with own(), torch.inference_mode(False), torch.no_grad():
                     batch = next(batches, _NONE)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from lightning_softprune.trainer.batches import copy_batch, read_training_batches, training_batches
+from lightning_softprune.trainer.batches import TrainingBatches, copy_batch, read_training_batches, training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     is_fresh,
@@ -60,7 +60,7 @@ class ModuleRunner:
         module: Its module.
         memory_limit: GiB that the round may hold beside the model; `None`: a quarter of the free memory.
         seed: For whatever is random in data and steps.
-        calibration_batches: Training batches that will be asked for at most.
+        calibration_batches: Training batches that are read at once; more only where more are asked for.
         glance: A training batch as `training_step` is about to get it: then this one alone, and the first of each
             validation loader, are looked at, no training loader is read, and every process is on its own.
 
@@ -80,7 +80,7 @@ class ModuleRunner:
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
         self._most = calibration_batches
-        self._trained_on: list[Any] | None = None
+        self._trained_on: TrainingBatches | None = None
         self._traced: StepsOfAllKinds | None = None
         self._memory: Snapshot | None = None
         self._is_fresh = False
@@ -190,11 +190,11 @@ class ModuleRunner:
         """The same in memory, for what works on copies itself."""
         if self._glance is not None:
             return [self._glance.data]
-        if self._trained_on is None or len(self._trained_on) == self._most < n:
+        if self._trained_on is None or len(self._trained_on.first) == self._most < n:
             self._most = max(n, self._most)
             with isolated_rng(self.seed):
                 self._trained_on = training_batches(self.trainer, self._most)
-        return self._trained_on[:n]
+        return self._trained_on.first[:n]
 
     @property
     def training_batch_size(self) -> int:
@@ -357,12 +357,21 @@ class ModuleRunner:
         """The steps that groups are probed by: on so many samples, where these run the same layers as whole batches."""
         return self._of_all_kinds.on_few(samples)
 
-    def calibration(self, count: int) -> tuple[Steps, list[Any]]:
+    def calibration(self, count: int, share: float = 1.0) -> tuple[Steps, list[Any]]:
         """Training batches, and one step for each; where there are none, one validation batch's step.
 
         Every step has the same random numbers each time: dense and pruned inputs are compared sample by sample.
+
+        Args:
+            count: How many batches.
+            share: Of an epoch, where it is longer: they are no more than this fraction, or than are read at once.
         """
-        batches = self._training_batches(count) if self.trains_by_itself else []
+        batches = self._training_batches(min(count, self._most)) if self.trains_by_itself else []
+        if batches and self._trained_on is not None and self._trained_on.in_epoch is not None:
+            count = min(count, max(self._most, int(share * self._trained_on.in_epoch)))
+        count = self.broadcast(count)
+        if count > len(batches) > 0:
+            batches = self._training_batches(count)
         steps: Steps = [self.validation_step()]
         if batches:
             steps = [self.training_step(batch, number) for number, batch in enumerate(batches)]

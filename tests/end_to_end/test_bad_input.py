@@ -152,7 +152,7 @@ WRONG = {
     "search_batches": ["1", 1.5, True, [1]],
     "memory_limit": ["1", True, [1.0]],
     "latency_batch": ["1", 1.0, True],
-    "calibration_batches": ["1", 1.0, None, False],
+    "calibration_batches": ["1", 1.0, False],
     "finetune_epochs": ["1", 1.0, True],
     "reset_monitors": ["yes", 1, None],
     "seed": ["0", 0.5, None, True],

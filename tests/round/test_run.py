@@ -23,6 +23,7 @@ from lightning_softprune import (
     SearchStrategy,
     SensitivitySearch,
     UniformBaseline,
+    prune,
 )
 from lightning_softprune.calibration import IMPORTANCES, collect_statistics, sum_over_channels
 from lightning_softprune.round import Goal, run_round
@@ -47,6 +48,7 @@ from support.modules import (
     rng_state,
     run_state,
     softpruning,
+    trainer_of,
     training_state,
     vectors,
 )
@@ -367,6 +369,34 @@ def test_calibration_batches_is_how_many_training_batches_are_looked_at(tmp_path
         fit(tmp_path, made(Counting), softpruning(calibration_batches=number), num_sanity_val_steps=0)
         # an epoch has four; a step that uses all of the module is looked at for branches no further, and once in short
         assert len(seen) == min(number, 4) + 1
+
+
+def looked_at(tmp_path, *, hidden, length, **arguments):
+    """How many training batches of 4 samples a round looks at, in a fit of one epoch of this many batches."""
+    seen = set()
+
+    class Noting(AutoEncoder):
+        def training_step(self, batch, batch_idx):
+            if not self.training and len(batch[0]) == 4:  # not: a part of a batch
+                seen.add(tuple(batch[0][:, 0].tolist()))
+            return super().training_step(batch, batch_idx)
+
+    module = made(Noting, hidden=hidden)
+    data = {**loaders(module), "train_dataloaders": DataLoader(vectors(4 * length), batch_size=4, shuffle=True)}
+    trainer = trainer_of(tmp_path, max_epochs=1, limit_val_batches=1)
+    quiet = {"search": UniformBaseline(), "report": False, "verbose": False}
+    prune(module, trainer=trainer, monitor="val_loss", **quiet, **data, **arguments)
+    return len(seen)
+
+
+def test_where_a_layer_sees_few_rows_more_training_batches_are_looked_at_within_an_epoch(tmp_path):
+    assert looked_at(tmp_path, hidden=24, length=400) == 20  # 8 * 24 samples would be 48 batches
+    assert looked_at(tmp_path, hidden=8, length=400) == 16
+    assert looked_at(tmp_path, hidden=4, length=400) == 8 + 8  # the latent space has 8
+    assert looked_at(tmp_path, hidden=24, length=160) == 8
+    assert looked_at(tmp_path, hidden=24, length=700) == 32
+    assert looked_at(tmp_path, hidden=24, length=400, calibration_batches=3) == 3
+    assert looked_at(tmp_path, hidden=24, length=400, compensation="bias") == 8
 
 
 def test_search_batches_is_how_many_validation_batches_score_a_trial(tmp_path):

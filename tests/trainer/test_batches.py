@@ -21,7 +21,7 @@ def test_training_batches_in_mid_epoch_leave_the_training_order_alone(tmp_path):
                 seen.append(batch[0].clone())
                 if read and batch_idx == 1:
                     with isolated_rng(7):
-                        batches.append(training_batches(trainer, 2))
+                        batches.append(training_batches(trainer, 2).first)
 
         torch.manual_seed(0)
         trainer_of(tmp_path, Watch(), limit_val_batches=0).fit(Polite(), loader(64, shuffle=True))
@@ -40,7 +40,7 @@ def test_training_batches_have_the_structure_training_step_gets(tmp_path):
             assert batch.keys() == {"a", "b"}
             return self.loss(batch["a"]) + self.loss(batch["b"])
 
-    probe = Probe(lambda trainer, module: training_batches(trainer, 99), 0)
+    probe = Probe(lambda trainer, module: training_batches(trainer, 99).first, 0)
     train = {"a": loader(24, shuffle=True), "b": Batches(loader(10))}
     trainer_of(tmp_path, probe, limit_val_batches=0, limit_train_batches=2).fit(Dicted(), train)
     assert [batch.keys() for batch in probe.result] == [{"a", "b"}] * 2

@@ -402,7 +402,7 @@ def test_reading_in_mid_epoch_disturbs_no_kind_of_loader(tmp_path, name):
 
     def read_some(trainer, module):
         with isolated_rng(5):
-            found.append(training_batches(trainer, 3))
+            found.append(training_batches(trainer, 3).first)
 
     expected = trained_on(tmp_path, KINDS[name], lambda trainer, module: None)
     assert_equal(expected, trained_on(tmp_path, KINDS[name], read_some), name)
@@ -422,7 +422,7 @@ def test_overfitted_batches_are_those_that_are_read(tmp_path):
 def test_outside_of_a_fit_limits_count_too(tmp_path):
     class Dry(Callback):
         def on_validation_end(self, trainer, module):
-            self.found = training_batches(trainer, 99)
+            self.found = training_batches(trainer, 99).first
 
     class WithData(Mean):
         def train_dataloader(self):
@@ -563,7 +563,7 @@ def test_the_batches_of_a_round_are_the_same_whoever_asks(tmp_path):
                 steps[0]()
             more = runner.training_batches(4)
             with isolated_rng(4):
-                afresh = training_batches(trainer, 4)
+                afresh = training_batches(trainer, 4).first
         assert_equal(afresh[:2], first, "two")
         assert_equal(afresh[:3], raw, "three")
         assert_equal(afresh, more, "more than was said")
@@ -685,7 +685,7 @@ def test_persistent_workers_of_the_run_go_on(tmp_path):
             trainer.train_dataloader if isinstance(trainer.train_dataloader, list) else [trainer.train_dataloader]
         )
         held.append(([w.pid for w in loader._iterator._workers], loader._iterator))
-        assert len(training_batches(trainer, 3)) == 3
+        assert len(training_batches(trainer, 3).first) == 3
         assert loader._iterator is held[-1][1]
         assert all(worker.is_alive() for worker in loader._iterator._workers)
 

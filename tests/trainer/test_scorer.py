@@ -388,7 +388,7 @@ def five_passes(trainer, module):
         with untouched(trainer, module), isolated_rng(1):
             run_step(trainer, module, "validation_step", batch)
     assert all(score == scores[0] for score in scores)
-    for item in training_batches(trainer, 2):
+    for item in training_batches(trainer, 2).first:
         with untouched(trainer, module), isolated_rng(1):
             moved = transfer(trainer, module, item, step="training_step")
             run_step(trainer, module, "training_step", LoadedBatch(moved)).returned.backward()
@@ -435,7 +435,7 @@ def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path
                 self.size = scorer.batch_size
                 batch = scorer.first_batch().data
             assert not any(tensor.is_inference() for tensor in batch)
-            assert training_batches(trainer, 3) == []
+            assert training_batches(trainer, 3).first == []
             assert_equal(before, module.state_dict(), "weights")
             with torch.inference_mode(False), torch.enable_grad(), untouched(trainer, module), isolated_rng(0):
                 run_step(trainer, module, "training_step", LoadedBatch(batch)).returned.backward()
