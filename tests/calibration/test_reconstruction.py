@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+import lightning_softprune.calibration.importance as criteria
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.calibration.importance import rank
@@ -96,7 +97,8 @@ class Heads(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_channels_are_kept_in_the_order_of_the_slow_greedy_search_with_one_reader(seed):
+def test_channels_are_kept_in_the_order_of_the_slow_greedy_search_with_one_reader(seed, monkeypatch):
+    monkeypatch.setattr(criteria, "_PANEL", 1 + seed)  # a matrix is changed with every channel, or seldom
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 3))
     x = torch.randn(200, 9)
@@ -107,7 +109,8 @@ def test_channels_are_kept_in_the_order_of_the_slow_greedy_search_with_one_reade
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_heads_are_kept_in_the_order_of_the_slow_greedy_search_over_whole_heads(seed):
+def test_heads_are_kept_in_the_order_of_the_slow_greedy_search_over_whole_heads(seed, monkeypatch):
+    monkeypatch.setattr(criteria, "_WIDEST_SELECTION", 0)  # however wide they are
     torch.manual_seed(seed)
     model = Heads()
     with torch.no_grad():  # within the first head, dimensions say nearly the same: one of them is enough
@@ -165,8 +168,33 @@ def test_a_grouped_reader_rebuilds_each_parts_outputs_from_that_part_alone(seed,
     assert kept == wanted
 
 
+@pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_kernel_positions_are_outputs_of_their_own(seed):
+def test_a_channel_is_kept_with_all_positions_under_a_kernel(seed, padding, monkeypatch):
+    monkeypatch.setattr(criteria, "_PANEL", 1 + 10 * seed)
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=padding))
+    x = torch.randn(30, 2, 6, 6)
+    _, (ranking,) = ranked(model, x)
+    z = F.unfold(torch.from_numpy(inputs_of(model, "2", x)), 3, padding=padding).mT.flatten(0, 1).numpy()
+    weight = model[2].weight.detach().double().flatten(1).numpy()
+    assert ranking[::-1].tolist() == slow_greedy([(z - z.mean(0), weight, np.arange(54).reshape(6, 9), ())], 6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_channel_is_kept_with_all_its_positions_behind_a_flatten(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv1d(2, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    x = torch.randn(80, 2, 4)
+    _, (ranking,) = ranked(model, x)
+    z = inputs_of(model, "3", x)
+    weight = model[3].weight.detach().double().numpy()
+    assert ranking[::-1].tolist() == slow_greedy([(z - z.mean(0), weight, np.arange(24).reshape(6, 4), ())], 6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_a_kernel_reads_too_much_its_positions_are_outputs_of_their_own(seed, monkeypatch):
+    monkeypatch.setattr(criteria, "_WIDEST_SELECTION", 53)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 3))
     x = torch.randn(20, 2, 5, 5)
@@ -177,7 +205,8 @@ def test_kernel_positions_are_outputs_of_their_own(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_positions_behind_a_flatten_share_one_selection(seed):
+def test_where_a_flattened_map_is_too_wide_its_positions_share_one_selection(seed, monkeypatch):
+    monkeypatch.setattr(criteria, "_WIDEST_SELECTION", 23)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv1d(2, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
     x = torch.randn(80, 2, 4)
