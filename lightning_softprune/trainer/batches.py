@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 
-from lightning_softprune.trainer.isolation import OwnRandomness, isolated_rng
+from lightning_softprune.trainer.isolation import OwnRandomness
 from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.utilities.libraries import counterpart
 from lightning_softprune.utilities.snapshot import ATOMS
@@ -65,30 +65,50 @@ def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
     return result
 
 
-class TrainingBatches(NamedTuple):
-    """The first batches of an epoch, and how many it has; `None` where nobody knows, as of a stream."""
+class FirstBatches:
+    """The first training batches of an epoch, read beside the running one, as many as are asked for at a time.
 
-    first: list[Any]
-    in_epoch: int | None
-
-
-def training_batches(trainer: pl.Trainer, n: int) -> TrainingBatches:
-    """Reads training batches beside the running epoch, whose order, workers and random state stay as they are.
+    The loaders are started once; their workers live until the last batch is read, or :meth:`close` is called. The
+    running epoch's order, workers and random state stay as they are.
 
     Args:
         trainer: The trainer in charge.
-        n: How many batches; there are fewer when the loaders (or `limit_train_batches`) give fewer.
+        seed: Which batches: what is read depends on it, and not on torch's random state.
 
-    Returns:
-        Batches as the fit loop hands them out, before any transfer: with several loaders, combined in their mode. Which
-        ones depends on torch's random state, so seed it (`isolated_rng`) for reproducible batches. Empty where there is
-        no training data, as in `Trainer.validate` with loaders only.
+    Attributes:
+        found: Those that have been read, as the fit loop hands them out, before any transfer: with several loaders,
+            combined in their mode. None where there is no training data, as in `Trainer.validate` with loaders only.
+        in_epoch: How many an epoch has; `None` where nobody knows, as of a stream.
 
     Raises:
-        MisconfigurationException: A loader can be read only once.
+        MisconfigurationException: A loader can be read only once; here, or when it is read.
     """
-    with torch.inference_mode(False), torch.no_grad(), isolated_rng(), _one_epoch(trainer) as (epoch, length):
-        return TrainingBatches([copy_batch(batch) for batch in itertools.islice(epoch, n)], length)
+
+    def __init__(self, trainer: pl.Trainer, seed: int) -> None:
+        self.found: list[Any] = []
+        self._own, self._stack = OwnRandomness(seed), ExitStack()
+        with self._own(), torch.inference_mode(False), torch.no_grad():
+            self._rest, self.in_epoch = self._stack.enter_context(_one_epoch(trainer))
+
+    def take(self, n: int) -> list[Any]:
+        """So many; there are fewer where the loaders (or `limit_train_batches`) give fewer, or once it is closed."""
+        try:
+            while len(self.found) < n:
+                with self._own(), torch.inference_mode(False), torch.no_grad():
+                    batch = next(self._rest, _NONE)
+                if batch is _NONE:
+                    self.close()
+                    break
+                self.found.append(copy_batch(batch))
+        except BaseException:
+            self.close()
+            raise
+        return self.found[:n]
+
+    def close(self) -> None:
+        """Read no more."""
+        self._rest = iter(())
+        self._stack.close()
 
 
 @contextmanager
@@ -117,7 +137,7 @@ def read_training_batches(trainer: pl.Trainer, n: int, seed: int) -> Generator[A
     Args:
         trainer: The trainer in charge.
         n: How many batches.
-        seed: Which ones: the first are those that `training_batches` reads from this random state.
+        seed: Which ones: the first are those of `FirstBatches` with this seed.
 
     Yields:
         Fresh copies, as the loaders yield them.

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 
-from lightning_softprune.trainer.batches import TrainingBatches, copy_batch, read_training_batches, training_batches
+from lightning_softprune.trainer.batches import FirstBatches, copy_batch, read_training_batches
 from lightning_softprune.trainer.isolation import (
     clone_inference_tensors_and_reset_metrics,
     is_fresh,
@@ -80,7 +80,7 @@ class ModuleRunner:
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
         self._most = calibration_batches
-        self._trained_on: TrainingBatches | None = None
+        self._trained_on: FirstBatches | None = None
         self._traced: StepsOfAllKinds | None = None
         self._memory: Snapshot | None = None
         self._is_fresh = False
@@ -99,6 +99,8 @@ class ModuleRunner:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if self._trained_on is not None:
+            self._trained_on.close()
         self._trained_on = self._traced = None
         self._scorer.__exit__(exception_type, exception, traceback)
 
@@ -179,7 +181,8 @@ class ModuleRunner:
         the seed gives, beside the running epoch.
 
         Args:
-            n: How many; there are fewer where an epoch has fewer, and none in a `Trainer.validate` without any.
+            n: How many; there are fewer where an epoch has fewer, and none in a `Trainer.validate` without any. After
+                `calibration` there are no more than it gave.
 
         Raises:
             MisconfigurationException: A loader can be read only once.
@@ -190,11 +193,10 @@ class ModuleRunner:
         """The same in memory, for what works on copies itself."""
         if self._glance is not None:
             return [self._glance.data]
-        if self._trained_on is None or len(self._trained_on.first) == self._most < n:
-            self._most = max(n, self._most)
-            with isolated_rng(self.seed):
-                self._trained_on = training_batches(self.trainer, self._most)
-        return self._trained_on.first[:n]
+        if self._trained_on is None:
+            self._trained_on = FirstBatches(self.trainer, self.seed)
+        self._trained_on.take(max(n, self._most))
+        return self._trained_on.found[:n]
 
     @property
     def training_batch_size(self) -> int:
@@ -366,12 +368,12 @@ class ModuleRunner:
             count: How many batches.
             share: Of an epoch, where it is longer: they are no more than this fraction, or than are read at once.
         """
-        batches = self._training_batches(min(count, self._most)) if self.trains_by_itself else []
-        if batches and self._trained_on is not None and self._trained_on.in_epoch is not None:
-            count = min(count, max(self._most, int(share * self._trained_on.in_epoch)))
-        count = self.broadcast(count)
-        if count > len(batches) > 0:
-            batches = self._training_batches(count)
+        batches = self._training_batches(1) if self.trains_by_itself else []
+        if self._trained_on is not None:
+            if self._trained_on.in_epoch is not None:
+                count = min(count, max(self._most, int(share * self._trained_on.in_epoch)))
+            batches = self._training_batches(self.broadcast(count))
+            self._trained_on.close()
         steps: Steps = [self.validation_step()]
         if batches:
             steps = [self.training_step(batch, number) for number, batch in enumerate(batches)]

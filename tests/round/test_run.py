@@ -372,8 +372,8 @@ def test_calibration_batches_is_how_many_training_batches_are_looked_at(tmp_path
 
 
 def looked_at(tmp_path, *, hidden, length, **arguments):
-    """How many training batches of 4 samples a round looks at, in a fit of one epoch of this many batches."""
-    seen = set()
+    """How many training batches of 4 samples a round looks at, of an epoch of this many; the loader is started once."""
+    seen, starts = set(), []
 
     class Noting(AutoEncoder):
         def training_step(self, batch, batch_idx):
@@ -381,11 +381,17 @@ def looked_at(tmp_path, *, hidden, length, **arguments):
                 seen.add(tuple(batch[0][:, 0].tolist()))
             return super().training_step(batch, batch_idx)
 
+    class Counting(DataLoader):
+        def __iter__(self):
+            starts.append(self)
+            return super().__iter__()
+
     module = made(Noting, hidden=hidden)
-    data = {**loaders(module), "train_dataloaders": DataLoader(vectors(4 * length), batch_size=4, shuffle=True)}
+    data = {**loaders(module), "train_dataloaders": Counting(vectors(4 * length), batch_size=4, shuffle=True)}
     trainer = trainer_of(tmp_path, max_epochs=1, limit_val_batches=1)
     quiet = {"search": UniformBaseline(), "report": False, "verbose": False}
     prune(module, trainer=trainer, monitor="val_loss", **quiet, **data, **arguments)
+    assert len(starts) == 2  # the fit's own, and a copy for the round
     return len(seen)
 
 

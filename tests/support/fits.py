@@ -1,6 +1,7 @@
 """Small modules, probes and comparisons for tests of what runs beside a fit."""
 
 from collections import deque
+from contextlib import closing
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,6 +11,8 @@ import torchmetrics
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_softprune.trainer.batches import FirstBatches
 
 ORDINARY_FITS = [
     pytest.mark.usefixtures("one_thread"),
@@ -30,6 +33,12 @@ def data(n=22, seed=0):
 
 def loader(n=22, seed=0, **kwargs):
     return DataLoader(data(n, seed), **{"batch_size": 8, **kwargs})
+
+
+def first_batches(trainer, n, seed=0):
+    """So many training batches, read beside the running epoch."""
+    with closing(FirstBatches(trainer, seed)) as batches:
+        return batches.take(n)
 
 
 class Tiny(pl.LightningModule):

@@ -15,11 +15,9 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 import lightning_softprune.trainer.isolation as isolation
 from lightning_softprune import RandomSearch, prune
 from lightning_softprune.trainer import ModuleRunner
-from lightning_softprune.trainer.batches import training_batches
-from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.utilities.snapshot import Snapshot
-from support.fits import ORDINARY_FITS, Polite, Probe, assert_equal
+from support.fits import ORDINARY_FITS, Polite, Probe, assert_equal, first_batches
 from support.fits import trainer_of as plain_trainer
 from support.modules import AutoEncoder, fit, made, softpruning, trainer_of, vectors
 
@@ -401,8 +399,7 @@ def test_reading_in_mid_epoch_disturbs_no_kind_of_loader(tmp_path, name):
     found = []
 
     def read_some(trainer, module):
-        with isolated_rng(5):
-            found.append(training_batches(trainer, 3).first)
+        found.append(first_batches(trainer, 3, seed=5))
 
     expected = trained_on(tmp_path, KINDS[name], lambda trainer, module: None)
     assert_equal(expected, trained_on(tmp_path, KINDS[name], read_some), name)
@@ -422,7 +419,7 @@ def test_overfitted_batches_are_those_that_are_read(tmp_path):
 def test_outside_of_a_fit_limits_count_too(tmp_path):
     class Dry(Callback):
         def on_validation_end(self, trainer, module):
-            self.found = training_batches(trainer, 99).first
+            self.found = first_batches(trainer, 99)
 
     class WithData(Mean):
         def train_dataloader(self):
@@ -558,12 +555,12 @@ def test_the_batches_of_a_round_are_the_same_whoever_asks(tmp_path):
             for batch in runner.training_batches(2):
                 batch[0].zero_()  # whoever asks may do with them what they like
             torch.rand(3)
+            more = runner.training_batches(4)
+            torch.rand(3)
             steps, raw = runner.calibration(3)
             with torch.no_grad():
                 steps[0]()
-            more = runner.training_batches(4)
-            with isolated_rng(4):
-                afresh = training_batches(trainer, 4).first
+            afresh = first_batches(trainer, 4, seed=4)
         assert_equal(afresh[:2], first, "two")
         assert_equal(afresh[:3], raw, "three")
         assert_equal(afresh, more, "more than was said")
@@ -665,7 +662,7 @@ def test_workers_end_with_the_reading_also_where_it_fails(tmp_path, name):
     def attempt(trainer, module):
         before = set(multiprocessing.active_children())
         with pytest.raises(ZeroDivisionError) as caught:
-            training_batches(trainer, 99)
+            first_batches(trainer, 99)
         assert caught.value.__traceback__ is not None  # its frames hold on to the iterators
         assert set(multiprocessing.active_children()) <= before
         return True
@@ -674,6 +671,49 @@ def test_workers_end_with_the_reading_also_where_it_fails(tmp_path, name):
     trainer = plain_trainer(tmp_path, probe, max_epochs=1, limit_val_batches=0, max_steps=1)
     trainer.fit(made(Mean), BROKEN[name]())
     assert probe.result
+
+
+@pytest.mark.parametrize("end", ["calibration", "round"])
+def test_workers_live_until_no_more_batches_are_wanted(tmp_path, end):
+    def function(trainer, module):
+        before = set(multiprocessing.active_children())
+        with ModuleRunner(trainer, module, calibration_batches=2) as runner:
+            assert len(runner.training_batches(1)) == 1
+            assert set(multiprocessing.active_children()) - before
+            if end == "calibration":
+                assert len(runner.calibration(3)[1]) == 3
+                assert set(multiprocessing.active_children()) <= before
+                assert len(runner.training_batches(9)) == 3
+        assert set(multiprocessing.active_children()) <= before
+        return True
+
+    probe = Probe(function, 0)
+    plain_trainer(tmp_path, probe, max_epochs=1, max_steps=1).fit(made(Mean), shuffled(num_workers=1), shuffled())
+    assert probe.result
+
+
+@pytest.mark.parametrize(("share", "number"), [(1.0, 9), (0.5, 5), (0.1, 2)])
+def test_calibration_takes_no_larger_share_of_an_epoch_than_it_may(tmp_path, share, number):
+    def function(trainer, module):
+        with ModuleRunner(trainer, module, seed=1, calibration_batches=2) as runner:
+            steps, raw = runner.calibration(9, share)
+            assert_equal(raw, first_batches(trainer, number, seed=1), "the first")
+            return len(steps)
+
+    probe = Probe(function, 0)
+    plain_trainer(tmp_path, probe, max_epochs=1, max_steps=1).fit(made(Mean), mapped(10 * SIZE, 1), mapped(SIZE, 2))
+    assert probe.result == number
+
+
+def test_every_process_takes_as_many_batches_for_calibration_as_rank_zero(tmp_path, monkeypatch):
+    def function(trainer, module):
+        with ModuleRunner(trainer, module, calibration_batches=2) as runner:
+            monkeypatch.setattr(runner, "broadcast", lambda value: 4)  # where an epoch is shorter than here
+            return len(runner.calibration(9, 0.5)[0])
+
+    probe = Probe(function, 0)
+    plain_trainer(tmp_path, probe, max_epochs=1, max_steps=1).fit(made(Mean), mapped(10 * SIZE, 1), mapped(SIZE, 2))
+    assert probe.result == 4
 
 
 @pytest.mark.slow
@@ -685,7 +725,7 @@ def test_persistent_workers_of_the_run_go_on(tmp_path):
             trainer.train_dataloader if isinstance(trainer.train_dataloader, list) else [trainer.train_dataloader]
         )
         held.append(([w.pid for w in loader._iterator._workers], loader._iterator))
-        assert len(training_batches(trainer, 3).first) == 3
+        assert len(first_batches(trainer, 3)) == 3
         assert loader._iterator is held[-1][1]
         assert all(worker.is_alive() for worker in loader._iterator._workers)
 

@@ -17,11 +17,22 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_softprune.trainer.batches import training_batches
 from lightning_softprune.trainer.isolation import isolated_rng, untouched
 from lightning_softprune.trainer.scorer import ValidationScorer, _results_that_stay
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
-from support.fits import ORDINARY_FITS, Batches, Polite, Probe, Tiny, TwoLoaders, assert_equal, data, loader, trainer_of
+from support.fits import (
+    ORDINARY_FITS,
+    Batches,
+    Polite,
+    Probe,
+    Tiny,
+    TwoLoaders,
+    assert_equal,
+    data,
+    first_batches,
+    loader,
+    trainer_of,
+)
 
 pytestmark = ORDINARY_FITS
 
@@ -388,7 +399,7 @@ def five_passes(trainer, module):
         with untouched(trainer, module), isolated_rng(1):
             run_step(trainer, module, "validation_step", batch)
     assert all(score == scores[0] for score in scores)
-    for item in training_batches(trainer, 2).first:
+    for item in first_batches(trainer, 2):
         with untouched(trainer, module), isolated_rng(1):
             moved = transfer(trainer, module, item, step="training_step")
             run_step(trainer, module, "training_step", LoadedBatch(moved)).returned.backward()
@@ -435,7 +446,7 @@ def test_scoring_works_inside_validate_and_training_data_may_be_missing(tmp_path
                 self.size = scorer.batch_size
                 batch = scorer.first_batch().data
             assert not any(tensor.is_inference() for tensor in batch)
-            assert training_batches(trainer, 3).first == []
+            assert first_batches(trainer, 3) == []
             assert_equal(before, module.state_dict(), "weights")
             with torch.inference_mode(False), torch.enable_grad(), untouched(trainer, module), isolated_rng(0):
                 run_step(trainer, module, "training_step", LoadedBatch(batch)).returned.backward()
