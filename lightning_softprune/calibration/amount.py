@@ -56,5 +56,6 @@ def batches_wanted(
             features, rows = features / reader.stride, rows * reader.stride
         if rows > 0.0:
             wanted = max(wanted, ROWS_PER_INPUT * features / rows)
-    batches = math.ceil(min(wanted, MOST_SAMPLES) / max(trained, 1))
-    return min(max(batches, LEAST_BATCHES), MOST_BATCHES)
+    trained = max(trained, 1)
+    batches = min(math.ceil(wanted / trained), MOST_SAMPLES // trained, MOST_BATCHES)
+    return max(batches, LEAST_BATCHES)

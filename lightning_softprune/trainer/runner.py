@@ -99,10 +99,12 @@ class ModuleRunner:
         exception: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._trained_on is not None:
-            self._trained_on.close()
-        self._trained_on = self._traced = None
-        self._scorer.__exit__(exception_type, exception, traceback)
+        try:
+            if self._trained_on is not None:
+                self._trained_on.close()
+        finally:
+            self._trained_on = self._traced = None
+            self._scorer.__exit__(exception_type, exception, traceback)
 
     # ------------------------------------------------------------------------------------------------- validation
 

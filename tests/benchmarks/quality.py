@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("--importances", nargs="+", default=["magnitude", "activation", "reconstruction"])
     parser.add_argument("--targets", nargs="+", type=float, default=[0.7])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--calibration-batches", type=int, default=8)
+    parser.add_argument("--calibration-batches", type=int, help="default: the package's")
     parser.add_argument("--epochs", type=int, help="epochs of training before the prune, instead of the default")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--finetune", action="store_true", help="also train for one epoch after the prune")

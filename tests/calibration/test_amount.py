@@ -57,6 +57,7 @@ def test_the_samples_of_both_batches_count():
     assert batches_wanted(model, reader, {"0": 40.0}, (10, 32)) == 8  # four rows a sample
     wide = nn.Sequential(nn.Linear(4000, 3))
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 256)) == 16  # 4,096 samples at most
+    assert batches_wanted(wide, reader, {"0": 10.0}, (10, 300)) == 13
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 1024)) == 8
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 0)) == 32  # no training data: nobody will ask for them
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
+import lightning_softprune.round.prepare as prepare
 from lightning_softprune import GradientSearch, OptunaSearch, RandomSearch
 from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.journal import BASELINE, Journal, Key, journal_path
@@ -408,6 +409,18 @@ def test_changed_settings_start_a_fresh_search(tmp_path, uninterrupted, argument
     stopped_fit(tmp_path, 4, **arguments)
     (tmp_path / "passes").unlink()
     assert_ends_as(expected, tmp_path, continued=False)
+
+
+def test_trials_on_other_calibration_batches_do_not_count(tmp_path, monkeypatch):
+    same = {"importance": "magnitude"}  # whatever the batches are
+    (tmp_path / "alone").mkdir()
+    module, result = fragile_fit(tmp_path / "alone", **same)
+    expected = module.state_dict(), without_times(result), Passes.finished()
+    with monkeypatch.context() as fewer:
+        fewer.setattr(prepare, "batches_wanted", lambda *_: 2)
+        stopped_fit(tmp_path, 4, **same)
+    (tmp_path / "passes").unlink()
+    assert_ends_as(expected, tmp_path, continued=False, **same)
 
 
 def test_settings_that_only_speak_may_change(tmp_path, uninterrupted):
