@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_softprune import find_groups
-from lightning_softprune.surgery import Candidates, probe_groups, probe_with_counts
+from lightning_softprune.surgery import Candidates, one_can_go, probe_groups, probe_with_counts
 from support import zoo
 from support.attending import group
 from support.masked import Net
@@ -26,6 +26,29 @@ def test_the_probe_finds_what_only_running_shows_and_undoes_its_cuts():
     assert not probed["body"].prunable
     assert probed["body"].reason.startswith("the model does not run with fewer channels: RuntimeError")
     assert probed["inner"].prunable
+    assert_same(model, before)
+
+
+def test_one_group_that_runs_with_channels_gone_is_enough_and_nothing_stays_gone():
+    model, x = BY_NAME["ConstantView"].make()
+    groups = {group.name: group for group in zoo.trace_groups(model, [lambda: model(x)])}
+    body, inner = groups["body"], groups["inner"]  # the former does not run
+    before = snapshot(model)
+    widths = []
+
+    def run():
+        widths.append(len(model.inner.weight))
+        model(x)
+
+    def can_go(*groups, number=1):
+        return one_can_go(model, groups, number, run)
+
+    assert can_go(body, inner)
+    assert widths == [inner.num_channels, inner.num_channels - 1]
+    assert not can_go(body)
+    assert not can_go(inner.refuse("for a reason"))
+    assert can_go(inner, number=inner.num_channels - 1)
+    assert not can_go(inner, number=inner.num_channels)
     assert_same(model, before)
 
 
