@@ -59,6 +59,7 @@ def test_the_samples_of_both_batches_count():
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 256)) == 16  # 4,096 samples at most
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 300)) == 13
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 1024)) == 8
+    assert batches_wanted(nn.Sequential(nn.Linear(3, 2)), reader, {"0": 10.0}, (10, 1)) == 24
     assert batches_wanted(wide, reader, {"0": 10.0}, (10, 0)) == 32  # no training data: nobody will ask for them
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSa
 import lightning_softprune.trainer.isolation as isolation
 from lightning_softprune import RandomSearch, prune
 from lightning_softprune.trainer import ModuleRunner
+from lightning_softprune.trainer.batches import FirstBatches
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.utilities.snapshot import Snapshot
 from support.fits import ORDINARY_FITS, Polite, Probe, assert_equal, first_batches
@@ -572,6 +573,28 @@ def test_the_batches_of_a_round_are_the_same_whoever_asks(tmp_path):
     data = DataLoader(list(zip(torch.randn(40, 4), torch.randint(0, 2, (40,)), strict=True)), SIZE, shuffle=True)
     plain_trainer(tmp_path, probe, max_epochs=1).fit(Careless(), data, data)
     assert probe.result
+
+
+def test_validation_batches_are_dropped_also_where_the_training_loader_does_not_end(tmp_path, monkeypatch):
+    def close(_):
+        raise OSError("a worker does not end")
+
+    def use(runner):
+        with runner:
+            runner.training_batches(1)
+            assert runner.validation_batches
+            monkeypatch.setattr(FirstBatches, "close", close)
+
+    def function(trainer, module):
+        runner = ModuleRunner(trainer, module)
+        with pytest.raises(OSError, match="a worker does not end"):
+            use(runner)
+        return runner.validation_batches, runner._trained_on
+
+    probe = Probe(function, 0)
+    data = DataLoader(list(zip(torch.randn(8, 4), torch.randint(0, 2, (8,)), strict=True)), SIZE)
+    plain_trainer(tmp_path, probe, max_epochs=1).fit(Polite(), data, data)
+    assert probe.result == ([], None)
 
 
 def test_steps_run_as_one_see_the_module_as_it_is_and_leave_it_so(tmp_path, monkeypatch):
