@@ -9,10 +9,9 @@ channel are summed over everything it touches, so that a group is ranked as a wh
   with: the variance that disappears from the layers' outputs when the channel is replaced by its mean.
 - ``taylor``: the squared first-order change of the loss, ``(sum of weight * gradient)^2`` over the channel's
   producing and reading weights (Molchanov et al. 2019, arXiv 1906.10771, eq. 8).
-- ``reconstruction``: greedy selection of the channels from which the readers' outputs are best rebuilt by least
-  squares (orthogonal matching pursuit on the covariance of the readers' inputs); the last to be selected goes first.
-  A channel is kept with all that an output reads of it (the positions of a kernel, of a flattened map), where
-  compensation knows these, and up to :data:`_WIDEST_SELECTION` numbers in all.
+- ``reconstruction``: one by one, the channel goes without which the readers' outputs are still rebuilt best by least
+  squares (:mod:`~lightning_softprune.calibration.elimination`).
+- ``None``: ``reconstruction`` where a group has few enough inputs and is no stream, else ``activation``.
 - ``random``: a seeded permutation.
 - a function of the user's own (:data:`Importance`): given the model and a group, it returns one score per channel.
 """
@@ -26,7 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_softprune.calibration.readers import find_readers, is_reading, reading_weight, weight_geometry
+from lightning_softprune.calibration.elimination import eliminate, is_eliminated
+from lightning_softprune.calibration.readers import find_readers, is_reading, reading_weight
 from lightning_softprune.calibration.statistics import InputStatistics
 from lightning_softprune.graph import (
     Layout,
@@ -36,16 +36,9 @@ from lightning_softprune.graph import (
     computed_of,
     layout_of,
     watch_gradients,
-    weight_of,
 )
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 from lightning_softprune.utilities.checks import one_of
-
-_WIDEST_SELECTION = 1152
-"""Numbers that an output reads, 128 channels under a kernel of 3 x 3: a selection takes as their third power."""
-
-_PANEL = 64
-"""Columns of products that are held before they are taken off a matrix: one product of many is faster than many."""
 
 _PART = 2**20
 """Numbers of a weight that are looked at in double precision at a time."""
@@ -62,19 +55,19 @@ class ScoresError(ValueError):
     """A criterion of the user's own does not return one number per channel."""
 
 
-def checked_importance(importance: Any) -> str | Importance:
+def checked_importance(importance: Any) -> str | Importance | None:
     """The argument `importance`.
 
     Raises:
-        ValueError: It is neither one of :data:`IMPORTANCES` nor a function.
+        ValueError: It is neither `None` nor one of :data:`IMPORTANCES` nor a function.
     """
-    if callable(importance):
-        return cast(Importance, importance)
+    if importance is None or callable(importance):
+        return cast("Importance | None", importance)
     return cast(str, one_of("importance", importance, IMPORTANCES))
 
 
 def rank(
-    importance: str | Importance,
+    importance: str | Importance | None,
     model: nn.Module,
     groups: Sequence[PruningGroup],
     steps: Steps,
@@ -84,11 +77,11 @@ def rank(
     """Rank the channels of each group, the least important first.
 
     Args:
-        importance: One of :data:`IMPORTANCES`, or a function of the user's own.
+        importance: One of :data:`IMPORTANCES`, a function of the user's own, or `None`.
         model: The dense model.
         groups: Its prunable groups.
         steps: For ``taylor``: one function per calibration batch that runs the model on it and returns the loss.
-        statistics: For ``activation`` and ``reconstruction``: what the groups' readers see.
+        statistics: For ``activation``, ``reconstruction`` and `None`: what the groups' readers see.
         rng: For ``random``.
 
     Returns:
@@ -107,8 +100,8 @@ def rank(
         scores = _magnitude(model, groups)
     elif importance == "activation":
         scores = _activation(model, groups, statistics)
-    elif importance == "reconstruction":
-        scores = _reconstruction(model, groups, statistics)
+    elif importance in ("reconstruction", None):
+        scores = _reconstruction(model, groups, statistics, everywhere=importance is not None)
     else:
         scores = _taylor(model, groups, steps)
     return [np.argsort(np.nan_to_num(score, nan=0.0), kind="stable").astype(np.int64) for score in scores]
@@ -158,168 +151,20 @@ def _activation(
 
 
 def _reconstruction(
-    model: nn.Module, groups: Sequence[PruningGroup], statistics: Mapping[str, InputStatistics]
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    statistics: Mapping[str, InputStatistics],
+    everywhere: bool,
 ) -> list[FloatArray]:
-    """Score a channel by how early greedy selection takes it: the first to be kept has the highest score."""
+    """Score a channel by how late it goes, everywhere or in groups where that is the default; else by `activation`."""
     modules = dict(model.named_modules())
     strides = {(reader.name, reader.slot): reader.stride for reader in find_readers(model, groups)}
     scores = []
     for group in groups:
-        heads = _holds_heads(modules, group)
-        problems = [
-            _Selection.of(member, modules[member.module], strides[member.module, member.slot], known, heads)
-            for member in group.members
-            if is_reading(modules, member) and (known := statistics.get(member.module)) is not None
-        ]
-        if not problems:
-            scores.append(_magnitude(model, [group])[0])
-            continue
-        score = np.zeros(group.num_channels)
-        left = np.ones(group.num_channels, dtype=bool)
-        for rank_kept in range(group.num_channels, 0, -1):
-            gains = np.sum([problem.gains(group.num_channels) for problem in problems], axis=0)
-            chosen = int(np.argmax(np.where(left, gains, -np.inf)))
-            score[chosen], left[chosen] = rank_kept, False
-            for problem in problems:
-                problem.keep(chosen)
-        scores.append(score)
+        wanted = everywhere or is_eliminated(modules, group)
+        order = eliminate(modules, group, strides, statistics) if wanted else ()
+        scores += [np.argsort(order).astype(np.float64)] if len(order) else _activation(model, [group], statistics)
     return scores
-
-
-def _holds_heads(modules: Mapping[str, nn.Module], group: PruningGroup) -> bool:
-    """Whether the layers that produce a channel do so at several indices; positions behind a flatten have one."""
-    made = [member.owner[member.owner >= 0] for member in group.members if not is_reading(modules, member)]
-    return any(len(owner) > group.num_channels for owner in made)
-
-
-class _Selection:
-    """What one reader's outputs still lack, given the channels kept so far.
-
-    ``D`` is the covariance of what an output reads given the kept channels, ``M`` the weights that read it, and
-    ``G = D M M^T D``. To keep an input j next explains ``G_jj / D_jj`` of the outputs' variance (orthogonal matching
-    pursuit on the covariance). A channel has several inputs B, where it is a head, or an output reads it at several
-    positions: as a whole it explains ``tr((D_BB)^-1 G_BB)``. Once it is kept, ``D -= A D_B`` with
-    ``A = D_:B (D_BB)^-1``, and ``G`` becomes ``(I - A e_B^T) G (I - A e_B^T)^T``.
-
-    Args:
-        owner: The channel of each input; -1 for one of another group, which counts as kept.
-        covariance: Of the inputs; it is overwritten.
-        gram: ``M M^T``.
-    """
-
-    def __init__(self, owner: IntArray, covariance: torch.Tensor, gram: torch.Tensor) -> None:
-        gram = gram.nan_to_num(0.0, 0.0, 0.0)
-        self.ridge = max(1e-6 * float(covariance.diagonal().mean()), 1e-12)
-        self.owner = torch.from_numpy(owner).to(covariance.device)
-        own = self.owner >= 0
-        if not bool(own.all()):
-            rest = covariance[~own][:, ~own]
-            rest.diagonal().add_(self.ridge)
-            across = covariance[own][:, ~own]
-            covariance = covariance[own][:, own] - across @ torch.linalg.solve(rest, across.t())
-            gram, self.owner = gram[own][:, own], self.owner[own]
-        self.blocks = _by_size(self.owner)
-        inside = [indices for _, indices in self.blocks]
-        self.unexplained = _Remainder(covariance @ gram @ covariance, inside)
-        self.left = _Remainder(covariance, inside)
-
-    @classmethod
-    def of(cls, member: Member, layer: nn.Module, stride: int, known: InputStatistics, heads: bool) -> _Selection:
-        """For one reader: of all that an output reads, where that is known and not too wide, else of its channels.
-
-        Args:
-            member: The reader in its group.
-            layer: The reader.
-            stride: Its consecutive input indices per channel.
-            known: What it sees.
-            heads: Whether channels are heads.
-        """
-        geometry, owner = weight_geometry(layer), member.owner[::stride]
-        whole = known.unfolded
-        if whole is not None and geometry.groups == 1 and (heads or geometry.features <= _WIDEST_SELECTION):
-            covariance = whole.covariance
-            rows = geometry.to_rows(weight_of(layer, geometry.weight).detach(), stride)[0]
-            weight = rows.flatten(1).to(covariance)
-            return cls(np.repeat(owner, rows.shape[2]), covariance, weight.t() @ weight)
-        covariance = known.covariance
-        weight = reading_weight(layer).to(covariance).flatten(1)
-        gram = torch.zeros_like(covariance)
-        for offset in range(stride):
-            gram += weight[offset::stride] @ weight[offset::stride].t()
-        if geometry.groups > 1:  # no output of a grouped convolution reads channels of two parts
-            part = torch.arange(len(gram), device=gram.device) // (len(gram) // geometry.groups)
-            together = part[:, None] == part
-            gram, covariance = gram * together, covariance * together
-        return cls(owner, covariance, gram)
-
-    def gains(self, num_channels: int) -> FloatArray:
-        total = torch.zeros(num_channels, dtype=torch.float64, device=self.owner.device)
-        for (channels, _), left, unexplained in zip(
-            self.blocks, self.left.diagonal, self.unexplained.diagonal, strict=True
-        ):
-            inside = left.clone()
-            inside.diagonal(dim1=1, dim2=2).clamp_(min=0.0).add_(self.ridge)
-            explained = unexplained / inside if inside.shape[1] == 1 else torch.linalg.solve(inside, unexplained)
-            total[channels] = explained.diagonal(dim1=1, dim2=2).sum(1)
-        return np.asarray(total.cpu().numpy())
-
-    def keep(self, channel: int) -> None:
-        indices = torch.nonzero(self.owner == channel)[:, 0]
-        columns, unexplained = self.left.columns(indices), self.unexplained.columns(indices)
-        inside = columns[indices]
-        inside.diagonal().clamp_(min=0.0).add_(self.ridge)
-        coefficients = torch.linalg.solve(inside, columns.t()).t()
-        self.left.take_off(coefficients, columns)
-        # on both sides: what would be taken off twice is given back by half on each
-        unexplained -= 0.5 * coefficients @ unexplained[indices]
-        self.unexplained.take_off(torch.cat([coefficients, unexplained], 1), torch.cat([unexplained, coefficients], 1))
-
-
-class _Remainder:
-    """A matrix of which products are taken off; :data:`_PANEL` columns of factors at a time, since it may be large.
-
-    Args:
-        matrix: The matrix; it is overwritten.
-        blocks: Indices, shape ``(blocks, size)``, of blocks on its diagonal.
-
-    Attributes:
-        diagonal: What these blocks are now, shape ``(blocks, size, size)``.
-    """
-
-    def __init__(self, matrix: torch.Tensor, blocks: Sequence[torch.Tensor]) -> None:
-        self.matrix, self.blocks = matrix, blocks
-        self.diagonal = [matrix[at[:, :, None], at[:, None, :]] for at in blocks]
-        self.pending = 0
-        self.lefts, self.rights = (matrix.new_empty(len(matrix), 0) for _ in range(2))
-
-    def columns(self, indices: torch.Tensor) -> torch.Tensor:
-        """Some of the columns, a new tensor."""
-        lefts, rights = self.lefts[:, : self.pending], self.rights[indices, : self.pending]
-        return self.matrix[:, indices].addmm_(lefts, rights.t(), alpha=-1.0)
-
-    def take_off(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """Take off ``left @ right.T``."""
-        for at, block in zip(self.blocks, self.diagonal, strict=True):
-            block.baddbmm_(left[at], right[at].mT, alpha=-1.0)
-        if self.pending + left.shape[1] > self.lefts.shape[1]:
-            lefts, rights = self.lefts[:, : self.pending], self.rights[:, : self.pending]
-            self.matrix.addmm_(lefts, rights.t(), alpha=-1.0)
-            self.pending, width = 0, max(_PANEL, left.shape[1])
-            self.lefts, self.rights = (self.matrix.new_empty(len(self.matrix), width) for _ in range(2))
-        end = self.pending + left.shape[1]
-        self.lefts[:, self.pending : end], self.rights[:, self.pending : end] = left, right
-        self.pending = end
-
-
-def _by_size(owner: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Channels that have equally many indices, and these, shape ``(channels, indices)``."""
-    channels, counts = torch.unique(owner, return_counts=True)
-    starts, order = counts.cumsum(0) - counts, owner.argsort(stable=True)
-    found = []
-    for size in torch.unique(counts).tolist():
-        own = counts == size
-        found.append((channels[own], order[starts[own][:, None] + torch.arange(size, device=owner.device)]))
-    return found
 
 
 def _taylor(model: nn.Module, groups: Sequence[PruningGroup], steps: Steps) -> list[FloatArray]:

@@ -77,6 +77,13 @@ def is_reading(modules: Mapping[str, nn.Module], member: Member) -> bool:
     return weight is None or weight.numel() > 0  # a layer without outputs mixes nothing
 
 
+def is_mixing(modules: Mapping[str, nn.Module], member: Member) -> bool:
+    """Whether the member is the output of a layer that mixes channels."""
+    module = modules.get(member.module)
+    geometry = None if module is None else geometry_of(module)
+    return geometry is not None and member.slot not in (geometry.slot, "both")
+
+
 def weight_geometry(layer: nn.Module) -> WeightGeometry:
     """How a reader's weight reads its inputs.
 

@@ -54,9 +54,11 @@ class SoftPruning(PruningHooks):
             module): a twin gets the same plan and has no coefficients of its own. What is not trained and looks like
             something that is has to be named here or in `ignore`.
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
-        importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (greedy
-            selection of the channels from which the consumers' outputs are best rebuilt), "random", or a function
-            ``(model, group) -> scores`` of your own: one number per channel, the smallest go first.
+        importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (one by
+            one, that without which the consumers' outputs are still rebuilt best by least squares), "random", or a
+            function ``(model, group) -> scores`` of your own: one number per channel, the smallest go first. ``None``:
+            "reconstruction" with least squares, but "activation" without, for streams to which several layers add, and
+            for consumers of more than 1,536 inputs.
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
         healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense
@@ -126,8 +128,8 @@ class SoftPruning(PruningHooks):
         twins: dict[str, str] | None = None,
         bounds: dict[str, list[float]] | None = None,
         importance: Union[  # noqa: UP007
-            Literal["magnitude", "activation", "taylor", "reconstruction", "random"], Importance
-        ] = "activation",
+            Literal["magnitude", "activation", "taylor", "reconstruction", "random"], Importance, None
+        ] = None,
         compensation: Literal["none", "bias", "least_squares"] = "least_squares",
         healing: int = 0,
         teacher: float = 0.0,

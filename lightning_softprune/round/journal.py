@@ -382,6 +382,7 @@ def open_journal(
             for field in dataclasses.fields(settings)
             if field.name not in _WITHOUT_INFLUENCE and (field.name, getattr(settings, field.name)) not in _ADDED
         }
+        configuration["importance"] = settings.ranking
         # the batches themselves are part of what trials are of; 8 was the default of release 0.1.0
         configuration["calibration_batches"] = settings.least_calibration_batches
         if settings.mode == AUTO:  # what a name says was the default of release 0.1.0

@@ -158,7 +158,7 @@ class PruningProblem:
         with phases("measuring"):
             positions, statistics, dense = _measured(runner, settings, readers, (calibration, batches))
             rankings: list[IntArray] = runner.broadcast(
-                rank(settings.importance, module, groups, calibration, statistics, rng)
+                rank(settings.ranking, module, groups, calibration, statistics, rng)
             )
             statistics = seen_by_twins(statistics, settings.twins or {})
             intercepts = _intercepts(runner, settings, groups)
@@ -409,7 +409,7 @@ def _measured(
 ) -> tuple[ReadPositions, dict[str, InputStatistics], DenseRun | None]:
     """What readers see on the calibration batches, and where; and what they do, for the refit, where there is room."""
     (steps, batches), module, left = calibration, runner.module, runner.memory_left
-    wanted = Wanted.by(settings.importance, settings.compensation)
+    wanted = Wanted.by(settings.ranking, settings.compensation)
     if wanted is None:
         return ReadPositions(), {}, None
     glance = cache(partial(runner.few, batches, PROBE_SAMPLES))

@@ -31,7 +31,7 @@ class RoundSettings:
     ignore: tuple[str, ...]
     twins: dict[str, str] | None
     bounds: dict[str, list[float]] | None
-    importance: str | Importance
+    importance: str | Importance | None
     compensation: str
     round_to: int
     search_batches: int | None
@@ -47,6 +47,12 @@ class RoundSettings:
     healing: int = 0
     teacher: float = 0.0
     latency_batch: int | None = None
+
+    @property
+    def ranking(self) -> str | Importance | None:
+        """The criterion: elimination makes up for what goes by least squares, which is of no use to who does not."""
+        by_default = self.importance is None and self.compensation != "least_squares"
+        return "activation" if by_default else self.importance
 
     @property
     def least_calibration_batches(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import lightning_softprune.calibration.elimination as elimination
 import lightning_softprune.calibration.importance as calibration
 from lightning_softprune.calibration import collect_statistics, find_readers
 from lightning_softprune.calibration.importance import IMPORTANCES, norms, rank
@@ -156,14 +157,54 @@ def test_activation_is_variance_times_the_squared_norm_of_the_reading_weights(ki
     assert [r.tolist() for r in ranked("activation", model, groups, batches)] == order(expected)
 
 
-def test_reconstruction_keeps_a_channel_over_its_copy():
-    """Of two channels that say the same, one is worth nothing once the other is kept."""
-    model, batches, groups = make(MLP)
+@pytest.mark.parametrize("seed", range(6))
+def test_of_two_loud_channels_that_say_the_same_one_goes_early_and_the_other_last(seed):
+    """Either costs next to nothing while the other is there; by variance both would stay."""
+    model, _, groups = make(MLP, seed)
+    batches = [torch.randn(60, 5)]
     with torch.no_grad():
+        model.a.weight[1] *= 2.0
         model.a.weight[3], model.a.bias[3] = model.a.weight[1], model.a.bias[1]
-        model.a.bias.add_(3.0)  # no ReLU is ever off: nothing else is a copy
+        model.a.bias.add_(9.0)  # no ReLU is ever off: nothing else is a copy
     (ranking, _) = ranked("reconstruction", model, groups, batches)
-    assert len({1, 3} & set(ranking[:1].tolist())) == 1
+    assert len({1, 3} & set(ranking[:2])) == 1 == len({1, 3} & set(ranking[-1:]))
+    (ranking, _) = ranked("activation", model, groups, batches)
+    assert {1, 3} <= set(ranking[3:])
+
+
+class Stream(nn.Module):
+    """Two layers add to what two read; inside one of them, channels are made and read once."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.up, self.down = nn.Linear(5, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+def by_each_criterion(model, batches):
+    groups = prunable(model, batches[0])
+    found = {how: ranked(how, model, groups, batches) for how in (None, "activation", "reconstruction")}
+    return [{how: rankings[number].tolist() for how, rankings in found.items()} for number in range(len(groups))]
+
+
+def test_by_default_channels_are_eliminated_but_where_several_layers_add_and_several_read():
+    torch.manual_seed(0)
+    stream, inner = by_each_criterion(Stream().eval(), [torch.randn(40, 5)])
+    assert stream[None] == stream["activation"] != stream["reconstruction"]
+    assert inner[None] == inner["reconstruction"] != inner["activation"]
+
+
+@pytest.mark.parametrize(("widest", "like"), [(6, "reconstruction"), (5, "activation")])
+def test_by_default_channels_that_a_wide_layer_reads_are_not_eliminated(monkeypatch, widest, like):
+    monkeypatch.setattr(elimination, "_WIDEST", widest)
+    model, _, _ = make(MLP)
+    first, _ = by_each_criterion(model, [torch.randn(60, 5)])
+    assert first["reconstruction"] != first["activation"]
+    assert first[None] == first[like]
 
 
 @pytest.mark.slow

@@ -144,7 +144,7 @@ WRONG = {
     "layers": ["nn.Linear", 5, {"type": "torch.nn.Linear"}],
     "twins": [["a"], "a", 5, {"a": 5}, {5: "a"}],
     "bounds": [[0.1, 0.2], "encoder", {"a": ["0", "1"]}, {5: [0, 1]}, {"a": [None, 1]}, {"a": [float("nan"), 1]}],
-    "importance": [5, None, ["taylor"]],
+    "importance": [5, True, ["taylor"]],
     "compensation": [5, None, ["bias"]],
     "healing": ["1", 1.0, None, True],
     "teacher": ["1", None, True, [0.5]],

@@ -563,7 +563,8 @@ def test_outputs_are_compared_on_whole_batches_where_a_step_takes_no_others(tmp_
     assert callback.results[0].numbers.errors is not None
 
 
-def test_what_is_expected_is_what_the_networks_outputs_miss(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("importance", "correlation", "factor"), [("activation", 0.95, 4.0), (None, 0.8, 12.0)])
+def test_what_is_expected_is_what_the_networks_outputs_miss(tmp_path, monkeypatch, importance, correlation, factor):
     """Each group alone pruned, on the same samples; the module's outputs are seen by a hook of the test's own."""
     compared, original = [], PruningProblem.expected_errors
 
@@ -591,12 +592,14 @@ def test_what_is_expected_is_what_the_networks_outputs_miss(tmp_path, monkeypatc
         return tables
 
     monkeypatch.setattr(PruningProblem, "expected_errors", compare)
-    fit(tmp_path, made(hidden=24, latent=12), softpruning(target_sparsity=0.4, search=GradientSearch()))
+    callback = softpruning(target_sparsity=0.4, search=GradientSearch(), importance=importance)
+    fit(tmp_path, made(hidden=24, latent=12), callback)
     exact = [abs(missed - expected) <= 1e-3 * expected for missed, expected in compared]
     assert sum(exact) >= 5  # those that were measured
     logs = np.log([[missed, expected] for missed, expected in compared if missed > 1e-3])
-    assert np.corrcoef(logs.T)[0, 1] > 0.95
-    assert np.abs(logs[:, 0] - logs[:, 1]).max() < np.log(4.0)
+    # where channels that others stand for go first, nearly nothing is missed below what is measured, or much beyond it
+    assert np.corrcoef(logs.T)[0, 1] > correlation
+    assert np.abs(logs[:, 0] - logs[:, 1]).max() < np.log(factor)
 
 
 @pytest.mark.parametrize("step", [4, 8])
