@@ -69,31 +69,30 @@ def eliminate(
         for member in group.members
         if is_reading(modules, member) and (known := statistics.get(member.module)) is not None
     ]
-    order: list[int] = []
+    order = np.zeros(0, dtype=np.int64)
     left = np.full(group.num_channels, bool(readers))
     while left.any():
         candidates = _cheapest(readers, left)[:_CANDIDATES]
         going = len(candidates) if left.sum() <= _CANDIDATES else len(candidates) // 2
         gone = _one_by_one([reader.among(candidates) for reader in readers], candidates, going, len(left))
-        order += gone
-        left[gone] = False
+        order, left[gone] = np.concatenate([order, gone]), False
         if left.any():
             for reader in readers:
                 reader.remove(gone)
             readers = [reader.among(np.flatnonzero(left)) for reader in readers]
-    return np.array(order, dtype=np.int64)
+    return order
 
 
-def _one_by_one(readers: Sequence[_Reads], candidates: IntArray, going: int, num_channels: int) -> list[int]:
+def _one_by_one(readers: Sequence[_Reads], candidates: IntArray, going: int, num_channels: int) -> IntArray:
     """The first candidates to go, where all are looked at anew once one is gone."""
-    gone: list[int] = []
+    gone = np.zeros(going, dtype=np.int64)
     left = np.zeros(num_channels, dtype=bool)
     left[candidates] = True
-    for _ in range(going):
-        gone.append(int(_cheapest(readers, left)[0]))
-        left[gone] = False
+    for turn in range(going):
+        gone[turn : turn + 1] = _cheapest(readers, left)[:1]
+        left[gone[turn]] = False
         for reader in readers:
-            reader.remove(gone[-1:])
+            reader.remove(gone[turn : turn + 1])
     return gone
 
 
@@ -118,12 +117,12 @@ class _Reads:
         gram: ``G``; zero for them. It is overwritten.
     """
 
-    def __init__(self, owner: IntArray, precision: torch.Tensor, gram: torch.Tensor) -> None:
+    def __init__(self, owner: IntArray, precision: FloatArray, gram: FloatArray) -> None:
         self.owner, self.precision, self.gram = owner, precision, gram
         channels, counts = np.unique(owner, return_counts=True)
         order, starts = np.argsort(owner, kind="stable"), np.cumsum(counts) - counts
         self._blocks = [  # channels that have equally many inputs, and these
-            (channels[counts == size], self._index(order[starts[counts == size][:, None] + np.arange(size)]))
+            (channels[counts == size], order[starts[counts == size][:, None] + np.arange(size)])
             for size in np.unique(counts)
         ]
 
@@ -150,35 +149,41 @@ class _Reads:
             gram, covariance = gram * together, covariance * together
         covariance.diagonal().add_(max(_RIDGE * float(covariance.diagonal().mean()), 1e-12))
         precision = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
-        return cls(owner, precision, gram).among(np.unique(owner[owner >= 0]))
+        return cls(owner, precision.cpu().numpy(), gram.cpu().numpy()).among(np.unique(owner[owner >= 0]))
 
     def among(self, channels: IntArray) -> _Reads:
         """What concerns these channels alone; a copy."""
-        indices = np.flatnonzero(np.isin(self.owner, channels))
-        at = self._index(indices)
-        return _Reads(self.owner[indices], self.precision[at[:, None], at], self.gram[at[:, None], at])
+        at = self._inputs_of(channels)
+        return _Reads(self.owner[at], self.precision[np.ix_(at, at)], self.gram[np.ix_(at, at)])
 
     def costs(self, num_channels: int) -> FloatArray:
         """Variance that the outputs miss without each channel, shape ``(num_channels,)``; 0 for those not read."""
         costs = np.zeros(num_channels)
         for channels, at in self._blocks:
-            precision, gram = (matrix[at[:, :, None], at[:, None, :]] for matrix in (self.precision, self.gram))
-            missed = gram / precision if at.shape[1] == 1 else torch.linalg.solve(precision, gram)
-            costs[channels] = missed.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
+            if at.shape[1] == 1:
+                costs[channels] = self.gram.diagonal()[at[:, 0]] / self.precision.diagonal()[at[:, 0]]
+            else:
+                precision, gram = (matrix[at[:, :, None], at[:, None, :]] for matrix in (self.precision, self.gram))
+                costs[channels] = np.trace(np.linalg.solve(precision, gram), axis1=1, axis2=2)
         return costs
 
-    def remove(self, channels: Sequence[int]) -> None:
+    def remove(self, channels: IntArray) -> None:
         """Let the inputs that are left stand for those of these channels."""
-        at = self._index(np.flatnonzero(np.isin(self.owner, channels)))
+        at = self._inputs_of(channels)
         columns, read = self.precision[:, at], self.gram[:, at]
-        stands = torch.linalg.solve(columns[at], columns.t()).t()
-        self.precision -= stands @ columns.t()
+        inside = columns[at]
+        stands = columns / inside if len(at) == 1 else np.linalg.solve(inside, columns.T).T
         # on both sides: what would be taken off twice is given back by half on each
         read -= 0.5 * stands @ read[at]
-        self.gram -= stands @ read.t() + read @ stands.t()
+        taken = stands @ read.T
+        self.gram -= taken
+        self.gram -= taken.T
+        self.precision -= stands @ columns.T
         for matrix in (self.precision, self.gram):
             matrix[at], matrix[:, at] = 0.0, 0.0
         self.precision[at, at] = 1.0
 
-    def _index(self, indices: IntArray) -> torch.Tensor:
-        return torch.from_numpy(indices).to(self.gram.device)
+    def _inputs_of(self, channels: IntArray) -> IntArray:
+        if len(channels) == 1:
+            return np.flatnonzero(self.owner == channels[0])
+        return np.flatnonzero(np.isin(self.owner, channels))
