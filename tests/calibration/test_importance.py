@@ -185,6 +185,19 @@ class Stream(nn.Module):
         return self.head(x + self.down(self.up(x).relu()))
 
 
+class Beside(nn.Module):
+    """Channels that several layers make and one reads, or that one makes and several read."""
+
+    def __init__(self, makers, readers):
+        super().__init__()
+        self.makers = nn.ModuleList(nn.Linear(5, 8) for _ in range(makers))
+        self.readers = nn.ModuleList(nn.Linear(8, 2) for _ in range(readers))
+
+    def forward(self, x):
+        x = sum(make(x) for make in self.makers).relu()
+        return sum(read(x) for read in self.readers)
+
+
 def by_each_criterion(model, batches):
     groups = prunable(model, batches[0])
     found = {how: ranked(how, model, groups, batches) for how in (None, "activation", "reconstruction")}
@@ -196,6 +209,14 @@ def test_by_default_channels_are_eliminated_but_where_several_layers_add_and_sev
     stream, inner = by_each_criterion(Stream().eval(), [torch.randn(40, 5)])
     assert stream[None] == stream["activation"] != stream["reconstruction"]
     assert inner[None] == inner["reconstruction"] != inner["activation"]
+
+
+@pytest.mark.parametrize(("makers", "readers", "like"), [(2, 1, 0), (1, 2, 0), (2, 2, 1)])
+def test_a_stream_has_several_layers_at_both_ends(makers, readers, like):
+    torch.manual_seed(0)
+    (found,) = by_each_criterion(Beside(makers, readers).eval(), [torch.randn(40, 5)])
+    assert found["reconstruction"] != found["activation"]
+    assert found[None] == found[("reconstruction", "activation")[like]]
 
 
 @pytest.mark.parametrize(("widest", "like"), [(6, "reconstruction"), (5, "activation")])
