@@ -4,7 +4,8 @@ The channel goes next without which the readers' outputs, rebuilt by least squar
 That is asked of a reader's inputs alone: ``P`` is the inverse of their covariance and ``G = M M^T``, with ``M`` the
 weights that read them. Without the inputs B of a channel the outputs miss ``tr((P_BB)^-1 G_BB)`` of their variance;
 once they are gone, the others stand for them: ``P -= A P_B`` with ``A = P_:B (P_BB)^-1``, and ``M -= A M_B``. A channel
-has several inputs where it is a head. Positions under a kernel, and those of a flattened map, are outputs of their own.
+has several inputs where it is a head, and where an output reads it at several positions (of a kernel, of a flattened
+map); where these are too many, or not known, each position is an output of its own.
 
 To look at a large matrix for every channel would take long: channels go one by one among the few that cost least, and
 half of these are gone before the others are looked at again.
@@ -29,6 +30,9 @@ _RIDGE = 0.01
 
 _WIDEST = 1536
 """Inputs of a reader up to which a group's order is found this way by default: it takes as their third power."""
+
+_WIDEST_WINDOW = 1152
+"""Numbers that an output reads up to which positions are told apart: 128 channels under a kernel of 3 x 3."""
 
 _CANDIDATES = 64
 """Channels that go one by one until half of them are left."""
@@ -137,10 +141,16 @@ class _Reads:
             known: What it sees.
             heads: Whether channels are heads.
         """
-        geometry, weight = weight_geometry(layer), reading_weight(layer).flatten(1)
-        if heads and geometry.kernel is None and known.unfolded is not None:
-            known, stride = known.unfolded, 1
-        covariance, owner = known.covariance, member.owner[::stride]
+        geometry, weight, owner = weight_geometry(layer), reading_weight(layer), member.owner
+        told_apart = geometry.features <= _WIDEST_WINDOW or (heads and geometry.kernel is None)
+        if known.unfolded is None or geometry.groups > 1 or not told_apart:
+            owner = owner[::stride]
+        else:
+            known = known.unfolded
+            if geometry.kernel is not None:
+                weight = weight.flatten(2).transpose(1, 2)
+                owner = np.repeat(owner, weight.shape[1])
+        covariance = known.covariance
         weight = weight.reshape(len(owner), -1).to(covariance).nan_to_num(0.0, 0.0, 0.0)
         gram = weight @ weight.t()
         if geometry.groups > 1:  # no output of a grouped layer reads inputs of two parts

@@ -114,7 +114,8 @@ def test_channels_go_in_the_order_of_the_slow_elimination_with_one_reader(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_heads_go_in_the_order_of_the_slow_elimination_of_whole_heads(seed):
+def test_heads_go_in_the_order_of_the_slow_elimination_of_whole_heads(seed, monkeypatch):
+    monkeypatch.setattr(elimination, "_WIDEST_WINDOW", 0)  # however wide they are
     torch.manual_seed(seed)
     model = Heads()
     with torch.no_grad():  # within the first head, dimensions say nearly the same: one of them is enough
@@ -172,8 +173,32 @@ def test_a_grouped_reader_rebuilds_each_parts_outputs_from_that_part_alone(seed,
     assert ranking.tolist() == slow_elimination([(apart, whole, np.arange(10).reshape(2, 5).T)], 5)
 
 
+@pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
-def test_positions_of_a_kernel_are_outputs_of_their_own(seed):
+def test_a_channel_goes_with_all_positions_under_a_kernel(seed, padding):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=padding))
+    x = torch.randn(30, 2, 6, 6)
+    _, (ranking,) = ranked(model, x)
+    z = F.unfold(torch.from_numpy(inputs_of(model, "2", x)), 3, padding=padding).mT.flatten(0, 1).numpy()
+    weight = model[2].weight.detach().double().flatten(1).numpy()
+    assert ranking.tolist() == slow_elimination([(z - z.mean(0), weight, np.arange(54).reshape(6, 9))], 6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_channel_goes_with_all_its_positions_behind_a_flatten(seed):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Conv1d(2, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
+    x = torch.randn(80, 2, 4)
+    _, (ranking,) = ranked(model, x)
+    z = inputs_of(model, "3", x)
+    weight = model[3].weight.detach().double().numpy()
+    assert ranking.tolist() == slow_elimination([(z - z.mean(0), weight, np.arange(24).reshape(6, 4))], 6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_where_a_kernel_reads_too_much_its_positions_are_outputs_of_their_own(seed, monkeypatch):
+    monkeypatch.setattr(elimination, "_WIDEST_WINDOW", 53)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.ReLU(), nn.Conv2d(6, 3, 3))
     x = torch.randn(20, 2, 5, 5)
@@ -184,7 +209,8 @@ def test_positions_of_a_kernel_are_outputs_of_their_own(seed):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_positions_of_a_flattened_map_are_outputs_of_their_own(seed):
+def test_where_a_flattened_map_is_too_wide_its_positions_are_outputs_of_their_own(seed, monkeypatch):
+    monkeypatch.setattr(elimination, "_WIDEST_WINDOW", 23)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv1d(2, 6, 1), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3))
     x = torch.randn(80, 2, 4)
