@@ -201,7 +201,8 @@ def rounds(tmp_path, kind, healing, **arguments):
             "tied": getattr(module, "again", None) is None or module.again.weight is module.back.weight,
         }
 
-    pruning, probe, batches = softpruning(healing=healing, **arguments), AtEpochStart(look), Batches()
+    arguments = {"healing": healing, "importance": "activation"} | arguments  # by which something is lost
+    pruning, probe, batches = softpruning(**arguments), AtEpochStart(look), Batches()
     fit(tmp_path, made(kind), pruning, probe, batches, max_epochs=2)
     return pruning.results[0], probe.found, batches.batches
 
@@ -297,7 +298,8 @@ def test_a_constraint_counts_on_healing_so_that_the_smallest_model_that_meets_it
     bound, found = dense_psnr(tmp_path) - 0.5, []
     for healing in (0, 40):
         arguments = {"monitor": "val_psnr", "mode": "max", "epochs": 10, "target_sparsity": None, "healing": healing}
-        pruning, oracle = softpruning(**arguments, constraints=[f"val_psnr >= {bound}"]), AtEpochStart(look, 10)
+        arguments |= {"importance": "activation", "constraints": [f"val_psnr >= {bound}"]}
+        pruning, oracle = softpruning(**arguments), AtEpochStart(look, 10)
         fit(tmp_path, made(), pruning, oracle, max_epochs=11)
         score, parameters = oracle.found
         assert pruning.results[0].applied

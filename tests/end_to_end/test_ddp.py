@@ -153,5 +153,6 @@ def test_a_search_killed_on_both_ranks_goes_on_and_ends_as_one_that_was_not(tmp_
     for rank in (0, 1):
         for name in ("removed", "shapes", "scores", "losses", "digests"):
             assert continued[rank][name] == whole[rank][name]
-        assert continued[rank]["passes"] == whole[rank]["passes"] + 1, "only the baseline is scored once more"
+        again = "the baseline is scored once more, and so is the chosen plan, whose score was read"
+        assert continued[rank]["passes"] == whole[rank]["passes"] + 2, again
     assert not list((tmp_path / "killed").rglob("*.jsonl"))

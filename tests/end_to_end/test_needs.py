@@ -183,7 +183,7 @@ def test_a_constrained_metric_that_is_not_logged(tmp_path):
 def test_without_a_target_the_smallest_network_that_meets_the_constraint_is_found(tmp_path, search):
     bound = dense_score(tmp_path, 30) - 0.5
     module = made()
-    arguments = {"monitor": "val_psnr", "mode": "max", "epochs": 30}
+    arguments = {"monitor": "val_psnr", "mode": "max", "epochs": 30, "importance": "activation"}
     callback = softpruning(**arguments, target_sparsity=None, constraints=[f"val_psnr >= {bound}"], search=search)
     oracle = AtEpochStart(lambda _, m: plain_validate(tmp_path, m, loaders(m)), 30)
     fit(tmp_path, module, callback, oracle, max_epochs=31)
@@ -227,7 +227,8 @@ def test_without_a_target_the_budget_of_the_strategy_is_kept(tmp_path):
 def test_several_rounds_without_a_target(tmp_path):
     bound = dense_score(tmp_path, 30) - 0.5
     search, constraints = SensitivitySearch(levels=5), [f"val_psnr >= {bound}"]
-    callback = softpruning(epochs=[30, 32], target_sparsity=None, constraints=constraints, search=search)
+    how = {"importance": "activation", "search": search}
+    callback = softpruning(epochs=[30, 32], target_sparsity=None, constraints=constraints, **how)
     fit(tmp_path, made(), callback, max_epochs=33)
     first, second = callback.results
     assert first.applied
