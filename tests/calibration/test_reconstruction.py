@@ -152,34 +152,33 @@ def test_channels_of_other_groups_that_a_reader_has_beside_them_stay(seed):
     assert rankings[0].tolist() == slow_elimination([problem], 8)
 
 
+@pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("seed", range(5))
-def test_a_grouped_reader_rebuilds_each_parts_outputs_from_that_part_alone(seed, transposed):
+def test_a_grouped_reader_rebuilds_each_parts_outputs_from_that_part_alone(seed, transposed, size):
     torch.manual_seed(seed)
     layer = nn.ConvTranspose1d if transposed else nn.Conv1d
-    model = nn.Sequential(nn.Conv1d(3, 10, 1), nn.ReLU(), layer(10, 4, 1, groups=2), nn.Conv1d(4, 1, 1))
+    model = nn.Sequential(nn.Conv1d(3, 10, 1), nn.ReLU(), layer(10, 4, size, groups=2), nn.Conv1d(4, 1, 1))
     x = torch.randn(100, 3, 4)
     _, (ranking, _) = ranked(model, x)
     z = np.moveaxis(inputs_of(model, "2", x), 1, -1).reshape(-1, 10)
     z = z - z.mean(0)
-    weight = model[2].weight.detach().double().numpy()[:, :, 0]
-    whole = np.zeros((4, 10))
-    for part in range(2):
-        rows, columns = slice(2 * part, 2 * part + 2), slice(5 * part, 5 * part + 5)
-        whole[rows, columns] = weight[columns].T if transposed else weight[rows]
+    weight = model[2].weight.detach().double().numpy()
+    whole = np.zeros((size, 4, 10))  # each position of the kernel is an output of its own
+    for position, part in itertools.product(range(size), range(2)):
+        rows, columns, at = slice(2 * part, 2 * part + 2), slice(5 * part, 5 * part + 5), weight[:, :, position]
+        whole[position, rows, columns] = at[columns].T if transposed else at[rows]
     apart = np.zeros((2 * len(z), 10))  # what one part says tells nothing of the other
     apart[: len(z), :5], apart[len(z) :, 5:] = z[:, :5], z[:, 5:]
     # channel c is index c of either part
-    assert ranking.tolist() == slow_elimination([(apart, whole, np.arange(10).reshape(2, 5).T)], 5)
+    assert ranking.tolist() == slow_elimination([(apart, whole.reshape(-1, 10), np.arange(10).reshape(2, 5).T)], 5)
 
 
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_channel_goes_with_all_positions_under_a_kernel(seed, padding, monkeypatch):
-    if seed % 2:
-        monkeypatch.setattr(
-            elimination, "_CANDIDATES", 8
-        )  # a quarter of it, and half of that: all are looked at each time
+    if seed % 2:  # two candidates, of which one goes: all channels are looked at each time
+        monkeypatch.setattr(elimination, "_CANDIDATES", 8)
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 3, 3, padding=padding))
     x = torch.randn(30, 2, 6, 6)

@@ -423,6 +423,17 @@ def test_trials_on_other_calibration_batches_do_not_count(tmp_path, monkeypatch)
     assert_ends_as(expected, tmp_path, continued=False, **same)
 
 
+@pytest.mark.parametrize(("compensation", "goes_on"), [("none", True), ("least_squares", False)])
+def test_a_search_ranked_by_activation_goes_on_under_the_default_where_that_is_the_same(
+    tmp_path, compensation, goes_on
+):
+    stopped_fit(tmp_path, 4, compensation=compensation, importance="activation")
+    begun = Passes.finished()
+    _, result = fragile_fit(tmp_path, compensation=compensation)
+    again = Passes.finished() - result.evaluations
+    assert 1 <= again <= 2 < begun if goes_on else again == begun  # the baseline, and a chosen plan that was read
+
+
 def test_settings_that_only_speak_may_change(tmp_path, uninterrupted):
     expected = uninterrupted("random")
     stopped_fit(tmp_path, 4)
