@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence, Set
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,8 +15,6 @@ from torch import nn
 
 from lightning_softprune.trainer import BatchesReadAgain
 from lightning_softprune.utilities.version import __version__
-
-_SOURCES: WeakKeyDictionary[type, str] = WeakKeyDictionary()  # to find one, a whole file is parsed
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
@@ -140,9 +137,7 @@ def _source(kind: type) -> str:
     """The code of a class that the user wrote; where it cannot be found (typed into a console), nothing."""
     if kind.__module__.partition(".")[0] in _LIBRARIES:
         return ""
-    if kind not in _SOURCES:
-        try:
-            _SOURCES[kind] = inspect.getsource(kind)
-        except (OSError, TypeError, SyntaxError):  # no file, no class of Python's, a file that has changed since
-            _SOURCES[kind] = ""
-    return _SOURCES[kind]
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError, SyntaxError):  # no file, no class of Python's, a file that has changed since
+        return ""

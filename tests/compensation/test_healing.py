@@ -143,10 +143,10 @@ def test_both_networks_steps_begin_with_the_same(tmp_path, monkeypatch):
 def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements_whatever_the_error(dtype, size):
     parameter = nn.Parameter(torch.tensor([size, -size], dtype=dtype))
     pupil = Pupil([parameter], 20)
-    wanted = parameter.detach().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    wanted = parameter.detach().clone().to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     optimizer = torch.optim.Adam([wanted])
     for number, share in enumerate([0.5, 0.95, 0.9, 0.85]):
-        optimizer.param_groups[0]["lr"] = RATE * max(size, SMALLEST) * share
+        optimizer.param_groups[0]["lr"] = RATE * share * max(size, SMALLEST)
         wanted.grad = torch.full_like(wanted, 1.0 + number)
         optimizer.step()
         gradients = pupil.gradients((parameter * (1.0 + number)).sum())

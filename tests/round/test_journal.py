@@ -874,14 +874,3 @@ def test_each_part_of_the_fingerprint_tells_what_changed():
     assert differ(parts(configuration={"seed": 0, "search": RandomSearch(3)})) == ["settings"]
     assert differ(parts(data=[[torch.zeros(1)]])) == ["data"]
     assert digest(RandomSearch(3)) == digest(RandomSearch(3)) != digest(RandomSearch(4))
-
-
-def test_the_source_of_a_class_is_looked_up_once(monkeypatch):
-    class Own(AutoEncoder):
-        pass
-
-    asked = []
-    monkeypatch.setattr("inspect.getsource", lambda kind: asked.append(kind) or f"class {kind.__name__}")
-    first, second = (fingerprint(Own(), {"seed": 0}, [])["module"] for _ in range(2))
-    assert first == second
-    assert asked.count(Own) == 1

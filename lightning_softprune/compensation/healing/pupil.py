@@ -2,8 +2,8 @@
 
 Matrices step along orthogonalized momentum, all else by Adam: steps of one size whatever the outputs' is. The rate of
 each tensor is a fraction of what its elements are (their root mean square), so that it fits any network. The fraction
-does not depend on how wrong the outputs are: 0.014 to 0.02 suit networks that miss 1 % of their outputs' variance and
-those that miss a quarter, and with 0.05 times the root of that part, the former learn too slowly and the latter are
+does not depend on how wrong the outputs are: one suits networks that miss 1 % of their outputs' variance and a network
+that misses a quarter; with one that goes with the root of that part, the former learn too slowly or the latter is
 disturbed. The rate rises over the first tenth of the lessons, in which averages have seen too little to step in good
 directions, and falls linearly to nothing.
 """
