@@ -28,6 +28,7 @@ from lightning_softprune.report.series import (
     format_fraction,
     format_number,
     has_parts,
+    healing_line,
     healing_rows,
     knobs_line,
     stages,
@@ -136,9 +137,8 @@ def _cards(result: PruningResult) -> Markup:
         target = f"target {format_fraction(result.target_sparsity)} ± {format_fraction(result.tolerance)}"
     what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
     cards.append(card(f"Sparsity in {what}", "", format_fraction(result.sparsity), target))
-    hint = knobs_line(result)
-    below = tag("p", f"{hint}.", class_="note hint") if hint else Markup()
-    return tag("section", tag("h2", "Summary", class_="hidden"), tag("div", *cards, class_="cards"), below)
+    hints = [tag("p", f"{hint}.", class_="note hint") for hint in (knobs_line(result), healing_line(result)) if hint]
+    return tag("section", tag("h2", "Summary", class_="hidden"), tag("div", *cards, class_="cards"), *hints)
 
 
 def _monitor(result: PruningResult) -> str:

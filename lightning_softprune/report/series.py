@@ -288,6 +288,25 @@ def knobs_line(result: PruningResult) -> str:
     return f"{line}: if it is speed that counts, ask for it with {', '.join(knobs[:-1])}{last}"
 
 
+_PROMISED = 0.01
+"""What may be lost of a score, as a fraction of it, before a line says what would help."""
+
+
+def healing_line(result: PruningResult) -> str:
+    """What to ask for where more than 1 % of the score is lost, and nothing is trained after the round; else empty."""
+    asked = result.configuration
+    if not result.applied or asked.get("healing") != "0" or asked.get("finetune_epochs") != "0":
+        return ""
+    worse = (result.score_after - result.score_before) * (1 if result.mode == "min" else -1)
+    if not worse > _PROMISED * abs(result.score_before) > 0.0:
+        return ""
+    what = "rose" if result.mode == "min" else "fell"
+    return (
+        f"{result.monitor} {what} by {worse / abs(result.score_before):.1%}: with healing=N, the dense network teaches "
+        "the pruned one on N training batches, without labels; an eighth of an epoch is a good start"
+    )
+
+
 def format_number(value: float) -> str:
     """A metric or a score in six digits."""
     return f"{value:.6g}"

@@ -20,6 +20,7 @@ from lightning_softprune.report.series import (
     against_dense_line,
     budget_rows,
     evaluations_line,
+    healing_line,
     healing_rows,
     knobs_line,
     narrowed_features,
@@ -68,6 +69,7 @@ def print_round(
             evaluations_line(result),
             against_dense_line(result),
             knobs_line(result),
+            healing_line(result),
             *narrowed_features(result),
         ):
             if line:

@@ -9,6 +9,7 @@ from lightning_softprune.report.series import (
     best_so_far,
     evaluations_line,
     healing_errors,
+    healing_line,
     knobs_line,
     narrowed_features,
     score_limits,
@@ -55,6 +56,31 @@ def test_knobs_are_named_where_latency_gains_less_than_half_of_the_target(change
     assert bool(line) == (knobs is not None)
     every = ('cost="macs"', 'limits={"latency": 0.65}', "round_to=8")
     assert [knob for knob in every if knob in line] == (knobs or [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"score_before": 20.0, "score_after": 19.7}, "val_psnr fell by 1.5%: with healing=N"),
+        ({"score_before": 20.0, "score_after": 19.81}, ""),
+        ({"score_before": 20.0, "score_after": 22.0}, ""),
+        ({"score_before": 0.5, "score_after": 0.6, "mode": "min"}, "val_psnr rose by 20.0%: with healing=N"),
+        ({"score_before": 0.5, "score_after": 0.4, "mode": "min"}, ""),
+        ({"score_before": -150.0, "score_after": -160.0}, "val_psnr fell by 6.7%: with healing=N"),
+        ({"score_before": 0.0, "score_after": -1.0}, ""),  # a fraction of nothing
+        ({"score_before": 20.0, "score_after": math.nan}, ""),
+    ],
+)
+def test_healing_is_named_where_more_than_a_hundredth_of_the_score_is_lost(changes, told) -> None:
+    asked = {"healing": "0", "finetune_epochs": "0"}
+    result = make_result(monitor="val_psnr", **changes)
+
+    assert healing_line(dataclasses.replace(result, configuration=asked)).startswith(told)
+    assert bool(healing_line(dataclasses.replace(result, configuration=asked))) == bool(told)
+    for other in ({"healing": "8"}, {"finetune_epochs": "None"}):
+        assert not healing_line(dataclasses.replace(result, configuration={**asked, **other}))
+    skipped = {"applied": False, "outcome": "skipped", "chosen": None}
+    assert not healing_line(dataclasses.replace(result, configuration=asked, **skipped))
 
 
 def test_every_evaluation_is_accounted_for() -> None:
