@@ -58,15 +58,13 @@ def promises(rows: Mapping[str, Row]) -> list[str]:
     lines = []
     for network in dict.fromkeys(row["network"] for row in rows.values()):
         at = {"network": network, "seed": 0, "target": 0.7, "compensation": "least_squares"}
-        psnr = {
-            name: average(rows, "psnr", method=name, **at)
-            for name in ("grid", "gradient from curves (default)", "gradient from uniform", "random")
-        }
+        asked = ("gradient from curves (default)", "gradient from uniform", "default, healed")
+        psnr = {name: average(rows, "psnr", method=name, **at) for name in ("grid", "random", *asked)}
         dense = average(rows, "psnr", network=network, seed=0, method="dense")
         points, drawn = average(rows, "evaluations", method="grid", **at), psnr["random"]
         if psnr["grid"] is None or drawn is None or dense is None or points is None:
             continue
-        for name in ("gradient from curves (default)", "gradient from uniform"):
+        for name in asked:
             value, spent = psnr[name], average(rows, "evaluations", method=name, **at)
             if value is not None and spent is not None:
                 lines.append(

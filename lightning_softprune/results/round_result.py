@@ -261,7 +261,8 @@ class PruningResult:
             target_sparsity: Sparsity to reach, against the first dense model; default: the round's.
             limits: Further budgets, as in `SoftPruning`; default: the round's. A limit on latency cannot be solved for.
             bounds: Pattern of group or component names -> `[low, high]`, in the place of the round's; default: these.
-            tolerance: How far from the target the plan may lie; default: the round's.
+            tolerance: How far above the target the plan may lie, or below it where no plan from the target up is found
+                (then `Solution.is_below`); default: the round's.
             cost: What sparsity is measured in; default: as in the round.
 
         Raises:
@@ -274,17 +275,18 @@ class PruningResult:
                 else "this result cannot be solved anew: it does not hold what was searched (an older version's)"
             )
         aim = self.target_sparsity if target_sparsity is None else fraction("target_sparsity", target_sparsity)
-        limits = {name: limit for name, limit in self.limits.items() if name in _COSTS} if limits is None else limits
-        for name, limit in limits.items():
+        asked = mapping("limits", limits, fraction)
+        if asked is None:
+            asked = {name: limit for name, limit in self.limits.items() if name in _COSTS}
+        for name in asked:
             one_of("limits", name, _COSTS)
-            fraction(f"limits[{name!r}]", limit)
         if tolerance is not None:
             tolerance = number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
         question = Question(
             target=self.sparsity if aim is None else aim,
             tolerance=self.tolerance if tolerance is None else tolerance,
             cost=one_of("cost", self.cost if cost is None else cost, _COSTS),
-            limits=limits,
+            limits=asked,
             bounds=mapping("bounds", bounds, ordered_pair),
         )
         found = solve(self.numbers, self._known(self.numbers), question)

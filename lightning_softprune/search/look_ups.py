@@ -40,6 +40,14 @@ class Shape:
     coefficients: tuple[float, ...]
     errors: tuple[float, ...]
 
+    def counted_from(self, at: int) -> Shape:
+        """The same with errors that are 0 at one of its values, by number, and up to it.
+
+        >>> Shape((0.0, 0.5, 1.0), (0.0, 1.0, 4.0)).counted_from(1)
+        Shape(coefficients=(0.0, 0.5, 1.0), errors=(0.0, 0.0, 3.0))
+        """
+        return Shape(self.coefficients, tuple(max(error - self.errors[at], 0.0) for error in self.errors))
+
 
 @dataclass(frozen=True, eq=False)
 class PlanLookUps:

@@ -15,6 +15,7 @@ import numpy as np
 from lightning_softprune.search.base import SensitivityCurve
 from lightning_softprune.search.coefficients import Budgets
 from lightning_softprune.search.curves import modelled_increases
+from lightning_softprune.search.look_ups import SLACK
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.search.stored import SearchNumbers
@@ -78,6 +79,10 @@ def _increase(curves: Sequence[SensitivityCurve], points: FloatArray) -> FloatAr
 def best_plan(space: SearchSpace, known: Known) -> tuple[FloatArray, float, bool] | None:
     """The best plan that is on the space's target, without a pass.
 
+    Args:
+        space: What is asked for.
+        known: What was measured.
+
     Returns:
         The vector, shape (k,), its loss, and whether that was measured (else it is predicted); None where no plan on
         the target was found.
@@ -104,7 +109,7 @@ class Question:
 
     Attributes:
         target: Sparsity to reach.
-        tolerance: How far from it the plan may lie.
+        tolerance: How far above it the plan may lie, or below it where no plan from the target up is found.
         cost: What sparsity is measured in, ``"params"`` or ``"macs"``.
         limits: Cost -> the fraction of the dense model's that may remain.
         bounds: Pattern of group or component names -> ``[low, high]``; None: as they were.
@@ -145,7 +150,13 @@ class Solution:
         """The plan in one line."""
         how = "measured" if self.measured else "predicted"
         size = f"{self.params:,} parameters, {self.macs:,} MACs"
-        return f"sparsity {self.sparsity:.3f}: {size}, score {self.score:.4g} ({how})"
+        below = f", below the target of {self.target_sparsity:g}" if self.is_below else ""
+        return f"sparsity {self.sparsity:.3f}{below}: {size}, score {self.score:.4g} ({how})"
+
+    @property
+    def is_below(self) -> bool:
+        """Whether it removes less than was asked for: no plan from there to the tolerance above it was found."""
+        return self.sparsity < self.target_sparsity - SLACK
 
 
 class OutOfReachError(ValueError):
@@ -166,7 +177,7 @@ def solve(numbers: SearchNumbers, known: Known, question: Question) -> Solution:
     """
     realisation = numbers.realisation(question.bounds)
     budgets = Budgets(numbers.dense, question.target, question.tolerance, question.cost, question.limits)
-    space = numbers.space(realisation, budgets)
+    space = numbers.space(realisation, budgets).at_least_target()  # as the round's own search is
     found = best_plan(space, known.within(space))
     if found is None:
         raise OutOfReachError(

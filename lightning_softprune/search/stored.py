@@ -201,6 +201,11 @@ class SearchNumbers:
         return build_space(realisation, self.costs, budgets, np.ones(len(self.groups)), self.errors)
 
     def shapes(self) -> tuple[Shape | None, ...]:
-        """What is known of each coefficient before any evaluation, within the bounds that it was searched in."""
-        space = self.space(self.realisation(), Budgets(self.dense, 1.0, 0.0))
-        return space.shapes or (None,) * space.size
+        """What is known of each coefficient before any evaluation, up to 1, counted from the lowest searched."""
+        budgets = Budgets(self.dense, 1.0, 0.0)
+        searched, free = (self.space(self.realisation(bounds), budgets) for bounds in (None, {}))
+        if not free.shapes:
+            return (None,) * free.size
+        return tuple(
+            shape.counted_from(at) for shape, at in zip(free.shapes, free.indices(searched.low).tolist(), strict=True)
+        )

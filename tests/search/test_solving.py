@@ -136,7 +136,49 @@ def test_a_trial_whose_coefficients_stand_for_another_plan_is_not_what_was_measu
     assert dataclasses.replace(result, trials=(trial,), chosen=0).solve().score == 0.001
 
 
+def test_what_is_asked_for_is_reached_as_a_round_would(result):
+    """A plan below the target loses less, and no round would commit it."""
+    wide = {"tolerance": 0.1}
+    assert result.solve(**wide).coefficients == result.solve().coefficients
+    for target in (0.2, 0.35, 0.5, 0.65):
+        solution = result.solve(target, **wide)
+        assert target <= solution.sparsity <= target + 0.1
+        assert not solution.is_below
+        assert "below" not in str(solution)
+    with pytest.raises(OutOfReachError) as refused:
+        result.solve(1.0)
+    highest = float(str(refused.value).split()[-1])
+    target = round(highest + 0.01, 3)
+    short = result.solve(target, tolerance=0.02)
+    assert short.is_below
+    assert str(short).startswith(f"sparsity {short.sparsity:.3f}, below the target of {target:g}: ")
+
+
+def test_beyond_the_bounds_of_the_round_nothing_is_free():
+    module = made()
+    bounded = prune(
+        module, **loaders(module), monitor="val_loss", search=SensitivitySearch(), report=False,
+        bounds={"encoder.0": [0.1, 0.3]}, target_sparsity=0.3,
+    )  # fmt: skip
+    (name,) = {group.name for group in bounded.groups if group.low == 0.1}
+    line = bounded.modelled_sensitivity()[name]
+    inside = [score for x, score in line if x <= 0.3]
+    beyond = [score for x, score in line if x > 0.3]
+    assert len(beyond) > 10
+    assert beyond[len(beyond) // 2] > max(inside)
+    assert beyond[-1] > beyond[len(beyond) // 2]
+    shape = bounded.numbers.shapes()[bounded.numbers.coefficients.index(name)]
+    (lowest,) = {curve.coefficients[0] for curve in bounded.sensitivity if curve.group == name}
+    assert np.interp([0.0, lowest], shape.coefficients, shape.errors).tolist() == [0.0, 0.0]
+    solution = bounded.solve(0.6, bounds={"*": [0.0, 1.0]})
+    without = bounded.solve(0.6, bounds={name: [0.0, 0.3], "*": [0.0, 1.0]})
+    assert solution.coefficients[name] > 0.3
+    assert solution.score <= without.score
+
+
 def test_what_cannot_be_solved_is_said(result):
+    with pytest.raises(TypeError, match=r"limits: \[1\] is not a dictionary"):
+        result.solve(0.5, limits=[1])
     with pytest.raises(OutOfReachError, match=r"target_sparsity=1.0: .* the nearest has 0\.\d+"):
         result.solve(1.0)
     with pytest.raises(ValueError, match="limits"):
