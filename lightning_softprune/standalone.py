@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 import torch
@@ -41,6 +41,7 @@ from lightning_softprune.trainer import (
     one_epoch_more,
     run_steps,
     what_a_step_shows,
+    why_training_ended,
 )
 from lightning_softprune.utilities.checks import check_names
 from lightning_softprune.utilities.libraries import counterpart, counterparts, library_of
@@ -201,7 +202,8 @@ def prune(
     Raises:
         TypeError: `model` is not a LightningModule, `trainer` or `datamodule` comes from another library than it
             (`lightning.pytorch`, `pytorch_lightning`), or an argument is unknown or has no meaning here.
-        MisconfigurationException: See :class:`SoftPruning`; the module is then as it was.
+        MisconfigurationException: See :class:`SoftPruning`. Whatever fails, also in the validation of the pruned
+            module, the module is then as it was.
     """
     if not isinstance(model, counterparts(pl.LightningModule)):
         raise TypeError(f"model: {type(model).__name__} is not a LightningModule, which is needed to score plans")
@@ -236,21 +238,40 @@ def prune(
         raise MisconfigurationException(
             "trainer: limit_train_batches=0 leaves no training batch, which rankings and compensation look at"
         )
-    flags = {name: module.training for name, module in model.named_modules()}
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
     callback.as_given = True
+    return _run_round(model, callback, trainer, (train_dataloaders, val_dataloaders, datamodule))
+
+
+def _run_round(
+    model: pl.LightningModule, callback: SoftPruning, trainer: pl.Trainer, data: tuple[Any, ...]
+) -> PruningResult:
+    """The callback's round in a fit of the trainer's; the model is as before where anything in that fit fails."""
+    flags = {name: module.training for name, module in model.named_modules()}
+    if has_inference_tensors(model):
+        clone_inference_tensors_and_reset_metrics(model)
     try:
-        with one_epoch_more(trainer, callback):
-            if has_inference_tensors(model):
-                clone_inference_tensors_and_reset_metrics(model)
+        # The fit validates what the round has committed, and may fail in that. Values come back to their own device.
+        with isolated_rng(), one_epoch_more(trainer, callback), Transaction(model) as transaction:
             model.train()  # as a fit expects it; the round sets the mode of each pass itself
-            trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
+            trainer.fit(model, *data)
+            if not callback.results:
+                _refuse_end(trainer)
+            transaction.commit()
     finally:
         for name, module in model.named_modules():
             module.training = flags.get(name, module.training)
-    if not callback.results:
-        raise RuntimeError("the trainer ended its fit before the round began")
     return callback.results[0]
+
+
+def _refuse_end(trainer: pl.Trainer) -> NoReturn:
+    """Say why there was no round."""
+    if trainer.num_training_batches == 0:
+        raise MisconfigurationException(
+            "train_dataloaders: they yield no batch (with drop_last=True, a loader needs one full batch), and rankings "
+            "and compensation look at training data"
+        )
+    raise RuntimeError(f"the trainer ended its fit before the round began: {why_training_ended(trainer)}")
 
 
 def _check_library(model: pl.LightningModule, **given: object) -> None:

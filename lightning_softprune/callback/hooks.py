@@ -194,8 +194,8 @@ class PruningHooks(Rounds):
             take_epoch_back(trainer, self._untrained)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of rounds that training did not come to, whatever it was that ended it."""
+        """Warn of rounds that training did not come to, whatever it was that ended it; `prune` says it itself."""
         unreached = [epoch for epoch, _ in self._pending()]
-        if unreached and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if unreached and not self.as_given and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             why = why_training_ended(trainer)
             rank_zero_warn(rounds_never_reached(unreached, self.results, trainer.current_epoch, why))

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+import signal
 
 import lightning.pytorch as pl
 import pytest
@@ -9,6 +11,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import lightning_softprune.trainer.runner as runner_module
 from lightning_softprune import (
@@ -630,6 +633,82 @@ def test_prune_names_the_data_that_are_missing(left_out, arguments, error, messa
 def test_prune_refuses_a_trainer_without_training_batches(tmp_path):
     trainer = trainer_of(tmp_path, limit_train_batches=0)
     with pytest.raises(MisconfigurationException, match="limit_train_batches=0"):
+        prune(made(), **loaders(AutoEncoder()), trainer=trainer, **quiet())
+
+
+class FailsOnceCommitted(AutoEncoder):
+    """The validation that a fit runs by itself fails, or is interrupted."""
+
+    error = ConnectionError
+
+    def on_validation_epoch_end(self):
+        committed = "on_save_checkpoint" in vars(self)
+        if committed:
+            self.decoder[0].weight.grad = torch.ones_like(self.decoder[0].weight)
+            raise self.error("after the commit")
+
+
+@pytest.mark.parametrize("error", [ConnectionError, KeyboardInterrupt])
+def test_where_the_validation_after_the_commit_fails_the_module_is_as_it_was(monkeypatch, error):
+    monkeypatch.setattr(FailsOnceCommitted, "error", error)
+    module, handler = made(FailsOnceCommitted), signal.getsignal(signal.SIGINT)
+    modes = [part.training for part in module.eval().modules()]
+    before = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in module.parameters()]
+    attributes = {name: set(vars(part)) for name, part in module.named_modules()}
+    try:
+        with pytest.raises((error, SystemExit)):
+            prune(module, **loaders(module), **quiet())
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further interrupts from then on
+    for (parameter, value, gradient), now in zip(before, module.parameters(), strict=True):
+        assert now is parameter
+        assert torch.equal(now, value)
+        assert now.grad is gradient
+    assert {name: set(vars(part)) for name, part in module.named_modules()} == attributes
+    assert [part.training for part in module.modules()] == modes
+    monkeypatch.setattr(FailsOnceCommitted, "on_validation_epoch_end", lambda self: None)
+    assert prune(module, **loaders(module), **quiet()).applied
+
+
+def test_where_the_fit_fails_the_module_is_where_it_came_from():
+    """The trainer's precision moves a module as its device does."""
+
+    class Doubled(FailsOnceCommitted):
+        def on_validation_epoch_end(self):
+            if self.decoder[0].weight.dtype == torch.float64:
+                raise ConnectionError("moved")
+
+    module = made(Doubled)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, precision="64-true", logger=False, enable_checkpointing=False)
+    with pytest.raises(ConnectionError, match="moved"):
+        prune(module, **loaders(module), trainer=trainer, **quiet())
+    assert {value.dtype for value in (*module.parameters(), *module.buffers())} == {torch.float32}
+
+
+def test_prune_moves_no_random_state():
+    module, data = made(), loaders(AutoEncoder())
+    states = torch.get_rng_state(), random.getstate()
+    assert prune(module, **data, **quiet()).applied
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+
+
+def test_prune_names_training_loaders_that_yield_no_batch(recwarn):
+    data = loaders(AutoEncoder())
+    few = data["train_dataloaders"].dataset
+    data["train_dataloaders"] = DataLoader(few, len(few) + 1, drop_last=True)
+    with pytest.raises(MisconfigurationException, match="train_dataloaders: they yield no batch"):
+        prune(made(), **data, **quiet())
+    assert not [str(warning.message) for warning in recwarn if "prune(" in str(warning.message)]
+
+
+def test_prune_says_what_ended_its_fit_before_the_round(tmp_path):
+    class Stops(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    trainer = trainer_of(tmp_path, Stops(), min_epochs=0)
+    with pytest.raises(RuntimeError, match=r"ended its fit before the round began: .*should_stop` was set"):
         prune(made(), **loaders(AutoEncoder()), trainer=trainer, **quiet())
 
 
