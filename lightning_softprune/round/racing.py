@@ -14,7 +14,9 @@ pay, where the drop cannot be told from noise, and where the module as it is sco
 it by more than three standard errors: then the data are sorted.
 
 On a part, metrics are *judged* after a shift: by what the module as it is has on all data and not on the part. So the
-search and the constraints see an estimate of the whole. What is reported of such a trial is what was measured.
+search and the constraints see an estimate of the whole. A sum over the data is scaled up to all of them before; where
+the score or a metric with a constraint is one, all data are used unless `search_batches` says otherwise. What is
+reported of such a trial is what was measured.
 
 After the search, the best by part are scored on all data, best first: at most five, and none that lies further behind
 the leader than two standard errors. Where none of them is feasible on all data, the next ones follow.
@@ -65,8 +67,11 @@ def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[s
     """
     if settings.search_batches is not None:
         part = Part(most=settings.search_batches)
-        return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), {}, math.nan), before)
+        return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), noise=math.nan), before)
     largest = settings.search.max_evaluations
+    names = _required(settings)
+    if evaluator.runner.sums.keys() & names:
+        return WHOLE
     if type(settings.search) in _OF_ONE_PLAN or (largest is not None and largest <= _FEW_PLANS):
         return WHOLE
     sizes = [sizes for sizes in evaluator.runner.sizes() or [] if sizes]
@@ -77,7 +82,6 @@ def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[s
     if not all(block.of(len(own)) for block in blocks for own in sizes):
         return WHOLE  # a small loader beside large ones
     dense, uniform = evaluator.problem.unpruned_plan(), _uniform_plan(evaluator)
-    names = _required(settings)
     before_blocks, after_blocks = (_on_blocks(evaluator, plan, blocks, names) for plan in (dense, uniform))
     differences = {name: after_blocks[name] - before_blocks[name] for name in names}
     share = max(least, *(_share_needed(values, least / _BLOCKS) for values in differences.values()))
@@ -85,7 +89,7 @@ def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[s
         return WHOLE
     noise = _standard_error(differences[settings.monitor], least / _BLOCKS, share)
     part = Part(0.0, share)
-    on = _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), {}, noise), before)
+    on = _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), noise=noise), before)
     for name in names:
         own = _standard_error(before_blocks[name], least / _BLOCKS, share)
         if abs(on.offsets.get(name, 0.0)) > 3 * own + 1e-6 * abs(before[name]):
@@ -146,12 +150,14 @@ def _standard_error(values: FloatArray, block: float, share: float) -> float:
 
 
 def _anchored(evaluator: Evaluator, on: ScoredOn, before: Mapping[str, float]) -> ScoredOn:
-    """The part with what its metrics are to be shifted by; all data where it has not all metrics that count."""
+    """The part with how metrics on it are judged; all data where it has not all metrics that count."""
     if on.share >= 1.0:
         return WHOLE
     objective = evaluator.trials.objective
     found = evaluator.metrics_on(evaluator.problem.unpruned_plan(), on.part)
-    offsets = {name: before[name] - value for name, value in found.items() if name in before}
+    sums = {name: loader for name, loader in evaluator.runner.sums.items() if name in found}
+    on = replace(on, scales={name: 1.0 / evaluator.runner.share_of(on.part, of) for name, of in sums.items()})
+    offsets = {name: before[name] - value for name, value in on.judged(found).items() if name in before}
     names = [objective.monitor, *(constraint.metric for constraint in objective.constraints)]
     if not all(math.isfinite(offsets.get(name, math.nan)) for name in names):
         return WHOLE

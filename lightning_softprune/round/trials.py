@@ -26,18 +26,22 @@ class ScoredOn:
     Attributes:
         part: Which batches.
         share: The fraction of all.
-        offsets: What to add to a metric on the part for an estimate of it on all: what the module as it is has more.
+        scales: What to multiply a metric on the part by first, where that is not 1: a sum grows with the data.
+        offsets: What to add to that for an estimate of it on all: what the module as it is has more.
         noise: Standard error of the difference of two scores on the part; NaN: not known.
     """
 
     part: Part = ALL
     share: float = 1.0
+    scales: Mapping[str, float] = field(default_factory=dict)
     offsets: Mapping[str, float] = field(default_factory=dict)
     noise: float = 0.0
 
     def judged(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Metrics on the part as an estimate of those on all data."""
-        return {name: value + self.offsets.get(name, 0.0) for name, value in metrics.items()}
+        return {
+            name: value * self.scales.get(name, 1.0) + self.offsets.get(name, 0.0) for name, value in metrics.items()
+        }
 
 
 WHOLE = ScoredOn()

@@ -128,10 +128,12 @@ class ModuleRunner:
         data = self._scorer.data
         return self.broadcast(data.samples if data.in_turn else None)
 
-    def share_of(self, part: Part) -> float:
-        """The fraction of the validation batches that a part has, on rank zero."""
+    def share_of(self, part: Part, loader: int | None = None) -> float:
+        """The fraction of the validation batches that a part has, of all or of one loader's; on rank zero."""
         data = self._scorer.data
-        return self.broadcast(sum(map(len, data.ranges(part))) / sum(map(len, data.ranges(ALL))))
+        counted = slice(None) if loader is None else slice(loader, loader + 1)
+        own, whole = (sum(map(len, data.ranges(each)[counted])) for each in (part, ALL))
+        return self.broadcast(own / whole)
 
     def metrics(self, part: Part = ALL) -> dict[str, float]:
         """One validation pass over the module as it is now: every metric by name, the mean over the processes.
@@ -161,6 +163,11 @@ class ModuleRunner:
     def directions(self) -> dict[str, bool]:
         """Whether higher is better, of the metrics that the last pass has logged as torchmetrics objects, by name."""
         return self._scorer.directions
+
+    @property
+    def sums(self) -> dict[str, int | None]:
+        """The metrics that the last pass has added up over the data, by name; of which loader, `None` for all."""
+        return self._scorer.sums
 
     def time(self, *, runs: int, seconds: float, samples: int | None = None) -> float:
         """Median seconds of the module's `validation_step` on the first batch, the mean over the processes.

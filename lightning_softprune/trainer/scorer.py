@@ -24,6 +24,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.logger_connector impo
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torchmetrics import SumMetric
 
 from lightning_softprune.trainer.isolation import (
     attributes_replaced,
@@ -106,11 +107,23 @@ def _directions(loop: _EvaluationLoop) -> dict[str, bool]:
     for entry in loop._results.result_metrics:
         better = None if entry.is_tensor else getattr(entry.value, "higher_is_better", None)
         if better is not None:
-            meta = entry.meta
-            index = meta.dataloader_idx if meta.add_dataloader_idx else None
-            suffix = "" if index is None else loop._results.DATALOADER_SUFFIX.format(index)
-            found.update({f"{meta.name}{fork}{suffix}": bool(better) for fork in ("", "_step", "_epoch")})
+            found.update(dict.fromkeys(_names(loop, entry.meta), bool(better)))
     return found
+
+
+def _sums(loop: _EvaluationLoop) -> dict[str, int | None]:
+    """What a loop has added up over the data, under the names callbacks see; of which loader, `None` for all."""
+    found: dict[str, int | None] = {}
+    for entry in loop._results.result_metrics:
+        if entry.meta.is_sum_reduction if entry.is_tensor else isinstance(entry.value, SumMetric):
+            found.update(dict.fromkeys(_names(loop, entry.meta), entry.meta.dataloader_idx))
+    return found
+
+
+def _names(loop: _EvaluationLoop, meta: Any) -> list[str]:
+    index = meta.dataloader_idx if meta.add_dataloader_idx else None
+    suffix = "" if index is None else loop._results.DATALOADER_SUFFIX.format(index)
+    return [f"{meta.name}{fork}{suffix}" for fork in ("", "_step", "_epoch")]
 
 
 class _LoaderOfPart:
@@ -157,6 +170,8 @@ class ValidationScorer:
     Attributes:
         directions: Of the last pass: name of a metric that was logged as a torchmetrics object -> whether higher is
             better; only of those that know.
+        sums: Of the last pass: name of a metric that is added up over the data -> the number of the loader whose data
+            these are; `None` for all data.
 
     Raises:
         MisconfigurationException: On entering: no `validation_step`, no validation data, or data that can be read only
@@ -177,6 +192,7 @@ class ValidationScorer:
         self._memory_limit = memory_limit
         self._seed, self._most = seed, most
         self.directions: dict[str, bool] = {}
+        self.sums: dict[str, int | None] = {}
         self._combined: CombinedLoader | None = None
         self._data: ValidationData | None = None
 
@@ -314,7 +330,7 @@ class ValidationScorer:
         ):
             clone_inference_tensors_and_reset_metrics(module)
             loop.run()
-            self.directions = _directions(loop)
+            self.directions, self.sums = _directions(loop), _sums(loop)
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
 
 

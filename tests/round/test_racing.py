@@ -27,6 +27,7 @@ class Samples:
 
     def __init__(self, seed, batches=120, drop=1.0, sort=False):
         rng = np.random.default_rng(seed)
+        self.sums = {}
         self.space = mlp_space(WIDTHS, target=0.6, tolerance=0.02).at_least_target()  # as a round does
         self.batches, groups = batches, len(WIDTHS) - 2
         self.base = rng.gamma(2.0, 0.2, BATCH * batches)
@@ -49,7 +50,7 @@ class Samples:
         which = part.of(self.batches)
         self.passes += len(which) / self.batches
         loss = self.losses(self.removed)[which.start * BATCH : which.stop * BATCH]
-        return {"loss": float(loss.mean()), "good": float((loss < 1.0).mean())}
+        return {"loss": float(loss.mean()), "good": float((loss < 1.0).mean()), "total": float(loss.sum())}
 
     def plan_of(self, x):
         return Plan(tuple(tuple(range(int(n))) for n in self.space.realise(x[None])[0]))
@@ -64,7 +65,7 @@ class Samples:
     def undo(self):
         self.removed = (0,) * len(self.removed)
 
-    def share_of(self, part):
+    def share_of(self, part, loader=None):
         return len(part.of(self.batches)) / self.batches
 
     def sizes(self):
@@ -281,3 +282,23 @@ def test_what_a_part_says_is_shifted_by_what_the_dense_model_has_on_all_data_and
     for scored in part:
         assert scored.judged["loss"] == pytest.approx(scored.trial.score + offset)
         assert scored.loss == scored.judged["loss"]
+
+
+def test_a_sum_is_judged_as_one_over_all_data():
+    samples = Samples(2)
+    samples.sums = {"total": None}
+    constraint = parse_constraint("total <= 1e9", "constraints[0]")
+    _, evaluator = searched(samples, settings_of(search_batches=20, constraints=(constraint,)))
+    part = [scored for scored in evaluator.trials.done if scored.trial.share < 1.0]
+    assert part
+    for scored in part:
+        assert scored.trial.metrics["total"] == pytest.approx(scored.trial.score * 20 * BATCH)
+        assert scored.judged["total"] == pytest.approx(scored.judged["loss"] * 120 * BATCH)
+
+
+def test_with_a_sum_as_the_score_plans_are_told_apart_on_all_data():
+    for names, whole in (({"loss": None}, True), ({"total": None}, False)):
+        samples = Samples(2)
+        samples.sums = names
+        _, evaluator = searched(samples, settings_of())
+        assert (evaluator.on is WHOLE) == whole

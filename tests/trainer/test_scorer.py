@@ -177,6 +177,32 @@ def test_two_loaders_are_scored_as_validate_does(tmp_path, module, limit):
     assert score == again
 
 
+def test_what_is_added_up_over_the_data_is_known_with_its_loader(tmp_path):
+    class Sums(TwoLoaders):
+        def __init__(self):
+            super().__init__()
+            self.seen = torchmetrics.SumMetric()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx):
+            self.log("mean", 1.0)
+            self.log("sum", 1.0, reduce_fx="sum")
+            self.log(f"own_{dataloader_idx}", 1.0, reduce_fx=sum, add_dataloader_idx=False)
+
+        def on_validation_epoch_end(self):
+            self.seen.update(1.0)
+            self.log("object", self.seen)
+
+    def sums(trainer, module):
+        with ValidationScorer(trainer, module) as scorer:
+            logged = scorer.metrics()
+            return {name: scorer.sums[name] for name in logged if name in scorer.sums}
+
+    probe = Probe(sums)
+    trainer_of(tmp_path, probe).fit(Sums(), loader(drop_last=True), [loader(22, 1), loader(9, 2)])
+    own = {f"{name}{number}": number for name in ("sum/dataloader_idx_", "own_") for number in (0, 1)}
+    assert probe.result == {**own, "object": None}
+
+
 def test_loaders_combined_in_another_mode_are_scored_as_validate_does(tmp_path):
     class Combined(Polite):
         def validation_step(self, batch, batch_idx):
