@@ -219,11 +219,12 @@ def check_strategy(space: SearchSpace, settings: RoundSettings, target: float | 
     Raises:
         MisconfigurationException: It could not.
     """
-    if target is None:
-        space = replace(space, target=space.sparsity_of(space.high) / 2, tolerance=0.0)
+    at = space if target is not None else replace(space, target=space.sparsity_of(space.high) / 2, tolerance=0.0)
     strategy = copy.deepcopy(settings.search)
     strategy.is_global_zero = False  # which opens no storage
     try:
-        strategy.check(space)
+        strategy.check(at)
+        if target is not None:
+            strategy.check_target(space)
     except ValueError as error:
         raise MisconfigurationException(f"search: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping
@@ -56,6 +57,8 @@ def search(
         except ValueError as error:
             raise MisconfigurationException(f"search: {error}") from error
 
+    if trials.target is not None:
+        space = _aimed(strategy, space)
     dense = space.key(np.zeros(space.size))
     cache = {} if any(dense) else {dense: trials.objective.loss(before)}  # bounds may forbid the dense model
     style: Style = "auto" if settings.verbose else "none"
@@ -74,7 +77,6 @@ def search(
             progress = _Progress(trials.highest_feasible_sparsity(unpruned), trials.least_violation_at, check)
             outcome = MaxSparsitySearch(strategy, space, evaluate, progress, evaluator.runner.seed, cache).run()
         else:
-            space = space.at_least_target()
             check(space)
 
             def reuse(x: FloatArray, *_: object) -> None:
@@ -82,6 +84,19 @@ def search(
 
             outcome = SearchLoop(evaluate, evaluator.runner.seed, cache, on_asked=reuse).run(strategy, space)
     return strategy, outcome
+
+
+def _aimed(strategy: SearchStrategy, space: SearchSpace) -> SearchSpace:
+    """The space from the target up; where a strategy proposes nothing there, the one on both sides of the target."""
+    upper = space.at_least_target()
+    with contextlib.suppress(ValueError):
+        strategy.check_target(upper)
+        return upper
+    try:
+        strategy.check_target(space)
+    except ValueError as error:
+        raise MisconfigurationException(f"search: {error}") from error
+    return space
 
 
 _PASSES_OF_A_LESSON = 4

@@ -153,6 +153,9 @@ class SearchStrategy:
     def check(self, space: SearchSpace) -> None:
         """Raises ValueError, before any evaluation, when this strategy cannot serve this space."""
 
+    def check_target(self, space: SearchSpace) -> None:
+        """Raises ValueError where nothing that it would propose is on the target; asked where there is one target."""
+
     def start(self, space: SearchSpace, seed: int) -> None:
         """Begins a search, forgetting any earlier one.
 

@@ -369,6 +369,21 @@ def test_a_grid_that_is_too_large_names_levels_and_the_number(tmp_path):
     assert_says(error, "search", "levels=150", f"{150**3:,}")
 
 
+@pytest.mark.parametrize("on_violation", ["skip", "prune"])
+def test_a_grid_without_a_point_on_the_target_is_refused(tmp_path, on_violation):
+    callback = softpruning(search=GridSearch(levels=2), tolerance=0.02, on_violation=on_violation)
+    error = refused(tmp_path, made(), callback)
+    assert_says(error, "search: GridSearch(levels=2)", "within 0.02 of target_sparsity=0.5", "more levels")
+
+
+def test_a_grid_with_points_below_the_target_alone_searches_those(tmp_path):
+    callback = softpruning(search=GridSearch(levels=2), target_sparsity=0.5, tolerance=0.1)
+    fit(tmp_path, made(), callback)
+    (result,) = callback.results
+    assert result.applied
+    assert {trial.sparsity < 0.5 for trial in result.trials} == {True}
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "parts"),
     [

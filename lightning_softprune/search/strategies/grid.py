@@ -49,6 +49,24 @@ class GridSearch(SearchStrategy):
         if feasible > MAX_FEASIBLE:
             self._refuse(space, f"{total:,} combinations, {feasible:,} of them on target, more than {MAX_FEASIBLE:,}")
 
+    def check_target(self, space: SearchSpace) -> None:
+        """Raises ValueError when the grid can be gone through and no combination is on the target."""
+        if self._size(space) > MAX_COMBINATIONS:
+            return
+        found: list[float] = []  # the nearest of each chunk
+        for points in self._chunks(space):
+            sparsities, overrun = space.measure(points)
+            allowed = sparsities[overrun == 0]
+            if space.within(allowed).any():
+                return
+            found += allowed[np.argsort(abs(allowed - space.target))[:1]].tolist()
+        nearest = f", the nearest has {min(found, key=lambda one: abs(one - space.target)):.4f}" if found else ""
+        raise ValueError(
+            f"GridSearch(levels={self.levels}) has no combination within {space.tolerance:g} of "
+            f"target_sparsity={space.target:g}{' that meets the limits' if space.limits else ''}{nearest}. Use more "
+            "levels, a larger tolerance, or another strategy such as GradientSearch or SensitivitySearch."
+        )
+
     def planned_evaluations(self, space: SearchSpace) -> int | None:
         """The combinations on target, and no more than `max_evaluations`; some of them may be the same plan."""
         if self._size(space) > MAX_COMBINATIONS:

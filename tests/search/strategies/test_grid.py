@@ -59,3 +59,13 @@ def test_a_grid_that_misses_the_target_says_so():
     space = mlp_space([64, 64, 64], target=0.437, tolerance=0.001)
     outcome = run_search(GridSearch(levels=3), space, lambda x: 0.0, seed=0)
     assert (outcome.evaluations, outcome.stop_reason) == (0, "off target")
+
+
+def test_a_target_that_no_combination_is_on_is_refused_with_the_nearest():
+    space = mlp_space([64, 64, 64], target=0.437, tolerance=0.01)
+    sparsities = [space.sparsity_of(np.array([x])) for x in (0, 0.5, 1)]
+    nearest = min(sparsities, key=lambda sparsity: abs(sparsity - 0.437))
+    with pytest.raises(ValueError, match=rf"levels=3.* within 0.01 of target_sparsity=0.437, .* has {nearest:.4f}\."):
+        GridSearch(levels=3).check_target(space)
+    GridSearch(levels=500).check_target(space)
+    GridSearch().check_target(mlp_space([64] * 10, tolerance=1e-9))  # more than can be gone through
