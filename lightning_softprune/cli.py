@@ -34,6 +34,8 @@ PROGRAM = "lightning-softprune"
 
 RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
+_COSTS = ("params", "macs")
+
 
 class FileError(Exception):
     """A file that cannot be used; the message is one line that names it."""
@@ -105,21 +107,57 @@ def _parser() -> argparse.ArgumentParser:
         ),
     )
     solve.add_argument("path", type=Path, metavar="DIR", help=f"the folder of a round, or its {RESULT_FILE}")
-    solve.add_argument("--target", type=float, action="append", metavar="SPARSITY", help="may be given several times")
-    solve.add_argument("--cost", choices=("params", "macs"), help="what sparsity is measured in; default: the round's")
     solve.add_argument(
-        "--limit", type=_limit, action="append", metavar="COST=FRACTION", help="how much may remain: macs=0.5"
+        "--target", type=_target, action="append", metavar="SPARSITY", help="in (0, 1]; may be given several times"
+    )
+    solve.add_argument("--cost", choices=_COSTS, help="what sparsity is measured in; default: the round's")
+    solve.add_argument(
+        "--limit",
+        type=_limit,
+        action=_OncePerCost,
+        metavar="COST=FRACTION",
+        help="how much may remain: macs=0.5; once for each cost, params or macs",
     )
     solve.set_defaults(run=_solve)
     return parser
 
 
+def _target(text: str) -> float:
+    try:
+        return _fraction(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction in (0, 1]") from None
+
+
 def _limit(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     try:
-        return name, float(value)
+        if name in _COSTS:
+            return name, _fraction(value)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not COST=FRACTION, as in macs=0.5") from None
+        pass
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not COST=FRACTION, as in macs=0.5, with params or macs and a fraction in (0, 1]"
+    )
+
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise ValueError(text)
+    return value
+
+
+class _OncePerCost(argparse.Action):
+    """Collects `--limit` into a dictionary; a cost that has one already is wrong usage."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        del parser
+        name, limit = values
+        limits = getattr(namespace, self.dest) or {}
+        if name in limits:
+            raise argparse.ArgumentError(self, f"{name} has a limit already, {limits[name]:g}; one for each cost")
+        setattr(namespace, self.dest, {**limits, name: limit})
 
 
 # ------------------------------------------------------------------------------------------------------------ commands
@@ -170,10 +208,11 @@ def _solve(arguments: argparse.Namespace) -> int:
     if len(folders) > 1:
         raise FileError(f"{path}: holds {len(folders)} rounds; name the folder of one, as {folders[0]}")
     result = _result(folders[0], read_round)
-    question = {"cost": arguments.cost, "limits": dict(arguments.limit) if arguments.limit else None}
+    question = {"cost": arguments.cost, "limits": arguments.limit}
     try:
         if arguments.target is None:  # as far as there is something
             answers: Sequence[Solution | FileError] = result.solve_targets([n / 10 for n in range(1, 10)], **question)
+            answers = answers or [FileError(f"{path}: no target from 10 % to 90 % can be met; --target says how near")]
         else:
             answers = [_answer(path, result, target, question) for target in arguments.target]
     except ValueError as error:

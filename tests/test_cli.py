@@ -599,4 +599,83 @@ def test_solve_says_once_what_stands_in_the_way_of_all_targets(
     write_files(replace(result, sensitivity=()), tmp_path)
     folder = next(tmp_path.rglob("result.json")).parent
     assert "measured no sensitivity curves" in failure(capsys, "solve", folder, "--target", 0.3, "--target", 0.4)
-    assert "limits: 'speed'" in failure(capsys, "solve", round_with_curves[0], "--limit", "speed=0.5")
+
+
+def test_solve_says_where_no_target_can_be_met(round_with_curves: tuple[Path, PruningResult], capsys: Captured) -> None:
+    complaint = failure(capsys, "solve", round_with_curves[0], "--limit", "macs=0.001")
+    assert "no target from 10 % to 90 % can be met" in complaint
+
+
+def test_solve_marks_plans_below_their_target(round_with_curves: tuple[Path, PruningResult], capsys: Captured) -> None:
+    _, result = round_with_curves
+    found = result.solve(0.5)
+    report.print_solutions([replace(found, sparsity=0.49), found], result)
+    below, reached = capsys.readouterr().out.splitlines()[-2:]
+    assert re.search("(measured|predicted), below target$", below.rstrip())
+    assert "below" not in reached
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [
+        (["--target", "1.5"], "'1.5' is not a fraction in (0, 1]"),
+        (["--target", "nan"], "'nan' is not a fraction in (0, 1]"),
+        (["--limit", "speed=0.3"], "'speed=0.3' is not COST=FRACTION, as in macs=0.5, with params or macs"),
+        (["--limit", "macs=nan"], "a fraction in (0, 1]"),
+        (["--limit", "macs=0.5", "--limit", "macs=0.9"], "macs has a limit already, 0.5"),
+    ],
+)
+def test_solve_refuses_numbers_that_nothing_can_be_asked_for(
+    tmp_path: Path, capsys: Captured, arguments: list[str], allowed: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["solve", str(tmp_path), *arguments])
+    assert stopped.value.code == 2
+    assert allowed in capsys.readouterr().err
+
+
+DAMAGED: dict[str, tuple[Any, str]] = {
+    "numbers.dense": ({}, "params and macs of dense"),
+    "numbers.round_to": (0, "round_to and samples"),
+    "numbers.coefficients": ([], "owners of the groups"),
+    "numbers.groups.0.owner": (7, "owners of the groups"),
+    "numbers.groups.0.least": (10**6, "least, low and high of group"),
+    "numbers.groups.0.name": ("renamed", "groups are not those of the result"),
+    "numbers.costs.slots.0.groups.0": (9, "groups and removed of slot 0"),
+    "numbers.costs.slots.0.groups": ([-1], "groups and removed of slot 0"),
+    "numbers.costs.slots.0.removed": ([[0, 1]], "groups and removed of slot 0"),
+    "numbers.costs.params.0.slots.0": (99, "slots of the terms"),
+    "numbers.costs.macs.0.once_smaller": (99, "slots of the terms"),
+    "numbers.errors.counts.0": ([], "counts and errors"),
+    "sensitivity.0.group": ("renamed", "sensitivity: ['renamed', "),
+    "sensitivity.0": ({"group": "encoder.0", "coefficients": [], "scores": []}, "has no point"),
+    "trials.0.coefficients.0": (5.0, "trials[0]: its coefficients are not in [0, 1]"),
+    "cost": ("flops", "cost: 'flops'"),
+}
+
+
+@pytest.mark.parametrize("place", DAMAGED)
+def test_a_damaged_result_is_one_line_that_names_what_does_not_fit(
+    round_with_curves: tuple[Path, PruningResult], tmp_path: Path, capsys: Captured, place: str
+) -> None:
+    data, (value, named) = round_with_curves[1].to_dict(), DAMAGED[place]
+    *way, last = (int(key) if key.isdigit() else key for key in place.split("."))
+    inner: Any = data
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    (tmp_path / RESULT_FILE).write_text(json.dumps(data))
+    for command in (["solve", tmp_path, "--target", 0.5], ["report", tmp_path]):
+        complaint = failure(capsys, *command)
+        assert named in complaint
+        assert str(tmp_path / RESULT_FILE) in complaint
+
+
+def test_a_result_without_one_of_its_curves_names_it(
+    round_with_curves: tuple[Path, PruningResult], tmp_path: Path, capsys: Captured
+) -> None:
+    data = round_with_curves[1].to_dict()
+    (lost,) = data["sensitivity"][:1]
+    del data["sensitivity"][:1]
+    (tmp_path / RESULT_FILE).write_text(json.dumps(data))
+    assert f"no sensitivity curve of {lost['group']}" in failure(capsys, "solve", tmp_path, "--target", 0.5)

@@ -118,7 +118,7 @@ def print_solutions(solutions: Sequence[Solution], result: PruningResult, consol
     table.add_column("", no_wrap=True)
     for found in solutions:
         sizes = f"{found.params:,}", _format_count(found.macs)
-        how = "measured" if found.measured else "predicted"
+        how = f"{'measured' if found.measured else 'predicted'}{', below target' if found.is_below else ''}"
         table.add_row(f"{found.target_sparsity:.3g}", f"{found.sparsity:.4f}", *sizes, f"{found.score:.4g}", how)
     (console or rich.get_console()).print(_Printable(table), crop=False)
 

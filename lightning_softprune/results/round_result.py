@@ -105,8 +105,8 @@ class PruningResult:
             that did not store it.
 
     Raises:
-        ValueError: If `mode` or `outcome` is unknown, `outcome` contradicts `applied`, or a trial has not one
-            coefficient per group.
+        ValueError: If `mode` or `outcome` is unknown, `outcome` contradicts `applied`, a trial has not one
+            coefficient per group, or `numbers` are of other groups, curves or coefficients.
 
     >>> costs = Costs(params=1000, macs=2000), Costs(params=300, macs=500)
     >>> group = GroupResult("encoder.0", "encoder", "intra", channels_before=64, channels_after=20, coefficient=0.69)
@@ -182,6 +182,23 @@ class PruningResult:
                 raise ValueError(
                     f"trials[{index}]: {len(trial.coefficients)} coefficients for {len(self.groups)} groups"
                 )
+        if self.numbers is not None:
+            self._check_numbers(self.numbers)
+
+    def _check_numbers(self, numbers: SearchNumbers) -> None:
+        """Refuse what cannot be solved anew because the parts are not of one search."""
+        one_of("cost", self.cost, _COSTS)
+        if [group.name for group in numbers.groups] != [group.name for group in self.groups]:
+            raise ValueError("numbers: their groups are not those of the result")
+        names = [one.group for one in self.sensitivity]
+        if len(set(names)) < len(names) or not set(names) <= set(numbers.coefficients):
+            raise ValueError(f"sensitivity: {names} are not curves of {', '.join(numbers.coefficients)}, one of each")
+        for one in self.sensitivity:
+            if not one.coefficients:
+                raise ValueError(f"sensitivity: the curve of {one.group!r} has no point")
+        for index, trial in enumerate(self.trials):
+            if not all(-1e-9 <= coefficient <= 1.0 + 1e-9 for coefficient in trial.coefficients):
+                raise ValueError(f"trials[{index}]: its coefficients are not in [0, 1]")
 
     def _outcome_of_0_1_0(self) -> Outcome:
         """The outcome of a result that was written before there were outcomes: then the reason said it, in prose."""
@@ -274,6 +291,9 @@ class PruningResult:
                 if self.numbers is not None
                 else "this result cannot be solved anew: it does not hold what was searched (an older version's)"
             )
+        if len(self.sensitivity) < len(self.numbers.coefficients):
+            missing = sorted({*self.numbers.coefficients} - {one.group for one in self.sensitivity})
+            raise ValueError(f"this result cannot be solved anew: it has no sensitivity curve of {', '.join(missing)}")
         aim = self.target_sparsity if target_sparsity is None else fraction("target_sparsity", target_sparsity)
         asked = mapping("limits", limits, fraction)
         if asked is None:

@@ -146,6 +146,11 @@ class StoredGroup:
     owner: int
 
 
+def _require(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"numbers: {what} do not fit the rest of what was searched")
+
+
 @dataclass(frozen=True)
 class SearchNumbers:
     """What a round has searched.
@@ -158,6 +163,9 @@ class SearchNumbers:
         dense: What the first dense model costs as counted: ``params`` and ``macs``.
         samples: Samples of the batch that MACs were counted on.
         errors: What was known of plans before any was scored.
+
+    Raises:
+        ValueError: The parts do not fit together; files may come from anybody.
     """
 
     costs: StoredCosts
@@ -167,6 +175,31 @@ class SearchNumbers:
     dense: dict[str, float]
     samples: int = 1
     errors: ExpectedErrors | None = None
+
+    def __post_init__(self) -> None:
+        number = len(self.groups)
+        _require({group.owner for group in self.groups} == set(range(len(self.coefficients))), "owners of the groups")
+        for group in self.groups:
+            fits = 0 <= group.least <= group.num_channels and 0.0 <= group.low <= group.high <= 1.0
+            _require(fits, f"least, low and high of group {group.name!r}")
+        for place, slot in enumerate(self.costs.slots):
+            fits = len(slot.groups) == len(slot.removed) and set(slot.groups) <= set(range(number))
+            _require(
+                fits and all(map(self._is_table, slot.groups, slot.removed)), f"groups and removed of slot {place}"
+            )
+        slots = range(len(self.costs.slots))
+        for term in (*self.costs.params, *self.costs.macs):
+            _require({*term.slots, term.once_smaller} <= {-1, *slots} and -1 not in term.slots, "slots of the terms")
+        _require(all(self.dense.get(name, -1.0) >= 0.0 for name in ("params", "macs")), "params and macs of dense")
+        _require(self.round_to >= 1 and self.samples >= 1, "round_to and samples")
+        if self.errors is not None:
+            sizes = [[len(row) for row in table] for table in (self.errors.counts, self.errors.errors)]
+            _require(sizes[0] == sizes[1] and len(sizes[0]) == number and 0 not in sizes[0], "counts and errors")
+
+    def _is_table(self, group: int, removed: tuple[int, ...]) -> bool:
+        """Whether a table says what every plan takes from a slot, as one number or as one for each count."""
+        own = self.groups[group]
+        return len(removed) == 1 or len(removed) > own.num_channels - own.least
 
     @classmethod
     def of(cls, realisation: Realisation, groups: Sequence[Named], costs: StoredCosts, **more: Any) -> SearchNumbers:
