@@ -22,8 +22,14 @@ from lightning_softprune.report.charts import (
     ticks,
 )
 from lightning_softprune.report.markup import Markup, join, tag
-from lightning_softprune.report.series import format_fraction, format_number, is_drawable, score_limits
-from lightning_softprune.results import Outcome, PruningResult, format_change, pareto_front
+from lightning_softprune.report.series import (
+    format_fraction,
+    format_number,
+    is_drawable,
+    latency_against_dense,
+    score_limits,
+)
+from lightning_softprune.results import Outcome, PruningResult, pareto_front
 
 _MOST_NUMBERED = 60
 
@@ -116,7 +122,7 @@ _COLUMNS = [
 
 def _row(line: _Round, fronts: dict[str, list[int]]) -> tuple[list[str], str]:
     result = line.result
-    latency, share = result.latency_after, result.shares.get("latency")
+    latency = result.latency_after
     finetuned = "" if result.score_finetuned is None else format_number(result.score_finetuned)
     cells = [
         str(line.number),
@@ -131,7 +137,7 @@ def _row(line: _Round, fronts: dict[str, list[int]]) -> tuple[list[str], str]:
         str(result.costs_after.params),
         str(result.costs_after.macs),
         "" if latency is None else f"{1000 * latency:.4g}",
-        "" if share is None else format_change(1.0, share),
+        latency_against_dense(result),
         result.measured_on,
         result.strategy,
         str(result.outcome),

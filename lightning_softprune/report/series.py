@@ -254,16 +254,19 @@ def against_dense(result: PruningResult) -> list[tuple[str, float]]:
 def against_dense_line(result: PruningResult) -> str:
     """The same in one line, with what latency was measured on; empty where nothing is known."""
     shares = [
-        f"{name} {'about the same' if name == 'latency' and _is_noise(result, share) else format_change(1.0, share)}"
+        f"{name} {latency_against_dense(result) if name == 'latency' else format_change(1.0, share)}"
         for name, share in against_dense(result)
     ]
     measured = f" ({result.measured_on})" if "latency" in result.shares and result.measured_on else ""
     return f"Against dense: {', '.join(shares)}{measured}" if shares else ""
 
 
-def _is_noise(result: PruningResult, share: float) -> bool:
-    """Whether the spread of its measurement does not support that latency has changed."""
-    return abs(share - 1.0) <= (result.latency_spread or 0.0)
+def latency_against_dense(result: PruningResult) -> str:
+    """How latency has changed against dense, without a sign where its spread supports none; empty: not measured."""
+    share = result.shares.get("latency")
+    if share is None:
+        return ""
+    return "about the same" if abs(share - 1.0) <= (result.latency_spread or 0.0) else format_change(1.0, share)
 
 
 def knobs_line(result: PruningResult) -> str:

@@ -236,10 +236,7 @@ def _if_better(
 ) -> Rehearsed:
     """Keep what was learned where the score is better for it, and else put back what was before."""
     if not errors:
-        rank_zero_warn(
-            "SoftPruning: healing has nothing to learn from: there are no training batches, or no output that the "
-            "module's steps use and that the dense and the pruned network have in common"
-        )
+        _tell_nothing_to_learn(evaluator.runner.module)
         return rehearsed
     resting = resting_in(evaluator.runner.module)
     healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
@@ -254,6 +251,16 @@ def _if_better(
             )
     healing = Healing(healed.trial.score, kept, tuple(errors))
     return replace(rehearsed, plan=healed if kept else rehearsed.plan, healing=healing)
+
+
+def _tell_nothing_to_learn(module: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        rank_zero_warn("SoftPruning: healing has nothing to train: no parameter of the module requires a gradient")
+        return
+    rank_zero_warn(
+        "SoftPruning: healing has nothing to learn from: there are no training batches, or no output that the "
+        "module's steps use and that the dense and the pruned network have in common"
+    )
 
 
 def _has_room(runner: ModuleRunner, name: Literal["healing", "teacher"]) -> bool:

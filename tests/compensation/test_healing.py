@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lightning_softprune.round.commit as commit
+from lightning_softprune import prune
 from lightning_softprune.compensation.healing import DenseNetwork
 from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
 from lightning_softprune.compensation.healing.pupil import RATE, SMALLEST, Lesson, Pupil
@@ -319,6 +320,15 @@ def test_where_there_is_nothing_to_learn_from_a_warning_says_so(tmp_path):
 
     with pytest.warns(UserWarning, match="healing has nothing to learn from"):
         result, _, _ = rounds(tmp_path, Ungraded, 3)
+    assert result.applied
+    assert result.healing is None
+
+
+@pytest.mark.slow
+def test_where_nothing_may_be_trained_a_warning_says_so():
+    module = made().requires_grad_(False)
+    with pytest.warns(UserWarning, match="healing has nothing to train: no parameter of the module requires"):
+        result = prune(module, **loaders(module), healing=1, search="uniform", verbose=False, report=False)
     assert result.applied
     assert result.healing is None
 

@@ -51,6 +51,12 @@ def test_latencies_of_different_devices_are_compared_as_shares_and_metrics_apart
     assert len(Page(index_page("runs", rounds)).tables) == 2
 
 
+def test_a_latency_whose_spread_supports_no_change_has_no_sign():
+    shares = {"latency": 0.97}
+    rounds = [(str(spread), a_round(300, 20.0, 0.004, shares=shares, latency_spread=spread)) for spread in (0.05, 0.01)]
+    assert cells(Page(index_page("runs", rounds)), "of dense") == ["about the same", "-3.0 %"]
+
+
 def test_the_page_is_well_formed_whatever_was_found():
     rounds = [(name, replace(result, origin=Origin(name, name, name))) for name, result in RESULTS.items()]
     text = index_page("<b>", [*rounds, ("nan", a_round(1, math.nan, 0.1))])
