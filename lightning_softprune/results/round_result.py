@@ -84,8 +84,8 @@ class PruningResult:
         shares: What remains after the round of the first dense model's `params`, `macs` and, where it was measured,
             `latency`: a fraction of each.
         left_out: Everything that takes no part in the search, and why.
-        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, searching, timing, refitting,
-            healing.
+        phases: What the phases of the round took, in seconds: baseline, tracing, measuring, choosing a part, searching,
+            finalists, timing, refitting, healing.
         score_compensated: The monitored metric of the chosen plan before healing; `None` where nothing was applied.
         healing: What healing has done; `None`: there was none.
         coverage: How much of the model takes part, as one sentence.

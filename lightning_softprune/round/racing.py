@@ -25,7 +25,8 @@ the leader than two standard errors. Where none of them is feasible on all data,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -57,20 +58,26 @@ _TIMED = 6  # finalists with ever fewer MACs, for a latency limit
 _Blocks = dict[str, FloatArray]
 
 
-def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[str, float]) -> ScoredOn:
+def choose_part(
+    evaluator: Evaluator,
+    settings: RoundSettings,
+    before: Mapping[str, float],
+    shown: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> ScoredOn:
     """Choose the part of the validation data that trials are scored on; with few data, all, and nothing is run.
 
     Args:
         evaluator: Scores the two plans that it takes.
         settings: What the user asked for.
         before: Metrics of the module as it is on all data.
+        shown: Entered while something is run.
     """
     if settings.search_batches is not None:
         part = Part(most=settings.search_batches)
-        return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), noise=math.nan), before)
+        with shown():
+            return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), noise=math.nan), before)
     largest = settings.search.max_evaluations
-    names = _required(settings)
-    if evaluator.runner.sums.keys() & names:
+    if evaluator.runner.sums.keys() & _required(settings):
         return WHOLE
     if type(settings.search) in _OF_ONE_PLAN or (largest is not None and largest <= _FEW_PLANS):
         return WHOLE
@@ -81,6 +88,18 @@ def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[s
     blocks = [Part(number * least / _BLOCKS, (number + 1) * least / _BLOCKS) for number in range(_BLOCKS)]
     if not all(block.of(len(own)) for block in blocks for own in sizes):
         return WHOLE  # a small loader beside large ones
+    with shown():
+        on = _part_by(blocks, evaluator, settings, before)
+    if settings.verbose and on.share < 1.0:
+        rank_zero_info(f"SoftPruning: plans are told apart on {on.share:.1%} of the validation batches")
+    return on
+
+
+def _part_by(
+    blocks: Sequence[Part], evaluator: Evaluator, settings: RoundSettings, before: Mapping[str, float]
+) -> ScoredOn:
+    """The part that is large enough by what scores on the blocks scatter."""
+    names, least = _required(settings), blocks[-1].stop
     dense, uniform = evaluator.problem.unpruned_plan(), _uniform_plan(evaluator)
     before_blocks, after_blocks = (_on_blocks(evaluator, plan, blocks, names) for plan in (dense, uniform))
     differences = {name: after_blocks[name] - before_blocks[name] for name in names}
@@ -94,8 +113,6 @@ def choose_part(evaluator: Evaluator, settings: RoundSettings, before: Mapping[s
         own = _standard_error(before_blocks[name], least / _BLOCKS, share)
         if abs(on.offsets.get(name, 0.0)) > 3 * own + 1e-6 * abs(before[name]):
             return WHOLE
-    if settings.verbose and on.share < 1.0:
-        rank_zero_info(f"SoftPruning: plans are told apart on {on.share:.1%} of the validation batches")
     return on
 
 
@@ -162,6 +179,13 @@ def _anchored(evaluator: Evaluator, on: ScoredOn, before: Mapping[str, float]) -
     if not all(math.isfinite(offsets.get(name, math.nan)) for name in names):
         return WHOLE
     return replace(on, offsets=offsets)
+
+
+def finalists(evaluator: Evaluator) -> int:
+    """How many plans the race is going to score on all data, at most as a rule; 0 where there is none."""
+    if evaluator.on.share >= 1.0:
+        return 0
+    return 1 if evaluator.trials.target is None else _FINALISTS
 
 
 def race(evaluator: Evaluator, settings: RoundSettings) -> None:

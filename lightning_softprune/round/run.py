@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import lightning.pytorch as pl
@@ -78,8 +79,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         while True:
             evaluator = Evaluator(runner, problem, journal, Trials(objective, space, goal.target))
             evaluator.before, evaluator.baseline_seconds = before, baseline_seconds
-            with phases.timed("searching"):
-                strategy, outcome, decision = _search(evaluator, settings, goal, before, stopwatch)
+            strategy, outcome, decision = _search(evaluator, settings, goal, stopwatch, phases)
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
                 break  # else the journal was wrong, and is set aside
         hands = _Hands(evaluator, transaction, copies, judged.parameters, phases, stopwatch)
@@ -153,28 +153,32 @@ def _shorter(settings: RoundSettings, goal: Goal) -> RoundSettings:
 
 
 def _search(
-    evaluator: Evaluator, settings: RoundSettings, goal: Goal, before: dict[str, float], stopwatch: Stopwatch
+    evaluator: Evaluator, settings: RoundSettings, goal: Goal, stopwatch: Stopwatch, phases: Phases
 ) -> tuple[SearchStrategy, SearchOutcome, Decision]:
     """Search, and decide.
 
     Raises:
         Exception: The user's own, where their code fails with every plan.
     """
-    runner, trials = evaluator.runner, evaluator.trials
+    runner, trials, before = evaluator.runner, evaluator.trials, evaluator.before
     enough = pruned_already(evaluator.problem, trials, before) if goal.pruned_before else None
     if enough is not None:
         return settings.search, SearchOutcome(0, 0, "pruned already"), enough
     if not goal.rehearse:
-        evaluator.on = choose_part(evaluator, settings, before)
-    strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, goal, before)
+        evaluator.on = choose_part(evaluator, settings, before, lambda: phases("choosing a part"))
+    with phases.timed("searching"):
+        strategy, outcome = (try_one_plan if goal.rehearse else search)(evaluator, settings, goal, before)
     if trials.failure is not None and all(scored.trial.reason for scored in trials.done):
         raise trials.failure
     if failed := [scored.trial.reason for scored in trials.done if scored.trial.reason]:
         rank_zero_info(f"SoftPruning: {len(failed)} of {len(trials.done)} plans could not be scored: {failed[0]}")
     if goal.rehearse:
         return strategy, outcome, Decision(trials.done[-1], Verdict.FEASIBLE)  # feasible or not
-    race(evaluator, settings)
-    decision = decide(runner, settings, evaluator.problem, trials, stopwatch)
+    if evaluator.on.share < 1.0:
+        with phases("finalists"):
+            race(evaluator, settings)
+    with phases("timing") if "latency" in (settings.limits or {}) else nullcontext():
+        decision = decide(runner, settings, evaluator.problem, trials, stopwatch)
     if trials.failure is not None and decision.verdict is Verdict.NOT_A_NUMBER:
         raise trials.failure  # the user's own, which is why there is no score
     return strategy, outcome, decision

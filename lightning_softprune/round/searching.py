@@ -13,6 +13,7 @@ import numpy as np
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable, check_strategy
+from lightning_softprune.round.racing import finalists
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import (
     MaxSparsitySearch,
@@ -115,7 +116,10 @@ def _announcement(evaluator: Evaluator, planned: int | None, healing: int) -> st
     each = evaluator.baseline_seconds * evaluator.on.share
     if planned is None:
         return f"SoftPruning: {names}, about {each:.2g} s for each evaluation{healed}"
-    return f"SoftPruning: {names}, up to {planned:,} evaluations, about {planned * each:.2g} s{healed}"
+    last = min(finalists(evaluator), planned)
+    seconds = planned * each + last * evaluator.baseline_seconds
+    on_all = f" and {last} finalist{'' if last == 1 else 's'} on all data" if last else ""
+    return f"SoftPruning: {names}, up to {planned:,} evaluations{on_all}, about {seconds:.2g} s{healed}"
 
 
 def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> tuple[SearchStrategy, SearchOutcome]:

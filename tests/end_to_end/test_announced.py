@@ -3,8 +3,11 @@
 import re
 import time
 
+import pytest
+from torch.utils.data import DataLoader
+
 from lightning_softprune import SensitivitySearch
-from support.modules import fit, made, softpruning
+from support.modules import fit, loaders, made, softpruning, vectors
 
 
 def test_a_round_announces_groups_coefficients_evaluations_and_time(tmp_path, capsys):
@@ -24,6 +27,27 @@ def test_the_result_knows_what_the_phases_took(tmp_path, monkeypatch):
     assert list(result.phases) == ["baseline", "tracing", "measuring", "searching", "timing", "refitting"]
     assert result.phases["baseline"] == result.phases["searching"] == 3.0  # the batches of a validation pass
     assert sum(result.phases.values()) == result.seconds < len(steps)
+
+
+def test_choosing_a_part_and_finalists_are_announced_and_phases_of_their_own(tmp_path, monkeypatch, capsys):
+    data = loaders(made())
+    data["val_dataloaders"] = DataLoader(vectors(4000, 2), 50)
+    arguments = {"search": SensitivitySearch(), "search_batches": 20, "limits": {"latency": 1.0}}
+    callback, module = softpruning(**arguments, verbose=True), made()
+    steps = _clock_of_steps(module, monkeypatch)
+    fit(tmp_path, module, callback, data=data)
+    result = callback.results[0]
+    names = ["baseline", "tracing", "measuring", "choosing a part", "searching", "finalists", "timing", "refitting"]
+    assert list(result.phases) == names
+    finals = [trial for trial in result.trials if trial.share == 1.0]
+    assert result.phases["baseline"] == 80.0
+    assert result.phases["finalists"] == 80.0 * (len(finals) - 1)  # one is the plan as it is committed
+    assert result.phases["searching"] == 20.0 * (len(result.trials) - len(finals))
+    assert result.phases["choosing a part"] == 20.0
+    assert sum(result.phases.values()) == result.seconds < len(steps)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "evaluations and " in line]
+    planned = int(re.search(r"up to (\d+) evaluations and 5 finalists on all data, about ", line)[1])
+    assert float(re.search(r"about ([\d.e+]+) s", line)[1]) == pytest.approx(20.0 * planned + 80.0 * 5, rel=0.05)
 
 
 def _clock_of_steps(module, monkeypatch):
