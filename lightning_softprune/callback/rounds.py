@@ -29,7 +29,7 @@ from lightning_softprune.report import (
     try_write_files,
 )
 from lightning_softprune.results import Costs, Origin, PruningResult
-from lightning_softprune.round import Goal, RoundSettings, check_ahead, run_round
+from lightning_softprune.round import Goal, RoundSettings, check_ahead, limits_on_the_way, run_round
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
@@ -59,6 +59,7 @@ class Rounds(pl.Callback):
     monitor: str
     epochs: list[int]
     targets: Sequence[float | None]
+    limits: dict[str, float] | None
     ignore: tuple[str, ...]
     layers: tuple[LayerSpec, ...]
     twins: dict[str, str] | None
@@ -73,6 +74,7 @@ class Rounds(pl.Callback):
     def __init__(self, configuration: dict[str, str]) -> None:
         super().__init__()
         self._configuration = configuration
+        self._has_schedule = False  # whether earlier rounds follow one up to the last one's target and limits
         self.results: list[PruningResult] = []
         self._earlier: list[PruningResult] = []  # rounds of earlier fits, which the module remembers
         self.as_given = False  # whether such rounds count for nothing
@@ -172,6 +174,8 @@ class Rounds(pl.Callback):
         goal["dense"] = self._earlier[0].costs_before if self._earlier else self._dense
         goal["earlier"] = next((result for result in reversed(self._real_results()) if result.sensitivity), None)
         goal["take_teacher"] = self._take_teacher
+        if self._has_schedule and self.limits is not None:
+            goal["limits"] = limits_on_the_way(self.limits, goal["target"] / (self.targets[-1] or 1.0))
         return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:

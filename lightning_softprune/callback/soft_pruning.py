@@ -38,7 +38,9 @@ class SoftPruning(PruningHooks):
         limits: Further budgets: the fraction of the dense model's `params`, `macs` or `latency` that may remain, as in
             ``{"macs": 0.5}``. Latency is the median time of the validation step's forward in eval mode on the training
             device, relative to the dense model in the same run. It is measured on up to 6 finalists, and is noisy,
-            above all for small models and on a busy machine: leave it some room.
+            above all for small models and on a busy machine: leave it some room. Where `target_sparsity` is one number
+            for several rounds, limits on `params` and `macs` follow the same schedule: a round that aims at half of it
+            has to take away half of what they ask for.
         constraints: Metric constraints such as ``"val_psnr >= 19.5"``, on any metric logged while validating; operators
             ``<=``, ``>=``, ``<``, ``>``.
         on_violation: What happens when no plan meets the constraints: "skip" leaves the model as it is and warns,
@@ -151,6 +153,7 @@ class SoftPruning(PruningHooks):
         self.mode = checks.one_of("mode", mode, (AUTO, "min", "max"))
         self.epochs = checked_epochs(epochs)
         self.targets = checked_targets(target_sparsity, len(self.epochs))
+        self._has_schedule = isinstance(target_sparsity, (int, float))
         self.tolerance = checks.number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
         self.cost = checks.one_of("cost", cost, COSTS)
         self.limits = checked_limits(limits)

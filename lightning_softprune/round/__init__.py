@@ -11,6 +11,7 @@ from lightning_softprune.round.settings import (
     checked_limits,
     checked_patterns,
     checked_targets,
+    limits_on_the_way,
 )
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "checked_limits",
     "checked_patterns",
     "checked_targets",
+    "limits_on_the_way",
     "prepare_groups",
     "run_round",
 ]

@@ -186,7 +186,8 @@ class _Look:
 
     def _look(self, runner: ModuleRunner, whole: bool) -> None:
         """Raises what is wrong, and notes what may be."""
-        settings, goal = self.settings, self.goals[0]
+        goal, last = self.goals[0], self.goals[-1]
+        settings = goal.asked(self.settings)
         with record_usage(self.module, runner.left_alone) as judged:
             metrics = runner.metrics()
         missing = Objective(settings.monitor, settings.mode, settings.constraints).unlogged(metrics)
@@ -206,11 +207,11 @@ class _Look:
             return  # it is left as it is
         check_reachable(space, settings, goal.target)
         check_strategy(space, settings, goal.target)
-        last = self.goals[-1].target
-        if last is not None and not settings.bounds:  # a round may go as far as its bounds, the next one further
-            space = problem.space(settings, dense, last)
+        if last.target is not None and not settings.bounds:  # a round may go as far as its bounds, the next one further
+            settings = last.asked(self.settings)
+            space = problem.space(settings, dense, last.target)
             if space.sparsity_of(space.high) < space.floor:
-                check_reachable(space, settings, last)
+                check_reachable(space, settings, last.target)
 
 
 def check_strategy(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:

@@ -56,7 +56,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             meets the constraints and that is to be an error.
         Exception: The user's own, with everything rolled back.
     """
-    started = time.monotonic()
+    started, settings = time.monotonic(), goal.asked(settings)
     phases = Phases("auto" if settings.verbose else "none", trainer)
     seed = int(np.random.SeedSequence([settings.seed, goal.epoch]).generate_state(1)[0])
     copies, form = averaged_copies(trainer), ModelShapes.of(module)

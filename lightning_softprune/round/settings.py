@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -76,6 +76,7 @@ class Goal:
         earlier: The round of this fit before this one; where its curves lie, tells where to look first.
         take_teacher: Is given the dense network after a commit, where the settings ask for a teacher.
         pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
+        limits: What may remain of each cost in this round; ``None``: what the settings say.
     """
 
     epoch: int
@@ -87,6 +88,11 @@ class Goal:
     pruned_before: bool = False
     earlier: PruningResult | None = None
     take_teacher: Callable[[Teacher], None] | None = None
+    limits: dict[str, float] | None = None
+
+    def asked(self, settings: RoundSettings) -> RoundSettings:
+        """The settings with what this round alone is asked for."""
+        return settings if self.limits is None else replace(settings, limits=self.limits)
 
 
 LIMITS = (*COSTS, "latency")
@@ -100,6 +106,18 @@ def cubic_schedule(target: float, rounds: int) -> list[float]:
     [0.4926, 0.6741, 0.7]
     """
     return [target * (1.0 - (1.0 - k / rounds) ** 3) for k in range(1, rounds + 1)]
+
+
+def limits_on_the_way(limits: Mapping[str, float], share: float) -> dict[str, float]:
+    """Limits of a round that aims at a share of the last target: as much of what they take away, of counted costs.
+
+    >>> limits_on_the_way({"macs": 0.4, "latency": 0.8}, 0.5), limits_on_the_way({"macs": 0.4}, 1.0)
+    ({'macs': 0.7, 'latency': 0.8}, {'macs': 0.4})
+    """
+    return {
+        name: limit if share == 1.0 or name not in COSTS else round(1.0 - (1.0 - limit) * share, 4)
+        for name, limit in limits.items()
+    }
 
 
 def checked_epochs(value: Any) -> list[int]:

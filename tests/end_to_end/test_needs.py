@@ -310,6 +310,21 @@ def test_sparsity_in_macs(tmp_path):
     assert result.cost == "macs"
 
 
+def test_limits_follow_the_schedule_of_one_target_for_several_rounds(tmp_path):
+    callback = softpruning(epochs=[1, 2, 3], target_sparsity=0.7, limits={"macs": 0.29}, tolerance=0.05)
+    fit(tmp_path, made(), callback, max_epochs=4)
+    assert [result.applied for result in callback.results] == [True] * 3
+    limits = [result.limits["macs"] for result in callback.results]
+    targets = [result.target_sparsity for result in callback.results]
+    assert limits == pytest.approx([1 - 0.71 * target / 0.7 for target in targets], abs=1e-4)
+    assert limits[-1] == 0.29
+    for result, limit in zip(callback.results, limits, strict=True):
+        assert result.shares["macs"] <= limit
+    listed = softpruning(epochs=[1, 2, 3], target_sparsity=targets, limits={"macs": 0.29}, tolerance=0.05)
+    with pytest.raises(MisconfigurationException, match="cannot be met together"):
+        fit(tmp_path, made(), listed, max_epochs=4)
+
+
 def test_limits_hold_against_the_first_dense_model_in_later_rounds(tmp_path):
     callback = softpruning(epochs=[1, 2], target_sparsity=[0.3, 0.6], limits={"macs": 0.5})
     module = made(Early)
