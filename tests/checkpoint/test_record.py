@@ -299,7 +299,6 @@ def test_a_run_that_only_pruned_is_finetuned_by_the_same_trainer(tmp_path):
     assert len(module.losses) == 5 * len(data()["train_dataloaders"])
 
 
-@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # Lightning looks for a checkpoint of an earlier exception
 @pytest.mark.parametrize("saved_by", ["the callback's trainer", "a plain trainer"])
 def test_another_trainer_may_have_looked_at_the_module_since(tmp_path, saved_by):
     """Its optimizers, of which there are none, are not those that are saved."""
@@ -325,6 +324,7 @@ def test_another_trainer_may_have_looked_at_the_module_since(tmp_path, saved_by)
     assert_optimizers_hold_live_parameters(resumed, fresh)
 
 
+@pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # Lightning looks for a checkpoint of an earlier exception
 def test_an_exception_leaves_no_trace_and_its_checkpoint_has_the_record(tmp_path):
     class Broken(Callback):
         def on_train_batch_end(self, trainer, *_):
