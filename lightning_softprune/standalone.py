@@ -8,7 +8,8 @@ prune.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -30,15 +31,19 @@ from lightning_softprune.results import PruningResult
 from lightning_softprune.round import StepsToTrace, prepare_groups
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
+    GradientsWhereNeeded,
     MisconfigurationException,
     Step,
+    as_far_as_it_runs,
     attributes_of,
     clone_inference_tensors_and_reset_metrics,
+    code_in_training,
     has_inference_tensors,
     is_overridden,
     isolated_rng,
     metrics_in,
     one_epoch_more,
+    reads_its_mode,
     run_steps,
     what_a_step_shows,
     why_training_ended,
@@ -103,7 +108,8 @@ def find_groups(
         _run_once(model, list(steps.values()))
         with record_usage(model, outside) as judged:
             run_steps([runs.get("validation_step", next(iter(runs.values())))])
-        how = StepsToTrace(list(runs.values()), judged.parameters, outside, predicting=predicting)
+        traced = [*runs.values(), *_in_training(model, steps)]
+        how = StepsToTrace(traced, judged.parameters, outside, lambda: [*runs.values()], predicting=predicting)
         found = prepare_groups(model, how, components, ignore or ())
     return Groups(found, coverage(model, found))
 
@@ -120,14 +126,20 @@ def _module_steps(model: pl.LightningModule, batch: Any) -> dict[str, Step]:
     if model.automatic_optimization and is_overridden("training_step", model):
         names.append("training_step")
     steps: dict[str, Step] = {}
+    gradients = GradientsWhereNeeded()
+
+    def step_of(name: str, begin: bool = False) -> Step:
+        step = _plain_step(model, name, batch, begin)
+        return partial(gradients, step) if name == "training_step" else step
+
     for name in names:
         begin = False
         try:
             with torch.inference_mode(False):
-                run_steps([_put_back(model, _plain_step(model, name, batch))])
+                run_steps([_put_back(model, step_of(name))])
         except AttributeError:
             begin = True
-        steps[name] = _plain_step(model, name, batch, begin)
+        steps[name] = step_of(name, begin)
     return steps
 
 
@@ -138,13 +150,20 @@ def _run_once(model: nn.Module, steps: list[Step]) -> None:
     run_steps(steps)
 
 
-def _put_back(model: nn.Module, step: Step) -> Step:
-    """The step in eval mode, leaving nothing behind."""
+def _in_training(model: nn.Module, steps: dict[str, Step]) -> list[Step]:
+    """The training step, telling code that it trains, where code asks."""
+    if "training_step" not in steps or not reads_its_mode(model):
+        return []
+    return [as_far_as_it_runs(_put_back(model, steps["training_step"], code_in_training))]
+
+
+def _put_back(model: nn.Module, step: Step, mode: Callable[[nn.Module], object] = nn.Module.eval) -> Step:
+    """The step in eval mode, or another, leaving nothing behind."""
 
     def run() -> Any:
         with Transaction(model):
             clone_inference_tensors_and_reset_metrics(model)
-            model.eval()
+            mode(model)
             return step()
 
     return run

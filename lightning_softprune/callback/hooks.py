@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_softprune.callback.rounds import Rounds, new_identity
-from lightning_softprune.checkpoint import LoadHook, is_recorded, order_parameters
+from lightning_softprune.checkpoint import LoadHook, is_recorded, name_parameters, order_parameters
 from lightning_softprune.graph import register_layers
 from lightning_softprune.report import rounds_never_reached
 from lightning_softprune.results import PruningResult
@@ -86,7 +86,8 @@ class PruningHooks(Rounds):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave an epoch in which nothing was trained to whoever trains on from this checkpoint."""
+        """Leave an epoch in which nothing was trained to whoever trains on from this checkpoint; begin the record."""
+        name_parameters(checkpoint, pl_module, trainer.optimizers)
         if self._untrained is not None:
             take_epoch_back_in(checkpoint, self._untrained)
 

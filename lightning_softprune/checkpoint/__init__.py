@@ -29,6 +29,7 @@ from lightning_softprune.checkpoint.record import (
     is_recorded,
     keep_dense,
     keep_record,
+    name_parameters,
     order_parameters,
     rounds_of,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "keep_dense",
     "keep_record",
     "load_from_checkpoint",
+    "name_parameters",
     "order_parameters",
     "record_of",
     "recorded_rounds",

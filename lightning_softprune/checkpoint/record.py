@@ -63,6 +63,7 @@ class SaveHook(InstanceHook):
         """Let the user's own hook write, then write the record."""
         self.call_before(checkpoint)
         form = ModelShapes.of(self.module, like=self.dense)
+        begun = checkpoint.get(RECORD, {})
         checkpoint[RECORD] = {
             "format": FORMAT if form.counts or form.unsaved or _has_new_sizes(form, self.dense) else 1,
             **form.to_dict(),
@@ -74,7 +75,9 @@ class SaveHook(InstanceHook):
         if self.earlier:
             checkpoint[RECORD]["earlier"] = list(self.earlier)
         if "optimizer_states" in checkpoint:
-            checkpoint[RECORD]["optimizers"] = _parameter_names(self.module, self.module.trainer.optimizers)
+            trainer = self.module.__dict__.get("_trainer")
+            names = begun.get("optimizers") or _parameter_names(self.module, getattr(trainer, "optimizers", ()))
+            checkpoint[RECORD]["optimizers"] = _as_many(names, checkpoint["optimizer_states"])
 
 
 def mark(state: Any) -> None:
@@ -161,6 +164,30 @@ def _parameter_names(module: nn.Module, optimizers: Iterable[Optimizer]) -> list
         [[names.get(id(parameter)) for parameter in group["params"]] for group in optimizer.param_groups]
         for optimizer in optimizers
     ]
+
+
+def _as_many(names: list[list[list[str | None]]], states: Iterable[Mapping[str, Any]]) -> list[list[list[str | None]]]:
+    """The names, if they are of the optimizers that are saved; else as many places without a name.
+
+    The trainer that saves need not be the one that the module was with last.
+    """
+    places: list[list[list[str | None]]] = [
+        [[None] * len(group["params"]) for group in state.get("param_groups", ())] for state in states
+    ]
+    fits = [list(map(len, groups)) for groups in names] == [list(map(len, groups)) for groups in places]
+    return names if fits else places
+
+
+def name_parameters(checkpoint: dict[str, Any], module: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    """Begin the record of a pruned module's checkpoint, by the trainer that saves it, with what its optimizers hold.
+
+    Args:
+        checkpoint: What is about to be saved.
+        module: The module, which writes the rest when its own hook is called.
+        optimizers: The trainer's.
+    """
+    if is_recorded(module) and "optimizer_states" in checkpoint:
+        checkpoint[RECORD] = {"optimizers": _parameter_names(module, optimizers)}
 
 
 def _flat(groups: list[list[str | None]]) -> list[str]:

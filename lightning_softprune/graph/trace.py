@@ -7,7 +7,7 @@ dimensions behind a reshape carries the channels (whole heads, or one dimension 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,7 @@ class Trace:
         recorder = Recorder(self.model, self.whole, self.reasons, _MUCH_MORE * len(self.tape.operations))
         try:
             with _modes_kept(self.model), recorder.recording():
-                returned = [recorder.value(tensor) for tensor in tensors_in(step())]
+                returned = [recorder.value(tensor) for tensor in tensors_in(_as_it_runs(step))]
         except (Exception, TooLongError):  # it was written for other batches than there are
             return []
         flow = Flow(self.model, recorder.tape, self.layouts, self.reasons)
@@ -107,8 +107,23 @@ def _recorded(model: nn.Module, steps: Sequence[Step], whole: Mapping[str, Layou
     recorder = Recorder(model, whole, reasons)
     with _modes_kept(model), recorder.recording():
         for step in steps:
-            recorder.show(step())
+            recorder.show(_as_it_runs(step))
     return recorder.tape
+
+
+def _as_it_runs(step: Step) -> Any:
+    """Run a step with gradients, which show functions of the user's own; or without, where it does not run with them.
+
+    Code for validation may hand what a layer gave to NumPy.
+    """
+    try:
+        return step()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        with torch.no_grad(), suppress(Exception):
+            return step()
+        raise error
 
 
 def _is_forward_known(module: nn.Module) -> bool:

@@ -256,7 +256,7 @@ class PruningProblem:
             try:
                 with watch_outputs(module, judged, blocks=False) as found, torch.no_grad():
                     step()
-                return found
+                return {place: output.detach() for place, output in found.items()}
             finally:
                 surgery.undo()
 

@@ -236,7 +236,7 @@ class SearchNumbers:
     def shapes(self) -> tuple[Shape | None, ...]:
         """What is known of each coefficient before any evaluation, up to 1, counted from the lowest searched."""
         budgets = Budgets(self.dense, 1.0, 0.0)
-        searched, free = (self.space(self.realisation(bounds), budgets) for bounds in (None, dict[str, Any]()))
+        searched, free = self.space(self.realisation(), budgets), self.space(self.realisation({}), budgets)
         if not free.shapes:
             return (None,) * free.size
         return tuple(

@@ -23,10 +23,14 @@ from lightning_softprune.trainer.isolation import (
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.trainer.module_steps import (
+    GradientsWhereNeeded,
     Step,
     Steps,
+    as_far_as_it_runs,
     attributes_of,
+    code_in_training,
     may_log,
+    reads_its_mode,
     run_steps,
     what_a_step_shows,
 )
@@ -53,16 +57,19 @@ from lightning_softprune.trainer.validation_data import ALL, BatchesReadAgain, P
 __all__ = [
     "ALL",
     "BatchesReadAgain",
+    "GradientsWhereNeeded",
     "LoadedBatch",
     "MisconfigurationException",
     "ModuleRunner",
     "Part",
     "Step",
     "Steps",
+    "as_far_as_it_runs",
     "as_if_at_epoch",
     "attributes_of",
     "averaged_copies",
     "clone_inference_tensors_and_reset_metrics",
+    "code_in_training",
     "copy_batch",
     "end_epoch_at_this_batch",
     "finish_epoch_without_training",
@@ -75,6 +82,7 @@ __all__ = [
     "mean_over_processes",
     "metrics_in",
     "one_epoch_more",
+    "reads_its_mode",
     "record_new_parameters",
     "refuse_schedule",
     "refuse_sharded_optimizers",

@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
+from lightning_softprune.utilities.hooks import unwatched
 from lightning_softprune.utilities.libraries import counterparts
 from lightning_softprune.utilities.snapshot import Snapshot
 
@@ -102,8 +104,8 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
     What that is, :func:`remembered` says. Objects stay the same objects, also when an exception passes through.
 
     Pending gradients are set aside meanwhile (inside, every `parameter.grad` starts as `None`, as in Lightning's
-    validation) and come back untouched. Parameter values and the optimizers' state are not looked after, so a change
-    that should last (the final prune) belongs outside.
+    validation) and come back untouched. Parameter values (but see `StillParameters`) and the optimizers' state are not
+    looked after, so a change that should last (the final prune) belongs outside.
 
     Args:
         trainer: The trainer in charge.
@@ -119,6 +121,40 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
         yield
     finally:
         memory.restore()
+
+
+class StillParameters:
+    """The values of parameters that a module's own steps move, as momentum encoders do: put back after each step.
+
+    Which these are, the first step shows, of which all values are compared; after it, those alone are copied. A
+    parameter that another step moves is found by no comparison.
+    """
+
+    def __init__(self) -> None:
+        self._moved: set[str] | None = None
+
+    @contextmanager
+    def __call__(self, module: nn.Module) -> Iterator[None]:
+        """Put the values back when the block ends.
+
+        Args:
+            module: The one that steps move, whatever its shape is now.
+        """
+        with unwatched():
+            before = {
+                name: (parameter, parameter.detach().clone())
+                for name, parameter in module.named_parameters()
+                if not isinstance(parameter, UninitializedParameter) and (self._moved is None or name in self._moved)
+            }
+        try:
+            yield
+        finally:
+            with unwatched():
+                moved = {name for name, (now, then) in before.items() if not torch.equal(now.detach(), then)}
+                for name in moved:
+                    parameter, value = before[name]
+                    parameter.detach().copy_(value)
+            self._moved = moved | (self._moved or set())
 
 
 def remembered(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:

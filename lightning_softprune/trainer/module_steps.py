@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from inspect import unwrap
@@ -29,6 +29,58 @@ def run_steps(steps: Steps, seed: int = 0) -> list[Any]:
     """Run steps one after another, without gradients, always with the same random numbers; what they return."""
     with isolated_rng(seed), torch.no_grad():
         return [step() for step in steps]
+
+
+def repeatable(step: Step, seed: int) -> Step:
+    """The step with the same random numbers each time."""
+
+    def run() -> Any:
+        with isolated_rng(seed):
+            return step()
+
+    return run
+
+
+class GradientsWhereNeeded:
+    """Runs training steps without gradients, or with them where a step takes some itself (a penalty on them, forces).
+
+    That is found by trying, and remembered.
+    """
+
+    def __init__(self) -> None:
+        self._are_needed = False
+
+    def __call__(self, run: Step) -> Any:
+        """Run a step; where it does not run either way, its exception without gradients goes on."""
+        if torch.is_grad_enabled():
+            return run()
+        if not self._are_needed:
+            try:
+                return run()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                with torch.enable_grad(), suppress(Exception):
+                    found = run()
+                    self._are_needed = True
+                    return found
+                raise error
+        with torch.enable_grad():
+            return run()
+
+
+def as_far_as_it_runs(step: Step) -> Step:
+    """The step, or nothing from where it fails on: whoever runs it for good will be told."""
+
+    def run() -> Any:
+        try:
+            return step()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            return None
+
+    return run
 
 
 def attributes_of(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -227,6 +279,44 @@ def batch_of(batch: Any, count: int) -> tuple[Any, bool]:
     return (longer if made else batch), made
 
 
+def reads_its_mode(module: nn.Module) -> bool:
+    """Whether code of the user's own, in a module or below it, asks whether it is training."""
+    kinds = {kind for child in module.modules() if is_users_own(child) for kind in type(child).__mro__}
+    functions = [value for kind in kinds if _is_users(kind) for value in vars(kind).values()]
+    return any("training" in code.co_names for code in _codes_of(functions))
+
+
+def is_users_own(module: nn.Module) -> bool:
+    """Whether a module's class is none of PyTorch's or Lightning's own."""
+    return _is_users(type(module))
+
+
+def code_in_training(module: nn.Module) -> None:
+    """Let code of the user's own run as in training, and layers as in validation.
+
+    Modules that were in eval mode, in one that trains, stay in it.
+    """
+    trains = module.training
+    for child in module.modules():
+        child.training = is_users_own(child) and (child.training or not trains)
+
+
+_NOT_USERS = ("lightning.", "pytorch_lightning.", "torch.", "torchmetrics.", "builtins.")
+
+
+def _is_users(kind: type) -> bool:
+    return not f"{kind.__module__}.".startswith(_NOT_USERS)
+
+
+def _codes_of(functions: Iterable[Any]) -> Iterator[CodeType]:
+    """The code of functions, and of what is defined inside of them."""
+    codes = [code for function in functions if (code := getattr(unwrap(function), "__code__", None)) is not None]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        yield code
+
+
 def may_log(module: nn.Module, name: str) -> bool:
     """Whether a module's own code has a name in it, as a whole or in two pieces, that it may log at other times.
 
@@ -235,18 +325,9 @@ def may_log(module: nn.Module, name: str) -> bool:
         name: Of a metric that was not logged.
     """
     pieces: set[str] = set()
-    packages = ("lightning.", "pytorch_lightning.", "torch.", "builtins")
-    functions = [
-        value
-        for kind in type(module).__mro__
-        if not f"{kind.__module__}.".startswith(packages)
-        for value in vars(kind).values()
-    ]
-    codes = [code for function in functions if (code := getattr(unwrap(function), "__code__", None)) is not None]
-    while codes:
-        for constant in codes.pop().co_consts:
-            if isinstance(constant, CodeType):
-                codes.append(constant)
+    functions = [value for kind in type(module).__mro__ if _is_users(kind) for value in vars(kind).values()]
+    for code in _codes_of(functions):
+        for constant in code.co_consts:
             found = constant if isinstance(constant, tuple) else (constant,)
             pieces |= {text for text in found if isinstance(text, str) and len(text) > 1}
     starts, ends = ([len(piece) for piece in pieces if fits(piece)] or [0] for fits in (name.startswith, name.endswith))

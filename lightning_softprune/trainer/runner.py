@@ -7,16 +7,18 @@ for. Where several processes train together, every process runs its share, and a
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
+from torch import nn
 
 from lightning_softprune.trainer.batches import FirstBatches, copy_batch, read_training_batches
 from lightning_softprune.trainer.isolation import (
+    StillParameters,
     clone_inference_tensors_and_reset_metrics,
     is_fresh,
     isolated_rng,
@@ -26,14 +28,19 @@ from lightning_softprune.trainer.isolation import (
 )
 from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.trainer.module_steps import (
+    GradientsWhereNeeded,
     Step,
     Steps,
     StepsOfAllKinds,
+    as_far_as_it_runs,
     attributes_of,
     batch_of,
     calls_as_often,
+    code_in_training,
     head_of_batch,
     layer_calls,
+    reads_its_mode,
+    repeatable,
     run_steps,
     what_a_step_shows,
 )
@@ -84,6 +91,8 @@ class ModuleRunner:
         self._traced: StepsOfAllKinds | None = None
         self._memory: Snapshot | None = None
         self._is_fresh = False
+        self._still = StillParameters()
+        self._gradients = GradientsWhereNeeded()
         limit = None if memory_limit is None else memory_limit * GIB
         self._glance = glance
         most = None if glance is None else 1
@@ -279,13 +288,11 @@ class ModuleRunner:
             loader: The loader whose first batch it is; `None`: the first that gives any.
             shown: Whether it returns all that the step shows, by name, and not what the step returns.
         """
+        return lambda: self._ran("validation_step", partial(self._scorer.first_batch, loader), samples, shown)
 
-        def step() -> Any:
-            return self._ran("validation_step", self._scorer.first_batch(loader), samples, shown)
-
-        return step
-
-    def training_step(self, raw: Any, number: int = 0, samples: int | None = None, shown: bool = False) -> Step:
+    def training_step(
+        self, raw: Any, number: int = 0, samples: int | None = None, shown: bool = False, trains: bool = False
+    ) -> Step:
         """The module's `training_step` on one training batch, in eval mode, leaving nothing behind.
 
         Args:
@@ -293,29 +300,38 @@ class ModuleRunner:
             number: Its index.
             samples: Only so many of the batch's samples.
             shown: Whether it returns all that the step shows, by name, and not what the step returns.
+            trains: Whether code of the user's own is told that it trains.
         """
 
-        def step() -> Any:
-            if self._glance is None:
-                batch = transfer(self.trainer, self.module, raw, step="training_step")
-            else:
-                batch = copy_batch(raw)
-            return self._ran("training_step", LoadedBatch(batch, number), samples, shown)
+        def loaded() -> LoadedBatch:
+            if self._glance is not None:
+                return LoadedBatch(copy_batch(raw), number)
+            return LoadedBatch(transfer(self.trainer, self.module, raw, step="training_step"), number)
 
-        return step
+        mode = code_in_training if trains else nn.Module.eval
+        return lambda: self._gradients(partial(self._ran, "training_step", loaded, samples, shown, mode))
 
     def predicting(self) -> Step | None:
         """The module's own `predict_step` on the first validation batch; `None` without one. It may not take it."""
         if not is_overridden("predict_step", self.module):
             return None
-        return lambda: self._ran("predict_step", self._scorer.first_batch(), None, False)
+        return lambda: self._ran("predict_step", self._scorer.first_batch, None, False)
 
-    def _ran(self, name: str, batch: LoadedBatch, samples: int | None, shown: bool) -> Any:
+    def _ran(
+        self,
+        name: str,
+        loaded: Callable[[], LoadedBatch],
+        samples: int | None,
+        shown: bool,
+        mode: Callable[[nn.Module], object] = nn.Module.eval,
+    ) -> Any:
         """Run a step: what it returns, or all that it shows."""
-        with untouched(self.trainer, self.module, self._memory):
+        batch = loaded()
+        still = self._still(self.module) if name == "training_step" else nullcontext()
+        with still, untouched(self.trainer, self.module, self._memory):
             if not self._is_fresh:
                 clone_inference_tensors_and_reset_metrics(self.module)
-            self.module.eval()
+            mode(self.module)
             batch = batch._replace(data=head_of_batch(batch.data, samples))
             before = attributes_of(self.module) if shown else {}
             returned, logged = run_step(self.trainer, self.module, name, batch)
@@ -351,9 +367,14 @@ class ModuleRunner:
         """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic.
 
         They are the first batch of validation and of training, and of the other loaders and the next training batches
-        those that use a part of the module that the ones before have not used.
+        those that use a part of the module that the ones before have not used. Where code of the user's own asks
+        whether it trains, the last one tells it so; that one is on a whole batch, and may not run to its end.
         """
-        return self._of_all_kinds.steps(samples)
+        return [*self._of_all_kinds.steps(samples), *(self._in_training() if samples is None else ())]
+
+    def _in_training(self) -> Steps:
+        batches = self._training_batches(1) if self.trains_by_itself and reads_its_mode(self.module) else []
+        return [as_far_as_it_runs(self.training_step(raw, shown=True, trains=True)) for raw in batches]
 
     @property
     def _of_all_kinds(self) -> StepsOfAllKinds:
@@ -386,7 +407,7 @@ class ModuleRunner:
         steps: Steps = [self.validation_step()]
         if batches:
             steps = [self.training_step(batch, number) for number, batch in enumerate(batches)]
-        return [_repeatable(step, number) for number, step in enumerate(steps)], batches
+        return [repeatable(step, number) for number, step in enumerate(steps)], batches
 
     def few(self, batches: Sequence[Any], samples: int) -> Step:
         """The step of the first of these training batches, or else of a validation batch.
@@ -400,7 +421,7 @@ class ModuleRunner:
         if calls is None:
             with layer_calls(self.module) as calls:
                 run_steps([whole])
-        return _repeatable(few if self.all_agree(calls_as_often(self.module, [few], calls)) else whole, 0)
+        return repeatable(few if self.all_agree(calls_as_often(self.module, [few], calls)) else whole, 0)
 
     def rehearse(self) -> None:
         """Run the pruned module once as training will; the user's own exception goes on.
@@ -409,7 +430,8 @@ class ModuleRunner:
         """
         with isolated_rng(self.seed):
             for raw in self._training_batches(1) if self.trains_by_itself else ():
-                with untouched(self.trainer, self.module), torch.enable_grad():
+                still = StillParameters()(self.module)  # other parameters may move here than on the dense module
+                with still, untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)
                     batch = transfer(self.trainer, self.module, raw, step="training_step")
                     run_step(self.trainer, self.module, "training_step", LoadedBatch(batch), autocast=True)
@@ -426,11 +448,3 @@ class ModuleRunner:
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is set on every process."""
         return flag if self._glance is not None else self.trainer.strategy.reduce_boolean_decision(flag, all=True)
-
-
-def _repeatable(step: Step, seed: int) -> Step:
-    def run() -> Any:
-        with isolated_rng(seed):
-            return step()
-
-    return run

@@ -299,6 +299,31 @@ def test_a_run_that_only_pruned_is_finetuned_by_the_same_trainer(tmp_path):
     assert len(module.losses) == 5 * len(data()["train_dataloaders"])
 
 
+@pytest.mark.parametrize("saved_by", ["the callback's trainer", "a plain trainer"])
+def test_another_trainer_may_have_looked_at_the_module_since(tmp_path, saved_by):
+    """Its optimizers, of which there are none, are not those that are saved."""
+    module = made()
+    trainer = trainer_of(tmp_path, softpruning(epochs=0), max_epochs=1)
+    trainer.fit(module, **loaders(module))
+    if saved_by == "a plain trainer":
+        trainer = trainer_of(tmp_path, max_epochs=1)
+        trainer.fit(module, **loaders(module))
+    trainer_of(tmp_path).validate(module, loaders(module)["val_dataloaders"], verbose=False)
+    path = tmp_path / "late.ckpt"
+    trainer.save_checkpoint(path)
+    (groups,) = torch.load(path, weights_only=True)["softprune"]["optimizers"]
+    names = [name for name, _ in module.named_parameters()]
+    known = saved_by == "the callback's trainer"
+    assert [name for group in groups for name in group] == (names if known else [None] * len(names))
+    again = load_from_checkpoint(type(module), path)
+    assert sizes(again) == sizes(module)
+    fresh = made(seed=1)
+    resumed = trainer_of(tmp_path, softpruning(epochs=0), max_epochs=2)
+    resumed.fit(fresh, **loaders(fresh), ckpt_path=path)
+    assert resumed.current_epoch == 2
+    assert_optimizers_hold_live_parameters(resumed, fresh)
+
+
 @pytest.mark.filterwarnings("ignore:.*fit.ckpt_path=")  # Lightning looks for a checkpoint of an earlier exception
 def test_an_exception_leaves_no_trace_and_its_checkpoint_has_the_record(tmp_path):
     class Broken(Callback):

@@ -1,17 +1,25 @@
 """Groups are probed on a few samples where that shows as much as whole batches do."""
 
+import copy
 from collections import OrderedDict, defaultdict, namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.prepare as network
-from lightning_softprune import UniformBaseline, prune
+from lightning_softprune import UniformBaseline, find_groups, prune
 from lightning_softprune.round.prepare import PROBE_SAMPLES
 from lightning_softprune.trainer import ModuleRunner
-from lightning_softprune.trainer.module_steps import StepsOfAllKinds, head_of_batch, run_steps
-from support.modules import AutoEncoder, loaders, made
+from lightning_softprune.trainer.module_steps import (
+    StepsOfAllKinds,
+    code_in_training,
+    head_of_batch,
+    reads_its_mode,
+    run_steps,
+)
+from support.modules import AutoEncoder, loaders, made, trainer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Pair = namedtuple("Pair", "x y")
@@ -225,3 +233,149 @@ def test_a_layer_that_runs_the_first_time_only_does_not_keep_probes_from_few_sam
         run_steps(steps.on_few(few))
         run_steps(steps.on_few(few))
         assert sizes == [few] * 3, "one to see that it runs the same layers"
+
+
+class Plain(AutoEncoder):
+    """An autoencoder that logs nothing at the end of an epoch."""
+
+    def on_validation_epoch_end(self):
+        pass
+
+
+class Momentum(Plain):
+    """Its training step moves a copy of the encoder, as momentum encoders are; validation compares the two."""
+
+    way = "lerp"
+
+    def __init__(self):
+        super().__init__()
+        self.target = copy.deepcopy(self.encoder).requires_grad_(False)
+        with torch.no_grad():
+            for parameter in self.target.parameters():
+                parameter.mul_(1.5)
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for own, other in zip(self.target.parameters(), self.encoder.parameters(), strict=True):
+                if self.way == "lerp":
+                    own.lerp_(other, 0.3)
+                elif self.way == "data":
+                    own.data.mul_(0.7).add_(0.3 * other.data)
+                else:
+                    own.data = 0.7 * own.data + 0.3 * other.data
+        return super().training_step(batch, batch_idx) + self.apart(batch)
+
+    def apart(self, batch):
+        return (self.encoder(batch[0]) - self.target(batch[0])).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.apart(batch))
+
+
+@pytest.mark.parametrize("way", ["lerp", "data", "new data"])
+def test_what_training_moves_by_itself_is_put_back_while_a_round_looks_at_the_module(way, tmp_path):
+    module = made(Momentum)
+    module.way = way
+    before = {name: value.clone() for name, value in module.target.state_dict().items()}
+    result = prune(
+        module, **loaders(module), monitor="val_loss", target_sparsity=0.4, twins={"target": "encoder"},
+        search=UniformBaseline(), compensation="none", tolerance=0.1, report=False, verbose=False,
+    )  # fmt: skip
+    assert result.applied
+    for name, value in module.target.state_dict().items():
+        rows = value.reshape(len(value), -1)
+        kept = before[name].reshape(len(before[name]), -1)
+        assert all(any(set(row.tolist()) <= set(old.tolist()) for old in kept) for row in rows), name
+    (metrics,) = trainer_of(tmp_path).validate(module, loaders(module)["val_dataloaders"], verbose=False)
+    assert result.score_after == pytest.approx(metrics["val_loss"], rel=1e-5)
+
+
+class Penalised(AutoEncoder):
+    """Its training step takes gradients itself; they add nothing to the loss."""
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].clone().requires_grad_()
+        loss = super().training_step([x, *batch[1:]], batch_idx)
+        (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+        return loss + 0.0 * slope.square().mean()
+
+
+def test_a_step_that_takes_gradients_is_looked_at_like_any_other():
+    found = {}
+    for kind in (AutoEncoder, Penalised):
+        module = made(kind)
+        result = prune(module, **loaders(module), monitor="val_loss", target_sparsity=0.4, report=False, verbose=False)
+        found[kind] = [trial.coefficients for trial in result.trials], module.state_dict()
+        batch = next(iter(loaders(module)["val_dataloaders"]))
+        assert any(group.prunable for group in find_groups(made(kind), batch))
+    assert found[AutoEncoder][0] == found[Penalised][0]
+    for (name, one), (_, other) in zip(*(state.items() for _, state in found.values()), strict=True):
+        assert torch.allclose(one, other, atol=1e-6), name
+
+
+class Handing(Plain):
+    """Its validation hands what the network gives to NumPy, as metrics of other libraries want it."""
+
+    def validation_step(self, batch, batch_idx):
+        reconstruction = self(batch[0])
+        assert not reconstruction.requires_grad
+        error = np.square(reconstruction.cpu().numpy() - batch[0].cpu().numpy()).mean()
+        self.log("val_loss", float(error))
+
+
+def test_validation_may_hand_its_outputs_to_numpy():
+    module, plain = made(Handing), made()
+    batch = next(iter(loaders(module)["val_dataloaders"]))
+    assert [(g.name, g.prunable) for g in find_groups(module, batch)] == [
+        (g.name, g.prunable) for g in find_groups(plain, batch)
+    ]
+    result = prune(module, **loaders(module), monitor="val_loss", target_sparsity=0.4, report=False, verbose=False)
+    assert result.applied
+
+
+class Concepts(Plain):
+    """In training it also gives the first features, which have a meaning of their own."""
+
+    asks = True
+
+    def forward(self, x):
+        features = self.encoder(x)
+        if self.training or not self.asks:
+            return self.decoder(features), features[:, :2]
+        return self.decoder(features)
+
+    def training_step(self, batch, batch_idx):
+        found = self(batch[0])
+        pictures, concepts = found if isinstance(found, tuple) else (found, None)
+        loss = (pictures - batch[0]).square().mean()
+        return loss if concepts is None else loss + (concepts - batch[0][:, :2]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        found = self(batch[0])
+        self.log("val_loss", ((found[0] if isinstance(found, tuple) else found) - batch[0]).square().mean())
+
+
+@pytest.mark.parametrize("asks", [True, False], ids=["in training only", "always"])
+def test_what_only_training_reads_by_position_stays(asks):
+    module = made(Concepts)
+    module.asks = asks
+    batch = next(iter(loaders(module)["val_dataloaders"]))
+    refused = [group.name for group in find_groups(module, batch) if not group.prunable]
+    assert "encoder.2" in refused
+    result = prune(module, **loaders(module), monitor="val_loss", target_sparsity=0.3, report=False, verbose=False)
+    assert "encoder.2" not in [group.name for group in result.groups]
+    assert module.training
+
+
+def test_layers_and_what_is_in_eval_mode_are_not_told_that_they_train():
+    module = made(Concepts)
+    module.encoder.add_module("norm", torch.nn.BatchNorm1d(8))
+    module.frozen = made(Concepts).eval()
+    code_in_training(module)
+    assert module.training
+    assert not module.encoder.norm.training
+    assert not module.frozen.training
+    code_in_training(module.eval())
+    assert module.frozen.training
+    assert reads_its_mode(module)
+    assert not reads_its_mode(made())
