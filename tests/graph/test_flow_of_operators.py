@@ -8,6 +8,7 @@ import torch
 from torch import library, nn
 from torch.nn import functional as F
 
+from lightning_softprune.graph import Count
 from support.masked import Net, check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -559,6 +560,20 @@ def test_a_shortcut_that_pads_missing_channels():
     assert {str(m): m.owner.tolist() for m in groups["stem"].members}["down (out)"] == [-1, -1, 0, 1, 2, 3, -1, -1]
 
 
+@pytest.mark.parametrize("fit", [False, True])
+def test_zeros_beside_channels_go_with_what_is_added_to_them_where_their_number_follows(fit):
+    def forward(net, x):
+        x = net.stem(x).relu()
+        y, z = net.down(x), net.inner(x)
+        zeros = x.new_zeros(len(x), y.shape[1] - z.shape[1] if fit else 3)
+        return net.head((torch.cat([z, zeros], 1) + y).relu())
+
+    parts = {"stem": nn.Linear(2, 6), "down": nn.Linear(6, 7), "inner": nn.Linear(6, 4), "head": nn.Linear(7, 2)}
+    groups = check(Net(forward, **parts), torch.randn(3, 2), {"stem": 6, "down": 7 if fit else 4})
+    owner = [0, 1, 2, 3, *((4, 5, 6) if fit else (-1, -1, -1))]
+    assert {str(m): m.owner.tolist() for m in groups["down"].members}["down (out)"] == owner
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
 def test_pixels_padded_by_reflection_are_no_obstacle(mode):
     net, x = between_maps(lambda net, x: F.pad(x, (1, 1, 2, 0), mode=mode), 6)
@@ -813,6 +828,38 @@ def test_a_cell_in_a_loop_loses_its_state():
 
     net = Net(forward, body=nn.Linear(5, 6), cell=nn.GRUCell(6, 7), head=nn.Linear(7, 2))
     check(net, torch.randn(2, 3, 5), {"body": 6, "cell": 7})
+
+
+@pytest.mark.parametrize("gates", [1, 4])
+@pytest.mark.parametrize("written_down", [False, True])
+def test_a_cell_by_hand_that_reads_its_input_beside_its_state_loses_both(gates, written_down):
+    def forward(net, x):
+        x = net.body(x).relu()
+        h = c = x.new_zeros(len(x), net.units if written_down else net.cell.out_features // gates)
+        for t in range(x.shape[1]):
+            new = net.cell(torch.cat([x[:, t], h], 1))
+            if gates == 1:
+                h = new.tanh()
+                continue
+            i, f, o, g = new.chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return net.head(h)
+
+    net = Net(forward, body=nn.Linear(5, 6), cell=nn.Linear(13, 7 * gates), head=nn.Linear(7, 2), units=7)
+    groups = check(net, torch.randn(2, 3, 5), {"body": 6, "cell": 7})
+    assert groups["cell"].counts == ((Count("", "units", 1),) if written_down else ())
+
+
+def test_a_cell_by_hand_whose_first_state_has_a_constant_width_is_listed_with_that_reason():
+    def forward(net, x):
+        x, h = net.body(x).relu(), x.new_zeros(len(x), 7)
+        for t in range(x.shape[1]):
+            h = net.cell(torch.cat([x[:, t], h], 1)).tanh()
+        return net.head(h)
+
+    net = Net(forward, body=nn.Linear(5, 6), cell=nn.Linear(13, 7), head=nn.Linear(7, 2))
+    check(net, torch.randn(2, 3, 5), {"body": 6}, {"cell": "does not run with fewer channels"})
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and not

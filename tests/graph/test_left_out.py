@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_softprune import find_groups
 from lightning_softprune.surgery import probe_groups
 from support.groups import Attending, Wide, by_name, groups_of, slots
 from support.zoo import find
@@ -103,6 +104,25 @@ def test_tied_embeddings_are_one_group_and_lose_no_tokens():
     found = groups_of("Transformer")
     assert "head (in)" in slots(found["embedding"])
     assert not found["head"].prunable  # its outputs are the tokens
+
+
+def test_a_layer_all_of_whose_channels_meet_fixed_places_is_listed_though_it_reads_others():
+    class ReadsItself(nn.Module):
+        """Its own outputs take the place of the raw input in what it reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.twice, self.head = nn.Linear(5, 6), nn.Linear(11, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            y = self.body(x).relu()
+            first = self.twice(torch.cat([y, x], 1)).tanh()
+            return self.head(self.twice(torch.cat([y, first], 1)))
+
+    groups = by_name(find_groups(ReadsItself(), torch.randn(3, 5)))
+    assert groups["body"].prunable
+    assert slots(groups["twice"]) == {"twice (out)"}
+    assert groups["twice"].reason.startswith("all of its 5 channels meet places whose size is fixed")
 
 
 def test_a_model_without_layers_has_no_groups():
