@@ -1,5 +1,6 @@
 """Reshapes, slices, products, buffers, norms and what is refused: as in `test_flow_rules`, one network each."""
 
+import copy
 import math
 
 import numpy as np
@@ -878,6 +879,46 @@ class Doubled(torch.autograd.Function):
 def test_an_autograd_function_of_the_users_own_is_refused_by_its_name():
     net, x = between(lambda net, x: Doubled.apply(x), 6)
     check(net, x, {}, {"body": "Doubled"})
+
+
+def derivative(net, x):
+    value, slope = torch.func.jvp(net.inner, (x,), (torch.ones_like(x),))
+    return value + slope
+
+
+def of_all_members(net, x):
+    """The same layers with several sets of parameters, at once."""
+    stacked, _ = torch.func.stack_module_state([net.inner, net.other])
+    run = torch.func.vmap(lambda params, x: torch.func.functional_call(net.inner, params, (x,)), (0, None))
+    return run(stacked, x).mean(0)
+
+
+def gradient_of_each(net, x):
+    return torch.func.vmap(torch.func.grad(lambda row: net.inner(row).sum()))(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, for forward derivatives
+@pytest.mark.parametrize("transformed", [derivative, of_all_members, gradient_of_each])
+def test_layers_inside_of_torch_func_are_refused_and_the_others_are_pruned(transformed):
+    def forward(net, x):
+        return net.head(transformed(net, net.body(x).relu()) + net.beside(x).relu().matmul(net.back))
+
+    inner = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6))
+    parts = {"body": nn.Linear(5, 6), "beside": nn.Linear(5, 8), "back": nn.Parameter(torch.randn(8, 6))}
+    net = Net(forward, inner=inner, head=nn.Linear(6, 2), **parts)
+    if transformed is of_all_members:
+        net.other = copy.deepcopy(inner)
+    said = "inside of torch.func"
+    check(net, torch.randn(3, 5), {"beside": 8}, {"body": said, "inner.0": said})
+
+
+def test_what_torch_func_computes_without_layers_is_followed():
+    def forward(net, x):
+        h = net.body(x)
+        return net.head(h.relu()) + torch.func.vmap(lambda row: (row * row).sum())(h)[:, None]
+
+    net = Net(forward, body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"body": 6})
 
 
 def test_an_output_that_nobody_uses_pins_nothing():
