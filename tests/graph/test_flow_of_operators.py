@@ -820,6 +820,33 @@ def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
     check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
 
 
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_packed_sequences_hand_their_channels_on(first, both, in_order):
+    def forward(net, x):
+        lengths = torch.tensor([4, 3, 1] if in_order else [3, 1, 4])
+        x = net.body(x if first else x.transpose(0, 1)).relu()
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=in_order)
+        steps, (_, cell) = net.core(packed)
+        steps, _ = nn.utils.rnn.pad_packed_sequence(steps, batch_first=first)
+        return net.head(steps).sum((0, 1)) + net.last(cell[-1])
+
+    core = nn.LSTM(6, 7, batch_first=first, bidirectional=both)
+    heads = {"head": nn.Linear(14 if both else 7, 2), "last": nn.Linear(7, 2)}
+    check(Net(forward, body=nn.Linear(5, 6), core=core, **heads), torch.randn(3, 4, 5), {"body": 6, "core": 7})
+
+
+def test_sequences_that_are_packed_along_channels_are_refused():
+    def forward(net, x):
+        x = net.body(x).transpose(1, 2)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 6, 6]), batch_first=True)
+        return net.head(net.core(packed)[1][-1])
+
+    net = Net(forward, body=nn.Linear(5, 6), core=nn.GRU(4, 7, batch_first=True), head=nn.Linear(7, 2))
+    check(net, torch.randn(3, 4, 5), {"core": 7}, {"body": "packs sequences along its channels"})
+
+
 def test_a_cell_in_a_loop_loses_its_state():
     def forward(net, x):
         state = torch.zeros(len(x), net.cell.hidden_size)

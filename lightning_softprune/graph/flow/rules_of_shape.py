@@ -359,6 +359,23 @@ def _pad(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
+@rule("_pack_padded_sequence")
+def _pack(flow: Flow, operation: Operation) -> list[Labels]:
+    """Time and batch become one dimension."""
+    labels = list(flow.labels(operation.arguments["input"]))
+    for label in (*labels[:2], *flow.labels(operation.arguments["lengths"])):
+        flow.couplings.pin(label, said(operation, "packs sequences along its channels"))
+    return [[FIXED, *labels[2:]], [FIXED]]
+
+
+@rule("_pad_packed_sequence")
+def _unpack(flow: Flow, operation: Operation) -> list[Labels]:
+    """The other way round."""
+    labels = list(flow.labels(operation.arguments["data"]))
+    flow.couplings.pin(labels[0], said(operation, "packs sequences along its channels"))
+    return [[FIXED, FIXED, *labels[1:]], [FIXED]]
+
+
 @rule("pixel_shuffle")
 def _pixel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
     labels, factor = list(flow.labels(operation.inputs[0])), int(argument(operation, "upscale_factor"))
