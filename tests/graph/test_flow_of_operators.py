@@ -811,6 +811,30 @@ def test_the_largest_channel_and_a_mean_over_channels_leave_them_free():
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
+def adjacency(size):
+    return (torch.rand(size, size) > 0.5).float().to_sparse()
+
+
+@pytest.mark.parametrize("name", ["sparse", "plain"])
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_what_is_multiplied_by_a_sparse_matrix_over_rows_keeps_its_channels_free(layout, name):
+    multiply = torch.sparse.mm if name == "sparse" else torch.matmul
+
+    def forward(net, x):
+        h = multiply(neighbours, net.body(x)).relu()
+        return net.head(multiply(neighbours, net.inner(h)).relu())
+
+    neighbours = adjacency(4) if layout == "coo" else adjacency(4).to_sparse_csr()
+    parts = {"body": nn.Linear(5, 6), "inner": nn.Linear(6, 7), "head": nn.Linear(7, 2)}
+    check(Net(forward, **parts), torch.randn(4, 5), {"body": 6, "inner": 7})
+
+
+def test_channels_that_a_sparse_matrix_mixes_are_refused():
+    net, x = between(lambda net, x: torch.sparse.mm(net.mixing, x.t()).t(), 6, buffers={"mixing": adjacency(6)})
+    check(net, x, {}, {"body": "multiplies it by a sparse matrix"})
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
     def forward(net, x):
