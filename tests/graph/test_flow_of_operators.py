@@ -972,6 +972,24 @@ def test_what_torch_func_computes_without_layers_is_followed():
     check(net, torch.randn(3, 5), {"body": 6})
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_layers_on_nested_tensors_are_refused_and_the_others_are_pruned(early):
+    def forward(net, x):
+        h = net.beside(x).relu() @ net.back
+        ends = torch.tensor([0, 1, 3])
+        if early:
+            rows = net.body(torch.nested.nested_tensor_from_jagged(h, ends)).relu()
+        else:
+            rows = torch.nested.nested_tensor_from_jagged(net.body(h).relu(), ends)
+        return net.head(net.inner(rows).values())
+
+    parts = {"body": nn.Linear(6, 7), "beside": nn.Linear(5, 8), "back": nn.Parameter(torch.randn(8, 6))}
+    net = Net(forward, inner=nn.Linear(7, 9), head=nn.Linear(9, 2), **parts)
+    said = "runs on nested tensors"
+    refused = {"inner": said, "body": said if early else "_nested_view_from_jagged"}
+    check(net, torch.randn(3, 5), {"beside": 8} if early else {"beside": 8, "back": 6}, refused)
+
+
 def test_an_output_that_nobody_uses_pins_nothing():
     def forward(net, x):
         h = net.body(x)
