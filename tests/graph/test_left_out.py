@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("ConstantView", "body", "the model does not run with fewer channels: RuntimeError"),
         ("RawResidual", "back", "add in the module itself (zoo.py:"),
         ("Unused", "spare.0", "spare.0 was run by neither validation_step nor training_step"),
-        ("Unused", "temperature", "temperature is a parameter of Unused"),
+        ("Unused", "temperature", "temperature is a single number: it has no channels"),
         ("TornWeights", "body", "body reads a tensor whose width is fixed"),
     ],
 )
@@ -90,6 +90,22 @@ def test_weights_of_which_slices_cannot_be_computed_are_refused_by_name(norm):
     found = by_name(find(Wide(layer), torch.randn(3, 5)))
     assert {"spectral_norm": "SpectralNorm", "orthogonal": "Orthogonal"}[norm] in found["between"].reason
     assert "feeds between" in found["body"].reason
+
+
+@pytest.mark.parametrize("numbers", [(), (1,), (1, 1)])
+def test_a_parameter_of_one_element_has_no_channels(numbers):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+            self.scale, self.table = nn.Parameter(torch.ones(numbers)), nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, x):
+            return self.head(self.body(x)) * self.scale.exp()
+
+    found = by_name(find_groups(Scaled(), torch.randn(3, 5)))
+    assert found["scale"].reason == "scale is a single number: it has no channels"
+    assert "single number" not in found["table"].reason
 
 
 def test_tied_weights_that_two_groups_would_tear_are_refused():
