@@ -294,7 +294,7 @@ class _Table:
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""
-        sizes: dict[int, int] = {}
+        sizes = {group.num_channels: 1} if group.num_channels else {}  # also of heads that the batch was multiplied by
         modules = {parent for member in group.members for parent in ["", *self_and_parents(member.module)[:-1]]}
         slots = [self.couplings.slots[key] for key in group.slots()]
         extents = [(self.all[first : first + size], "") for first, size in slots]
