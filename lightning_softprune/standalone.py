@@ -38,6 +38,7 @@ from lightning_softprune.trainer import (
     attributes_of,
     clone_inference_tensors_and_reset_metrics,
     code_in_training,
+    compiler_off,
     has_inference_tensors,
     is_overridden,
     isolated_rng,
@@ -104,7 +105,7 @@ def find_groups(
         steps = {"": lambda: model(*batch) if isinstance(batch, tuple) else model(batch)}
     runs = {name: _put_back(model, step) for name, step in steps.items()}
     outside = metrics_in(model)
-    with isolated_rng(0), torch.inference_mode(False), Transaction(model):
+    with isolated_rng(0), torch.inference_mode(False), Transaction(model), compiler_off():
         _run_once(model, list(steps.values()))
         with record_usage(model, outside) as judged:
             run_steps([runs.get("validation_step", next(iter(runs.values())))])

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
@@ -120,6 +122,8 @@ def computed_weight(layer: nn.Module, name: str) -> ComputedWeight | str | None:
     for hook in layer._forward_pre_hooks.values():
         if type(hook) is WeightNorm and hook.name == name:
             return ComputedWeight(name, f"{name}_v", f"{name}_g", hook.dim)
+        if type(hook) is SpectralNorm:
+            return "SpectralNorm"
     return "code of its own"
 
 
@@ -244,7 +248,21 @@ def watch_gradients(computed: Mapping[nn.Module, ComputedWeight]) -> Iterator[We
 
 def why_not_sliced(name: str, module: nn.Module, by: str = "weight norm or another parametrization") -> str:
     """Why a layer of this name cannot be sliced whose weights are computed, and what would help."""
-    how = "remove_parametrizations" if parametrize.is_parametrized(module) else "remove_weight_norm"
-    where = "torch.nn.utils.parametrize" if parametrize.is_parametrized(module) else "torch.nn.utils"
-    reason = f"the weights of this {name} are computed by {by}: slices of them cannot be"
-    return f"{reason}; remove it before pruning: {where}.{how}"
+    reason = f"the weights of this {name} are computed by {by}: slices of them cannot be; remove it before pruning"
+    return ": ".join([reason, *_removers(module)])
+
+
+_REMOVERS = {
+    WeightNorm: "torch.nn.utils.remove_weight_norm",
+    SpectralNorm: "torch.nn.utils.remove_spectral_norm",
+    BasePruningMethod: "torch.nn.utils.prune.remove",
+}
+"""Hooks that compute weights -> what takes them away."""
+
+
+def _removers(module: nn.Module) -> list[str]:
+    """What removes what computes the weights of a module; nothing where that is code of its own."""
+    if parametrize.is_parametrized(module):
+        return ["torch.nn.utils.parametrize.remove_parametrizations"]
+    hooks = module._forward_pre_hooks.values()
+    return [how for kind, how in _REMOVERS.items() if any(isinstance(hook, kind) for hook in hooks)][:1]

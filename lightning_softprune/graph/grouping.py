@@ -33,7 +33,7 @@ _BEHIND = "put a layer behind it, which keeps its width, to prune what shares it
 _MOST_NAMES = 3
 """So many layers are named in a reason."""
 
-_LONELY = "are added to places whose size is fixed, as those of a padding; put a layer between them to prune it"
+_LONELY = "meet places whose size is fixed, as those of a padding or an input; put a layer between them to prune it"
 
 
 _WHOLE = "let it read all of it, or put a layer behind the product, to prune what it is made of"
@@ -118,6 +118,7 @@ def groups_of(
         members = table.members(found)
         if slot.startswith("dim") and len(members) < 2:
             continue
+        members = members or (Member(name, slot, found),)
         built = replace(_build(label, table, found, members, ignored), outputs=table.outputs(np.unique(found)))
         seen |= built.slots()
         groups.append(built)
@@ -293,7 +294,7 @@ class _Table:
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""
-        sizes: dict[int, int] = {}
+        sizes = {group.num_channels: 1} if group.num_channels else {}  # also of heads that the batch was multiplied by
         modules = {parent for member in group.members for parent in ["", *self_and_parents(member.module)[:-1]]}
         slots = [self.couplings.slots[key] for key in group.slots()]
         extents = [(self.all[first : first + size], "") for first, size in slots]

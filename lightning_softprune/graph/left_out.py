@@ -49,11 +49,15 @@ def left_alone(
         for parameter in own:
             full = f"{name}.{parameter}".lstrip(".")
             if full not in covered:
-                reason = reason_of(full) or (
-                    f"{full} is a parameter of {type(module).__name__}, which is no layer that can be sliced; "
-                    "describe it with register_layer"
-                )
+                reason = reason_of(full) or _why_left(full, parameter, module)
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)
+
+
+def _why_left(name: str, parameter: str, owner: nn.Module) -> str:
+    if owner.get_parameter(parameter).numel() == 1:
+        return f"{name} is a single number: it has no channels"
+    kind = type(owner).__name__
+    return f"{name} is a parameter of {kind}, which is no layer that can be sliced; describe it with register_layer"
 
 
 def _is_part(name: str, model: nn.Module) -> bool:

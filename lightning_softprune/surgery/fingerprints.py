@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from lightning_softprune.graph import Layout, layout_of
 from lightning_softprune.utilities.hooks import forward_hook, registered
-from lightning_softprune.utilities.nested import tensors_in
+from lightning_softprune.utilities.nested import is_transformed, tensors_in
 
 
 @dataclass
@@ -71,7 +71,7 @@ def look_at(model: nn.Module, run: Callable[[], Any]) -> Seen:
     def hook_for(name: str, mixes: bool) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             first = output[0] if isinstance(output, (tuple, list)) and output else output
-            if mixes and isinstance(first, torch.Tensor) and first.is_floating_point():
+            if mixes and isinstance(first, torch.Tensor) and first.is_floating_point() and _is_number(first):
                 seen.layers.setdefault(name, []).append(_fingerprint(first))
             if output is not last[0]:  # a container that only hands on what its last part has made
                 last[:] = output, [_sums(tensor) for tensor in tensors_in(output) if _is_number(tensor)]
@@ -105,7 +105,9 @@ def _numbers(value: Any) -> list[torch.Tensor]:
 
 
 def _is_number(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_complex() and not tensor.is_meta
+    if is_transformed(tensor) or tensor.is_nested or tensor.is_complex() or tensor.is_meta:
+        return False
+    return tensor.layout is torch.strided
 
 
 def _coarseness(tensor: torch.Tensor) -> float:

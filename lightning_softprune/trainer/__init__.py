@@ -43,7 +43,7 @@ from lightning_softprune.trainer.other_callbacks import (
 )
 from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
-from lightning_softprune.trainer.steps import LoadedBatch
+from lightning_softprune.trainer.steps import LoadedBatch, compiler_off
 from lightning_softprune.trainer.support import (
     refuse_schedule,
     refuse_sharded_optimizers,
@@ -70,6 +70,7 @@ __all__ = [
     "averaged_copies",
     "clone_inference_tensors_and_reset_metrics",
     "code_in_training",
+    "compiler_off",
     "copy_batch",
     "end_epoch_at_this_batch",
     "finish_epoch_without_training",

@@ -10,7 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["attribute_at", "integer_of", "is_container", "map_tensors", "rebuild", "tensors_in"]
+__all__ = [
+    "attribute_at",
+    "innermost",
+    "integer_of",
+    "is_container",
+    "is_transformed",
+    "map_tensors",
+    "rebuild",
+    "tensors_in",
+]
 
 
 def attribute_at(owner: Any, path: str) -> Any:
@@ -32,6 +41,18 @@ def integer_of(owner: object, name: str) -> int | None:
     """
     value = inspect.getattr_static(owner, name, None)  # a property computes, and takes no new value
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Whether a tensor stands for others inside of a transformation of ``torch.func``: it has no memory or values."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def innermost(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor that is computed with: itself, or inside of transformations of ``torch.func`` what it stands for."""
+    while is_transformed(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def is_container(value: Any) -> bool:

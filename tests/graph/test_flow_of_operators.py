@@ -1,5 +1,6 @@
 """Reshapes, slices, products, buffers, norms and what is refused: as in `test_flow_rules`, one network each."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from torch import library, nn
 from torch.nn import functional as F
 
+from lightning_softprune.graph import Count
 from support.masked import Net, check
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -559,6 +561,20 @@ def test_a_shortcut_that_pads_missing_channels():
     assert {str(m): m.owner.tolist() for m in groups["stem"].members}["down (out)"] == [-1, -1, 0, 1, 2, 3, -1, -1]
 
 
+@pytest.mark.parametrize("fit", [False, True])
+def test_zeros_beside_channels_go_with_what_is_added_to_them_where_their_number_follows(fit):
+    def forward(net, x):
+        x = net.stem(x).relu()
+        y, z = net.down(x), net.inner(x)
+        zeros = x.new_zeros(len(x), y.shape[1] - z.shape[1] if fit else 3)
+        return net.head((torch.cat([z, zeros], 1) + y).relu())
+
+    parts = {"stem": nn.Linear(2, 6), "down": nn.Linear(6, 7), "inner": nn.Linear(6, 4), "head": nn.Linear(7, 2)}
+    groups = check(Net(forward, **parts), torch.randn(3, 2), {"stem": 6, "down": 7 if fit else 4})
+    owner = [0, 1, 2, 3, *((4, 5, 6) if fit else (-1, -1, -1))]
+    assert {str(m): m.owner.tolist() for m in groups["down"].members}["down (out)"] == owner
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate"])
 def test_pixels_padded_by_reflection_are_no_obstacle(mode):
     net, x = between_maps(lambda net, x: F.pad(x, (1, 1, 2, 0), mode=mode), 6)
@@ -795,6 +811,30 @@ def test_the_largest_channel_and_a_mean_over_channels_leave_them_free():
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
+def adjacency(size):
+    return (torch.rand(size, size) > 0.5).float().to_sparse()
+
+
+@pytest.mark.parametrize("name", ["sparse", "plain"])
+@pytest.mark.parametrize("layout", ["coo", "csr"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_what_is_multiplied_by_a_sparse_matrix_over_rows_keeps_its_channels_free(layout, name):
+    multiply = torch.sparse.mm if name == "sparse" else torch.matmul
+
+    def forward(net, x):
+        h = multiply(neighbours, net.body(x)).relu()
+        return net.head(multiply(neighbours, net.inner(h)).relu())
+
+    neighbours = adjacency(4) if layout == "coo" else adjacency(4).to_sparse_csr()
+    parts = {"body": nn.Linear(5, 6), "inner": nn.Linear(6, 7), "head": nn.Linear(7, 2)}
+    check(Net(forward, **parts), torch.randn(4, 5), {"body": 6, "inner": 7})
+
+
+def test_channels_that_a_sparse_matrix_mixes_are_refused():
+    net, x = between(lambda net, x: torch.sparse.mm(net.mixing, x.t()).t(), 6, buffers={"mixing": adjacency(6)})
+    check(net, x, {}, {"body": "multiplies it by a sparse matrix"})
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
     def forward(net, x):
@@ -802,6 +842,33 @@ def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
 
     net = Net(forward, body=nn.Linear(5, 6), core=kind(6, 7, batch_first=True), head=nn.Linear(7, 2))
     check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_packed_sequences_hand_their_channels_on(first, both, in_order):
+    def forward(net, x):
+        lengths = torch.tensor([4, 3, 1] if in_order else [3, 1, 4])
+        x = net.body(x if first else x.transpose(0, 1)).relu()
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=first, enforce_sorted=in_order)
+        steps, (_, cell) = net.core(packed)
+        steps, _ = nn.utils.rnn.pad_packed_sequence(steps, batch_first=first)
+        return net.head(steps).sum((0, 1)) + net.last(cell[-1])
+
+    core = nn.LSTM(6, 7, batch_first=first, bidirectional=both)
+    heads = {"head": nn.Linear(14 if both else 7, 2), "last": nn.Linear(7, 2)}
+    check(Net(forward, body=nn.Linear(5, 6), core=core, **heads), torch.randn(3, 4, 5), {"body": 6, "core": 7})
+
+
+def test_sequences_that_are_packed_along_channels_are_refused():
+    def forward(net, x):
+        x = net.body(x).transpose(1, 2)
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([6, 6, 6]), batch_first=True)
+        return net.head(net.core(packed)[1][-1])
+
+    net = Net(forward, body=nn.Linear(5, 6), core=nn.GRU(4, 7, batch_first=True), head=nn.Linear(7, 2))
+    check(net, torch.randn(3, 4, 5), {"core": 7}, {"body": "packs sequences along its channels"})
 
 
 def test_a_cell_in_a_loop_loses_its_state():
@@ -813,6 +880,38 @@ def test_a_cell_in_a_loop_loses_its_state():
 
     net = Net(forward, body=nn.Linear(5, 6), cell=nn.GRUCell(6, 7), head=nn.Linear(7, 2))
     check(net, torch.randn(2, 3, 5), {"body": 6, "cell": 7})
+
+
+@pytest.mark.parametrize("gates", [1, 4])
+@pytest.mark.parametrize("written_down", [False, True])
+def test_a_cell_by_hand_that_reads_its_input_beside_its_state_loses_both(gates, written_down):
+    def forward(net, x):
+        x = net.body(x).relu()
+        h = c = x.new_zeros(len(x), net.units if written_down else net.cell.out_features // gates)
+        for t in range(x.shape[1]):
+            new = net.cell(torch.cat([x[:, t], h], 1))
+            if gates == 1:
+                h = new.tanh()
+                continue
+            i, f, o, g = new.chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return net.head(h)
+
+    net = Net(forward, body=nn.Linear(5, 6), cell=nn.Linear(13, 7 * gates), head=nn.Linear(7, 2), units=7)
+    groups = check(net, torch.randn(2, 3, 5), {"body": 6, "cell": 7})
+    assert groups["cell"].counts == ((Count("", "units", 1),) if written_down else ())
+
+
+def test_a_cell_by_hand_whose_first_state_has_a_constant_width_is_listed_with_that_reason():
+    def forward(net, x):
+        x, h = net.body(x).relu(), x.new_zeros(len(x), 7)
+        for t in range(x.shape[1]):
+            h = net.cell(torch.cat([x[:, t], h], 1)).tanh()
+        return net.head(h)
+
+    net = Net(forward, body=nn.Linear(5, 6), cell=nn.Linear(13, 7), head=nn.Linear(7, 2))
+    check(net, torch.randn(2, 3, 5), {"body": 6}, {"cell": "does not run with fewer channels"})
 
 
 # ------------------------------------------------------------------------------------------- what is refused, and not
@@ -831,6 +930,64 @@ class Doubled(torch.autograd.Function):
 def test_an_autograd_function_of_the_users_own_is_refused_by_its_name():
     net, x = between(lambda net, x: Doubled.apply(x), 6)
     check(net, x, {}, {"body": "Doubled"})
+
+
+def derivative(net, x):
+    value, slope = torch.func.jvp(net.inner, (x,), (torch.ones_like(x),))
+    return value + slope
+
+
+def of_all_members(net, x):
+    """The same layers with several sets of parameters, at once."""
+    stacked, _ = torch.func.stack_module_state([net.inner, net.other])
+    run = torch.func.vmap(lambda params, x: torch.func.functional_call(net.inner, params, (x,)), (0, None))
+    return run(stacked, x).mean(0)
+
+
+def gradient_of_each(net, x):
+    return torch.func.vmap(torch.func.grad(lambda row: net.inner(row).sum()))(x)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, for forward derivatives
+@pytest.mark.parametrize("transformed", [derivative, of_all_members, gradient_of_each])
+def test_layers_inside_of_torch_func_are_refused_and_the_others_are_pruned(transformed):
+    def forward(net, x):
+        return net.head(transformed(net, net.body(x).relu()) + net.beside(x).relu().matmul(net.back))
+
+    inner = nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 6))
+    parts = {"body": nn.Linear(5, 6), "beside": nn.Linear(5, 8), "back": nn.Parameter(torch.randn(8, 6))}
+    net = Net(forward, inner=inner, head=nn.Linear(6, 2), **parts)
+    if transformed is of_all_members:
+        net.other = copy.deepcopy(inner)
+    said = "inside of torch.func"
+    check(net, torch.randn(3, 5), {"beside": 8}, {"body": said, "inner.0": said})
+
+
+def test_what_torch_func_computes_without_layers_is_followed():
+    def forward(net, x):
+        h = net.body(x)
+        return net.head(h.relu()) + torch.func.vmap(lambda row: (row * row).sum())(h)[:, None]
+
+    net = Net(forward, body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {"body": 6})
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_layers_on_nested_tensors_are_refused_and_the_others_are_pruned(early):
+    def forward(net, x):
+        h = net.beside(x).relu() @ net.back
+        ends = torch.tensor([0, 1, 3])
+        if early:
+            rows = net.body(torch.nested.nested_tensor_from_jagged(h, ends)).relu()
+        else:
+            rows = torch.nested.nested_tensor_from_jagged(net.body(h).relu(), ends)
+        return net.head(net.inner(rows).values())
+
+    parts = {"body": nn.Linear(6, 7), "beside": nn.Linear(5, 8), "back": nn.Parameter(torch.randn(8, 6))}
+    net = Net(forward, inner=nn.Linear(7, 9), head=nn.Linear(9, 2), **parts)
+    said = "runs on nested tensors"
+    refused = {"inner": said, "body": said if early else "_nested_view_from_jagged"}
+    check(net, torch.randn(3, 5), {"beside": 8} if early else {"beside": 8, "back": 6}, refused)
 
 
 def test_an_output_that_nobody_uses_pins_nothing():

@@ -220,6 +220,39 @@ def test_a_fused_projection_loses_whole_heads(spelling, attend):
     assert owner.tolist() == (interleaved if "heads" in spelling.__name__ else heads * 3)
 
 
+class HeadsInTheBatch(nn.Module):
+    """Attention as in guided diffusion: each head is a row of the batch."""
+
+    def __init__(self, heads, halves_first):
+        super().__init__()
+        self.n_heads, self.halves_first = heads, halves_first
+
+    def forward(self, qkv):
+        rows, width, length = qkv.shape
+        inner = width // (3 * self.n_heads)
+        if self.halves_first:
+            q, k, v = (part.reshape(rows * self.n_heads, inner, length) for part in qkv.chunk(3, dim=1))
+        else:
+            q, k, v = qkv.reshape(rows * self.n_heads, inner * 3, length).split(inner, dim=1)
+        weight = torch.einsum("bct,bcs->bts", q * inner**-0.25, k * inner**-0.25).softmax(-1)
+        return torch.einsum("bts,bcs->bct", weight, v).reshape(rows, -1, length)
+
+
+@pytest.mark.parametrize("halves_first", [True, False])
+@pytest.mark.parametrize("inside", [True, False])
+def test_heads_that_are_folded_into_the_batch_are_counted_where_they_are_laid_out(halves_first, inside):
+    def forward(net, x):
+        x = net.stem(x)
+        return net.head(x + net.out(net.attend(net.qkv(x))))
+
+    attend = HeadsInTheBatch(H, halves_first)
+    layers = {"stem": nn.Conv1d(3, C, 1), "qkv": nn.Conv1d(C, 3 * E, 1), "out": nn.Conv1d(E, C, 1)}
+    net = Net(forward, **layers, head=nn.Conv1d(C, 2, 1), attend=nn.Sequential(attend) if inside else attend)
+    groups = check(net, torch.randn(B, 3, T), {"stem": C, "qkv": H})
+    (count,) = groups["qkv"].counts
+    assert (count.module, count.attribute, count.per_channel) == ("attend.0" if inside else "attend", "n_heads", 1)
+
+
 def grouped_net(repeat, kv=2):
     """`kv` heads of keys and values, each for some queries."""
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_softprune import find_groups
 from lightning_softprune.surgery import probe_groups
 from support.groups import Attending, Wide, by_name, groups_of, slots
 from support.zoo import find
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ("ConstantView", "body", "the model does not run with fewer channels: RuntimeError"),
         ("RawResidual", "back", "add in the module itself (zoo.py:"),
         ("Unused", "spare.0", "spare.0 was run by neither validation_step nor training_step"),
-        ("Unused", "temperature", "temperature is a parameter of Unused"),
+        ("Unused", "temperature", "temperature is a single number: it has no channels"),
         ("TornWeights", "body", "body reads a tensor whose width is fixed"),
     ],
 )
@@ -91,6 +92,22 @@ def test_weights_of_which_slices_cannot_be_computed_are_refused_by_name(norm):
     assert "feeds between" in found["body"].reason
 
 
+@pytest.mark.parametrize("numbers", [(), (1,), (1, 1)])
+def test_a_parameter_of_one_element_has_no_channels(numbers):
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 6), nn.Linear(6, 2)
+            self.scale, self.table = nn.Parameter(torch.ones(numbers)), nn.Parameter(torch.ones(3, 2))
+
+        def forward(self, x):
+            return self.head(self.body(x)) * self.scale.exp()
+
+    found = by_name(find_groups(Scaled(), torch.randn(3, 5)))
+    assert found["scale"].reason == "scale is a single number: it has no channels"
+    assert "single number" not in found["table"].reason
+
+
 def test_tied_weights_that_two_groups_would_tear_are_refused():
     found = groups_of("TornWeights")
     assert slots(found["body"]) == {f"{layer} ({side})" for layer in ("body", "other") for side in ("in", "out")} | {
@@ -103,6 +120,25 @@ def test_tied_embeddings_are_one_group_and_lose_no_tokens():
     found = groups_of("Transformer")
     assert "head (in)" in slots(found["embedding"])
     assert not found["head"].prunable  # its outputs are the tokens
+
+
+def test_a_layer_all_of_whose_channels_meet_fixed_places_is_listed_though_it_reads_others():
+    class ReadsItself(nn.Module):
+        """Its own outputs take the place of the raw input in what it reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.twice, self.head = nn.Linear(5, 6), nn.Linear(11, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            y = self.body(x).relu()
+            first = self.twice(torch.cat([y, x], 1)).tanh()
+            return self.head(self.twice(torch.cat([y, first], 1)))
+
+    groups = by_name(find_groups(ReadsItself(), torch.randn(3, 5)))
+    assert groups["body"].prunable
+    assert slots(groups["twice"]) == {"twice (out)"}
+    assert groups["twice"].reason.startswith("all of its 5 channels meet places whose size is fixed")
 
 
 def test_a_model_without_layers_has_no_groups():

@@ -117,6 +117,34 @@ def test_computed_weights_name_what_removes_them():
     assert "torch.nn.utils.parametrize.remove_parametrizations" in groups["0"].reason
 
 
+def _with_hook(layer):
+    layer.register_forward_pre_hook(lambda layer, _: setattr(layer, "weight", layer.kept * 2))
+    layer.kept = layer._parameters.pop("weight")
+    layer.weight = layer.kept * 2
+    return layer
+
+
+OLDER = {
+    "spectral": (nn.utils.spectral_norm, "SpectralNorm: slices of them", ": torch.nn.utils.remove_spectral_norm"),
+    "masked": (
+        lambda layer: nn.utils.prune.l1_unstructured(layer, "weight", 0.5),
+        "code of its own",
+        ": torch.nn.utils.prune.remove",
+    ),
+    "own": (_with_hook, "code of its own", "; remove it before pruning"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*spectral_norm.* is deprecated")
+@pytest.mark.parametrize("kind", OLDER)
+def test_hooks_that_compute_weights_name_what_removes_them(kind):
+    wrap, by, ending = OLDER[kind]
+    model = nn.Sequential(nn.Linear(5, 8), wrap(nn.Linear(8, 8)), nn.Linear(8, 2))
+    groups = {group.name: group for group in find_groups(model, torch.randn(3, 5))}
+    assert by in groups["0"].reason
+    assert groups["0"].reason.endswith(ending)
+
+
 def test_a_layer_that_takes_channels_as_time_names_the_tensor_its_shape_and_the_dimension():
     class Turned(nn.Module):
         def __init__(self):

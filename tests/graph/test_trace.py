@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_softprune import find_groups
 from lightning_softprune.graph.components import assign_components
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.surgery import probe_groups
@@ -83,3 +85,27 @@ def test_tracing_works_whatever_the_callers_grad_mode(mode, name):
         groups = find(model, x)
         assert not torch.is_grad_enabled()
     assert groups == find(model, x)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="torch 2.6 tells its compiler to stay out")
+def test_compiled_parts_run_as_they_were_written_while_groups_are_found():
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    body = nn.Sequential(nn.Linear(6, 8), nn.ReLU())
+    plain = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), body, nn.Linear(8, 2))
+    x = torch.randn(3, 5)
+    expected = find_groups(plain, x)
+    plain[2] = torch.compile(body, backend=backend)
+    found = find_groups(plain, x)
+    assert not compiled
+    assert [(g.name.replace("_orig_mod.", ""), g.num_channels, g.prunable) for g in found] == [
+        (g.name, g.num_channels, g.prunable) for g in expected
+    ]
+    with torch.no_grad():
+        plain(x)
+    assert len(compiled) == 1

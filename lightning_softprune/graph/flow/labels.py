@@ -1,10 +1,11 @@
 """Labels: which atoms the indices of a tensor's dimensions belong to, and how they move.
 
 An *atom* is one index of one slot of a layer, or of one dimension of a bare parameter or buffer. A dimension's *label*
-is an array that gives the atom of each of its indices (-1 for an index of a fixed place, as of a padding), or `FIXED`
-where the whole dimension has a size that is given from outside (a batch, positions, raw data), or `FREE` where
-nothing is known against any size (zeros made to fit). Atoms that have to go together are *united*; atoms that cannot go
-are *pinned*, with the reason. Where several dimensions with atoms become one, its atoms are *crossed* (`crossings`).
+is an array that gives the atom of each of its indices (`FIXED_PLACE` for one of a fixed place, as of a padding, and
+`FREE_PLACE` for one of zeros made to fit), or `FIXED` where the whole dimension has a size that is given from outside
+(a batch, positions, raw data), or `FREE` where nothing is known against any size (zeros made to fit). Atoms that have
+to go together are *united*; atoms that cannot go are *pinned*, with the reason. Where several dimensions with atoms
+become one, its atoms are *crossed* (`crossings`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from lightning_softprune.graph.flow.crossings import CrossedAtoms
 from lightning_softprune.utilities.arrays import IntArray
 
 FREE, FIXED = "free", "fixed"
+FIXED_PLACE, FREE_PLACE = -1, -2
 CROSSED = "crossed"
 """The slot under which crossed atoms are numbered; nothing has one of this name."""
 
@@ -88,7 +90,7 @@ class Couplings:
         return np.arange(first, first + size)
 
     def unite(self, one: IntArray, other: IntArray) -> None:
-        """Atoms at the same place go together; what meets a fixed place stays."""
+        """Atoms at the same place go together; what meets a fixed place stays, what meets a free one may go."""
         if (id(one), id(other)) in self._known:
             return
         self._known.add((id(one), id(other)))
@@ -99,7 +101,7 @@ class Couplings:
             return
         self._edges.append((one[both], other[both]))
         for atoms, there in ((one, other), (other, one)):
-            lonely = atoms[(atoms >= 0) & (there < 0)]
+            lonely = atoms[(atoms >= 0) & (there == FIXED_PLACE)]
             if len(lonely) and self.pinning:
                 self.pins.append((lonely, "it is added to a place whose size is fixed", False))
 
@@ -132,13 +134,14 @@ class Couplings:
             if one is not other:
                 self.unite(one, other)
                 if (one < 0).any() and len(one) == len(other):
-                    return np.where(one >= 0, one, other)
+                    return np.where(one >= 0, one, np.maximum(one, other))
             return one
         for label, there in ((one, other), (other, one)):
             if is_atoms(label):
-                if there == FIXED:
-                    self.pin(label, reason)
-                return label
+                if there != FIXED:
+                    return label
+                self.pin(label, reason)
+                return np.where(label == FREE_PLACE, FIXED_PLACE, label) if (label == FREE_PLACE).any() else label
         return FIXED if FIXED in (one, other) else FREE
 
     def classes(self) -> IntArray:

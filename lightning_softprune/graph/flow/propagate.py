@@ -66,6 +66,9 @@ class Flow:
         self._weights = self._made_of_sources()
         for owners in self._owned.values():
             self._tie(owners)
+        for layer in (name for name in self.layouts if name in self.tape.apart):
+            for slot in self.layouts[layer].slots:
+                self.couplings.pin(self.atoms(layer, slot), f"{layer} {self.tape.apart[layer]} to prune it")
 
     # ------------------------------------------------------------------------------------------------------- labels
 
@@ -172,7 +175,8 @@ class Flow:
         """Carry the labels through all operations; those that nothing shown depends on couple, and pin nothing."""
         live, feeding = self._live()
         for operation, alive, feeds in zip(self.tape.operations, live, feeding, strict=True):
-            self.couplings.pinning = alive
+            # of what a backward pass makes inside of torch.func nobody sees what it depends on
+            self.couplings.pinning = alive or operation.layer in self.tape.apart
             if operation.name == "layer":
                 results = self._through_layer(operation)
             elif operation.name == "cut":
@@ -330,7 +334,9 @@ class Flow:
         return [labels[value.number] for value in operation.outputs if value is not None]
 
     def _into_cut(self, operation: Operation) -> list[Labels]:
-        reason = self.reasons.get(operation.layer, "it cannot be looked into")
+        apart = self.tape.apart.get(operation.layer)
+        reason = f"it {apart} to prune it" if apart else "it cannot be looked into"
+        reason = self.reasons.get(operation.layer, reason)
         reason = reason if "; " in reason else f"{reason}; {IN_FRONT}"
         for value in operation.inputs:
             for label in self.labels(value):

@@ -247,6 +247,6 @@ def _complex(flow: Flow, operation: Operation) -> list[Labels]:
 
 
 @rule("_local_scalar_dense", "equal", "is_nonzero", "sym_size", "_assert_async", "_assert_scalar", "is_same_size")
-@rule("resize_as", "set", "record_stream")
+@rule("resize_as", "set", "record_stream", "_has_same_storage_numel", "prim::layout")
 def _nothing(flow: Flow, operation: Operation) -> list[Labels]:
     return [sized(flow, value) for value in operation.outputs if value is not None]

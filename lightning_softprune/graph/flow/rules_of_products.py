@@ -39,6 +39,19 @@ def _mm(flow: Flow, operation: Operation) -> list[Labels]:
     return _added(flow, operation, [one[0], other[1]], arguments[added] if added else None)
 
 
+@rule("_sparse_mm", "_sparse_addmm")
+def _sparse_mm(flow: Flow, operation: Operation) -> list[Labels]:
+    """A sparse matrix, which keeps its sizes, times another."""
+    first, second, *added = [
+        operation.arguments[n] for n in ("sparse", "dense", "mat1", "mat2", "self") if n in operation.arguments
+    ]
+    one, other = flow.labels(first), flow.labels(second)
+    _contract(flow, operation, one[1], other[0])
+    for label in one:
+        flow.couplings.pin(label, said(operation, "multiplies it by a sparse matrix, whose width is fixed"))
+    return _added(flow, operation, [one[0], other[1]], added[0] if added else None)
+
+
 @rule("bmm", "baddbmm")
 def _bmm(flow: Flow, operation: Operation) -> list[Labels]:
     arguments = operation.arguments

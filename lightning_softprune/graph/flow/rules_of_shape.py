@@ -10,7 +10,9 @@ import numpy as np
 from lightning_softprune.graph.flow.labels import (
     CROSSED,
     FIXED,
+    FIXED_PLACE,
     FREE,
+    FREE_PLACE,
     Label,
     Labels,
     Moved,
@@ -214,7 +216,7 @@ def _cat(flow: Flow, operation: Operation) -> list[Labels]:
             labels.append(label)
             continue
         along = [(flow.labels(value)[dim], flow.shape(value)[dim]) for value in parts]
-        labels.append(joined(along))
+        labels.append(_joined_to_fit(flow, operation, along))
     return [labels]
 
 
@@ -224,7 +226,26 @@ def joined(parts: Sequence[tuple[Label, int]]) -> Label:
         return FIXED if any(label == FIXED for label, _ in parts) else FREE
     if len(parts) == 1:
         return parts[0][0]
-    return np.concatenate([label if is_atoms(label) else np.full(size, -1, np.int64) for label, size in parts])
+    places = [
+        FREE_PLACE if isinstance(label, str) and label == FREE and size > 1 else FIXED_PLACE for label, size in parts
+    ]
+    return np.concatenate(
+        [
+            label if is_atoms(label) else np.full(size, place, np.int64)
+            for (label, size), place in zip(parts, places, strict=True)
+        ]
+    )
+
+
+def _joined_to_fit(flow: Flow, operation: Operation, parts: Sequence[tuple[Label, int]]) -> Label:
+    """The same, where zeros among the parts may fit what they meet, as a first state; or be of a width written down."""
+    label = joined(parts)
+    if not is_atoms(label) or not (label == FREE_PLACE).any():
+        return label
+    site = f"{operation.site.line} {FREE}"
+    alternative = flow.choices.get(site, 0) % 2
+    flow.couplings.splits.append(Split(site, (2, 2), alternative, label[label >= 0]))
+    return np.maximum(label, FIXED_PLACE) if alternative else label
 
 
 @rule("stack")
@@ -336,6 +357,23 @@ def _pad(flow: Flow, operation: Operation) -> list[Labels]:
             flow.couplings.pin(labels[dim], said(operation, "pads its channels with others of them"))
             labels[dim] = FIXED
     return [labels]
+
+
+@rule("_pack_padded_sequence")
+def _pack(flow: Flow, operation: Operation) -> list[Labels]:
+    """Time and batch become one dimension."""
+    labels = list(flow.labels(operation.arguments["input"]))
+    for label in (*labels[:2], *flow.labels(operation.arguments["lengths"])):
+        flow.couplings.pin(label, said(operation, "packs sequences along its channels"))
+    return [[FIXED, *labels[2:]], [FIXED]]
+
+
+@rule("_pad_packed_sequence")
+def _unpack(flow: Flow, operation: Operation) -> list[Labels]:
+    """The other way round."""
+    labels = list(flow.labels(operation.arguments["data"]))
+    flow.couplings.pin(labels[0], said(operation, "packs sequences along its channels"))
+    return [[FIXED, FIXED, *labels[1:]], [FIXED]]
 
 
 @rule("pixel_shuffle")

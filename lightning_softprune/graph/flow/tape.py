@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_softprune.graph.layers import Layout, Port, layer_type
 from lightning_softprune.utilities.frames import users_line
 from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
-from lightning_softprune.utilities.nested import tensors_in
+from lightning_softprune.utilities.nested import innermost, is_transformed, tensors_in
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Tape:
         aliases: Of each value, the number of the memory that it looks at.
         shown: Values that leave the steps: returned, read by Python, kept.
         returned: What modules that are no layers gave: name of the module, value.
+        apart: Name of a layer that ran on tensors that are not followed -> what it did.
         ran: Names of the modules that ran.
         order: The same, in the order in which they were first done.
     """
@@ -111,6 +112,7 @@ class Tape:
     aliases: list[int] = field(default_factory=list)
     shown: set[int] = field(default_factory=set)
     returned: list[tuple[str, Value]] = field(default_factory=list)
+    apart: dict[str, str] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
     order: dict[str, None] = field(default_factory=dict)
 
@@ -178,12 +180,13 @@ class Recorder:
 
     def value(self, tensor: torch.Tensor) -> Value:
         """The value that a tensor is now."""
+        tensor = innermost(tensor)
         key = self._key(tensor)
         number = self._known.get(key)
         return self._new(key, tensor) if number is None else Value(number)
 
     def _key(self, tensor: torch.Tensor) -> Any:
-        if tensor.layout is not torch.strided or _is_wrapped(tensor):
+        if tensor.layout is not torch.strided or tensor.is_nested or _is_wrapped(tensor):
             return id(tensor)
         storage = tensor.untyped_storage()
         if storage._cdata not in self._memory:
@@ -193,7 +196,7 @@ class Recorder:
     def _new(self, key: Any, tensor: torch.Tensor) -> Value:
         number = len(self.tape.shapes)
         self._known[key] = number
-        self.tape.shapes.append(tuple(tensor.shape))
+        self.tape.shapes.append(_shape(tensor))
         memory = self._memory.get(key[0]) if isinstance(key, tuple) else None
         self.tape.aliases.append(-1 - number if memory is None else memory[1])
         return Value(number)
@@ -202,6 +205,7 @@ class Recorder:
         """A new value for what an operation has made or written."""
         if not isinstance(tensor, torch.Tensor):
             return None
+        tensor = innermost(tensor)
         value = self._new(self._key(tensor), tensor)
         if fresh:
             self.tape.fresh.add(value.number)
@@ -245,7 +249,7 @@ class Recorder:
         self.tape.operations.append(
             Operation(name if name.startswith("__") else name.rstrip("_"), arguments, outputs, self.site(), pointwise)
         )
-        if not outputs or outputs == (None,):
+        if (not outputs or outputs == (None,)) and name not in _OF_SHAPES:
             self.tape.shown.update(value.number for value in _values_in(arguments.values()))
         return output
 
@@ -303,9 +307,13 @@ class Recorder:
     def _note_layer(self, name: str, module: nn.Module, inputs: dict[str | int, Any], output: Any) -> None:
         self.tape.order.setdefault(name)
         arguments = {str(key): tuple(self.given(t) for t in tensors_in(value)) for key, value in inputs.items()}
-        entry = layer_type(module) if name in self._layouts else None
-        taken = [self._port(port) for port in (entry.taken(module, inputs) if entry is not None else ())]
         tensors = tensors_in(output)
+        entry = layer_type(module) if name in self._layouts else None
+        apart = next(filter(None, map(_why_apart, (*tensors_in(inputs), *tensors))), "")
+        if apart:
+            self.tape.apart[name] = apart
+            entry = None
+        taken = [self._port(port) for port in (entry.taken(module, inputs) if entry is not None else ())]
         outputs = tuple(self.made(tensor) for tensor in tensors)
         given = [self._port(port) for port in (entry.given(module, output) if entry is not None else ())]
         kind = "cut" if entry is None else "layer"
@@ -352,9 +360,26 @@ _READS = {
 }
 
 
+_OF_SHAPES = {"is_same_size", "_has_same_storage_numel", "prim::layout"}
+"""Operators that tell something of shapes alone, which forward derivatives and nested tensors ask for."""
+
+
 def _hold(storage: torch.UntypedStorage) -> StorageWeakRef:
     """Keep the address of a memory from being taken by another, not its content."""
     return StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+
+def _why_apart(tensor: torch.Tensor) -> str:
+    """What a layer does that is given this tensor, or gives it, if it is one that is not followed."""
+    if is_transformed(tensor):
+        return "runs inside of torch.func (vmap, jvp, grad), where channels are not followed; call it outside of that"
+    return "runs on nested tensors, whose channels are not followed; hand it padded ones" if tensor.is_nested else ""
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A tensor's shape; nested tensors of the older kind, which have none, count as empty."""
+    ragged = tensor.is_nested and tensor.layout is torch.strided
+    return (0,) * tensor.dim() if ragged else tuple(tensor.shape)
 
 
 def _is_wrapped(tensor: torch.Tensor) -> bool:
