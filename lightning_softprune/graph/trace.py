@@ -18,6 +18,7 @@ from torch import nn
 from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, TooLongError, is_atoms, named_tensors
 from lightning_softprune.graph.layers import Layout, layer_type, layout_of, linked_parts, parts_of_layers
 from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.hooks import is_about_gradients
 from lightning_softprune.utilities.nested import tensors_in
 
 Step = Callable[[], Any]
@@ -118,12 +119,11 @@ def _as_it_runs(step: Step) -> Any:
     """
     try:
         return step()
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if is_about_gradients(error):
+            with torch.no_grad(), suppress(Exception):
+                return step()
         raise
-    except Exception as error:
-        with torch.no_grad(), suppress(Exception):
-            return step()
-        raise error
 
 
 def _is_forward_known(module: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.isolation import isolated_rng
-from lightning_softprune.utilities.hooks import forward_hook, registered
+from lightning_softprune.utilities.hooks import forward_hook, is_about_gradients, registered
 from lightning_softprune.utilities.nested import is_container, rebuild, tensors_in
 
 Step = Callable[[], Any]
@@ -57,14 +57,13 @@ class GradientsWhereNeeded:
         if not self._are_needed:
             try:
                 return run()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if is_about_gradients(error):
+                    with torch.enable_grad(), suppress(Exception):
+                        found = run()
+                        self._are_needed = True
+                        return found
                 raise
-            except Exception as error:
-                with torch.enable_grad(), suppress(Exception):
-                    found = run()
-                    self._are_needed = True
-                    return found
-                raise error
         with torch.enable_grad():
             return run()
 

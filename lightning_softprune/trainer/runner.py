@@ -32,7 +32,6 @@ from lightning_softprune.trainer.module_steps import (
     Step,
     Steps,
     StepsOfAllKinds,
-    as_far_as_it_runs,
     attributes_of,
     batch_of,
     calls_as_often,
@@ -368,13 +367,13 @@ class ModuleRunner:
 
         They are the first batch of validation and of training, and of the other loaders and the next training batches
         those that use a part of the module that the ones before have not used. Where code of the user's own asks
-        whether it trains, the last one tells it so; that one is on a whole batch, and may not run to its end.
+        whether it trains, the last one tells it so; that one is on a whole batch.
         """
         return [*self._of_all_kinds.steps(samples), *(self._in_training() if samples is None else ())]
 
     def _in_training(self) -> Steps:
         batches = self._training_batches(1) if self.trains_by_itself and reads_its_mode(self.module) else []
-        return [as_far_as_it_runs(self.training_step(raw, shown=True, trains=True)) for raw in batches]
+        return [self.training_step(raw, shown=True, trains=True) for raw in batches]
 
     @property
     def _of_all_kinds(self) -> StepsOfAllKinds:

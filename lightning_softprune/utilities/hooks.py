@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import _pop_mode, _push_mode
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["forward_hook", "forward_pre_hook", "registered", "unwatched"]
+__all__ = ["forward_hook", "forward_pre_hook", "is_about_gradients", "registered", "unwatched"]
 
 
 def forward_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
@@ -48,6 +48,18 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     finally:
         for handle in held:
             handle.remove()
+
+
+def is_about_gradients(error: Exception) -> bool:
+    """Whether PyTorch says that code runs only with gradients, or only without; any other exception is another matter.
+
+    >>> try:
+    ...     torch.ones(2, requires_grad=True).numpy()
+    ... except RuntimeError as error:
+    ...     is_about_gradients(error), is_about_gradients(ValueError("gradient"))
+    (True, False)
+    """
+    return isinstance(error, RuntimeError) and "grad" in str(error)
 
 
 @contextmanager

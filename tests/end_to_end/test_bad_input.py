@@ -523,6 +523,7 @@ def trap(monkeypatch, tmp_path):
 
     noted(network_module, "probe_with_counts", "probing")
     noted(ModuleRunner, "few", "probing")  # what fails on a few samples is tried on whole batches
+    noted(ModuleRunner, "probing", "probing")  # so are the steps to probe by
     noted(Evaluator, "score", "trial")
     monkeypatch.setattr(Trap, "at", -1)
     return calls
