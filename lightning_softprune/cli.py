@@ -123,29 +123,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _target(text: str) -> float:
+    from lightning_softprune.utilities.checks import fraction
+
     try:
-        return _fraction(text)
+        return fraction("--target", float(text))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction in (0, 1]") from None
 
 
 def _limit(text: str) -> tuple[str, float]:
+    from lightning_softprune.utilities.checks import fraction, one_of
+
     name, _, value = text.partition("=")
     try:
-        if name in _COSTS:
-            return name, _fraction(value)
+        return one_of("--limit", name, _COSTS), fraction("--limit", float(value))
     except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"{text!r} is not COST=FRACTION, as in macs=0.5, with params or macs and a fraction in (0, 1]"
-    )
-
-
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value <= 1.0:
-        raise ValueError(text)
-    return value
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not COST=FRACTION, as in macs=0.5, with params or macs and a fraction in (0, 1]"
+        ) from None
 
 
 class _OncePerCost(argparse.Action):

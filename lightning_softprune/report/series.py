@@ -306,7 +306,7 @@ def healing_line(result: PruningResult) -> str:
     what = "rose" if result.mode == "min" else "fell"
     return (
         f"{result.monitor} {what} by {worse / abs(result.score_before):.1%}: with healing=N, the dense network teaches "
-        "the pruned one on N training batches, without labels; an eighth of an epoch is a good start"
+        "the pruned one on N training batches, without labels; those of a quarter of an epoch are a good start"
     )
 
 

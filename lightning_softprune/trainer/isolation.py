@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
@@ -126,8 +126,8 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
 class StillParameters:
     """The values of parameters that a module's own steps move, as momentum encoders do: put back after each step.
 
-    Which these are, the first step shows, of which all values are compared; after it, those alone are copied. A
-    parameter that another step moves is found by no comparison.
+    Which these are, the first step shows that runs to its end, of which all values are compared; after it, those alone
+    are copied. A parameter that only another step moves is not found.
     """
 
     def __init__(self) -> None:
@@ -148,13 +148,21 @@ class StillParameters:
             }
         try:
             yield
-        finally:
-            with unwatched():
-                moved = {name for name, (now, then) in before.items() if not torch.equal(now.detach(), then)}
-                for name in moved:
-                    parameter, value = before[name]
-                    parameter.detach().copy_(value)
-            self._moved = moved | (self._moved or set())
+        except BaseException:
+            self._restore(before)
+            raise
+        moved = self._restore(before)
+        self._moved = moved if self._moved is None else self._moved
+
+    @staticmethod
+    def _restore(before: Mapping[str, tuple[nn.Parameter, Tensor]]) -> set[str]:
+        """Put the values back that are others now; which these were."""
+        with unwatched():
+            moved = {name for name, (now, then) in before.items() if not torch.equal(now.detach(), then)}
+            for name in moved:
+                parameter, value = before[name]
+                parameter.detach().copy_(value)
+        return moved
 
 
 def remembered(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:

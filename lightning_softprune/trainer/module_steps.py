@@ -280,14 +280,9 @@ def batch_of(batch: Any, count: int) -> tuple[Any, bool]:
 
 def reads_its_mode(module: nn.Module) -> bool:
     """Whether code of the user's own, in a module or below it, asks whether it is training."""
-    kinds = {kind for child in module.modules() if is_users_own(child) for kind in type(child).__mro__}
-    functions = [value for kind in kinds if _is_users(kind) for value in vars(kind).values()]
+    kinds = {kind for child in module.modules() for kind in type(child).__mro__ if _is_users(kind)}
+    functions = [value for kind in kinds for value in vars(kind).values()]
     return any("training" in code.co_names for code in _codes_of(functions))
-
-
-def is_users_own(module: nn.Module) -> bool:
-    """Whether a module's class is none of PyTorch's or Lightning's own."""
-    return _is_users(type(module))
 
 
 def code_in_training(module: nn.Module) -> None:
@@ -297,13 +292,14 @@ def code_in_training(module: nn.Module) -> None:
     """
     trains = module.training
     for child in module.modules():
-        child.training = is_users_own(child) and (child.training or not trains)
+        child.training = _is_users(type(child)) and (child.training or not trains)
 
 
 _NOT_USERS = ("lightning.", "pytorch_lightning.", "torch.", "torchmetrics.", "builtins.")
 
 
 def _is_users(kind: type) -> bool:
+    """Whether a class is none of PyTorch's, Lightning's or Python's own."""
     return not f"{kind.__module__}.".startswith(_NOT_USERS)
 
 

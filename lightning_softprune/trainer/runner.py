@@ -326,8 +326,9 @@ class ModuleRunner:
     ) -> Any:
         """Run a step: what it returns, or all that it shows."""
         batch = loaded()
-        still = self._still(self.module) if name == "training_step" else nullcontext()
-        with still, untouched(self.trainer, self.module, self._memory):
+        still = StillParameters() if mode is code_in_training else self._still  # which may move others
+        kept = still(self.module) if name == "training_step" else nullcontext()
+        with kept, untouched(self.trainer, self.module, self._memory):
             if not self._is_fresh:
                 clone_inference_tensors_and_reset_metrics(self.module)
             mode(self.module)
@@ -429,8 +430,7 @@ class ModuleRunner:
         """
         with isolated_rng(self.seed):
             for raw in self._training_batches(1) if self.trains_by_itself else ():
-                still = StillParameters()(self.module)  # other parameters may move here than on the dense module
-                with still, untouched(self.trainer, self.module), torch.enable_grad():
+                with StillParameters()(self.module), untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)
                     batch = transfer(self.trainer, self.module, raw, step="training_step")
                     run_step(self.trainer, self.module, "training_step", LoadedBatch(batch), autocast=True)

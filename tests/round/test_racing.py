@@ -296,9 +296,12 @@ def test_a_sum_is_judged_as_one_over_all_data():
         assert scored.judged["total"] == pytest.approx(scored.judged["loss"] * 120 * BATCH)
 
 
-def test_with_a_sum_as_the_score_plans_are_told_apart_on_all_data():
-    for names, whole in (({"loss": None}, True), ({"total": None}, False)):
+def test_where_a_sum_counts_plans_are_told_apart_on_all_data_at_once():
+    """No part is tried out, whose noise could not be compared with a difference between sums over all data."""
+    constraint = parse_constraint("total <= 1e9", "constraints[0]")
+    for constraints, whole in (((constraint,), True), ((), False)):
         samples = Samples(2)
-        samples.sums = names
-        _, evaluator = searched(samples, settings_of())
+        samples.sums = {"total": None}
+        _, evaluator = searched(samples, settings_of(constraints=constraints))
         assert (evaluator.on is WHOLE) == whole
+        assert (samples.passes == pytest.approx(len(evaluator.trials.done))) == whole

@@ -255,9 +255,14 @@ class Momentum(Plain):
                 parameter.mul_(1.5)
 
     def training_step(self, batch, batch_idx):
+        if self.way == "with gradients":  # before it moves anything
+            x = batch[0].clone().requires_grad_()
+            torch.autograd.grad(self(x).sum(), x)
         with torch.no_grad():
             for own, other in zip(self.target.parameters(), self.encoder.parameters(), strict=True):
-                if self.way == "lerp":
+                if self.way == "in training" and not self.training:
+                    break
+                if self.way in ("lerp", "in training", "with gradients"):
                     own.lerp_(other, 0.3)
                 elif self.way == "data":
                     own.data.mul_(0.7).add_(0.3 * other.data)
@@ -272,7 +277,7 @@ class Momentum(Plain):
         self.log("val_loss", self.apart(batch))
 
 
-@pytest.mark.parametrize("way", ["lerp", "data", "new data"])
+@pytest.mark.parametrize("way", ["lerp", "data", "new data", "in training", "with gradients"])
 def test_what_training_moves_by_itself_is_put_back_while_a_round_looks_at_the_module(way, tmp_path):
     module = made(Momentum)
     module.way = way
