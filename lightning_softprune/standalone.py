@@ -77,8 +77,8 @@ def find_groups(
         ``coverage``, that says how much of the model they reach.
 
     Raises:
-        ValueError: No batch and no `example_input_array`; a pattern that matches nothing; or a layer type of your own
-            that does not fit the layers.
+        ValueError: No batch and no `example_input_array`; a step that asks for a trainer where the model has none; a
+            pattern that matches nothing; or a layer type of your own that does not fit the layers.
 
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -187,11 +187,21 @@ def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = 
             before = attributes_of(model)
             returned = function(batch, 0) if takes_index else function(batch)
             return what_a_step_shows(model, name, returned, logged, before)
+        except RuntimeError as error:
+            if str(error).endswith(_NO_TRAINER):
+                hint = "give the model one, `model.trainer = Trainer()`, or put `SoftPruning` into a fit"
+                raise ValueError(
+                    f"model: its {name} asks for `self.trainer`, which it has in a fit alone; {hint}"
+                ) from error
+            raise
         finally:
             del model.__dict__["log"], model.__dict__["log_dict"]
 
     return step
 
+
+_NO_TRAINER = "is not attached to a `Trainer`."
+"""How Lightning says that a module has none."""
 
 _WITHOUT_MEANING = ("epochs", "finetune_epochs")
 

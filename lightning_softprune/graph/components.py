@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
@@ -204,7 +205,7 @@ def undeclared_twins(
         own = list(module.parameters())
         if not name or not own:
             continue
-        form = tuple((n, tuple(p.shape)) for n, p in module.named_parameters())
+        form = tuple((n, () if is_lazy(p) else tuple(p.shape)) for n, p in module.named_parameters())
         if any(id(parameter) in trained for parameter in own):
             forms[form].append(name)
         elif not any(is_inside(name, other) for other in known):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.graph.layers import Layout, layout_of, tensor_at
@@ -74,7 +75,7 @@ def coverage(model: nn.Module, groups: Sequence[PruningGroup]) -> Coverage:
         groups: All its groups, prunable or not.
     """
     modules = dict(model.named_modules())
-    sizes = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    sizes = {id(one): one.numel() for one in model.parameters() if not is_lazy(one)}
     reached: set[int] = set()
     for group in groups:
         if group.prunable:

@@ -7,6 +7,7 @@ import time
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.results import LayerShapes
 from lightning_softprune.round.prepare import PruningProblem
@@ -96,7 +97,8 @@ def shapes_of(module: nn.Module) -> Shapes:
     """The layers that have parameters of their own."""
     found: Shapes = {}
     for name, layer in module.named_modules():
-        own = {key: tuple(value.shape) for key, value in layer.named_parameters(recurse=False)}
+        sized = ((key, value) for key, value in layer.named_parameters(recurse=False) if not is_lazy(value))
+        own = {key: tuple(value.shape) for key, value in sized}
         if own:
             found[name] = type(layer).__name__, own
     return found

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
@@ -217,7 +217,7 @@ def clone_inference_tensors_and_reset_metrics(module: nn.Module) -> None:
     for child in module.modules():
         for holder in (child._buffers, vars(child)):
             for name, value in holder.items():
-                if isinstance(value, Tensor) and value.is_inference():
+                if isinstance(value, Tensor) and not is_lazy(value) and value.is_inference():
                     holder[name] = value.clone()
 
 
@@ -231,7 +231,8 @@ def is_fresh(module: nn.Module) -> bool:
 def has_inference_tensors(module: nn.Module) -> bool:
     """Whether a `Trainer.validate` left buffers or metric states that a fit cannot use."""
     holders = (holder for child in module.modules() for holder in (child._buffers, vars(child)))
-    return any(isinstance(v, Tensor) and v.is_inference() for holder in holders for v in holder.values())
+    tensors = (value for holder in holders for value in holder.values() if isinstance(value, Tensor))
+    return any(not is_lazy(tensor) and tensor.is_inference() for tensor in tensors)
 
 
 def metrics_in(module: nn.Module) -> dict[str, str]:

@@ -351,7 +351,7 @@ def time_validation_step(
         trainer: The trainer in charge.
         pl_module: Its module.
         scorer: Has the batch.
-        runs: How many runs at most, after a warm-up of one and a third as many.
+        runs: How many runs at most, after a warm-up of one; where there are more than two, of one and a third as many.
         seconds: Roughly how long to measure at most; a step that takes longer is run once, without a warm-up where it
             has the whole batch, which passes have run before.
         samples: How many samples the batch is to have, where it can be made so; `None`: as it is.
@@ -383,8 +383,8 @@ def time_validation_step(
             return first
         once = run()
         runs = min(runs, int(seconds / once))
-        if runs < 2:
-            return once
+        if runs < 3:  # too long to warm up any further
+            return statistics.median([once, *(run() for _ in range(1, runs))])
         for _ in range(runs // 3):
             run()
         return statistics.median(run() for _ in range(runs))

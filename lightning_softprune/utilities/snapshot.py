@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_softprune.utilities.classes import is_alive, is_own, packages_of, slots
@@ -219,7 +220,7 @@ class Snapshot:
         return True
 
     def _tensor(self, value: Tensor, limited: bool) -> None:
-        if value.layout is torch.strided and not value.is_meta:
+        if value.layout is torch.strided and not value.is_meta and not is_lazy(value):
             distinct = _distinct(value.detach())
             if self._has_room(distinct.numel() * distinct.element_size(), limited):
                 self._tensors.append((value, value.shape, distinct.clone()))

@@ -2,6 +2,7 @@
 
 import itertools
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
@@ -376,3 +377,33 @@ def test_where_every_trial_fails_the_users_own_exception_goes_on(tmp_path):
 def test_find_groups_of_a_plain_module_judges_all_that_it_runs():
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     assert [group.prunable for group in find_groups(model, torch.randn(3, 4))] == [True, False]
+
+
+def test_find_groups_says_what_to_do_where_a_step_asks_for_a_trainer():
+    class AsksForTrainer(AutoEncoder):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch) * (1 + 0 * self.trainer.current_epoch))
+
+    module = made(AsksForTrainer)
+    batch = [torch.randn(5, FEATURES)]
+    with pytest.raises(ValueError, match=r"validation_step asks for `self\.trainer`.*model\.trainer = Trainer\(\)"):
+        find_groups(module, batch)
+    module.trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert [group.prunable for group in find_groups(module, batch)] == [True, True, True, False]
+
+
+def test_a_lazy_layer_that_never_runs_is_no_obstacle(tmp_path):
+    class WithSpare(AutoEncoder):
+        def __init__(self):
+            super().__init__()
+            self.spare, self.norm = nn.LazyLinear(3), nn.LazyBatchNorm1d()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()])
+
+    module, callback = made(WithSpare), softpruning()
+    fit(tmp_path, module, callback)
+    (result,) = callback.results
+    assert result.applied
+    assert nn.parameter.is_lazy(module.spare.weight)
+    assert module.spare(torch.randn(2, 5)).shape == (2, 3)
