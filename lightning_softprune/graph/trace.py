@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, TooLongError, is_atoms, named_tensors
 from lightning_softprune.graph.layers import Layout, layer_type, layout_of, linked_parts, parts_of_layers
@@ -81,6 +82,9 @@ def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, s
         steps: Functions that run it.
         outside: Modules that are to be left alone with all that is in them -> why.
     """
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        for step in steps:  # layers get their sizes
+            step()
     layouts: dict[str, Layout] = {}
     whole: dict[str, Layout] = {}
     reasons: dict[str, str] = {}

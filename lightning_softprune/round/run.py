@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import COSTS, record_usage
@@ -58,6 +59,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
     """
     started, settings = time.monotonic(), goal.asked(settings)
     phases = Phases("auto" if settings.verbose else "none", trainer)
+    _refuse_made_in_inference_mode(module)
     seed = int(np.random.SeedSequence([settings.seed, goal.epoch]).generate_state(1)[0])
     copies, form = averaged_copies(trainer), ModelShapes.of(module)
     with (
@@ -91,6 +93,17 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         result = _result(settings, goal, evaluator, stopwatch, found)
     _hand_over(goal, rehearsed)
     return replace(result, seconds=time.monotonic() - started, phases=phases.seconds)
+
+
+def _refuse_made_in_inference_mode(module: nn.Module) -> None:
+    """Raise where parameters are nothing that can be trained: lazy ones that `Trainer.validate` has made."""
+    made = [name for name, one in module.named_parameters() if not is_lazy(one) and one.is_inference()]
+    if made:
+        raise MisconfigurationException(
+            f"{', '.join(made)}: made in inference mode, by a lazy layer that `Trainer.validate` was the first to run;"
+            " neither training nor pruning can use them. Run the module once before, or give the Trainer"
+            " inference_mode=False"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_softprune.graph import Count, PruningGroup
 from lightning_softprune.surgery.fingerprints import look_at_dense
-from lightning_softprune.surgery.probe import probe_groups, unlike_masked
+from lightning_softprune.surgery.probe import DOES_NOT_RUN, probe_groups, unlike_masked
 
 _UNLIKE = (
     "without some of its channels the model computes something else than with them set to zero: their number is used "
@@ -67,6 +67,9 @@ def probe_with_counts(
 
     Returns:
         The groups, with the attributes that were found; those that fail whatever is tried are not prunable.
+
+    Raises:
+        Exception: The user's own, where the whole model fails as well now.
     """
     if not any(group.prunable for group in groups):
         return list(groups)
@@ -81,6 +84,32 @@ def probe_with_counts(
         return unlike_masked(model, compared, run, run_otherwise, dense)
 
     groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
+    counted = _counted(groups, found, counts, probed, unlike)
+    if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
+        found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
+    if any(group.reason.startswith(DOES_NOT_RUN) for group in found):
+        run()  # where the whole model does not run any more either, that is not the groups' fault
+    sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
+    wrong = {group.name for group in unlike(sized)}
+    return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+
+
+def _is_a_pair_of_blocks(group: PruningGroup) -> bool:
+    """Whether one channel is left when one goes, and holds several indices, whose order no reordering tests."""
+    return group.num_channels == 2 and any((member.owner == 0).sum() > 1 for member in group.members)
+
+
+_Probing = Callable[[Sequence[PruningGroup]], list[PruningGroup]]
+
+
+def _counted(
+    groups: Sequence[PruningGroup],
+    found: Sequence[PruningGroup],
+    counts: Mapping[str, Sequence[Count]],
+    probed: _Probing,
+    unlike: _Probing,
+) -> list[PruningGroup]:
+    """The groups, those that fail with the attributes they run with, where there are such."""
     alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, (group, one) in enumerate(zip(groups, found, strict=True)):
         names = _names(counts.get(group.name, ()))
@@ -102,19 +131,7 @@ def probe_with_counts(
                 break
         for i in left:
             counted[i] = groups[i]
-    if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
-        found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
-    sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
-    wrong = {group.name for group in unlike(sized)}
-    return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
-
-
-def _is_a_pair_of_blocks(group: PruningGroup) -> bool:
-    """Whether one channel is left when one goes, and holds several indices, whose order no reordering tests."""
-    return group.num_channels == 2 and any((member.owner == 0).sum() > 1 for member in group.members)
-
-
-_Probing = Callable[[Sequence[PruningGroup]], list[PruningGroup]]
+    return counted
 
 
 def _probed_by_kind(

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -118,6 +119,8 @@ class Snapshot:
                         continue
                     if issubclass(kind, _KNOWN):
                         self._seen[id(value)] = value
+                        if issubclass(kind, LazyModuleMixin) and value.has_uninitialized_params():
+                            continue  # what it makes of itself when it first runs is there to stay
                         inner = self._known(value, kind, limited=queue is objects)
                         if issubclass(kind, torch.jit.ScriptModule):  # keeps its mode where nobody else does
                             for part in value.modules():

@@ -6,12 +6,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_softprune import RandomSearch, find_groups, prune
-from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning, vectors
+from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning, trainer_of, vectors
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -407,3 +408,68 @@ def test_a_lazy_layer_that_never_runs_is_no_obstacle(tmp_path):
     assert result.applied
     assert nn.parameter.is_lazy(module.spare.weight)
     assert module.spare(torch.randn(2, 5)).shape == (2, 3)
+
+
+class Lazy(AutoEncoder):
+    """Its layers get their sizes when they first run."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(8))
+        self.decoder = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(FEATURES))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+def assert_pruned(module, result):
+    assert result.applied
+    assert [group.channels_before for group in result.groups] == [16, 8, 16]
+    assert count(module) == result.costs_after.params
+    assert module.encoder[2].in_features == module.encoder[0].out_features < 16
+    assert module.decoder[0].in_features == module.encoder[2].out_features < 8
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_lazy_layers_are_pruned_as_others_are(tmp_path, epoch):
+    module, callback = made(Lazy), softpruning(epochs=epoch)
+    fit(tmp_path, module, callback)
+    assert_pruned(module, callback.results[0])
+
+
+def test_prune_and_find_groups_take_lazy_layers():
+    module = made(Lazy)
+    assert [group.num_channels for group in find_groups(module, [torch.randn(5, FEATURES)])] == [16, 8, 16, FEATURES]
+    module = made(Lazy)
+    assert_pruned(module, prune(module, **loaders(module), search=softpruning().search, target_sparsity=0.5,
+                                tolerance=0.1, verbose=False, report=False))  # fmt: skip
+
+
+def test_lazy_layers_made_in_inference_mode_are_said_to_be_unfit(tmp_path):
+    with pytest.raises(MisconfigurationException, match=r"encoder\.0\.weight, .*: made in inference mode"):
+        trainer_of(tmp_path, softpruning()).validate(made(Lazy), DataLoader(vectors(), 8), verbose=False)
+
+
+class FailsFrom(Never):
+    """Fails from one call on, with every width."""
+
+    at, calls = 0, itertools.count()
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = mlp(FEATURES, 24, 16), nn.Linear(16, FEATURES)
+
+    def validation_step(self, batch, batch_idx):
+        if self.armed and next(FailsFrom.calls) >= self.at:
+            raise KeyError("the user's own")
+        AutoEncoder.validation_step(self, batch, batch_idx)
+
+
+@pytest.mark.parametrize("at", range(2, 26, 3))
+def test_what_fails_with_every_width_is_no_reason_of_a_group(at, monkeypatch):
+    monkeypatch.setattr(FailsFrom, "calls", itertools.count())
+    module = made(FailsFrom)
+    module.armed, module.at = True, at
+    with pytest.raises(KeyError, match="the user's own"):
+        prune(module, **loaders(module), search=softpruning().search, target_sparsity=0.5, tolerance=0.1,
+              verbose=False, report=False)  # fmt: skip
