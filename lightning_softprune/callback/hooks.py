@@ -59,7 +59,7 @@ class PruningHooks(Rounds):
         if self._evaluating:
             if stage == "validate":
                 refuse_sharding(trainer)
-            self._loading = LoadHook(pl_module)
+            self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
             return
         self.results = self._real_results()
         others = [callback for callback in trainer.callbacks if isinstance(callback, PruningHooks)]  # type: ignore[attr-defined]
@@ -93,13 +93,22 @@ class PruningHooks(Rounds):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
-        self._end_loading()
-        self._teacher = self._lesson = None
+        self._let_go()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._end_loading()
         self._teacher = self._lesson = None
+        self._put_hooks_back()
+
+    def _put_hooks_back(self) -> None:
+        """What was left out of an epoch without training belongs to other epochs."""
+        left_out, self._left_out = self._left_out, None
+        if left_out is not None:
+            left_out.close()
 
     def _end_loading(self) -> dict[str, Any] | None:
         """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
@@ -190,6 +199,7 @@ class PruningHooks(Rounds):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell what fine-tuning has come to, and do not count an epoch in which nothing was trained."""
+        self._put_hooks_back()
         self._finish(trainer)
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class Rounds(pl.Callback):
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
         self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
+        self._left_out: ExitStack | None = None  # hooks that are not called at its end
 
     def _real_results(self) -> list[PruningResult]:
         return [result for result in self.results if not result.is_dry_run]
@@ -132,7 +134,7 @@ class Rounds(pl.Callback):
                 self._run_round(trainer, pl_module, epoch, target)
             if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
                 self._untrained = trainer.current_epoch
-                finish_epoch_without_training(trainer)
+                self._left_out = finish_epoch_without_training(trainer)
 
     def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go through the last round once, with one plan and no file, and leave everything as it is."""

@@ -86,7 +86,7 @@ class SoftPruning(PruningHooks):
             "least_squares" lacks observations: where a layer, as those of an MLP, sees fewer than 8 rows for each of
             its inputs. Beyond 8 batches no more than 4,096 samples, and no more than a twentieth of an epoch.
         finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
-            0: stop with the pruned, validated, checkpointed model.
+            0: stop with the pruned, validated, checkpointed model; `on_train_epoch_end` is not called once more for it.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
         report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and

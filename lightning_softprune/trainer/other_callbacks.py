@@ -55,11 +55,14 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
     return stay
 
 
+def is_the_users(thing: object) -> bool:
+    """Whether users have written a class or function: Lightning's own, and this package's, are known."""
+    return thing.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "lightning_softprune")
+
+
 def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The callbacks that users have written: Lightning's own, and this package's, are known."""
-    known = ("lightning", "pytorch_lightning", "lightning_softprune")
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in known]
+    """The callbacks that users have written."""
+    return [callback for callback in trainer.callbacks if is_the_users(type(callback))]  # type: ignore[attr-defined]
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:

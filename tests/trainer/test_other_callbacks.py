@@ -145,6 +145,25 @@ def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path, first, star
     assert [p.shape for p in averaging._average_model.parameters()] == [p.shape for p in module.parameters()]
 
 
+@pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fresh_model_is_validated_from_a_pruned_checkpoint_beside_an_average(tmp_path, first):
+    def callbacks():
+        both = [pruning(epochs=2), StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+        return both if first else both[::-1]
+
+    files = ModelCheckpoint(tmp_path, save_last=True)
+    trained = fit(Regressor(), tmp_path, *callbacks(), files, max_epochs=4).lightning_module
+    fresh = Regressor()
+    trainer = L.Trainer(
+        callbacks=callbacks(), default_root_dir=tmp_path, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.validate(fresh, loaders()[1], ckpt_path=files.last_model_path, verbose=False)
+    assert fresh.body[0].out_features == trained.body[0].out_features < 16
+
+
 class Compiler:
     """A backend that counts what it compiles, and runs it eagerly."""
 
