@@ -83,6 +83,7 @@ class Rounds(pl.Callback):
         self._loading: LoadHook | None = None
         self._evaluating = False
         self._identity = new_identity()  # of this fit, by which its files are told from those of others
+        self._began: int | None = None  # the epoch that the last round really ran before
         self._unwritten = False  # whether the files of the last round could not be written
         self._finetuned: int | None = None  # the round that this fit has validated after it
         self._looked_ahead = True
@@ -99,7 +100,8 @@ class Rounds(pl.Callback):
         last = max(self.epochs)
         # with 0 epochs more, the round is yet to come
         pruned = any(result.epoch == last for result in self._real_results())
-        return self.finetune_epochs is not None and pruned and epochs >= last + self.finetune_epochs
+        began = last if self._began is None else self._began
+        return self.finetune_epochs is not None and pruned and epochs >= began + self.finetune_epochs
 
     def _remember(self, pl_module: pl.LightningModule) -> None:
         """Ask the module for the rounds of earlier fits: what these have removed is gone already."""
@@ -147,7 +149,10 @@ class Rounds(pl.Callback):
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
         before = ModelShapes.of(pl_module)
+        if epoch < trainer.current_epoch:
+            rank_zero_info(f"SoftPruning: the round of epochs={epoch} runs late, before epoch {trainer.current_epoch}")
         result = self._search(trainer, pl_module, epoch=epoch, target=target)
+        self._began = trainer.current_epoch
         self._dense = self._dense or result.costs_before
         self._finetuned = None
         self.results = [*(dataclasses.replace(done, score_finetuned=None) for done in self.results), result]

@@ -27,7 +27,8 @@ class SoftPruning(PruningHooks):
             says (`higher_is_better`), else "min" for names of losses and errors (`val_loss`, `rmse`); where neither
             tells, it has to be given.
         epochs: When to prune: with epoch ``e``, counted from 0, the search runs after the validation that closed epoch
-            ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each.
+            ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each. A fit
+            that goes on from a later epoch runs the rounds it has missed at once.
         target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
             (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
             sparsity that meets every constraint, to within `tolerance`. With five groups that takes about 40

@@ -1,6 +1,7 @@
 import csv
 import errno
 import json
+import logging
 import math
 import sys
 from collections import Counter
@@ -421,6 +422,30 @@ def test_fine_tuning_lasts_as_long_as_asked(tmp_path, finetune, stops):
     trainer = fit(tmp_path, module, softpruning(epochs=2, finetune_epochs=finetune), max_epochs=6)
     assert trainer.current_epoch == stops
     assert len(module.losses) == trainer.global_step == 4 * stops
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.parametrize("finetune", [0, 1, 3])
+def test_fine_tuning_after_a_round_that_runs_late_lasts_as_long_as_asked(tmp_path, caplog, finetune):
+    """Of a fit that goes on from a dense checkpoint: the round of epoch 1 runs before epoch 3."""
+    dense = fit(tmp_path, made(), max_epochs=3)
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    module, callback = made(seed=1), softpruning(epochs=1, finetune_epochs=finetune)
+    files = ModelCheckpoint(tmp_path / "pruned", save_top_k=-1)
+    trainer = trainer_of(tmp_path, callback, files, max_epochs=9, enable_checkpointing=True)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, **loaders(module), ckpt_path=tmp_path / "dense.ckpt")
+    assert "epochs=1 runs late, before epoch 3" in caplog.text
+    assert [result.epoch for result in callback.results] == [1]
+    assert trainer.current_epoch == 3 + finetune
+    assert len(module.losses) == 4 * finetune
+    for path in sorted((tmp_path / "pruned").glob("*.ckpt")):
+        again, resumed = (
+            made(seed=2),
+            trainer_of(tmp_path, softpruning(epochs=1, finetune_epochs=finetune), max_epochs=9),
+        )
+        resumed.fit(again, **loaders(again), ckpt_path=path)
+        assert resumed.current_epoch == 3 + finetune
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 2])
