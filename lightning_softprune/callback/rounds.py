@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, rounds_of
 from lightning_softprune.compensation import Teacher
@@ -34,6 +34,7 @@ from lightning_softprune.round import Goal, RoundSettings, check_ahead, limits_o
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
+    ends_with_average,
     finish_epoch_without_training,
     logging_step,
     mean_over_processes,
@@ -137,6 +138,15 @@ class Rounds(pl.Callback):
             if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
                 self._untrained = trainer.current_epoch
                 self._left_out = finish_epoch_without_training(trainer)
+                self._tell_average(trainer, self.results[-1])
+
+    def _tell_average(self, trainer: pl.Trainer, result: PruningResult) -> None:
+        score = trainer.callback_metrics.get(self.monitor)
+        if result.applied and score is not None and score.numel() == 1 and ends_with_average(trainer):
+            rank_zero_warn(
+                f"SoftPruning: the fit ends with averaged weights, whose {self.monitor} is {float(score):.4g}; "
+                f"score_after, {result.score_after:.4g}, is that of the trained ones, which the round has looked at"
+            )
 
     def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go through the last round once, with one plan and no file, and leave everything as it is."""

@@ -76,6 +76,12 @@ def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     return copies
 
 
+def ends_with_average(trainer: pl.Trainer) -> bool:
+    """Whether validation shows averaged weights, and the fit ends with them."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, counterparts(WeightAveraging))]  # type: ignore[attr-defined]
+    return any(callback._average_model is not None for callback in averaging)
+
+
 def record_new_parameters(trainer: pl.Trainer, created: Sequence[nn.Parameter]) -> None:
     """Let callbacks that write the parameters of each group into checkpoints know of those that joined a group.
 

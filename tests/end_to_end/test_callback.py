@@ -440,10 +440,8 @@ def test_fine_tuning_after_a_round_that_runs_late_lasts_as_long_as_asked(tmp_pat
     assert trainer.current_epoch == 3 + finetune
     assert len(module.losses) == 4 * finetune
     for path in sorted((tmp_path / "pruned").glob("*.ckpt")):
-        again, resumed = (
-            made(seed=2),
-            trainer_of(tmp_path, softpruning(epochs=1, finetune_epochs=finetune), max_epochs=9),
-        )
+        again, callback = made(seed=2), softpruning(epochs=1, finetune_epochs=finetune)
+        resumed = trainer_of(tmp_path, callback, max_epochs=9)
         resumed.fit(again, **loaders(again), ckpt_path=path)
         assert resumed.current_epoch == 3 + finetune
 
