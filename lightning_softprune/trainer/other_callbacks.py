@@ -57,7 +57,8 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
 
 def is_the_users(thing: object) -> bool:
     """Whether users have written a class or function: Lightning's own, and this package's, are known."""
-    return thing.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning", "lightning_softprune")
+    package = str(getattr(thing, "__module__", "")).partition(".")[0]  # a hook may be anything, even None
+    return package not in ("lightning", "pytorch_lightning", "lightning_softprune")
 
 
 def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
