@@ -42,7 +42,8 @@ class PruningHooks(Rounds):
 
     def state_dict(self) -> dict[str, Any]:
         """The rounds so far, in plain types; a dry run is none."""
-        return {"results": [result.to_dict() for result in self._real_results()], "run": self._identity}
+        results = [result.to_dict() for result in self._real_results()]
+        return {"results": results, "run": self._identity, "began": self._began}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the rounds of a checkpoint: they are not repeated."""
@@ -51,6 +52,7 @@ class PruningHooks(Rounds):
         self.results = [PruningResult.from_dict(result) for result in state_dict["results"]]
         self._dense = self.results[0].costs_before if self.results else None
         self._identity = state_dict.get("run") or self._identity
+        self._began = state_dict.get("began")
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse, before anything runs, what cannot work with this trainer."""
@@ -59,7 +61,7 @@ class PruningHooks(Rounds):
         if self._evaluating:
             if stage == "validate":
                 refuse_sharding(trainer)
-            self._loading = LoadHook(pl_module)
+            self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
             return
         self.results = self._real_results()
         others = [callback for callback in trainer.callbacks if isinstance(callback, PruningHooks)]  # type: ignore[attr-defined]
@@ -73,7 +75,7 @@ class PruningHooks(Rounds):
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
-            self.results, self._dense, self._identity = [], None, new_identity()
+            self.results, self._dense, self._began, self._identity = [], None, None, new_identity()
         self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
 
     def on_load_checkpoint(
@@ -81,7 +83,7 @@ class PruningHooks(Rounds):
     ) -> None:
         """A fit that resumes has the history of its checkpoint, even if that is none."""
         if not self._evaluating:
-            self.results, self._dense = [], None
+            self.results, self._dense, self._began = [], None, None
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -93,13 +95,22 @@ class PruningHooks(Rounds):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
-        self._end_loading()
-        self._teacher = self._lesson = None
+        self._let_go()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._end_loading()
         self._teacher = self._lesson = None
+        self._put_hooks_back()
+
+    def _put_hooks_back(self) -> None:
+        """What was left out of an epoch without training belongs to other epochs."""
+        left_out, self._left_out = self._left_out, None
+        if left_out is not None:
+            left_out.close()
 
     def _end_loading(self) -> dict[str, Any] | None:
         """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
@@ -190,6 +201,7 @@ class PruningHooks(Rounds):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell what fine-tuning has come to, and do not count an epoch in which nothing was trained."""
+        self._put_hooks_back()
         self._finish(trainer)
         if self._untrained is not None:
             take_epoch_back(trainer, self._untrained)

@@ -10,12 +10,13 @@ import dataclasses
 import math
 import secrets
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, rounds_of
 from lightning_softprune.compensation import Teacher
@@ -33,6 +34,7 @@ from lightning_softprune.round import Goal, RoundSettings, check_ahead, limits_o
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
+    ends_with_average,
     finish_epoch_without_training,
     logging_step,
     mean_over_processes,
@@ -82,12 +84,14 @@ class Rounds(pl.Callback):
         self._loading: LoadHook | None = None
         self._evaluating = False
         self._identity = new_identity()  # of this fit, by which its files are told from those of others
+        self._began: int | None = None  # the epoch that the last round really ran before
         self._unwritten = False  # whether the files of the last round could not be written
         self._finetuned: int | None = None  # the round that this fit has validated after it
         self._looked_ahead = True
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
         self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
+        self._left_out: ExitStack | None = None  # hooks that are not called at its end
 
     def _real_results(self) -> list[PruningResult]:
         return [result for result in self.results if not result.is_dry_run]
@@ -97,7 +101,8 @@ class Rounds(pl.Callback):
         last = max(self.epochs)
         # with 0 epochs more, the round is yet to come
         pruned = any(result.epoch == last for result in self._real_results())
-        return self.finetune_epochs is not None and pruned and epochs >= last + self.finetune_epochs
+        began = last if self._began is None else self._began
+        return self.finetune_epochs is not None and pruned and epochs >= began + self.finetune_epochs
 
     def _remember(self, pl_module: pl.LightningModule) -> None:
         """Ask the module for the rounds of earlier fits: what these have removed is gone already."""
@@ -132,7 +137,16 @@ class Rounds(pl.Callback):
                 self._run_round(trainer, pl_module, epoch, target)
             if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
                 self._untrained = trainer.current_epoch
-                finish_epoch_without_training(trainer)
+                self._left_out = finish_epoch_without_training(trainer)
+                self._tell_average(trainer, self.results[-1])
+
+    def _tell_average(self, trainer: pl.Trainer, result: PruningResult) -> None:
+        score = trainer.callback_metrics.get(self.monitor)
+        if result.applied and score is not None and score.numel() == 1 and ends_with_average(trainer):
+            rank_zero_warn(
+                f"SoftPruning: the fit ends with averaged weights, whose {self.monitor} is {float(score):.4g}; "
+                f"score_after, {result.score_after:.4g}, is that of the trained ones, which the round has looked at"
+            )
 
     def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go through the last round once, with one plan and no file, and leave everything as it is."""
@@ -145,7 +159,10 @@ class Rounds(pl.Callback):
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
         before = ModelShapes.of(pl_module)
+        if epoch < trainer.current_epoch:
+            rank_zero_info(f"SoftPruning: the round of epochs={epoch} runs late, before epoch {trainer.current_epoch}")
         result = self._search(trainer, pl_module, epoch=epoch, target=target)
+        self._began = trainer.current_epoch
         self._dense = self._dense or result.costs_before
         self._finetuned = None
         self.results = [*(dataclasses.replace(done, score_finetuned=None) for done in self.results), result]

@@ -27,7 +27,8 @@ class SoftPruning(PruningHooks):
             says (`higher_is_better`), else "min" for names of losses and errors (`val_loss`, `rmse`); where neither
             tells, it has to be given.
         epochs: When to prune: with epoch ``e``, counted from 0, the search runs after the validation that closed epoch
-            ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each.
+            ``e - 1``, and the prune is in force when epoch ``e`` starts training; a list makes one round at each. A fit
+            that goes on from a later epoch runs the rounds it has missed at once.
         target_sparsity: The fraction of the first dense model's parameters to remove: one number for the last round
             (earlier rounds follow a cubic schedule up to it), or one per round, never decreasing. ``None``: the highest
             sparsity that meets every constraint, to within `tolerance`. With five groups that takes about 40
@@ -86,7 +87,7 @@ class SoftPruning(PruningHooks):
             "least_squares" lacks observations: where a layer, as those of an MLP, sees fewer than 8 rows for each of
             its inputs. Beyond 8 batches no more than 4,096 samples, and no more than a twentieth of an epoch.
         finetune_epochs: How many epochs to train after the last round, and then stop; ``None``: on to ``max_epochs``;
-            0: stop with the pruned, validated, checkpointed model.
+            0: stop with the pruned, validated, checkpointed model; `on_train_epoch_end` is not called once more for it.
         reset_monitors: After a round, EarlyStopping, ReduceLROnPlateau and ModelCheckpoint's best start afresh.
         seed: A round depends on seed and epoch alone: same data and weights, same plan.
         report: Write ``result.json``, ``trials.csv`` and ``report.html`` under ``<log_dir>/softprune/epoch=<e>/``, and

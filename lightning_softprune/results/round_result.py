@@ -51,7 +51,8 @@ class PruningResult:
     """One round: what it found, what it cost, and what became of the model.
 
     Attributes:
-        epoch: The epoch before which the round ran.
+        epoch: The epoch before which the round was to run, one of `epochs`; a fit that goes on from a later epoch runs it
+            before its first one.
         sparsity: 1 - cost(pruned) / cost(dense), against the first dense model.
         target_sparsity: What the round aimed at; `None`: the highest sparsity that meets the constraints.
         score_before: The monitored metric before the round.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,7 +96,8 @@ def rehearse_plan(
         beside = DenseNetwork(module, surgery, everything=taught) if heals or taught else None
         repair_optimizers(all_optimizers(trainer, module), surgery)
         if dense is not None:
-            best = _refined(evaluator, surgery, dense, best)
+            with _averages_follow(module, copies):
+                best = _refined(evaluator, surgery, dense, best)
         runner.rehearse()
     teacher = Teacher(beside, judged) if beside is not None and taught else None
     rehearsed = Rehearsed(best, surgery, best.trial.score, teacher=teacher)
@@ -103,8 +105,33 @@ def rehearse_plan(
         return rehearsed  # one batch, which is all that a dry run heals on, shows what could fail
     with phases.counted("healing", settings.healing) as advance:
         before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
-        errors = teach(runner, beside, judged, settings.healing, advance)
-        return _if_better(evaluator, rehearsed, before, errors)
+        with _averages_follow(module, copies):
+            errors = teach(runner, beside, judged, settings.healing, advance)
+            return _if_better(evaluator, rehearsed, before, errors)
+
+
+@contextmanager
+def _averages_follow(module: nn.Module, copies: Sequence[nn.Module]) -> Iterator[None]:
+    """What is changed in the module meanwhile is changed by as much in its averaged copies.
+
+    They are sums of what the module was: what is added to each of these is added to the sum.
+    """
+    before = {name: tensor.detach().clone() for name, tensor in _numbers_of(module)} if copies else {}
+    yield
+    after = dict(_numbers_of(module))
+    for averaged in copies:
+        for name, tensor in _numbers_of(averaged):
+            if name in before and before[name].shape == tensor.shape:
+                old, new = before[name].to(tensor.device), after[name].detach().to(tensor.device)
+                moved = tensor.detach() + (new - old)
+                if name.endswith("running_var"):  # which healing may make smaller by more than there is
+                    moved = torch.maximum(moved, torch.minimum(tensor.detach(), new))
+                _put_back([(tensor, torch.where(new == old, tensor.detach(), moved))])  # infinite masks stay
+
+
+def _numbers_of(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return [(name, tensor) for name, tensor in named if tensor.is_floating_point() or tensor.is_complex()]
 
 
 HEALED_ON_TRIAL = 4

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -47,10 +48,20 @@ def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
         logged = ", ".join(map(repr, sorted(metrics))) or "nothing"
         argument, name = missing
         what = "" if argument.startswith("monitor") else f": {name!r}"
+        if apart := _by_loader(name, metrics):
+            names = ", ".join(map(repr, apart))
+            raise MisconfigurationException(
+                f"{argument}{what} is logged for each validation loader apart; name one of {names}"
+            )
         raise MisconfigurationException(
             f"{argument}{what} is not logged while validating; logged are: {logged}{near_miss(name, metrics)}"
         )
     return metrics[objective.monitor]
+
+
+def _by_loader(name: str, metrics: Mapping[str, float]) -> list[str]:
+    """What Lightning makes of a metric's name where there are several loaders."""
+    return [logged for logged in metrics if re.fullmatch(rf"{re.escape(name)}/dataloader_idx_\d+", logged)]
 
 
 def objective_of(settings: RoundSettings, before: Mapping[str, float], directions: Mapping[str, bool]) -> Objective:
@@ -191,7 +202,7 @@ class _Look:
         with record_usage(self.module, runner.left_alone) as judged:
             metrics = runner.metrics()
         missing = Objective(settings.monitor, settings.mode, settings.constraints).unlogged(metrics)
-        if missing is not None and may_log(self.module, missing[1]):
+        if missing is not None and may_log(self.module, missing[1]) and not _by_loader(missing[1], metrics):
             self.doubt = f"{missing[0]}: {missing[1]!r} is not logged in a validation before training"
         else:
             objective_of(settings, metrics, runner.directions)

@@ -36,6 +36,7 @@ from lightning_softprune.trainer.module_steps import (
 )
 from lightning_softprune.trainer.other_callbacks import (
     averaged_copies,
+    ends_with_average,
     forget_compiled,
     record_new_parameters,
     reset_monitors,
@@ -73,6 +74,7 @@ __all__ = [
     "compiler_off",
     "copy_batch",
     "end_epoch_at_this_batch",
+    "ends_with_average",
     "finish_epoch_without_training",
     "forget_compiled",
     "has_inference_tensors",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_softprune.trainer.other_callbacks import is_the_users
 from lightning_softprune.utilities.libraries import counterparts
+
+Hook = Callable[[pl.Trainer, pl.LightningModule], object]
 
 
 def logging_step(trainer: pl.Trainer) -> int:
@@ -18,11 +23,18 @@ def logging_step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def finish_epoch_without_training(trainer: pl.Trainer) -> None:
+def finish_epoch_without_training(trainer: pl.Trainer) -> ExitStack:
     """At the start of a training epoch: validate for real and let the fit end after this epoch, with no batch run.
 
     Checkpoints, metrics and loggers then belong to the model as it is now. ModelCheckpoint saves once per step only, so
     it is told that this step has no checkpoint yet; and one that would wait for later steps or epochs saves now.
+
+    What users have written for the end of an epoch (`on_train_epoch_end` of the module and of callbacks) reads what
+    training has left behind, as a list of losses or a metric. Nothing has been trained, so it is left out; callbacks
+    that monitor a metric are called if the metric is there.
+
+    Returns:
+        What is left out; to be closed once training is over.
     """
     kinds = counterparts(ModelCheckpoint)
     checkpoints = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, kinds)]
@@ -31,13 +43,76 @@ def finish_epoch_without_training(trainer: pl.Trainer) -> None:
     loop = trainer.fit_loop.epoch_loop
     trainer.validating = True
     try:
-        loop.val_loop.run()
+        with _replaced("on_validation_end", _if_metrics_are_there(trainer, "on_validation_end")):
+            loop.val_loop.run()
         for callback in checkpoints:
-            if not callback._should_skip_saving_checkpoint(trainer) and _waits_for_later(trainer, callback):
+            if callback._should_skip_saving_checkpoint(trainer):
+                continue
+            if not _has_metric(trainer, callback):
+                _save_last_alone(trainer, callback)
+            elif _waits_for_later(trainer, callback):
                 _save_now(trainer, callback)
     finally:
         trainer.training = True
     trainer.should_stop = True
+    left_out = ExitStack()
+    hook = "on_train_epoch_end"
+    left_out.enter_context(_replaced(hook, [*_of_the_users(trainer, hook), *_if_metrics_are_there(trainer, hook)]))
+    return left_out
+
+
+def _has_metric(trainer: pl.Trainer, callback: Any) -> bool:
+    return callback.monitor in (None, "epoch", "step", *trainer.callback_metrics)
+
+
+def _of_the_users(trainer: pl.Trainer, hook: str) -> Iterator[tuple[object, None]]:
+    """The module, and the callbacks that are no checkpoints and have a hook that users have written."""
+    yield trainer.lightning_module, None
+    saving = (*counterparts(EarlyStopping), *counterparts(Checkpoint))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if is_the_users(getattr(callback, hook)) and not isinstance(callback, saving):
+            yield callback, None
+
+
+def _if_metrics_are_there(trainer: pl.Trainer, hook: str) -> Iterator[tuple[object, Hook]]:
+    """The callbacks that monitor a metric, with hooks that ask first whether it is there."""
+    kinds = (*counterparts(EarlyStopping), *counterparts(ModelCheckpoint))
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, kinds):
+            yield callback, partial(_ask_first, callback, getattr(callback, hook))
+
+
+def _ask_first(callback: Any, hook: Hook, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    if _has_metric(trainer, callback):
+        hook(trainer, pl_module)
+
+
+@contextmanager
+def _replaced(hook: str, owners: Iterable[tuple[object, Hook | None]]) -> Iterator[None]:
+    """While this lasts, a hook of these objects is another, or none, which Lightning passes over."""
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    try:
+        for owner, instead in owners:
+            attributes = vars(owner)
+            before.append((attributes, {hook: attributes[hook]} if hook in attributes else {}))
+            attributes[hook] = instead
+        yield
+    finally:
+        for attributes, own in before:
+            attributes.pop(hook, None)
+            attributes.update(own)
+
+
+def _save_last_alone(trainer: pl.Trainer, callback: ModelCheckpoint) -> None:
+    """Without a score, the model has no place among the best."""
+    if callback.save_last is True:
+        callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+    if callback.save_top_k != 0:
+        rank_zero_warn(
+            f"SoftPruning: ModelCheckpoint(monitor={callback.monitor!r}) has no score for the pruned model, after "
+            "which nothing is trained, and does not keep it among its best; monitor a metric of validation, or save "
+            "it yourself"
+        )
 
 
 def _waits_for_later(trainer: pl.Trainer, callback: ModelCheckpoint) -> bool:
@@ -50,9 +125,8 @@ def _waits_for_later(trainer: pl.Trainer, callback: ModelCheckpoint) -> bool:
 
 def _save_now(trainer: pl.Trainer, callback: ModelCheckpoint) -> None:
     candidates = callback._monitor_candidates(trainer)
-    if callback.monitor is None or callback.monitor in candidates:
-        callback._save_topk_checkpoint(trainer, candidates)
-        callback._save_last_checkpoint(trainer, candidates)
+    callback._save_topk_checkpoint(trainer, candidates)
+    callback._save_last_checkpoint(trainer, candidates)
 
 
 def take_epoch_back(trainer: pl.Trainer, epoch: int) -> None:

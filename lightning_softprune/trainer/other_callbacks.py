@@ -55,11 +55,15 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
     return stay
 
 
+def is_the_users(thing: object) -> bool:
+    """Whether users have written a class or function: Lightning's own, and this package's, are known."""
+    package = str(getattr(thing, "__module__", "")).partition(".")[0]  # a hook may be anything, even None
+    return package not in ("lightning", "pytorch_lightning", "lightning_softprune")
+
+
 def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
-    """The callbacks that users have written: Lightning's own, and this package's, are known."""
-    known = ("lightning", "pytorch_lightning", "lightning_softprune")
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    return [callback for callback in callbacks if type(callback).__module__.partition(".")[0] not in known]
+    """The callbacks that users have written."""
+    return [callback for callback in trainer.callbacks if is_the_users(type(callback))]  # type: ignore[attr-defined]
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
@@ -71,6 +75,12 @@ def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
         elif isinstance(callback, counterparts(StochasticWeightAveraging)) and callback._average_model is not None:
             copies.append(callback._average_model)
     return copies
+
+
+def ends_with_average(trainer: pl.Trainer) -> bool:
+    """Whether validation shows averaged weights, and the fit ends with them."""
+    averaging = [c for c in trainer.callbacks if isinstance(c, counterparts(WeightAveraging))]  # type: ignore[attr-defined]
+    return any(callback._average_model is not None for callback in averaging)
 
 
 def record_new_parameters(trainer: pl.Trainer, created: Sequence[nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
@@ -15,7 +16,7 @@ from lightning_softprune.utilities.libraries import counterparts
 
 
 def refuse_unsuited(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Refuse a fit in which plans cannot be scored, or that has a strategy which cannot be served.
+    """Refuse a fit in which plans cannot be scored, or that has a strategy or a callback which cannot be served.
 
     Raises:
         MisconfigurationException: Says what is in the way.
@@ -27,6 +28,11 @@ def refuse_unsuited(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     refuse_sharding(trainer)
     if trainer.barebones:
         raise MisconfigurationException("barebones=True: there is no `self.log`, which SoftPruning needs for scores")
+    if any(isinstance(callback, counterparts(ModelPruning)) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "callbacks: ModelPruning keeps masks of the size of the weights, which cannot follow where SoftPruning "
+            "removes channels. Leave it out: `target_sparsity` takes the place of its `amount`"
+        )
 
 
 def refuse_schedule(trainer: pl.Trainer, last: int, finetune_epochs: int | None) -> None:

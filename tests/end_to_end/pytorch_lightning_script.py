@@ -208,6 +208,8 @@ def mistakes():
     yield refusal(lambda: prune(classifier(), Images(), target_sparsity=0.999, verbose=False, report=False))
     pruning = softpruning(monitor="val_los", report=False)
     yield refusal(lambda: trainer(pruning, max_epochs=2).fit(classifier(), datamodule=Images()))
+    masking = callbacks.ModelPruning("l1_unstructured", amount=0.2)
+    yield refusal(lambda: trainer(softpruning(), masking, max_epochs=2).fit(classifier(), datamodule=Images()))
     yield isinstance(softpruning(), pl.Callback)
     yield len([one for one in pl.Trainer(callbacks=softpruning(), **QUIET).callbacks if type(one) is SoftPruning])
 

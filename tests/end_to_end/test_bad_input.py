@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelPruning
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -244,6 +244,14 @@ def test_barebones(tmp_path):
         trainer.fit(module, **loaders(module))
 
 
+def test_the_callback_that_masks_weights(tmp_path):
+    masking = ModelPruning("l1_unstructured", amount=0.2)
+    module, trainer = made(), trainer_of(tmp_path, softpruning(), masking)
+    with pytest.raises(MisconfigurationException, match=r"callbacks: ModelPruning .*target_sparsity"):
+        trainer.fit(module, **loaders(module))
+    assert trainer.global_step == 0
+
+
 def test_no_validation_step(tmp_path):
     class Blind(pl.LightningModule):
         def __init__(self):
@@ -279,6 +287,29 @@ def test_an_unknown_monitor_lists_what_is_logged(tmp_path, batches):
     error = refused(tmp_path, made(), softpruning(monitor="val_los"), num_sanity_val_steps=batches)
     assert_says(error, "monitor='val_los'", "'val_loss'", "'val_psnr'", "'val_constant'", "did you mean 'val_loss'?")
     assert "train_loss" not in str(error)
+
+
+class TwoLoaders(AutoEncoder):
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("batches", [0, 2])
+@pytest.mark.parametrize(
+    ("arguments", "asked"),
+    [
+        ({}, "monitor='val_loss' is"),
+        ({"monitor": "val_psnr", "constraints": ["val_constant <= 1"]}, "constraints[0]='val_constant <= 1': 'val_con"),
+    ],
+)
+def test_a_metric_that_each_of_two_loaders_has_for_itself(tmp_path, arguments, asked, batches):
+    module = made(TwoLoaders)
+    data = loaders(module)
+    trainer = trainer_of(tmp_path, softpruning(epochs=2, **arguments), num_sanity_val_steps=batches)
+    with pytest.raises(MisconfigurationException) as raised:
+        trainer.fit(module, data["train_dataloaders"], [data["val_dataloaders"]] * 2)
+    assert_says(raised.value, asked, "name one of", "/dataloader_idx_0'", "/dataloader_idx_1'")
+    assert trainer.global_step == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 import csv
 import errno
 import json
+import logging
 import math
 import sys
 from collections import Counter
@@ -8,7 +9,13 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    OnExceptionCheckpoint,
+)
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
@@ -24,6 +31,7 @@ from lightning_softprune import (
     SensitivitySearch,
     SoftPruning,
     UniformBaseline,
+    prune,
 )
 from lightning_softprune.round.settings import cubic_schedule
 from support.modules import (
@@ -416,6 +424,28 @@ def test_fine_tuning_lasts_as_long_as_asked(tmp_path, finetune, stops):
     assert len(module.losses) == trainer.global_step == 4 * stops
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.parametrize("finetune", [0, 1, 3])
+def test_fine_tuning_after_a_round_that_runs_late_lasts_as_long_as_asked(tmp_path, caplog, finetune):
+    """Of a fit that goes on from a dense checkpoint: the round of epoch 1 runs before epoch 3."""
+    dense = fit(tmp_path, made(), max_epochs=3)
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    module, callback = made(seed=1), softpruning(epochs=1, finetune_epochs=finetune)
+    files = ModelCheckpoint(tmp_path / "pruned", save_top_k=-1)
+    trainer = trainer_of(tmp_path, callback, files, max_epochs=9, enable_checkpointing=True)
+    with caplog.at_level(logging.INFO):
+        trainer.fit(module, **loaders(module), ckpt_path=tmp_path / "dense.ckpt")
+    assert "epochs=1 runs late, before epoch 3" in caplog.text
+    assert [result.epoch for result in callback.results] == [1]
+    assert trainer.current_epoch == 3 + finetune
+    assert len(module.losses) == 4 * finetune
+    for path in sorted((tmp_path / "pruned").glob("*.ckpt")):
+        again, callback = made(seed=2), softpruning(epochs=1, finetune_epochs=finetune)
+        resumed = trainer_of(tmp_path, callback, max_epochs=9)
+        resumed.fit(again, **loaders(again), ckpt_path=path)
+        assert resumed.current_epoch == 3 + finetune
+
+
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 def test_no_fine_tuning_ends_with_the_pruned_validated_checkpointed_model(tmp_path, epoch):
     module = made()
@@ -460,6 +490,83 @@ def test_best_is_a_pruned_checkpoint_when_fine_tuning_is_off(tmp_path):
     assert count(module) < dense
     saved = torch.load(best.best_model_path, weights_only=True)["state_dict"]
     assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in module.state_dict().items()}
+
+
+class Stacking(AutoEncoder):
+    """Looks at the epoch's losses when it ends, as Lightning's guide to version 2 has it."""
+
+    def on_train_epoch_end(self):
+        self.log("train_mean", torch.stack([torch.tensor(loss) for loss in self.losses]).mean())
+        self.losses.clear()
+
+
+class SteppingPlateau(Manual):
+    """Steps a scheduler on a metric of training, as Lightning's page on manual optimization has it."""
+
+    def training_step(self, batch, batch_idx):
+        super().training_step(batch, batch_idx)
+        self.log("loss", self.losses[-1])
+
+    def on_train_epoch_end(self):
+        for scheduler in self.lr_schedulers():
+            scheduler.step(self.trainer.callback_metrics["loss"])
+
+    def configure_optimizers(self):
+        optimizers = super().configure_optimizers()
+        return optimizers, [torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer) for optimizer in optimizers]
+
+
+@pytest.mark.parametrize("kind", [Stacking, SteppingPlateau])
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_what_ends_a_trained_epoch_is_left_out_of_one_without_training(tmp_path, kind, epoch):
+    module, files = made(kind), ModelCheckpoint(tmp_path, monitor="val_loss")
+    dense, ends = count(module), []
+    counting = LambdaCallback(on_train_epoch_end=lambda trainer, _: ends.append(trainer.current_epoch))
+    idle = Callback()
+    idle.on_train_epoch_end = None  # which Lightning passes over
+    callbacks = softpruning(epochs=epoch, finetune_epochs=0), files, counting, idle
+    fit(tmp_path, module, *callbacks, enable_checkpointing=True)
+    assert count(module) < dense
+    assert ends == list(range(epoch))
+    saved = torch.load(files.best_model_path, weights_only=True)["state_dict"]
+    assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in module.state_dict().items()}
+    fit(tmp_path, module, counting, max_epochs=1)
+    assert ends == [*range(epoch), 0], "left out once"
+    assert "on_train_epoch_end" not in vars(module)
+
+
+@pytest.mark.parametrize("kind", [Stacking, SteppingPlateau])
+def test_prune_has_no_training_epoch_to_end(kind):
+    module = made(kind)
+    dense = count(module)
+    assert prune(module, search="uniform", tolerance=0.03, verbose=False, report=False, **loaders(module)).applied
+    assert count(module) < dense
+
+
+@pytest.mark.parametrize("at_epoch_end", [True, False])
+def test_monitors_of_training_are_passed_over_where_nothing_was_trained(tmp_path, at_epoch_end):
+    module = made(Stacking)
+    files = ModelCheckpoint(tmp_path, monitor="train_mean", save_last=True, save_on_train_epoch_end=at_epoch_end)
+    stopping = EarlyStopping("train_mean", check_on_train_epoch_end=at_epoch_end)
+    callback = softpruning(epochs=0, finetune_epochs=0)
+    with pytest.warns(UserWarning, match="monitor='train_mean'.* has no score for the pruned model"):
+        fit(tmp_path, module, callback, stopping, files, enable_checkpointing=True)
+    assert callback.results[0].applied
+    assert files.best_model_path == ""
+    saved = torch.load(files.last_model_path, weights_only=True)["state_dict"]
+    assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in module.state_dict().items()}
+    assert not {"on_train_epoch_end", "on_validation_end"} & {*vars(files), *vars(stopping), *vars(module)}
+
+
+def test_hooks_are_back_where_the_end_of_an_epoch_without_training_fails(tmp_path):
+    class Fails(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            raise ZeroDivisionError
+
+    module = made(Stacking)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(epochs=0, finetune_epochs=0), Fails())
+    assert "on_train_epoch_end" not in vars(module)
 
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")

@@ -82,6 +82,7 @@ def pruning(**arguments):
     return SoftPruning(search=UniformBaseline(), tolerance=0.05, verbose=False, report=False, **arguments)
 
 
+@pytest.mark.filterwarnings("ignore:.*ends with averaged weights.*")
 @pytest.mark.parametrize("compensation", ["bias", "least_squares"])
 def test_in_front_of_norms_the_pruned_network_has_the_names_of_the_dense_one(tmp_path, compensation):
     module, callback = made(norm=True), pruning(compensation=compensation, finetune_epochs=0)

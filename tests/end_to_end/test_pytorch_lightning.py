@@ -70,11 +70,12 @@ def test_checkpoints_of_pruned_modules_are_resumed_tested_and_loaded(found):
 
 
 def test_the_librarys_own_exception_catches_mistakes(found):
-    too_late, no_data, too_small, unknown, is_callback, count = found["pytorch_lightning"]["mistakes"]
+    too_late, no_data, too_small, unknown, masking, is_callback, count = found["pytorch_lightning"]["mistakes"]
     assert too_late.startswith("epochs=9")
     assert no_data.startswith("train_dataloaders: None")
     assert too_small.startswith("target_sparsity=0.999")
     assert "'val_los'" in unknown
+    assert masking.startswith("callbacks: ModelPruning")
     assert is_callback
     assert count == 1
 

@@ -120,6 +120,51 @@ def test_averaged_weights_are_pruned_by_the_same_plan(tmp_path, first):
     assert shapes[0][0] < 16
 
 
+class NormedRegressor(Regressor):
+    def __init__(self):
+        super().__init__()
+        self.body.insert(1, nn.BatchNorm1d(16))
+        self.register_buffer("mask", torch.tensor([-torch.inf, 0.0]))
+
+
+@pytest.mark.parametrize("kind", [Regressor, NormedRegressor])
+@pytest.mark.parametrize("healing", [0, 40])
+def test_averaged_weights_are_refitted_and_healed_as_the_module_is(tmp_path, monkeypatch, kind, healing):
+    """The oracle: an average that forgets at once is the module itself."""
+
+    class AfterTheRound(L.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 3:
+                self.pairs = [
+                    (name, value.clone(), averaging._average_model.module.state_dict()[name].clone())
+                    for name, value in module.state_dict().items()
+                ]
+
+    averaging, after = EMAWeightAveraging(decay=0.0, use_buffers=False), AfterTheRound()
+    callback, refitted = pruning(epochs=3, healing=healing), []
+    original = rounds.refit_readers
+    monkeypatch.setattr(rounds, "refit_readers", lambda *given: refitted.append(original(*given)))
+    fit(made(kind), tmp_path, averaging, callback, after)
+    assert refitted
+    assert (callback.results[0].healing is not None) == (healing > 0)
+    for name, value, averaged in after.pairs:
+        torch.testing.assert_close(averaged, value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_fit_that_ends_with_an_average_says_that_its_score_is_another(tmp_path):
+    module, callback = made(Regressor), pruning(epochs=3, finetune_epochs=0)
+    with pytest.warns(
+        UserWarning, match=r"ends with averaged weights, whose val_loss is ([\d.]+); score_after, "
+    ) as told:
+        trainer = fit(module, tmp_path, EMAWeightAveraging(decay=0.9), callback)
+    trained, averaged = callback.results[0].score_after, float(trainer.callback_metrics["val_loss"])
+    assert averaged != pytest.approx(trained, rel=1e-2)
+    assert any(f"val_loss is {averaged:.4g}; score_after, {trained:.4g}" in str(one.message) for one in told)
+    with torch.no_grad():
+        losses = [nn.functional.mse_loss(module(x), y).item() for x, y in loaders()[1]]
+    assert sum(losses) / len(losses) == pytest.approx(averaged, abs=1e-5)
+
+
 def test_with_averaged_weights_the_score_before_is_that_of_the_weights_which_are_pruned(tmp_path):
     class Seen(L.Callback):
         def on_train_epoch_start(self, trainer, module):
@@ -143,6 +188,25 @@ def test_stochastic_weight_averaging_goes_on_after_a_round(tmp_path, first, star
     fit(module, tmp_path, *((callback, averaging) if first else (averaging, callback)), max_epochs=6)
     assert module.body[0].out_features < 16
     assert [p.shape for p in averaging._average_model.parameters()] == [p.shape for p in module.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:.*Swapping scheduler.*")
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided.*")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_fresh_model_is_validated_from_a_pruned_checkpoint_beside_an_average(tmp_path, first):
+    def callbacks():
+        both = [pruning(epochs=2), StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
+        return both if first else both[::-1]
+
+    files = ModelCheckpoint(tmp_path, save_last=True)
+    trained = fit(Regressor(), tmp_path, *callbacks(), files, max_epochs=4).lightning_module
+    fresh = Regressor()
+    trainer = L.Trainer(
+        callbacks=callbacks(), default_root_dir=tmp_path, accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.validate(fresh, loaders()[1], ckpt_path=files.last_model_path, verbose=False)
+    assert fresh.body[0].out_features == trained.body[0].out_features < 16
 
 
 class Compiler:
