@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
+from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
 from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000
@@ -54,6 +55,7 @@ class References:
         self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
         self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
         self._undo: list[Callable[[], None]] = []
+        self._unsettled: list[tuple[HeldByHooks, Any]] = []  # kept by hooks of those who are told of the surgery
         self._asked = self._companions = True
         self._level = 0  # of containers around what is looked at
         self._own = {id(module) for part in (model, *alone) for module in part.modules()}
@@ -277,35 +279,42 @@ class References:
 
     def carry_hooks(self) -> None:
         """Tensors in the hooks of parameters (a mask of a gradient) follow; the hooks themselves have followed."""
-        for old, new, by_dim in self.surgery.parameters:
-            for hooks in (new._backward_hooks, getattr(new, "_post_accumulate_grad_hooks", None)):
-                for hook in list((hooks or {}).values()):
-                    self._hook(hook, old, by_dim)
+        parameters = [*(new for _, new, _ in self.surgery.parameters), *self.model.parameters()]
+        for held in held_by_hooks(parameters):
+            value = held.read()
+            possible = self._possible(held, value)
+            if len(possible) == 1 and held.put is not None:
+                self._undo.append(functools.partial(held.put, value))
+                held.put(possible[0])
+            elif possible and callable(getattr(held.owner, "on_softprune", None)):
+                self._unsettled.append((held, value))
+            elif possible:
+                self.left.append(held.place)
 
-    def _hook(self, hook: Any, old: nn.Parameter, by_dim: Mapping[int, torch.Tensor]) -> None:
-        if isinstance(hook, functools.partial):
-            for key, value in list(hook.keywords.items()):
-                if _fits(value, old):
-                    self._set(hook.keywords, key, slice_tensor(value, by_dim))
-            self.left += [f"an argument of {hook!r:.60}" for value in hook.args if by_dim and _fits(value, old)]
-            hook = hook.func
-        for cell in getattr(hook, "__closure__", None) or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:  # empty
-                continue
-            if isinstance(value, nn.Parameter) and id(value) in self.new:
-                after: Any = self.new[id(value)]
-            elif by_dim and _fits(value, old):
-                after = slice_tensor(value, by_dim)
-            else:
-                continue
-            self._undo.append(functools.partial(setattr, cell, "cell_contents", value))
-            cell.cell_contents = after
-        owner = getattr(hook, "__self__", None)
-        for key, value in list(getattr(owner, "__dict__", {}).items()):
-            if by_dim and _fits(value, old) and not isinstance(owner, nn.Module):
-                self._set(owner.__dict__, key, slice_tensor(value, by_dim))
+    def _possible(self, held: HeldByHooks, value: torch.Tensor) -> list[torch.Tensor]:
+        """What may take the place of a tensor that hooks keep: its slices by all parameters that it may belong to."""
+        if isinstance(value, nn.Parameter) and id(value) in self.new:
+            return [self.new[id(value)]]
+        if not value.ndim or any(value is parameter for parameter in self.model.parameters()):
+            return []
+        sliced = {id(new): (old.shape, by_dim) for old, new, by_dim in self.surgery.parameters}
+        hooked = [sliced.get(id(parameter), (parameter.shape, {})) for parameter in held.parameters]
+        if not any(by_dim and shape == value.shape for shape, by_dim in hooked):
+            return []
+        others = [(shape, by_dim) for shape, by_dim in sliced.values() if by_dim] if held.by_method else []
+        found = {
+            tuple((dim, tuple(by_dim[dim].tolist())) for dim in sorted(by_dim)): by_dim
+            for shape, by_dim in (*hooked, *others)
+            if shape == value.shape
+        }
+        slices = [slice_tensor(value, by_dim) for by_dim in found.values()]
+        if isinstance(value, nn.Parameter):
+            return [nn.Parameter(tensor, requires_grad=value.requires_grad) for tensor in slices]
+        return slices
+
+    def left_by_listeners(self) -> list[str]:
+        """What hooks keep that could not follow, and that the `on_softprune` of its owner has not touched either."""
+        return [held.place for held, value in self._unsettled if held.read() is value]
 
 
 def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:
@@ -325,10 +334,6 @@ def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object])
                 found.append(item)
                 stack.append(item)
     return found
-
-
-def _fits(value: object, parameter: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape
 
 
 def _refill(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:

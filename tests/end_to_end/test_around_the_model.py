@@ -64,6 +64,131 @@ def test_hooks_on_parameters_go_on(tmp_path, how):
     assert all(len(parameter._backward_hooks or ()) <= 1 for parameter in module.parameters())
 
 
+class Square(AutoEncoder):
+    """Weights of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)))
+
+    def forward(self, x):
+        return self.decoder(self.body(self.encoder(x)))
+
+
+class Masks(Callback):
+    """Keeps a mask for each of some weights, and methods of it are their hooks; it watches one of the weights."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def on_fit_start(self, trainer, pl_module):
+        for number, name in enumerate(self.names):
+            weight = pl_module.get_parameter(name)
+            setattr(self, f"mask{number}", torch.arange(weight.numel()).reshape(weight.shape))
+            weight.register_hook(getattr(self, f"hook{number}"))
+        self.watched = pl_module.get_parameter(self.names[0])
+
+    def hook0(self, gradient):
+        return gradient
+
+    def hook1(self, gradient):
+        return gradient
+
+
+class Keeps(Callback):
+    """Remembers the surgery."""
+
+    def on_softprune(self, surgery):
+        self.surgery = surgery
+
+
+def positions(weight):
+    return torch.arange(weight.numel()).reshape(weight.shape)
+
+
+def test_the_owner_of_hooks_keeps_the_live_parameter_and_slices_of_its_own_masks(tmp_path):
+    names = ["encoder.0.weight", "decoder.0.weight"]
+    module, masks, keeps = made(), Masks(names), Keeps()
+    fit(tmp_path, module, softpruning(), masks, keeps, max_epochs=2)
+    assert masks.watched is module.encoder[0].weight
+    for name, mask in zip(names, (masks.mask0, masks.mask1), strict=True):
+        assert torch.equal(mask, keeps.surgery.slice(name, positions(made().get_parameter(name))))
+
+
+class ToldMasks(Masks):
+    """Sees to its masks by itself, or forgets one of them."""
+
+    forgets = False
+
+    def on_softprune(self, surgery):
+        self.mask0 = surgery.slice(self.names[0], self.mask0)
+        if not self.forgets:
+            self.mask1 = surgery.slice(self.names[1], self.mask1)
+
+
+TWO_OF_ONE_SHAPE = ["body.1.0.weight", "body.2.0.weight"]
+
+
+@pytest.mark.parametrize("names", [TWO_OF_ONE_SHAPE, TWO_OF_ONE_SHAPE[:1]], ids=["hooks of both", "hooks of one"])
+def test_a_mask_that_may_belong_to_several_weights_is_left_and_named(tmp_path, names):
+    module, masks = made(Square), Masks(names)
+    dense = positions(module.body[1][0].weight)
+    with pytest.warns(UserWarning, match=r"Masks\.mask0.*on_softprune"):
+        fit(tmp_path, module, softpruning(), masks, max_epochs=2)
+    assert torch.equal(masks.mask0, dense)
+    assert masks.watched is module.body[1][0].weight
+
+
+def test_a_callback_that_sees_to_its_masks_is_not_warned_of(tmp_path):
+    module, masks, keeps = made(Square), ToldMasks(TWO_OF_ONE_SHAPE), Keeps()
+    dense = positions(module.body[1][0].weight)
+    fit(tmp_path, module, softpruning(), masks, keeps, max_epochs=2)
+    for name, mask in zip(TWO_OF_ONE_SHAPE, (masks.mask0, masks.mask1), strict=True):
+        assert torch.equal(mask, keeps.surgery.slice(name, dense))
+
+
+def test_a_callback_that_forgets_one_of_its_masks_is_warned_of_it(tmp_path):
+    masks = ToldMasks(TWO_OF_ONE_SHAPE)
+    masks.forgets = True
+    with pytest.warns(UserWarning, match=r"SoftPruning: ToldMasks\.mask1: of the shape"):
+        fit(tmp_path, made(Square), softpruning(), masks, max_epochs=2)
+
+
+def test_a_mask_in_the_closures_of_two_hooks_is_left_and_named(tmp_path):
+    module = made(Square)
+    mask = positions(module.body[1][0].weight)
+
+    def hook(gradient):
+        return gradient if gradient.shape != mask.shape else gradient * (mask >= 0)
+
+    for name in TWO_OF_ONE_SHAPE:
+        module.get_parameter(name).register_hook(hook)
+    with pytest.warns(UserWarning, match=r"a variable of .*hook.*on_softprune"):
+        fit(tmp_path, module, softpruning(), max_epochs=2)
+    assert mask.shape == (8, 8)
+
+
+class Masking:
+    """A hook that is an object."""
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def __call__(self, gradient):
+        return gradient * (self.mask >= 0)
+
+
+def test_objects_that_are_hooks_keep_the_slice_for_their_own_weight(tmp_path):
+    module, keeps = made(Square), Keeps()
+    dense = positions(module.body[1][0].weight)
+    hooks = {name: Masking(dense) for name in TWO_OF_ONE_SHAPE}
+    for name, hook in hooks.items():
+        module.get_parameter(name).register_hook(hook)
+    fit(tmp_path, module, softpruning(), keeps, max_epochs=2)
+    for name, hook in hooks.items():
+        assert torch.equal(hook.mask, keeps.surgery.slice(name, dense))
+
+
 # ---------------------------------------------------------------------------------------- containers of the user's own
 
 
