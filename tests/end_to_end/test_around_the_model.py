@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_softprune import load_from_checkpoint, prune
 from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning
@@ -244,6 +245,10 @@ class Shadow(Callback):
             self.shadow = OrderedDict((n, t.clone()) for n, t in source.state_dict().items())
         elif self.form == "list":
             self.shadow = [p.detach().clone() for p in source.parameters()]
+        elif self.form == "averaged":
+            self.shadow = AveragedModel(source)
+        elif self.form == "wrapped":
+            self.shadow = nn.ModuleDict({"steps": nn.Linear(3, 3), "average": copy.deepcopy(source)})
         else:
             self.shadow = copy.deepcopy(source).requires_grad_(False)
 
@@ -253,7 +258,8 @@ class Shadow(Callback):
             return [(self.shadow[n], p) for n, p in source.named_parameters()]
         if self.form == "state":
             return [(self.shadow[n], t) for n, t in source.state_dict().items() if t.is_floating_point()]
-        theirs = self.shadow if self.form == "list" else self.shadow.parameters()
+        theirs = self.shadow["average"] if self.form == "wrapped" else self.shadow
+        theirs = self.shadow if self.form == "list" else theirs.parameters()
         return list(zip(theirs, source.parameters(), strict=True))
 
     @torch.no_grad()
@@ -262,7 +268,7 @@ class Shadow(Callback):
             average.lerp_(tensor, 0.3)
 
 
-@pytest.mark.parametrize("form", ["dict", "state", "list", "module"])
+@pytest.mark.parametrize("form", ["dict", "state", "list", "module", "averaged", "wrapped"])
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
@@ -288,6 +294,60 @@ def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
     for name, before, after in zip(oracle["names"], oracle["before"], oracle["after"], strict=True):
         assert torch.equal(oracle["surgery"].slice(f"{part}.{name}", before), after)
         assert after.shape == named(module)[f"{part}.{name}"].shape
+
+
+class Averages(Callback):
+    """PyTorch's wrapper around a copy of the module, or of a part of it."""
+
+    def __init__(self, part=""):
+        self.part = part
+
+    def on_fit_start(self, trainer, pl_module):
+        self.average = AveragedModel(pl_module.get_submodule(self.part), multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.average.update_parameters(pl_module.get_submodule(self.part))
+
+
+@pytest.mark.parametrize("part", ["", "decoder", "encoder.0"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wrapper_for_averages_goes_on_with_the_pruned_module(tmp_path, part, bias):
+    module, averages = made(AutoEncoder, bias=bias), Averages(part)
+    fit(tmp_path, module, softpruning(), averages, max_epochs=3)
+    source, average = module.get_submodule(part), averages.average.module
+    assert int(averages.average.n_averaged) == 3 * 4
+    assert {n: t.shape for n, t in average.state_dict().items()} == {n: t.shape for n, t in source.state_dict().items()}
+    width = FEATURES if not part.startswith("decoder") else module.decoder[0].in_features
+    assert average(torch.randn(2, width)).shape == source(torch.randn(2, width)).shape
+
+
+class Probe(Callback):
+    """A layer of its own, of the size of one of the module's."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.probe = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+def test_a_layer_of_the_same_size_in_a_module_of_a_callbacks_own_is_no_copy(tmp_path):
+    probe = Probe()
+    with pytest.warns(UserWarning, match=r"Probe\.probe\.0\.weight.*on_softprune"):
+        fit(tmp_path, made(), softpruning(), probe, max_epochs=2)
+    assert probe.probe[0].weight.shape == (16, FEATURES)
+
+
+class OfOne(Shadow):
+    """Is kept, and not updated."""
+
+    def on_train_batch_end(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("form", ["dict", "list", "module", "averaged"])
+def test_an_average_of_one_of_several_parts_that_look_alike_is_left_and_named(tmp_path, form):
+    shadow = OfOne(form, "body.2")
+    with pytest.warns(UserWarning, match=r"OfOne\.shadow.*on_softprune"):
+        fit(tmp_path, made(Square), softpruning(), shadow, max_epochs=2)
+    assert shadow.pairs(made(Square))[0][0].shape == (8, 8)
 
 
 def test_a_created_bias_gets_its_average(tmp_path):
