@@ -346,6 +346,24 @@ def test_what_a_modules_state_dict_leaves_out_comes_from_the_record(tmp_path, bi
     assert torch.equal(again.encoder[0].weight, module.encoder[0].weight)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["of before the round", "without the values"])
+def test_parameters_of_which_nobody_has_values_are_named(tmp_path, file):
+    path, module = tmp_path / "model.ckpt", made(Frozen)
+    trainer = fit(tmp_path, module, max_epochs=1)
+    trainer.save_checkpoint(path)
+    trainer = fit(tmp_path, module, softpruning(), max_epochs=2)
+    if file == "without the values":
+        trainer.save_checkpoint(path)
+        checkpoint = in_memory(path)
+        del checkpoint["softprune"]["left_out"]
+        torch.save(checkpoint, path)
+        module = made(Frozen)
+    data = loaders(module)["val_dataloaders"]
+    with pytest.warns(UserWarning, match=r"SoftPruning: encoder\.0\.weight, .*no values of these"):
+        trainer_of(tmp_path, softpruning()).validate(module, data, ckpt_path=path)
+
+
 class Renaming(Reader):
     """All tensors are in its state dict, by other names."""
 
