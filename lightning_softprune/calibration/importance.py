@@ -242,7 +242,7 @@ def _sum_members(
             tensor = module.get_parameter(axis.tensor) if module is not None and _has(module, axis.tensor) else None
             if axis.slot != member.slot or tensor is None or tensor.ndim < 2:
                 continue
-            weight, grad = tensor.detach(), tensor.grad
+            weight, grad = tensor.detach(), None if tensor.grad is None else tensor.grad.to_dense()
             if module is not None and computed is not None and axis.tensor in sources:
                 if axis.tensor != computed.direction:
                     continue

@@ -9,6 +9,7 @@ A pruned model's checkpoint is an ordinary one with one more entry, ``checkpoint
 - ``counts``: attributes that count pruned channels (``num_heads``), by name, and their values;
 - ``unsaved``: pruned tensors that no state dict has (plain attributes, buffers that are not persistent), by name: these
   are tensors;
+- ``left_out``: in the same way, pruned parameters and buffers that the module's own ``state_dict`` leaves out;
 - ``dense``: ``layers``, ``shapes``, ``counts`` and ``unsaved`` of the model before its first round;
 - ``results``: the rounds, as :meth:`PruningResult.to_dict` writes them;
 - ``earlier``: those of the fits before, if the module was pruned in any;

@@ -36,7 +36,8 @@ def record(module: nn.Module) -> dict[str, Any]:
         module: Any module.
 
     Returns:
-        The record in plain types (JSON takes them); it is a copy.
+        The record in plain types (JSON takes them), and pruned tensors that the module's `state_dict` has not; it is a
+        copy.
 
     >>> record(nn.Linear(4, 3))["shapes"]
     {'weight': [3, 4], 'bias': [3]}

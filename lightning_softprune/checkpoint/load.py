@@ -15,11 +15,13 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_softprune.checkpoint.record import InstanceHook, is_marked
 from lightning_softprune.checkpoint.resize_plan import plan_resize, resize_together
-from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, tensor_sites
+from lightning_softprune.graph import Shape
 from lightning_softprune.utilities.libraries import counterparts, in_both_libraries
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -72,6 +74,7 @@ def _resize_around(
     vocabulary): it has its turn before anything is refused.
     """
     problem: ValueError | None = None
+    before = ModelShapes.of(module).shapes
     try:
         resize_together([plan_resize(model, checkpoint, strict=False) for model in (module, *copies)])
     except ValueError as error:
@@ -84,6 +87,34 @@ def _resize_around(
         for name, value in checkpoint.get("state_dict", {}).items():
             if isinstance(value, torch.Tensor) and shapes.get(name, tuple(value.shape)) != tuple(value.shape):
                 raise problem
+    _warn_of_missing_values(module, before, checkpoint)
+
+
+def _warn_of_missing_values(
+    module: pl.LightningModule, before: Mapping[str, Shape], checkpoint: Mapping[str, Any]
+) -> None:
+    """Name parameters that have another shape than before, and no values in the checkpoint: they are made up.
+
+    That of a state dict with names of its own, which the module translates when it loads it, nobody knows.
+    """
+    state, record = checkpoint.get("state_dict", {}), checkpoint.get(RECORD, {})
+    sites = list(tensor_sites(module))
+    if not isinstance(state, Mapping) or not state or not {site.name for site in sites}.issuperset(state):
+        return
+    valued = {id(site.tensor) for site in sites if site.name in state or site.name in record.get("left_out", ())}
+    missing = [
+        site.name
+        for site in sites
+        if site.is_parameter
+        and not site.lazy
+        and id(site.tensor) not in valued
+        and tuple(site.tensor.shape) != before.get(site.name)
+    ]
+    if missing:
+        rank_zero_warn(
+            f"SoftPruning: {', '.join(missing[:8])}: the checkpoint has no values of these, and they have another "
+            "shape there than in this module; load their values too, or this is another network"
+        )
 
 
 _PATCHING = threading.RLock()

@@ -155,6 +155,9 @@ def _check_counts(form: ModelShapes, dense: ModelShapes) -> None:
             raise damaged(f"dense.counts: it has not {shown(name)}, counts has")
         if value > dense.counts[name]:
             raise damaged(f"counts[{shown(name)}]: {value} is more than the {dense.counts[name]} of dense.counts")
+    for name in form.left_out:
+        if name not in form.shapes:
+            raise damaged(f"shapes: it has not {shown(name)}, left_out has")
     for name in form.unsaved:
         if name not in dense.unsaved:
             raise damaged(f"dense.unsaved: it has not {shown(name)}, unsaved has")

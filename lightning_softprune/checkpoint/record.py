@@ -11,9 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, tensor_sites
 from lightning_softprune.results import PruningResult
 
 FORMAT = 2
@@ -63,9 +64,11 @@ class SaveHook(InstanceHook):
         """Let the user's own hook write, then write the record."""
         self.call_before(checkpoint)
         form = ModelShapes.of(self.module, like=self.dense)
+        form = replace(form, left_out=_left_out(self.module, form, self.dense, checkpoint.get("state_dict")))
         begun = checkpoint.get(RECORD, {})
+        later = form.counts or form.unsaved or form.left_out
         checkpoint[RECORD] = {
-            "format": FORMAT if form.counts or form.unsaved or _has_new_sizes(form, self.dense) else 1,
+            "format": FORMAT if later or _has_new_sizes(form, self.dense) else 1,
             **form.to_dict(),
             "created_biases": [name for name in form.shapes if name not in self.dense.shapes],
             "dense": self.dense.to_dict(),
@@ -128,6 +131,41 @@ def keep_record(
     if hook is None:
         hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
     hook.results, hook.earlier = _plain(results), _plain(earlier)
+
+
+def _left_out(module: nn.Module, form: ModelShapes, dense: ModelShapes, state: Any) -> dict[str, torch.Tensor]:
+    """What a state dict leaves out though rounds have changed it, such as a frozen backbone that `__init__` loads.
+
+    Beside what was sliced, that is all that lies in the same layers (biases of readers are compensated), and BatchNorm.
+
+    Args:
+        module: The pruned module.
+        form: Its form.
+        dense: Its form before the first round.
+        state: The state dict; the module's own, where there is none.
+    """
+    sites = list(tensor_sites(module))
+    saved = state if isinstance(state, Mapping) and state else module.state_dict()
+    known = {_place(site.tensor) for site in sites if site.name in saved}  # a tied tensor: once is enough
+    known |= {_place(value) for value in saved.values() if isinstance(value, torch.Tensor)}  # under another name
+    changed = {id(site.module) for site in sites if form.shapes.get(site.name) != dense.shapes.get(site.name)}
+    missing = {
+        site.name: site.tensor
+        for site in sites
+        if _place(site.tensor) not in known
+        and site.attribute not in site.module._non_persistent_buffers_set
+        and (id(site.module) in changed or isinstance(site.module, _BatchNorm))
+    }
+    pruned = any(form.shapes.get(name) != dense.shapes.get(name) for name in missing)
+    return copied(missing) if pruned else {}
+
+
+def _place(tensor: torch.Tensor) -> tuple[str, int]:
+    """Where a tensor's values are; a state dict has other objects that share them."""
+    try:
+        return (str(tensor.device), tensor.data_ptr()) if not tensor.is_meta else ("", id(tensor))
+    except (NotImplementedError, RuntimeError, ValueError):  # sparse, not initialised
+        return ("", id(tensor))
 
 
 def _has_new_sizes(form: ModelShapes, dense: ModelShapes) -> bool:

@@ -27,6 +27,7 @@ from lightning_softprune.checkpoint.shapes import (
     stored_elements,
     tensor_sites,
     tensor_sites_by_name,
+    write_values,
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
@@ -39,7 +40,8 @@ def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
     The module may be dense, pruned further or pruned less. New tensors keep dtype, device, memory format,
     `requires_grad` and attributes, and what overlaps with the old values; tied weights stay one tensor; biases that
     compensation created are made. What no state dict has comes from the record with its values: attributes that count
-    channels, tensors in plain attributes, buffers that are not persistent. Optimizers have to be built afterwards.
+    channels, tensors in plain attributes, buffers that are not persistent, and what the module's own `state_dict`
+    leaves out. Optimizers have to be built afterwards.
 
     Args:
         model: A module of the architecture that was saved.
@@ -73,10 +75,12 @@ class PlannedResize:
     Attributes:
         model: The model.
         do: Does it.
+        left_out: Values to be written when all is done, by name: the model's state dict leaves them out.
     """
 
     model: nn.Module
     do: Callable[[], None]
+    left_out: Mapping[str, torch.Tensor]
 
 
 def resize_together(planned: Iterable[PlannedResize]) -> None:
@@ -87,6 +91,8 @@ def resize_together(planned: Iterable[PlannedResize]) -> None:
             stack.enter_context(_all_or_nothing(one.model))
         for one in planned:
             one.do()
+    for one in planned:
+        write_values(one.model, one.left_out)
 
 
 def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
@@ -124,7 +130,7 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
             if record is not None:
                 keep_record(model, record.dense, record.results, record.earlier)
 
-    return PlannedResize(model, do)
+    return PlannedResize(model, do, target.left_out)
 
 
 @contextmanager
@@ -181,7 +187,7 @@ def _check_amount(plan: _ResizePlan, state: Mapping[str, Any], what: str) -> Non
     wanted |= {name: tuple(value.shape) for name, (*_, value) in plan.missing.items()}
     total = sum(map(number_of_elements, wanted.values()))
     own = sum({id(p.tensor): p.tensor.numel() for p in plan.places}.values())
-    stored = stored_elements([*state.values(), *plan.target.unsaved.values()])
+    stored = stored_elements([*state.values(), *plan.target.unsaved.values(), *plan.target.left_out.values()])
     if total > _BELIEVED + max(_GROWTH * own, stored):
         name = max(wanted, key=lambda name: number_of_elements(wanted[name]))
         raise ValueError(
@@ -197,9 +203,7 @@ def _check_names(model: nn.Module, live: ModelShapes, target: ModelShapes, exact
     for name in target.shapes:
         if name not in own and name not in target.unsaved and _missing_bias(model, name) is None:
             raise ValueError(f"{_owner(name)}: the checkpoint has {name!r}, {type(model).__name__} has not")
-    named = {
-        id(place.tensor) for name, place in places.items() if name in target.shapes
-    }  # a tied tensor: once is enough
+    named = {id(place.tensor) for name, place in places.items() if name in target.shapes}  # a tied one: once is enough
     for name, place in places.items():
         removable = exact and name.endswith("bias") and _owner(name) in target.layers
         if place.is_parameter and not place.lazy and id(place.tensor) not in named and not removable:

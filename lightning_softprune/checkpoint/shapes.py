@@ -30,16 +30,18 @@ class ModelShapes:
         counts: Name of an attribute that counts pruned channels (``"attention.num_heads"``) -> its value.
         unsaved: Name of a pruned tensor that no state dict has (a plain attribute, a buffer that is not persistent) ->
             its value. The one exception: these values are nowhere else. They are not compared.
+        left_out: The same of parameters and buffers that a state dict would have, and that the module's own leaves out.
     """
 
     layers: Mapping[str, Sizes]
     shapes: Mapping[str, Shape]
     counts: Mapping[str, int] = field(default_factory=dict)
     unsaved: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
+    left_out: Mapping[str, torch.Tensor] = field(default_factory=dict, compare=False, repr=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What 0.1.0 has pickled lacks the fields that came later."""
-        self.__dict__.update({"counts": {}, "unsaved": {}, **state})
+        self.__dict__.update({"counts": {}, "unsaved": {}, "left_out": {}, **state})
 
     @classmethod
     def of(cls, model: nn.Module, like: ModelShapes | None = None) -> ModelShapes:
@@ -94,17 +96,18 @@ class ModelShapes:
         counts = {}
         for name, value in _items(data, "counts", where) if "counts" in data else ():
             counts[name] = _count(value, f"{where}counts[{shown(name)}]", least=1)
-        unsaved = {}
-        for name, value in _items(data, "unsaved", where) if "unsaved" in data else ():
-            unsaved[name] = _values(value, f"{where}unsaved[{shown(name)}]")
-            if shapes.get(name, value.shape) != value.shape:
-                problem = f"a tensor of shape {tuple(value.shape)}, in shapes it is {shapes[name]}"
-                raise damaged(f"{where}unsaved[{shown(name)}]: {problem}")
-        return cls(layers, shapes, counts, unsaved)
+        values: dict[str, dict[str, torch.Tensor]] = {"unsaved": {}, "left_out": {}}
+        for kind, found in values.items():
+            for name, value in _items(data, kind, where) if kind in data else ():
+                place = f"{where}{kind}[{shown(name)}]"
+                found[name] = _values(value, place)
+                if shapes.get(name, value.shape) != value.shape:
+                    raise damaged(f"{place}: a tensor of shape {tuple(value.shape)}, in shapes it is {shapes[name]}")
+        return cls(layers, shapes, counts, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """The form in plain types, and tensors; the later fields only where there is something in them."""
-        later = {"counts": dict(self.counts), "unsaved": dict(self.unsaved)}
+        later = {"counts": dict(self.counts), "unsaved": dict(self.unsaved), "left_out": dict(self.left_out)}
         return {
             "layers": {name: dict(sizes) for name, sizes in self.layers.items()},
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
@@ -248,6 +251,14 @@ def tensor_sites(model: nn.Module, plain: Container[str] = ()) -> Iterator[Tenso
 def tensor_sites_by_name(model: nn.Module) -> dict[str, TensorSite]:
     """The sites by name."""
     return {place.name: place for place in tensor_sites(model)}
+
+
+def write_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Write values into parameters and buffers of these names, in place, where they have the same shape."""
+    with torch.inference_mode(False), torch.no_grad():
+        for place in tensor_sites(model) if values else ():
+            if place.name in values and not place.lazy and place.tensor.shape == values[place.name].shape:
+                place.tensor.copy_(values[place.name])
 
 
 def owner_of(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:

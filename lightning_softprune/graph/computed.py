@@ -223,7 +223,7 @@ class WeightGradients:
         """The sum over all uses; ``None`` without one."""
         found = {id(value): value.grad for value in self.values.get(id(layer), ())}.values()
         grads = [grad for grad in found if grad is not None]
-        return torch.stack(grads).sum(0) if grads else None
+        return torch.stack([grad.to_dense() for grad in grads]).sum(0) if grads else None
 
 
 @contextmanager

@@ -121,6 +121,8 @@ def groups_of(
         members = members or (Member(name, slot, found),)
         built = replace(_build(label, table, found, members, ignored), outputs=table.outputs(np.unique(found)))
         seen |= built.slots()
+        if not built.prunable and {member.module.rpartition(".")[0] for member in members} <= trace.reasons.keys():
+            continue  # tensors of layers that cannot be looked into: it is said of these
         groups.append(built)
         classes.append(np.unique(found[found >= 0]))
     named = _unique_names(_even(groups))

@@ -210,14 +210,11 @@ def commit(
         for holder in (*listeners, *all_optimizers(trainer, module)):
             name = "self" if holder is module else type(holder).__name__
             references.carry(name, holder, companions=not hasattr(holder, "on_softprune"))
-        if references.left:
-            rank_zero_warn(
-                f"SoftPruning: {', '.join(references.left[:8])}: of the shape of a pruned parameter, and cannot "
-                "follow it by itself; give its owner (the module or a callback) a method `on_softprune(self, surgery)`"
-            )
+        _warn_of(references.left)
         for listener in listeners:
             if callable(hook := getattr(listener, "on_softprune", None)):
                 hook(surgery)
+        _warn_of(references.left_by_listeners())
         keep_dense(module, dense, {name: before for name, (before, _) in surgery.counts.items()}, surgery.unsaved)
         forget_compiled()
         wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
@@ -226,6 +223,15 @@ def commit(
         raise
     record_new_parameters(trainer, [bias for _, _, bias in surgery.created])
     transaction.commit()
+
+
+def _warn_of(left: Sequence[str]) -> None:
+    """Name what does not follow the parameters."""
+    if left:
+        rank_zero_warn(
+            f"SoftPruning: {', '.join(list(dict.fromkeys(left))[:8])}: of the shape of a pruned parameter, and cannot "
+            "follow it by itself; give its owner (the module or a callback) a method `on_softprune(self, surgery)`"
+        )
 
 
 def all_optimizers(trainer: pl.Trainer, module: nn.Module) -> list[Optimizer]:

@@ -24,9 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
+from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
 from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000
@@ -54,6 +56,7 @@ class References:
         self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
         self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
         self._undo: list[Callable[[], None]] = []
+        self._unsettled: list[tuple[HeldByHooks, Any]] = []  # kept by hooks of those who are told of the surgery
         self._asked = self._companions = True
         self._level = 0  # of containers around what is looked at
         self._own = {id(module) for part in (model, *alone) for module in part.modules()}
@@ -200,14 +203,31 @@ class References:
         return bias.detach().clone().to(tensor.device, tensor.dtype)
 
     def _prefix(self, tensors: Mapping[Any, torch.Tensor]) -> str | None:
-        """The module whose parameters' names a dictionary has as keys, with a dot behind; `None` if there is none."""
+        """The module whose parameters' names a dictionary has as keys, with a dot behind; `None` if there is none.
+
+        Nor is there one where several modules have these and lose different channels.
+        """
         if not self._companions or not tensors or not all(isinstance(key, str) for key in tensors):
             return None
+        found = []
         for path, _ in self.model.named_modules():
             prefix = f"{path}." if path else ""
             if all(self.shapes.get(f"{prefix}{key}") == tuple(item.shape) for key, item in tensors.items()):
-                return prefix
-        return None
+                found.append(prefix)
+        alike = self._are_cut_alike([[f"{prefix}{key}" for key in tensors] for prefix in found])
+        return found[0] if found and alike else None
+
+    def _are_cut_alike(self, candidates: Sequence[Sequence[str]]) -> bool:
+        """Whether lists of parameters' names have lost the same, one by one."""
+        if len(candidates) < 2:
+            return True
+
+        def cut(name: str) -> object:
+            by_dim = self.surgery.kept.get(name) or {}
+            return name in self._created, {dim: kept.tolist() for dim, kept in by_dim.items()}
+
+        first = [cut(name) for name in candidates[0]]
+        return all([cut(name) for name in names] == first for names in candidates[1:])
 
     def _in_order(self, items: list[Any]) -> list[Any] | None:
         """The list for the pruned model, if this one has one tensor for each parameter; `None` if it has not."""
@@ -217,33 +237,53 @@ class References:
             return None
         parameters = dict(self.model.named_parameters())
         trained = [name for name in self._names if parameters[name].requires_grad]
+        shapes, found = [tuple(item.shape) for item in items], []
         for path, _ in self.model.named_modules():
             for names in (self._names, trained):
                 own = [name for name in names if not path or name.startswith(f"{path}.")]
-                if [self.shapes[name] for name in own] == [tuple(item.shape) for item in items]:
-                    after = []
-                    for name, item in zip(own, items, strict=True):
-                        after.append(self._sliced_as(name, item))
-                        if name in self._created:
-                            after.append(self._beside(self._created[name][1], item))
-                    return after
-        return None
+                if [self.shapes[name] for name in own] == shapes:
+                    found.append(own)
+        if not found or not self._are_cut_alike(found):
+            return None
+        after = []
+        for name, item in zip(found[0], items, strict=True):
+            after.append(self._sliced_as(name, item))
+            if name in self._created:
+                after.append(self._beside(self._created[name][1], item))
+        return after
 
-    def _module(self, place: str, copy: nn.Module, depth: int) -> None:
-        """A module outside of the model: a copy of a part of it follows; in any other, parameters of ours may be."""
-        inner: dict[str, torch.Tensor] = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
-        strange = not inner or any(id(parameter) in self.new for parameter in copy.parameters())
-        prefix = None if strange else self._prefix(inner)
-        if prefix is None:
-            for path, module in copy.named_modules():
-                for key, parameter in module._parameters.items():
-                    if id(parameter) in self.new:
-                        self._set(module._parameters, key, self.new[id(parameter)])
-                    elif self._companions and parameter is not None and tuple(parameter.shape) in self._sliced:
-                        self.left.append(f"{place}.{path}.{key}".replace("..", "."))
-                if not isinstance(module, torch.jit.ScriptModule):
-                    self._attributes(f"{place}.{path}".rstrip("."), module, depth - 1)
+    def _module(self, place: str, module: nn.Module, depth: int, *, is_copy: bool = True) -> None:
+        """A module outside of the model: copies of parts of it follow; in any other, parameters of ours may be.
+
+        Args:
+            place: What people call it.
+            module: The module.
+            depth: How far to look into its attributes.
+            is_copy: Whether it is one already where it has the parameters of a single layer. Inside of another module,
+                a layer that happens to have the size of one of ours is none.
+        """
+        inner: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        strange = not inner or any(id(parameter) in self.new for parameter in module.parameters())
+        layers = sum(bool(part._parameters) for part in module.modules())
+        prefix = self._prefix(inner) if not strange and (is_copy or layers > 1) else None
+        if prefix is not None:
+            self._copy(module, prefix)
             return
+        for key, parameter in module._parameters.items():
+            if id(parameter) in self.new:
+                self._set(module._parameters, key, self.new[id(parameter)])
+            elif self._companions and parameter is not None and tuple(parameter.shape) in self._sliced:
+                self.left.append(f"{place}.{key}")
+        if isinstance(module, torch.jit.ScriptModule):
+            return
+        self._attributes(place, module, depth - 1)
+        for name, child in module.named_children():
+            if id(child) not in self._seen:
+                self._seen.add(id(child))
+                self._module(f"{place}.{name}", child, depth, is_copy=isinstance(module, AveragedModel))
+
+    def _copy(self, copy: nn.Module, prefix: str) -> None:
+        """Slice a copy of a part of the model."""
         computed = [(module, found, found.value(module)) for module in copy.modules() if (found := computed_of(module))]
         for path, module in copy.named_modules():
             layer = self.model.get_submodule(f"{prefix}{path}".rstrip("."))
@@ -277,35 +317,42 @@ class References:
 
     def carry_hooks(self) -> None:
         """Tensors in the hooks of parameters (a mask of a gradient) follow; the hooks themselves have followed."""
-        for old, new, by_dim in self.surgery.parameters:
-            for hooks in (new._backward_hooks, getattr(new, "_post_accumulate_grad_hooks", None)):
-                for hook in list((hooks or {}).values()):
-                    self._hook(hook, old, by_dim)
+        parameters = [*(new for _, new, _ in self.surgery.parameters), *self.model.parameters()]
+        for held in held_by_hooks(parameters):
+            value = held.read()
+            possible = self._possible(held, value)
+            if len(possible) == 1 and held.put is not None:
+                self._undo.append(functools.partial(held.put, value))
+                held.put(possible[0])
+            elif possible and callable(getattr(held.owner, "on_softprune", None)):
+                self._unsettled.append((held, value))
+            elif possible:
+                self.left.append(held.place)
 
-    def _hook(self, hook: Any, old: nn.Parameter, by_dim: Mapping[int, torch.Tensor]) -> None:
-        if isinstance(hook, functools.partial):
-            for key, value in list(hook.keywords.items()):
-                if _fits(value, old):
-                    self._set(hook.keywords, key, slice_tensor(value, by_dim))
-            self.left += [f"an argument of {hook!r:.60}" for value in hook.args if by_dim and _fits(value, old)]
-            hook = hook.func
-        for cell in getattr(hook, "__closure__", None) or ():
-            try:
-                value = cell.cell_contents
-            except ValueError:  # empty
-                continue
-            if isinstance(value, nn.Parameter) and id(value) in self.new:
-                after: Any = self.new[id(value)]
-            elif by_dim and _fits(value, old):
-                after = slice_tensor(value, by_dim)
-            else:
-                continue
-            self._undo.append(functools.partial(setattr, cell, "cell_contents", value))
-            cell.cell_contents = after
-        owner = getattr(hook, "__self__", None)
-        for key, value in list(getattr(owner, "__dict__", {}).items()):
-            if by_dim and _fits(value, old) and not isinstance(owner, nn.Module):
-                self._set(owner.__dict__, key, slice_tensor(value, by_dim))
+    def _possible(self, held: HeldByHooks, value: torch.Tensor) -> list[torch.Tensor]:
+        """What may take the place of a tensor that hooks keep: its slices by all parameters that it may belong to."""
+        if isinstance(value, nn.Parameter) and id(value) in self.new:
+            return [self.new[id(value)]]
+        if not value.ndim or any(value is parameter for parameter in self.model.parameters()):
+            return []
+        sliced = {id(new): (old.shape, by_dim) for old, new, by_dim in self.surgery.parameters}
+        hooked = [sliced.get(id(parameter), (parameter.shape, {})) for parameter in held.parameters]
+        if not any(by_dim and shape == value.shape for shape, by_dim in hooked):
+            return []
+        others = [(shape, by_dim) for shape, by_dim in sliced.values() if by_dim] if held.by_method else []
+        found = {
+            tuple((dim, tuple(by_dim[dim].tolist())) for dim in sorted(by_dim)): by_dim
+            for shape, by_dim in (*hooked, *others)
+            if shape == value.shape
+        }
+        slices = [slice_tensor(value, by_dim) for by_dim in found.values()]
+        if isinstance(value, nn.Parameter):
+            return [nn.Parameter(tensor, requires_grad=value.requires_grad) for tensor in slices]
+        return slices
+
+    def left_by_listeners(self) -> list[str]:
+        """What hooks keep that could not follow, and that the `on_softprune` of its owner has not touched either."""
+        return [held.place for held, value in self._unsettled if held.read() is value]
 
 
 def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:
@@ -325,10 +372,6 @@ def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object])
                 found.append(item)
                 stack.append(item)
     return found
-
-
-def _fits(value: object, parameter: torch.Tensor) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape
 
 
 def _refill(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:

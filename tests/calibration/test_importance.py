@@ -126,6 +126,16 @@ def test_taylor_is_the_squared_first_order_change_summed_over_batches(kind, seed
     assert [r.tolist() for r in ranked("taylor", model, groups, batches)] == order(expected)
 
 
+def test_taylor_ranks_by_sparse_gradients_as_by_others():
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(9, 6, sparse=sparse), nn.Flatten(), nn.Linear(18, 4), nn.Linear(4, 2))
+        batches = [torch.randint(0, 9, (4, 3)) for _ in range(3)]
+        found.append([r.tolist() for r in ranked("taylor", model, prunable(model, batches[0]), batches)])
+    assert found[0] == found[1]
+
+
 def inputs_of(kind, model, batches):
     """What the two readers read: (observations, channels), and for the layer behind the flatten (.., channels, 9)."""
     with torch.no_grad():

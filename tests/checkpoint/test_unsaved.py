@@ -17,7 +17,7 @@ from lightning_softprune.checkpoint import ModelShapes, keep_dense, keep_record
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 from support.attending import KINDS, Position, Reader, groups_of_reader, made_reader, sequences
-from support.modules import softpruning, trainer_of
+from support.modules import FEATURES, AutoEncoder, fit, loaders, made, softpruning, trainer_of
 from support.results import make_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -289,6 +289,95 @@ def test_a_large_tensor_is_loaded_by_what_the_record_holds_of_it():
     assert_equal(resized(made_reader("late"), checkpoint), model)
 
 
+# ------------------------------------------------------------------------------ what the module's state dict leaves out
+
+
+class Frozen(AutoEncoder):
+    """A frozen encoder that `__init__` loads, and that checkpoints do without."""
+
+    def __init__(self, bias=True, how="state_dict"):
+        super().__init__(bias=bias, norm=True)
+        self.how, self.strict_loading = how, False
+        generator = torch.Generator().manual_seed(7)
+        for parameter in self.encoder.requires_grad_(False).parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        return without_encoder(state) if self.how == "state_dict" else state
+
+    def on_save_checkpoint(self, checkpoint):
+        if self.how == "on_save_checkpoint":
+            checkpoint["state_dict"] = without_encoder(checkpoint["state_dict"])
+
+
+def without_encoder(state):
+    return {name: value for name, value in state.items() if not name.startswith("encoder")}
+
+
+def outputs(module):
+    with torch.no_grad():
+        return module.eval()(torch.randn(6, FEATURES, generator=torch.Generator().manual_seed(5)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
+@pytest.mark.parametrize("how", ["state_dict", "on_save_checkpoint"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_a_modules_state_dict_leaves_out_comes_from_the_record(tmp_path, bias, how):
+    module, path = made(Frozen, bias=bias, how=how), tmp_path / "model.ckpt"
+    fit(tmp_path, module, softpruning(), max_epochs=2).save_checkpoint(path)
+    assert module.encoder[0].out_features < 16
+    checkpoint = in_memory(path)
+    assert checkpoint["softprune"]["format"] == 2
+    assert {"encoder.0.weight", "encoder.1.running_mean", "encoder.3.weight"} <= set(
+        checkpoint["softprune"]["left_out"]
+    )
+    assert all(name.startswith("encoder") for name in checkpoint["softprune"]["left_out"])
+    loaded = load_from_checkpoint(Frozen, path, bias=bias, how=how)
+    assert torch.equal(outputs(loaded), outputs(module))
+    assert not any(parameter.requires_grad for parameter in loaded.encoder.parameters())
+    fresh = made(Frozen, bias=bias, how=how)
+    trainer = trainer_of(tmp_path, softpruning(), max_epochs=3)
+    trainer.fit(fresh, **loaders(fresh), ckpt_path=path)
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    again = load_from_checkpoint(Frozen, tmp_path / "again.ckpt", bias=bias, how=how)
+    assert torch.equal(outputs(again), outputs(fresh))
+    assert torch.equal(again.encoder[0].weight, module.encoder[0].weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["of before the round", "without the values"])
+def test_parameters_of_which_nobody_has_values_are_named(tmp_path, file):
+    path, module = tmp_path / "model.ckpt", made(Frozen)
+    trainer = fit(tmp_path, module, max_epochs=1)
+    trainer.save_checkpoint(path)
+    trainer = fit(tmp_path, module, softpruning(), max_epochs=2)
+    if file == "without the values":
+        trainer.save_checkpoint(path)
+        checkpoint = in_memory(path)
+        del checkpoint["softprune"]["left_out"]
+        torch.save(checkpoint, path)
+        module = made(Frozen)
+    data = loaders(module)["val_dataloaders"]
+    with pytest.warns(UserWarning, match=r"SoftPruning: encoder\.0\.weight, .*no values of these"):
+        trainer_of(tmp_path, softpruning()).validate(module, data, ckpt_path=path)
+
+
+class Renaming(Reader):
+    """All tensors are in its state dict, by other names."""
+
+    def state_dict(self, *args, **kwargs):
+        return {f"net.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+
+@pytest.mark.parametrize("kind", [Reader, Renaming])
+def test_what_is_in_the_state_dict_is_not_in_the_record_too(kind, tmp_path):
+    model = made_reader()
+    model.__class__ = kind
+    assert "left_out" not in in_memory(saved(prune(model), tmp_path))["softprune"]
+
+
 # ------------------------------------------------------------------------------------------------------ damaged records
 
 
@@ -328,6 +417,12 @@ DAMAGES = [
     (("dense", "unsaved"), {}, r"dense\.unsaved: it has not 'pos\.pe'"),
     (("counts", 5), 1, "counts: the key 5"),
     (("unsaved", 5), torch.ones(1), "unsaved: the key 5"),
+    *((("left_out",), value, "left_out: ") for value in (None, 3, [], "x", HUGE)),
+    *(
+        (("left_out",), {"head.weight": value}, r"left_out\['head\.weight'\]: ")
+        for value in (*BAD_TENSORS, torch.ones(1))
+    ),
+    (("left_out",), {"head.unknown": torch.ones(1)}, r"shapes: it has not 'head\.unknown', left_out has"),
 ]
 
 

@@ -159,6 +159,19 @@ def test_a_pupil_takes_adams_steps_at_a_rate_of_the_size_of_its_elements_whateve
     assert parameter.grad is None
 
 
+def test_a_pupil_learns_the_same_of_sparse_gradients():
+    learned = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        table, rows = nn.Embedding(5, 3, sparse=sparse), torch.tensor([1, 1, 4])
+        pupil = Pupil([table.weight], 10, look_ups=[table.weight])
+        for number in range(3):
+            error = table(rows).square().sum()
+            pupil.learn(Lesson(error.item(), pupil.gradients(error)), number)
+        learned.append(table.weight.detach())
+    assert torch.equal(*learned)
+
+
 # ------------------------------------------------------------------------------------------------------------ rounds
 
 

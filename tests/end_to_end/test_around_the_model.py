@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_softprune import load_from_checkpoint, prune
 from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning
@@ -62,6 +63,131 @@ def test_hooks_on_parameters_go_on(tmp_path, how):
     for handle in module.handles:
         handle.remove()
     assert all(len(parameter._backward_hooks or ()) <= 1 for parameter in module.parameters())
+
+
+class Square(AutoEncoder):
+    """Weights of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4)))
+
+    def forward(self, x):
+        return self.decoder(self.body(self.encoder(x)))
+
+
+class Masks(Callback):
+    """Keeps a mask for each of some weights, and methods of it are their hooks; it watches one of the weights."""
+
+    def __init__(self, names):
+        self.names = names
+
+    def on_fit_start(self, trainer, pl_module):
+        for number, name in enumerate(self.names):
+            weight = pl_module.get_parameter(name)
+            setattr(self, f"mask{number}", torch.arange(weight.numel()).reshape(weight.shape))
+            weight.register_hook(getattr(self, f"hook{number}"))
+        self.watched = pl_module.get_parameter(self.names[0])
+
+    def hook0(self, gradient):
+        return gradient
+
+    def hook1(self, gradient):
+        return gradient
+
+
+class Keeps(Callback):
+    """Remembers the surgery."""
+
+    def on_softprune(self, surgery):
+        self.surgery = surgery
+
+
+def positions(weight):
+    return torch.arange(weight.numel()).reshape(weight.shape)
+
+
+def test_the_owner_of_hooks_keeps_the_live_parameter_and_slices_of_its_own_masks(tmp_path):
+    names = ["encoder.0.weight", "decoder.0.weight"]
+    module, masks, keeps = made(), Masks(names), Keeps()
+    fit(tmp_path, module, softpruning(), masks, keeps, max_epochs=2)
+    assert masks.watched is module.encoder[0].weight
+    for name, mask in zip(names, (masks.mask0, masks.mask1), strict=True):
+        assert torch.equal(mask, keeps.surgery.slice(name, positions(made().get_parameter(name))))
+
+
+class ToldMasks(Masks):
+    """Sees to its masks by itself, or forgets one of them."""
+
+    forgets = False
+
+    def on_softprune(self, surgery):
+        self.mask0 = surgery.slice(self.names[0], self.mask0)
+        if not self.forgets:
+            self.mask1 = surgery.slice(self.names[1], self.mask1)
+
+
+TWO_OF_ONE_SHAPE = ["body.1.0.weight", "body.2.0.weight"]
+
+
+@pytest.mark.parametrize("names", [TWO_OF_ONE_SHAPE, TWO_OF_ONE_SHAPE[:1]], ids=["hooks of both", "hooks of one"])
+def test_a_mask_that_may_belong_to_several_weights_is_left_and_named(tmp_path, names):
+    module, masks = made(Square), Masks(names)
+    dense = positions(module.body[1][0].weight)
+    with pytest.warns(UserWarning, match=r"Masks\.mask0.*on_softprune"):
+        fit(tmp_path, module, softpruning(), masks, max_epochs=2)
+    assert torch.equal(masks.mask0, dense)
+    assert masks.watched is module.body[1][0].weight
+
+
+def test_a_callback_that_sees_to_its_masks_is_not_warned_of(tmp_path):
+    module, masks, keeps = made(Square), ToldMasks(TWO_OF_ONE_SHAPE), Keeps()
+    dense = positions(module.body[1][0].weight)
+    fit(tmp_path, module, softpruning(), masks, keeps, max_epochs=2)
+    for name, mask in zip(TWO_OF_ONE_SHAPE, (masks.mask0, masks.mask1), strict=True):
+        assert torch.equal(mask, keeps.surgery.slice(name, dense))
+
+
+def test_a_callback_that_forgets_one_of_its_masks_is_warned_of_it(tmp_path):
+    masks = ToldMasks(TWO_OF_ONE_SHAPE)
+    masks.forgets = True
+    with pytest.warns(UserWarning, match=r"SoftPruning: ToldMasks\.mask1: of the shape"):
+        fit(tmp_path, made(Square), softpruning(), masks, max_epochs=2)
+
+
+def test_a_mask_in_the_closures_of_two_hooks_is_left_and_named(tmp_path):
+    module = made(Square)
+    mask = positions(module.body[1][0].weight)
+
+    def hook(gradient):
+        return gradient if gradient.shape != mask.shape else gradient * (mask >= 0)
+
+    for name in TWO_OF_ONE_SHAPE:
+        module.get_parameter(name).register_hook(hook)
+    with pytest.warns(UserWarning, match=r"a variable of .*hook.*on_softprune"):
+        fit(tmp_path, module, softpruning(), max_epochs=2)
+    assert mask.shape == (8, 8)
+
+
+class Masking:
+    """A hook that is an object."""
+
+    def __init__(self, mask):
+        self.mask = mask
+
+    def __call__(self, gradient):
+        return gradient * (self.mask >= 0)
+
+
+def test_objects_that_are_hooks_keep_the_slice_for_their_own_weight(tmp_path):
+    module, keeps = made(Square), Keeps()
+    dense = positions(module.body[1][0].weight)
+    hooks = {name: Masking(dense) for name in TWO_OF_ONE_SHAPE}
+    for name, hook in hooks.items():
+        module.get_parameter(name).register_hook(hook)
+    fit(tmp_path, module, softpruning(), keeps, max_epochs=2)
+    for name, hook in hooks.items():
+        assert torch.equal(hook.mask, keeps.surgery.slice(name, dense))
 
 
 # ---------------------------------------------------------------------------------------- containers of the user's own
@@ -119,6 +245,10 @@ class Shadow(Callback):
             self.shadow = OrderedDict((n, t.clone()) for n, t in source.state_dict().items())
         elif self.form == "list":
             self.shadow = [p.detach().clone() for p in source.parameters()]
+        elif self.form == "averaged":
+            self.shadow = AveragedModel(source)
+        elif self.form == "wrapped":
+            self.shadow = nn.ModuleDict({"steps": nn.Linear(3, 3), "average": copy.deepcopy(source)})
         else:
             self.shadow = copy.deepcopy(source).requires_grad_(False)
 
@@ -128,7 +258,8 @@ class Shadow(Callback):
             return [(self.shadow[n], p) for n, p in source.named_parameters()]
         if self.form == "state":
             return [(self.shadow[n], t) for n, t in source.state_dict().items() if t.is_floating_point()]
-        theirs = self.shadow if self.form == "list" else self.shadow.parameters()
+        theirs = self.shadow["average"] if self.form == "wrapped" else self.shadow
+        theirs = self.shadow if self.form == "list" else theirs.parameters()
         return list(zip(theirs, source.parameters(), strict=True))
 
     @torch.no_grad()
@@ -137,7 +268,7 @@ class Shadow(Callback):
             average.lerp_(tensor, 0.3)
 
 
-@pytest.mark.parametrize("form", ["dict", "state", "list", "module"])
+@pytest.mark.parametrize("form", ["dict", "state", "list", "module", "averaged", "wrapped"])
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
@@ -163,6 +294,60 @@ def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
     for name, before, after in zip(oracle["names"], oracle["before"], oracle["after"], strict=True):
         assert torch.equal(oracle["surgery"].slice(f"{part}.{name}", before), after)
         assert after.shape == named(module)[f"{part}.{name}"].shape
+
+
+class Averages(Callback):
+    """PyTorch's wrapper around a copy of the module, or of a part of it."""
+
+    def __init__(self, part=""):
+        self.part = part
+
+    def on_fit_start(self, trainer, pl_module):
+        self.average = AveragedModel(pl_module.get_submodule(self.part), multi_avg_fn=get_ema_multi_avg_fn(0.9))
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.average.update_parameters(pl_module.get_submodule(self.part))
+
+
+@pytest.mark.parametrize("part", ["", "decoder", "encoder.0"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_wrapper_for_averages_goes_on_with_the_pruned_module(tmp_path, part, bias):
+    module, averages = made(AutoEncoder, bias=bias), Averages(part)
+    fit(tmp_path, module, softpruning(), averages, max_epochs=3)
+    source, average = module.get_submodule(part), averages.average.module
+    assert int(averages.average.n_averaged) == 3 * 4
+    assert {n: t.shape for n, t in average.state_dict().items()} == {n: t.shape for n, t in source.state_dict().items()}
+    width = FEATURES if not part.startswith("decoder") else module.decoder[0].in_features
+    assert average(torch.randn(2, width)).shape == source(torch.randn(2, width)).shape
+
+
+class Probe(Callback):
+    """A layer of its own, of the size of one of the module's."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.probe = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+def test_a_layer_of_the_same_size_in_a_module_of_a_callbacks_own_is_no_copy(tmp_path):
+    probe = Probe()
+    with pytest.warns(UserWarning, match=r"Probe\.probe\.0\.weight.*on_softprune"):
+        fit(tmp_path, made(), softpruning(), probe, max_epochs=2)
+    assert probe.probe[0].weight.shape == (16, FEATURES)
+
+
+class OfOne(Shadow):
+    """Is kept, and not updated."""
+
+    def on_train_batch_end(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("form", ["dict", "list", "module", "averaged"])
+def test_an_average_of_one_of_several_parts_that_look_alike_is_left_and_named(tmp_path, form):
+    shadow = OfOne(form, "body.2")
+    with pytest.warns(UserWarning, match=r"OfOne\.shadow.*on_softprune"):
+        fit(tmp_path, made(Square), softpruning(), shadow, max_epochs=2)
+    assert shadow.pairs(made(Square))[0][0].shape == (8, 8)
 
 
 def test_a_created_bias_gets_its_average(tmp_path):

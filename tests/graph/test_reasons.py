@@ -145,6 +145,43 @@ def test_hooks_that_compute_weights_name_what_removes_them(kind):
     assert groups["0"].reason.endswith(ending)
 
 
+def masked(layer, *tensors):
+    for tensor in tensors:
+        nn.utils.prune.l1_unstructured(layer, tensor, 0.3)
+    return layer
+
+
+@pytest.mark.parametrize("tensors", [["weight"], ["weight", "bias"]], ids=str)
+def test_what_a_masked_layer_is_computed_from_is_left_alone_with_it_and_listed_once(tensors):
+    layers = nn.Linear(5, 8), nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+    model = nn.Sequential(masked(layers[0], *tensors), nn.ReLU(), masked(layers[1], *tensors), *layers[2:])
+    model(torch.randn(3, 5))
+    groups = find_groups(model, torch.randn(3, 5))
+    assert [group.name for group in groups] == ["3", "4", "0", "2"]
+    assert {group.name for group in groups if group.prunable} == {"3"}
+    for group in groups[2:]:
+        assert group.reason.startswith("the weights of this Linear are computed by code of its own")
+        assert group.reason.endswith("torch.nn.utils.prune.remove")
+
+
+def test_what_meets_the_tensors_of_a_masked_layer_is_left_alone_too():
+    class Met(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head, self.aside = nn.Linear(5, 8), nn.Linear(8, 2), masked(nn.Linear(3, 8), "weight")
+
+        def forward(self, x):
+            return self.head(self.first(x) * self.aside.weight_orig.sum(1)) + self.aside(x[:, :3]).sum()
+
+    groups = {group.name: group for group in find_groups(Met(), torch.randn(3, 5))}
+    assert groups["first"].reason.startswith("the weights of this Linear are computed by code of its own")
+
+
+def test_a_layer_of_which_the_bias_alone_is_masked_is_pruned():
+    model = nn.Sequential(masked(nn.Linear(5, 8), "bias"), nn.Linear(8, 2))
+    assert {group.name: group.prunable for group in find_groups(model, torch.randn(3, 5))} == {"0": True, "1": False}
+
+
 def test_a_layer_that_takes_channels_as_time_names_the_tensor_its_shape_and_the_dimension():
     class Turned(nn.Module):
         def __init__(self):

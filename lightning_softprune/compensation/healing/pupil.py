@@ -76,10 +76,10 @@ class Pupil:
             self._optimizers.append(torch.optim.Adam(kinds[False]))
 
     def gradients(self, error: torch.Tensor) -> list[torch.Tensor]:
-        """The gradients of an error, of which no parameter's `grad` hears."""
+        """The gradients of an error, of which no parameter's `grad` hears; sparse ones, of embeddings, as others."""
         found = torch.autograd.grad(self._scale * error, self._parameters, allow_unused=True)
         return [
-            torch.zeros_like(copy) if gradient is None else gradient.to(copy.dtype)
+            torch.zeros_like(copy) if gradient is None else gradient.to_dense().to(copy.dtype)
             for gradient, copy in zip(found, self._copies, strict=True)
         ]
 

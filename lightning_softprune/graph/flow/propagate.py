@@ -17,7 +17,7 @@ from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, dim_of, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
-from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, tensor_at
+from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, layout_of, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
 
 _PRODUCTS = rules_of_products.__name__
@@ -66,6 +66,9 @@ class Flow:
         self._weights = self._made_of_sources()
         for owners in self._owned.values():
             self._tie(owners)
+        for name in self._tensors:
+            for label in self._labels_of_source(name) if (refused := self._refused(name)) else ():
+                self.couplings.pin(label, self.reasons[refused])
         for layer in (name for name in self.layouts if name in self.tape.apart):
             for slot in self.layouts[layer].slots:
                 self.couplings.pin(self.atoms(layer, slot), f"{layer} {self.tape.apart[layer]} to prune it")
@@ -131,6 +134,13 @@ class Flow:
         for layer, axis in owners:
             labels[axis.dim] = self._along(layer, axis)
         return labels
+
+    def _refused(self, name: str) -> str:
+        """The layer that a tensor is of, if that is a layer which cannot be sliced; else nothing."""
+        owners = [name[:place] for place, sign in enumerate(name) if sign == "."]
+        return next(
+            (one for one in owners if one in self.reasons and isinstance(layout_of(self._modules[one]), str)), ""
+        )
 
     def _along(self, layer: str, axis: TensorAxis) -> IntArray:
         atoms = self.atoms(layer, axis.slot)
