@@ -178,9 +178,11 @@ def commit(
     trainer, module = runner.trainer, runner.module
     references = References(module, surgery, dense.shapes, copies)
     listeners = [module, *users_callbacks(trainer)]
+    holders = [*listeners, *all_optimizers(trainer, module)]
+    references.apart = {id(holder) for holder in holders}
     try:
         references.carry_hooks()
-        for holder in (*listeners, *all_optimizers(trainer, module)):
+        for holder in holders:
             name = "self" if holder is module else type(holder).__name__
             references.carry(name, holder, companions=not hasattr(holder, "on_softprune"))
         if references.left:

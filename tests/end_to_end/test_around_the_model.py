@@ -102,6 +102,83 @@ def test_parameters_in_the_users_containers_are_the_live_ones(tmp_path):
     assert module.pair[0] is module.encoder[0].weight
 
 
+class Slotted:
+    __slots__ = ("empty", "weights")
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def get(self):
+        return self.weights
+
+
+def by_closure(weights):
+    return lambda: weights
+
+
+def by_default(weights):
+    return lambda weights=weights: weights
+
+
+def by_keyword(weights):
+    return lambda *, weights=weights: weights
+
+
+def by_partial(weights):
+    return functools.partial(list, weights)
+
+
+def by_function_of_partial(weights):
+    return functools.partial(lambda: weights)
+
+
+def by_slots(weights):
+    return Slotted(weights).get
+
+
+HIDING = [by_closure, by_default, by_keyword, by_partial, by_function_of_partial, by_slots]
+
+
+@pytest.mark.parametrize("hide", HIDING)
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_parameters_that_functions_and_slots_hold_are_the_live_ones(tmp_path, hide, kind):
+    module, callback = made(), softpruning()
+    module.decayed = hide(kind(module.encoder.parameters()))
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert [*map(id, module.decayed())] == [*map(id, module.encoder.parameters())]
+
+
+class FailsOnceTold(Callback):
+    def on_softprune(self, surgery):
+        raise ZeroDivisionError("not now")
+
+
+@pytest.mark.parametrize("hide", HIDING)
+def test_what_functions_and_slots_hold_is_rolled_back(tmp_path, hide):
+    module = made()
+    weights = tuple(module.encoder.parameters())
+    module.decayed = hide(weights)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(), FailsOnceTold())
+    assert [*map(id, module.decayed())] == [*map(id, weights)]
+
+
+class Keyed(Callback):
+    """Numbers by parameter."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.rates = dict.fromkeys(pl_module.parameters(), 0.5)
+        self.names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+
+
+def test_dictionaries_by_parameter_have_the_live_ones_as_keys(tmp_path):
+    module, keyed = made(), Keyed()
+    fit(tmp_path, module, softpruning(), keyed, max_epochs=3)
+    assert [*map(id, keyed.rates)] == [*map(id, module.parameters())]
+    assert keyed.names == {id(parameter): name for name, parameter in module.named_parameters()}
+
+
 # ------------------------------------------------------------------------------------------------------------- averages
 
 
@@ -119,6 +196,12 @@ class Shadow(Callback):
             self.shadow = OrderedDict((n, t.clone()) for n, t in source.state_dict().items())
         elif self.form == "list":
             self.shadow = [p.detach().clone() for p in source.parameters()]
+        elif self.form == "by parameter":
+            self.shadow = {p: p.detach().clone() for p in source.parameters()}
+        elif self.form == "by identity":
+            self.shadow = {id(p): p.detach().clone() for p in source.parameters()}
+        elif self.form == "pairs":
+            self.shadow = [(p, p.detach().clone()) for p in source.parameters()]
         else:
             self.shadow = copy.deepcopy(source).requires_grad_(False)
 
@@ -128,6 +211,13 @@ class Shadow(Callback):
             return [(self.shadow[n], p) for n, p in source.named_parameters()]
         if self.form == "state":
             return [(self.shadow[n], t) for n, t in source.state_dict().items() if t.is_floating_point()]
+        if self.form == "by parameter":
+            return [(self.shadow[p], p) for p in source.parameters()]
+        if self.form == "by identity":
+            return [(self.shadow[id(p)], p) for p in source.parameters()]
+        if self.form == "pairs":
+            assert [id(p) for p, _ in self.shadow] == [*map(id, source.parameters())]
+            return [(average, p) for p, average in self.shadow]
         theirs = self.shadow if self.form == "list" else self.shadow.parameters()
         return list(zip(theirs, source.parameters(), strict=True))
 
@@ -137,7 +227,10 @@ class Shadow(Callback):
             average.lerp_(tensor, 0.3)
 
 
-@pytest.mark.parametrize("form", ["dict", "state", "list", "module"])
+FORMS = ["dict", "state", "list", "module", "by parameter", "by identity", "pairs"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
@@ -165,12 +258,31 @@ def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
         assert after.shape == named(module)[f"{part}.{name}"].shape
 
 
-def test_a_created_bias_gets_its_average(tmp_path):
-    module, shadow = made(AutoEncoder, bias=False), Shadow("dict")
+@pytest.mark.parametrize("form", ["dict", "list", "by parameter", "by identity"])
+def test_a_created_bias_gets_its_average(tmp_path, form):
+    module, shadow = made(AutoEncoder, bias=False), Shadow(form)
     fit(tmp_path, module, softpruning(), shadow, max_epochs=3)
     created = set(named(module)) - set(named(made(AutoEncoder, bias=False)))
     assert created
-    assert {name: t.shape for name, t in shadow.shadow.items()} == {n: p.shape for n, p in named(module).items()}
+    assert [average.shape for average, _ in shadow.pairs(module)] == [p.shape for p in module.parameters()]
+    assert len(shadow.shadow) == len(named(module))
+
+
+class Clones(Callback):
+    """Averages that are results of operations, and are changed in place with gradients enabled."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.shadow = {n: p.clone() for n, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for name, parameter in pl_module.named_parameters():
+            self.shadow[name].lerp_(parameter.detach(), 0.1)
+
+
+def test_an_average_that_was_computed_may_be_changed_in_place_as_before(tmp_path):
+    callback = softpruning()
+    fit(tmp_path, made(), callback, Clones(), max_epochs=3)
+    assert callback.results[0].applied
 
 
 class Unfollowable(Callback):
