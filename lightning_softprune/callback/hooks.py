@@ -13,6 +13,7 @@ from lightning_softprune.checkpoint import LoadHook, is_recorded, name_parameter
 from lightning_softprune.graph import register_layers
 from lightning_softprune.report import rounds_never_reached
 from lightning_softprune.results import PruningResult
+from lightning_softprune.surgery import Sightings
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
@@ -70,6 +71,7 @@ class PruningHooks(Rounds):
         refuse_unsuited(trainer, pl_module)
         refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
         self._untrained = self._finetuned = self._teacher = self._lesson = None
+        self._outside = Sightings()
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
@@ -94,12 +96,12 @@ class PruningHooks(Rounds):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
         self._end_loading()
-        self._teacher = self._lesson = None
+        self._teacher, self._lesson, self._outside = None, None, Sightings()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
         self._end_loading()
-        self._teacher = self._lesson = None
+        self._teacher, self._lesson, self._outside = None, None, Sightings()
 
     def _end_loading(self) -> dict[str, Any] | None:
         """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
@@ -132,6 +134,7 @@ class PruningHooks(Rounds):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the rounds that are due."""
+        self._sight(trainer, pl_module)
         self._run_due_rounds(trainer, pl_module)
 
     def on_train_batch_start(
@@ -141,6 +144,8 @@ class PruningHooks(Rounds):
 
         Before the first batch of a fit, find what would be wrong with the rounds to come.
         """
+        if not self._looked_ahead:
+            self._sight(trainer, pl_module)
         rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
         if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:

@@ -29,7 +29,15 @@ from lightning_softprune.report import (
     try_write_files,
 )
 from lightning_softprune.results import Costs, Origin, PruningResult
-from lightning_softprune.round import Goal, RoundSettings, check_ahead, limits_on_the_way, run_round
+from lightning_softprune.round import (
+    Goal,
+    RoundSettings,
+    check_ahead,
+    limits_on_the_way,
+    look_outside,
+    run_round,
+)
+from lightning_softprune.surgery import Sightings
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
@@ -86,6 +94,7 @@ class Rounds(pl.Callback):
         self._finetuned: int | None = None  # the round that this fit has validated after it
         self._looked_ahead = True
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
+        self._outside = Sightings()
         self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 
@@ -134,6 +143,11 @@ class Rounds(pl.Callback):
                 self._untrained = trainer.current_epoch
                 finish_epoch_without_training(trainer)
 
+    def _sight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how averages and teachers outside of the model are, as long as they may have to follow it."""
+        if self._pending():
+            look_outside(trainer, pl_module, self._outside)
+
     def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go through the last round once, with one plan and no file, and leave everything as it is."""
         pending = self._pending()
@@ -144,8 +158,8 @@ class Rounds(pl.Callback):
             self._tell(result, None)
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
-        before = ModelShapes.of(pl_module)
-        result = self._search(trainer, pl_module, epoch=epoch, target=target)
+        before, judged = ModelShapes.of(pl_module), self._outside.judged(pl_module, trainer.global_step)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target, judged=judged)
         self._dense = self._dense or result.costs_before
         self._finetuned = None
         self.results = [*(dataclasses.replace(done, score_finetuned=None) for done in self.results), result]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
 
+from torch.optim import Optimizer
+
 from lightning_softprune.utilities.classes import is_own_function, slots
 
 
@@ -47,9 +49,10 @@ def hidden_places(holder: object, packages: frozenset[str]) -> Iterator[Place]:
         for number, value in enumerate(holder.args):
             yield Place(f"args[{number}]", value, functools.partial(_put_argument, holder, number))
     else:
-        for slot in slots(type(holder)):
+        kind: type = type(holder)
+        for slot in slots(kind):
             try:
-                value = slot.__get__(holder, type(holder))
+                value = slot.__get__(holder, kind)
             except AttributeError:  # empty
                 continue
             yield Place(slot.__name__, value, functools.partial(slot.__set__, holder))
@@ -64,8 +67,9 @@ def _of_function(function: FunctionType) -> Iterator[Place]:
         yield Place(name, value, functools.partial(setattr, cell, "cell_contents"))
     for number, value in enumerate(function.__defaults__ or ()):
         yield Place(f"__defaults__[{number}]", value, functools.partial(_put_default, function, number))
-    for name, value in list((function.__kwdefaults__ or {}).items()):
-        yield Place(name, value, functools.partial(function.__kwdefaults__.__setitem__, name))
+    by_keyword = function.__kwdefaults__ or {}
+    for name, value in list(by_keyword.items()):
+        yield Place(name, value, functools.partial(by_keyword.__setitem__, name))
 
 
 def _put_default(function: FunctionType, number: int, value: Any) -> None:
@@ -82,3 +86,15 @@ def _refill(partial: functools.partial[Any], func: Any, args: tuple[Any, ...]) -
 
 def _with(items: tuple[Any, ...], number: int, value: Any) -> tuple[Any, ...]:
     return (*items[:number], value, *items[number + 1 :])
+
+
+def is_foreign(value: object) -> bool:
+    """Whether an object is of the standard library or of a framework: it keeps no parameters of ours by itself."""
+    module = type(value).__module__.partition(".")[0]
+    return module in _FRAMEWORKS and not isinstance(value, Optimizer)
+
+
+_FRAMEWORKS = frozenset(
+    {"builtins", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "logging", "threading"}
+    | {"lightning_softprune", "io", "pathlib", "argparse", "datetime", "random", "functools", "weakref", "types"}
+)

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -29,12 +30,20 @@ from torch.optim import Optimizer
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
-from lightning_softprune.surgery.places import hidden_places
+from lightning_softprune.surgery.places import hidden_places, is_foreign
 from lightning_softprune.utilities.classes import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
+
+
+class Judgement(Enum):
+    """What becomes of a module outside of the model that looks like a part of it."""
+
+    FOLLOWS = "follows"
+    STAYS = "stays as it is"
+    IN_DOUBT = "follows, and is named"
 
 
 class References:
@@ -53,11 +62,13 @@ class References:
         self.model, self.surgery, self.shapes = model, surgery, shapes
         self.new = {id(old): new for old, new, _ in surgery.parameters}
         self.apart: set[int] = set()  # identities of what is looked into by itself
+        self.judged: Mapping[int, Judgement] = {}  # by identity of the module
+        self.doubtful: list[str] = []
         self._old = {id(old): (old, by_dim) for old, _, by_dim in surgery.parameters}
         self._packages = packages_of(type(model))
         self.left: list[str] = []
         created = {name for name, *_ in surgery.created}
-        self._names = [name for name, _ in model.named_parameters() if name not in created]
+        self._names = [name for name, _ in model.named_parameters() if name not in created and name in shapes]
         self._bias_of = {id(weight): bias for _, weight, bias in surgery.created}
         self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
         self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
@@ -182,7 +193,7 @@ class References:
         elif isinstance(value, functools.partial):
             self._followed(place, value.keywords, depth - 1)
             self._hidden(place, value, depth)
-        elif function or not _is_foreign(value):
+        elif function or not is_foreign(value):
             self._attributes(place, value, depth - 1)
             self._hidden(place, value, depth)
         return value
@@ -203,7 +214,7 @@ class References:
     def _mapping(self, place: str, value: dict[Any, Any], depth: int) -> None:
         before = dict(value)
         prefix = self._prefix({key: item for key, item in value.items() if isinstance(item, torch.Tensor)})
-        keyed = {key: after for key, item in before.items() if (after := self._keyed(key, item)) is not None}
+        keyed = {key: mine for key, item in before.items() if (mine := self._keyed(key, item)) is not None}
         held = {
             key: item
             for key, item in before.items()
@@ -220,9 +231,9 @@ class References:
                 continue
             if key in keyed:
                 after[new] = keyed[key]
-                bias = self._bias_of.get(id(new) if isinstance(new, nn.Parameter) else new)
-                if bias is not None:
-                    after[bias if isinstance(new, nn.Parameter) else id(bias)] = self._beside(bias, item)
+                created = self._bias_of.get(id(new) if isinstance(new, nn.Parameter) else new)
+                if created is not None:
+                    after[created if isinstance(new, nn.Parameter) else id(created)] = self._beside(created, item)
                 continue
             name = f"{prefix}{key}"
             after[key] = self._sliced_as(name, item)
@@ -293,6 +304,11 @@ class References:
 
     def _module(self, place: str, copy: nn.Module, depth: int) -> None:
         """A module outside of the model: a copy of a part of it follows; in any other, parameters of ours may be."""
+        judgement = self.judged.get(id(copy)) if self._companions else None
+        if judgement is Judgement.STAYS:
+            return
+        if judgement is Judgement.IN_DOUBT:
+            self.doubtful.append(place)
         inner: dict[str, torch.Tensor] = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
         strange = not inner or any(id(parameter) in self.new for parameter in copy.parameters())
         prefix = None if strange else self._prefix(inner)
@@ -370,25 +386,6 @@ class References:
                 self._set(owner.__dict__, key, slice_tensor(value, by_dim))
 
 
-def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:
-    """Optimizers that others wrap, and those that holders keep as attributes, apart from the given ones."""
-    found: list[Optimizer] = []
-
-    def note(value: Any) -> Iterator[Any]:
-        mapping = vars(value) if hasattr(value, "__dict__") else {}
-        for item in list(mapping.values()):
-            yield from item if isinstance(item, (list, tuple)) and len(item) < 64 else (item,)
-
-    stack: list[Any] = [*optimizers, *holders]
-    while stack:
-        for item in note(stack.pop()):
-            known = any(item is other for other in (*found, *optimizers))
-            if isinstance(item, Optimizer) and not known:
-                found.append(item)
-                stack.append(item)
-    return found
-
-
 def _fits(value: object, parameter: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape == parameter.shape
 
@@ -397,15 +394,3 @@ def _refill(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for held, content in before:
         held.clear()
         held.update(content)
-
-
-def _is_foreign(value: object) -> bool:
-    """Whether an object is of the standard library or of a framework: it keeps no parameters of ours by itself."""
-    module = type(value).__module__.partition(".")[0]
-    return module in _FRAMEWORKS and not isinstance(value, Optimizer)
-
-
-_FRAMEWORKS = frozenset(
-    {"builtins", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "logging", "threading"}
-    | {"lightning_softprune", "io", "pathlib", "argparse", "datetime", "random", "functools", "weakref", "types"}
-)

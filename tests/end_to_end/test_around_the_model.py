@@ -466,6 +466,102 @@ def test_a_frozen_block_of_a_stack_is_no_teacher(tmp_path):
     assert callback.results[0].applied
 
 
+class Holder:
+    def __init__(self, network):
+        self.network = network
+
+
+class Distilled(AutoEncoder):
+    """A fixed encoder of the same shapes teaches; it is no submodule."""
+
+    def __init__(self, how="list", teacher=None):
+        super().__init__()
+        teacher = made(AutoEncoder, seed=5).encoder if teacher is None else teacher(self)
+        teacher.requires_grad_(False)
+        self.how = how
+        if how == "set apart":
+            object.__setattr__(self, "hidden", teacher)
+        else:
+            kept = {"list": [teacher], "tuple": (teacher,), "object": Holder(teacher), "function": lambda: teacher}
+            self.hidden = kept[how]
+
+    @property
+    def teacher(self):
+        if self.how == "set apart":
+            return self.hidden
+        if self.how in ("list", "tuple"):
+            return self.hidden[0]
+        return self.hidden.network if self.how == "object" else self.hidden()
+
+    def training_step(self, batch, batch_idx):
+        gap = self.encoder(batch[0]).mean() - self.teacher(batch[0]).mean()
+        return super().training_step(batch, batch_idx) + gap.square()
+
+
+def unchanged(network, of):
+    theirs, ours = network.state_dict(), of.state_dict()
+    return theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("how", ["list", "tuple", "object", "set apart", "function"])
+@pytest.mark.parametrize("epochs", [0, 1, [1, 2]], ids=str)
+def test_a_fixed_teacher_outside_of_the_model_stays_whole(tmp_path, how, epochs):
+    module, callback = made(Distilled, how=how), softpruning(epochs=epochs)
+    fit(tmp_path, module, callback)
+    assert all(result.applied for result in callback.results)
+    assert unchanged(module.teacher, made(AutoEncoder, seed=5).encoder)
+
+
+class HasTeacher(Callback):
+    def __init__(self):
+        self.teacher = made(AutoEncoder, seed=5).requires_grad_(False)
+
+
+def test_a_fixed_teacher_of_a_callback_stays_whole(tmp_path):
+    module, holder = made(), HasTeacher()
+    fit(tmp_path, module, softpruning(), holder)
+    assert unchanged(holder.teacher, made(AutoEncoder, seed=5))
+
+
+def test_a_teacher_from_which_the_fit_has_begun_elsewhere_stays_whole(tmp_path):
+    """Its values are near the model's, and not the same."""
+
+    def teacher(module):
+        near = copy.deepcopy(module.encoder)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter.mul_(1.01)
+        return near
+
+    module = made(Distilled, teacher=teacher)
+    before = copy.deepcopy(module.teacher)
+    fit(tmp_path, module, softpruning())
+    assert unchanged(module.teacher, before)
+
+
+def copied_encoder(module):
+    return copy.deepcopy(module.encoder)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_copy_that_has_not_changed_may_be_an_average_or_a_teacher_and_is_named(tmp_path, epochs):
+    module = made(Distilled, teacher=copied_encoder)
+    with pytest.warns(UserWarning, match=r"SoftPruning: self\.hidden\[0\]: outside of the model.*`ignore`"):
+        fit(tmp_path, module, softpruning(epochs=epochs))
+    assert module.teacher[0].out_features == module.encoder[0].out_features
+
+
+class SeesToIt(Distilled):
+    def on_softprune(self, surgery):
+        pass
+
+
+def test_a_copy_whose_owner_sees_to_it_stays_whole(tmp_path):
+    module = made(SeesToIt, teacher=copied_encoder)
+    fit(tmp_path, module, softpruning())
+    assert unchanged(module.teacher, made().encoder)
+
+
 # ---------------------------------------------------------------------------------------------------------- second fits
 
 
