@@ -30,6 +30,7 @@ from torch.optim import Optimizer
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
+from lightning_softprune.surgery.mirrors import Mirrors
 from lightning_softprune.surgery.places import hidden_places, is_foreign
 from lightning_softprune.utilities.classes import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
@@ -62,6 +63,8 @@ class References:
         self.model, self.surgery, self.shapes = model, surgery, shapes
         self.new = {id(old): new for old, new, _ in surgery.parameters}
         self.apart: set[int] = set()  # identities of what is looked into by itself
+        self._mirrors = Mirrors(model, surgery, shapes)
+        self._paths = {id(module): path for path, module in model.named_modules()}
         self.judged: Mapping[int, Judgement] = {}  # by identity of the module
         self.doubtful: list[str] = []
         self._old = {id(old): (old, by_dim) for old, _, by_dim in surgery.parameters}
@@ -106,6 +109,8 @@ class References:
         if not isinstance(mapping, dict) or id(mapping) in self._seen or len(self._seen) > _MOST:
             return
         self._seen.add(id(mapping))
+        if isinstance(owner, nn.Module) and self._asked:
+            self._buffers(place, owner)
         outside = self._companions, self._level
         self._companions, self._level = self._asked, 0
         for key, value in list(mapping.items()):
@@ -114,6 +119,27 @@ class References:
                 if followed is not value:
                     self._set(mapping, key, followed)
         self._companions, self._level = outside
+
+    def _buffers(self, place: str, owner: nn.Module) -> None:
+        """Buffers of a module that the surgery has not touched, and that belong to parameters."""
+        if layer_type(owner) is not None:
+            return
+        path = self._paths.get(id(owner))
+        full = {key: None if path is None else f"{path}.{key}".lstrip(".") for key in owner._buffers}
+        untouched = {
+            key: buffer
+            for key, buffer in owner._buffers.items()
+            if buffer is not None and full[key] not in self.surgery.kept
+        }
+        if not untouched:
+            return
+        after, left = self._mirrors.of(untouched)
+        self.left += [f"{place}.{key}" for key in left]
+        for key, buffer in after.items():
+            self._set(owner._buffers, key, buffer)
+            name = full[key]
+            if name is not None and key in owner._non_persistent_buffers_set:
+                self.surgery.unsaved[name] = untouched[key]
 
     def _items(self, places: Sequence[str], items: Sequence[Any], depth: int) -> list[Any]:
         """What takes the place of the items of a container."""
