@@ -18,6 +18,7 @@ from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
     ModuleRunner,
+    UntrainedCopies,
     averaged_copies,
     copy_batch,
     end_epoch_at_this_batch,
@@ -96,12 +97,12 @@ class PruningHooks(Rounds):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
         self._end_loading()
-        self._teacher, self._lesson, self._outside = None, None, Sightings()
+        self._teacher, self._lesson, self._outside, self._copies = None, None, Sightings(), None
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Take the hook for loading off the module, and let the teacher go."""
         self._end_loading()
-        self._teacher, self._lesson, self._outside = None, None, Sightings()
+        self._teacher, self._lesson, self._outside, self._copies = None, None, Sightings(), None
 
     def _end_loading(self) -> dict[str, Any] | None:
         """Take the hook for loading off the module; return the record of the checkpoint that came, if any."""
@@ -119,6 +120,7 @@ class PruningHooks(Rounds):
             refuse_teacher(trainer, pl_module)
         self._check_names(pl_module)
         refuse_undeclared_twins(trainer, pl_module, self.twins or {}, self.ignore)
+        self._copies = UntrainedCopies(trainer, pl_module, self.twins or {}, self.ignore)
         self._remember(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -158,6 +160,8 @@ class PruningHooks(Rounds):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add what the teacher says of this batch to the gradients of the module's own loss."""
+        if self._copies is not None:
+            self._copies.note_gradients()
         if self._teacher is None or self._lesson is None:
             return
         seed = self.seed + (trainer.current_epoch << 20)  # other random numbers in every epoch
@@ -169,8 +173,10 @@ class PruningHooks(Rounds):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let the batch go."""
+        """Let the batch go; refuse copies that turn out not to be trained."""
         self._lesson = None
+        if self._copies is not None:
+            self._copies.refuse()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""

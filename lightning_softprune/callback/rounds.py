@@ -41,6 +41,7 @@ from lightning_softprune.surgery import Sightings
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
+    UntrainedCopies,
     finish_epoch_without_training,
     logging_step,
     mean_over_processes,
@@ -95,6 +96,7 @@ class Rounds(pl.Callback):
         self._looked_ahead = True
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
         self._outside = Sightings()
+        self._copies: UntrainedCopies | None = None
         self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
 

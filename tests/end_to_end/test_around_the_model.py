@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_softprune import load_from_checkpoint, prune
 from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning
@@ -285,6 +286,123 @@ def test_an_average_that_was_computed_may_be_changed_in_place_as_before(tmp_path
     assert callback.results[0].applied
 
 
+class LitEma(nn.Module):
+    """An average in buffers that have the parameters' names without dots, as in latent-diffusion."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {}
+        self.register_buffer("decay", torch.tensor(0.9))
+        for name, parameter in model.named_parameters():
+            self.names[name] = name.replace(".", "")
+            self.register_buffer(self.names[name], parameter.detach().clone())
+
+    @torch.no_grad()
+    def update(self, model):
+        for name, parameter in model.named_parameters():
+            self.get_buffer(self.names[name]).lerp_(parameter, 1 - self.decay)
+
+
+class Averaging(AutoEncoder):
+    """Has such an average of its encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = LitEma(self.encoder)
+
+    def on_train_batch_end(self, *_):
+        self.average.update(self.encoder)
+
+
+class AveragingCallback(Callback):
+    """Has one that is no part of the model."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.average = LitEma(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.average.update(pl_module)
+
+
+def slices_of(before, surgery, prefix):
+    return {name: surgery.slice(f"{prefix}{name}", tensor) for name, tensor in before.items()}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_averages_in_buffers_named_without_dots_follow(tmp_path, inside):
+    module, averaging, found = made(Averaging if inside else AutoEncoder), AveragingCallback(), {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                average = module.average if inside else averaging.average
+                found[len(found)] = {name: average.get_buffer(flat).clone() for name, flat in average.names.items()}
+
+        def on_softprune(self, surgery):
+            found["surgery"] = surgery
+
+    fit(tmp_path, module, Look(), softpruning(compensation="none"), Look(), *([] if inside else [averaging]))
+    before, after = found[0], found[2]
+    expected = slices_of(before, found["surgery"], "encoder." if inside else "")
+    assert all(torch.equal(after[name], expected[name]) for name in before)
+    assert any(after[name].shape != before[name].shape for name in before)
+
+
+def test_a_checkpoint_with_such_an_average_is_read_again(tmp_path):
+    module = made(Averaging)
+    fit(tmp_path, module, softpruning()).save_checkpoint(tmp_path / "pruned.ckpt")
+    loaded = load_from_checkpoint(Averaging, tmp_path / "pruned.ckpt")
+    assert unchanged(loaded, module)
+
+
+class Anchored(AutoEncoder):
+    """Where its parameters have been, in buffers; a mask that a hook reads; a buffer of which nobody knows more."""
+
+    def __init__(self, *, strange=False, persistent=True):
+        super().__init__()
+        weight = self.encoder[0].weight
+        for name, parameter in list(self.named_parameters()):
+            self.register_buffer("anchor_" + name.replace(".", "_"), parameter.detach().clone())
+        self.register_buffer("mask", torch.arange(weight.numel()).reshape(weight.shape) % 3, persistent)
+        weight.register_hook(lambda gradient: gradient * self.mask)
+        if strange:
+            self.register_buffer("fisher", torch.ones_like(weight))
+
+
+class Asks(Callback):
+    def on_softprune(self, surgery):
+        self.surgery = surgery
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_anchors_and_masks_in_buffers_follow(tmp_path, persistent):
+    module, asks = made(Anchored, persistent=persistent), Asks()
+    fit(tmp_path, module, softpruning(compensation="none"), asks).save_checkpoint(tmp_path / "pruned.ckpt")
+    dense = made(Anchored)
+    for name, parameter in dense.named_parameters():
+        anchor = module.get_buffer("anchor_" + name.replace(".", "_"))
+        assert torch.equal(anchor, asks.surgery.slice(name, parameter.detach()))
+    assert torch.equal(module.mask, asks.surgery.slice("encoder.0.weight", dense.mask))
+    loaded = load_from_checkpoint(Anchored, tmp_path / "pruned.ckpt", persistent=persistent)
+    assert unchanged(loaded, module)
+    assert torch.equal(loaded.mask, module.mask)
+
+
+def test_a_buffer_of_which_nothing_is_known_but_its_shape_is_named(tmp_path):
+    module = made(Anchored, strange=True)
+    with pytest.warns(UserWarning, match=r"SoftPruning: self\.fisher: of the shape of a pruned parameter"):
+        fit(tmp_path, module, softpruning())
+    assert module.fisher.shape == made(Anchored).encoder[0].weight.shape
+
+
+def test_buffers_are_rolled_back(tmp_path):
+    module = made(Anchored)
+    before = {name: buffer.shape for name, buffer in module.named_buffers()}
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(), FailsOnceTold())
+    assert {name: buffer.shape for name, buffer in module.named_buffers()} == before
+
+
 class Unfollowable(Callback):
     """Something in the shape of a weight that belongs to no known place."""
 
@@ -440,6 +558,51 @@ def test_a_teacher_that_is_declared_or_ignored_is_none_of_these(tmp_path, argume
     assert callback.results[0].costs_before.params == count(made(AutoEncoder)), "it does not count"
     same = module.momentum[0].out_features == module.encoder[0].out_features
     assert same == ("twins" in arguments)
+
+
+class Unfrozen(AutoEncoder):
+    """A mean teacher whose parameters an optimizer holds: it is run without gradients, or not at all."""
+
+    def __init__(self, how="no gradients"):
+        super().__init__()
+        self.how = how
+        if how == "averaged":
+            self.momentum = AveragedModel(self.encoder)
+        else:
+            self.momentum = copy.deepcopy(self.encoder)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.how == "averaged":
+            return loss
+        with torch.set_grad_enabled(self.how == "trained"):
+            taught = self.momentum(batch[0])
+        return loss + (self.encoder(batch[0]).mean() - taught.mean()).square()
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [("no gradients", "twins={'momentum': 'encoder'}"), ("averaged", "twins={'momentum.module': 'encoder'}")],
+)
+def test_a_copy_that_an_optimizer_holds_and_nobody_trains_is_an_error_in_the_first_batch(tmp_path, how, line):
+    module = made(Unfrozen, how=how)
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, module, softpruning())
+    assert line in str(caught.value)
+    assert len(module.losses) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"twins": {"momentum": "encoder"}}, {"ignore": ["momentum"]}], ids=str)
+def test_such_a_copy_that_is_declared_or_ignored_is_none(tmp_path, arguments):
+    callback = softpruning(**arguments)
+    fit(tmp_path, made(Unfrozen), callback)
+    assert callback.results[0].applied
+
+
+def test_a_trained_copy_is_none(tmp_path):
+    callback = softpruning()
+    fit(tmp_path, made(Unfrozen, how="trained"), callback)
+    assert callback.results[0].applied
 
 
 def test_two_trained_copies_are_no_twins(tmp_path):
