@@ -333,8 +333,6 @@ class References:
         judgement = self.judged.get(id(copy)) if self._companions else None
         if judgement is Judgement.STAYS:
             return
-        if judgement is Judgement.IN_DOUBT:
-            self.doubtful.append(place)
         inner: dict[str, torch.Tensor] = {**dict(copy.named_parameters()), **dict(copy.named_buffers())}
         strange = not inner or any(id(parameter) in self.new for parameter in copy.parameters())
         prefix = None if strange else self._prefix(inner)
@@ -348,6 +346,8 @@ class References:
                 if not isinstance(module, torch.jit.ScriptModule):
                     self._attributes(f"{place}.{path}".rstrip("."), module, depth - 1)
             return
+        if judgement is Judgement.IN_DOUBT:
+            self.doubtful.append(place)
         computed = [(module, found, found.value(module)) for module in copy.modules() if (found := computed_of(module))]
         for path, module in copy.named_modules():
             layer = self.model.get_submodule(f"{prefix}{path}".rstrip("."))
