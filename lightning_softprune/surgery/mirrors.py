@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_softprune.graph import Shape
+from lightning_softprune.graph import Shape, layer_type
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
 
 _JOINTS = ("", "_", "__", "-")
@@ -52,12 +52,34 @@ class Mirrors:
         sliced = [(tuple(old.shape), by_dim, new) for old, new, by_dim in self._surgery.parameters if by_dim]
         return [(shape, by_dim, read) for shape, by_dim, new in sliced if (read := _names_read_by_hooks(new))]
 
-    def of(self, buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        """What takes the place of some of these, and the names of those that have to change and nothing says how.
+    @functools.cached_property
+    def _paths(self) -> dict[int, str]:
+        return {id(module): path for path, module in self._model.named_modules()}
+
+    def of(self, owner: nn.Module) -> tuple[dict[str, torch.Tensor], list[str]]:
+        """What takes the place of buffers of a module, and the names of those that nothing tells how to change.
 
         Args:
-            buffers: Buffers of one module that the surgery has not touched.
+            owner: A module of the model, or outside of it. What the surgery has sliced in it is left out, and so are
+                layers, whose buffers are known.
         """
+        if layer_type(owner) is not None:
+            return {}, []
+        path = self._paths.get(id(owner))
+        full = {key: None if path is None else f"{path}.{key}".lstrip(".") for key in owner._buffers}
+        held = {
+            key: buffer
+            for key, buffer in owner._buffers.items()
+            if buffer is not None and full[key] not in self._surgery.kept
+        }
+        after, left = self._settled(held)
+        for key in after:
+            name = full[key]
+            if name is not None and key in owner._non_persistent_buffers_set:
+                self._surgery.unsaved[name] = held[key]
+        return after, left
+
+    def _settled(self, buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
         suspect = [key for key, buffer in buffers.items() if buffer.ndim and tuple(buffer.shape) in self._sliced]
         if not suspect:
             return {}, []

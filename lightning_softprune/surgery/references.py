@@ -20,7 +20,6 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
+from lightning_softprune.surgery.judgement import Judgement
 from lightning_softprune.surgery.mirrors import Mirrors
 from lightning_softprune.surgery.places import hidden_places, is_foreign
 from lightning_softprune.utilities.classes import packages_of
@@ -37,14 +37,6 @@ from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
-
-
-class Judgement(Enum):
-    """What becomes of a module outside of the model that looks like a part of it."""
-
-    FOLLOWS = "follows"
-    STAYS = "stays as it is"
-    IN_DOUBT = "follows, and is named"
 
 
 class References:
@@ -64,7 +56,6 @@ class References:
         self.new = {id(old): new for old, new, _ in surgery.parameters}
         self.apart: set[int] = set()  # identities of what is looked into by itself
         self._mirrors = Mirrors(model, surgery, shapes)
-        self._paths = {id(module): path for path, module in model.named_modules()}
         self.judged: Mapping[int, Judgement] = {}  # by identity of the module
         self.doubtful: list[str] = []
         self._old = {id(old): (old, by_dim) for old, _, by_dim in surgery.parameters}
@@ -122,24 +113,10 @@ class References:
 
     def _buffers(self, place: str, owner: nn.Module) -> None:
         """Buffers of a module that the surgery has not touched, and that belong to parameters."""
-        if layer_type(owner) is not None:
-            return
-        path = self._paths.get(id(owner))
-        full = {key: None if path is None else f"{path}.{key}".lstrip(".") for key in owner._buffers}
-        untouched = {
-            key: buffer
-            for key, buffer in owner._buffers.items()
-            if buffer is not None and full[key] not in self.surgery.kept
-        }
-        if not untouched:
-            return
-        after, left = self._mirrors.of(untouched)
+        after, left = self._mirrors.of(owner)
         self.left += [f"{place}.{key}" for key in left]
         for key, buffer in after.items():
             self._set(owner._buffers, key, buffer)
-            name = full[key]
-            if name is not None and key in owner._non_persistent_buffers_set:
-                self.surgery.unsaved[name] = untouched[key]
 
     def _items(self, places: Sequence[str], items: Sequence[Any], depth: int) -> list[Any]:
         """What takes the place of the items of a container."""
