@@ -13,10 +13,12 @@ from lightning_softprune.checkpoint import LoadHook, is_recorded, name_parameter
 from lightning_softprune.graph import register_layers
 from lightning_softprune.report import rounds_never_reached
 from lightning_softprune.results import PruningResult
+from lightning_softprune.surgery import Sightings
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
     ModuleRunner,
+    UntrainedCopies,
     averaged_copies,
     copy_batch,
     end_epoch_at_this_batch,
@@ -72,6 +74,7 @@ class PruningHooks(Rounds):
         refuse_unsuited(trainer, pl_module)
         refuse_schedule(trainer, max(self.epochs), self.finetune_epochs)
         self._untrained = self._finetuned = self._teacher = self._lesson = None
+        self._outside = Sightings()
         progress = trainer.current_epoch > 0 or trainer.global_step > 0
         pruned = any(result.applied for result in self.results)
         if not progress or (pruned and not is_recorded(pl_module)):  # not a fit that goes on where one has stopped
@@ -103,7 +106,7 @@ class PruningHooks(Rounds):
 
     def _let_go(self) -> None:
         self._end_loading()
-        self._teacher = self._lesson = None
+        self._teacher, self._lesson, self._outside, self._copies = None, None, Sightings(), None
         self._put_hooks_back()
 
     def _put_hooks_back(self) -> None:
@@ -128,6 +131,7 @@ class PruningHooks(Rounds):
             refuse_teacher(trainer, pl_module)
         self._check_names(pl_module)
         refuse_undeclared_twins(trainer, pl_module, self.twins or {}, self.ignore)
+        self._copies = UntrainedCopies(trainer, pl_module, self.twins or {}, self.ignore)
         self._remember(pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,6 +147,7 @@ class PruningHooks(Rounds):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the rounds that are due."""
+        self._sight(trainer, pl_module)
         self._run_due_rounds(trainer, pl_module)
 
     def on_train_batch_start(
@@ -152,6 +157,8 @@ class PruningHooks(Rounds):
 
         Before the first batch of a fit, find what would be wrong with the rounds to come.
         """
+        if not self._looked_ahead:
+            self._sight(trainer, pl_module)
         rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
         if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
@@ -164,6 +171,8 @@ class PruningHooks(Rounds):
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add what the teacher says of this batch to the gradients of the module's own loss."""
+        if self._copies is not None:
+            self._copies.note_gradients()
         if self._teacher is None or self._lesson is None:
             return
         seed = self.seed + (trainer.current_epoch << 20)  # other random numbers in every epoch
@@ -175,8 +184,10 @@ class PruningHooks(Rounds):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let the batch go."""
+        """Let the batch go; refuse copies that turn out not to be trained."""
         self._lesson = None
+        if self._copies is not None:
+            self._copies.refuse()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""

@@ -30,10 +30,19 @@ from lightning_softprune.report import (
     try_write_files,
 )
 from lightning_softprune.results import Costs, Origin, PruningResult
-from lightning_softprune.round import Goal, RoundSettings, check_ahead, limits_on_the_way, run_round
+from lightning_softprune.round import (
+    Goal,
+    RoundSettings,
+    check_ahead,
+    limits_on_the_way,
+    look_outside,
+    run_round,
+)
+from lightning_softprune.surgery import Sightings
 from lightning_softprune.trainer import (
     LoadedBatch,
     MisconfigurationException,
+    UntrainedCopies,
     ends_with_average,
     finish_epoch_without_training,
     logging_step,
@@ -89,6 +98,8 @@ class Rounds(pl.Callback):
         self._finetuned: int | None = None  # the round that this fit has validated after it
         self._looked_ahead = True
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
+        self._outside = Sightings()
+        self._copies: UntrainedCopies | None = None
         self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
         self._left_out: ExitStack | None = None  # hooks that are not called at its end
@@ -148,6 +159,11 @@ class Rounds(pl.Callback):
                 f"score_after, {result.score_after:.4g}, is that of the trained ones, which the round has looked at"
             )
 
+    def _sight(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note how averages and teachers outside of the model are, as long as they may have to follow it."""
+        if self._pending():
+            look_outside(trainer, pl_module, self._outside)
+
     def _rehearse_last_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go through the last round once, with one plan and no file, and leave everything as it is."""
         pending = self._pending()
@@ -158,10 +174,10 @@ class Rounds(pl.Callback):
             self._tell(result, None)
 
     def _run_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, target: float | None) -> None:
-        before = ModelShapes.of(pl_module)
+        before, judged = ModelShapes.of(pl_module), self._outside.judged(pl_module, trainer.global_step)
         if epoch < trainer.current_epoch:
             rank_zero_info(f"SoftPruning: the round of epochs={epoch} runs late, before epoch {trainer.current_epoch}")
-        result = self._search(trainer, pl_module, epoch=epoch, target=target)
+        result = self._search(trainer, pl_module, epoch=epoch, target=target, judged=judged)
         self._began = trainer.current_epoch
         self._dense = self._dense or result.costs_before
         self._finetuned = None

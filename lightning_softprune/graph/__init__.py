@@ -7,6 +7,7 @@ A module is traced by running its own steps (`trace`), its channels are followed
 
 from lightning_softprune.graph.components import (
     assign_components,
+    equal_parts,
     match_modules,
     mirror_counts,
     mirror_twins,
@@ -88,6 +89,7 @@ __all__ = [
     "checked_layers",
     "computed_of",
     "coverage",
+    "equal_parts",
     "geometry_of",
     "groups_of",
     "groups_of_one_width",

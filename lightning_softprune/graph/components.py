@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
@@ -223,6 +224,43 @@ def undeclared_twins(
         apart = [other for other in alike if layers > 1 and _without_digits(name) != _without_digits(other)]
         if candidates := same or apart:
             found[name] = max(candidates, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
+    return found
+
+
+def equal_parts(
+    model: nn.Module, trained: Set[int], known: Collection[str] = (), ignored: Iterable[str] = ()
+) -> list[tuple[str, str]]:
+    """Find pairs of modules that an optimizer holds and that have the same values, as a module and its copy have.
+
+    Names that differ in a number only are those of blocks that have begun alike, and no such pair.
+
+    Args:
+        model: The model, before it is trained.
+        trained: Identities of the parameters that an optimizer changes.
+        known: Modules that are declared as twins, or left alone.
+        ignored: Patterns of modules that keep their widths anyhow.
+
+    Returns:
+        The names of the outermost of them, each pair in both orders.
+    """
+    forms: dict[tuple[tuple[str, Shape], ...], list[str]] = defaultdict(list)
+    whole, patterns = dict(model.named_modules()), list(ignored)
+    for name, module in whole.items():
+        own = dict(module.named_parameters())
+        if not name or not own or any(id(p) not in trained or is_lazy(p) for p in own.values()):
+            continue
+        told = any(is_inside(name, other) for other in known)
+        if not told and not any(
+            fnmatch.fnmatchcase(n, pattern) for n in self_and_parents(name) for pattern in patterns
+        ):
+            forms[tuple((n, tuple(p.shape)) for n, p in own.items())].append(name)
+    found: list[tuple[str, str]] = []
+    for one, other in (pair for names in forms.values() for pair in itertools.combinations(names, 2)):
+        apart = not is_inside(one, other) and not is_inside(other, one)
+        inner = any(is_inside(one, a) and is_inside(other, b) for a, b in found)
+        named_apart = _without_digits(one) != _without_digits(other)
+        if apart and named_apart and not inner and _same_values(whole[one], whole[other]):
+            found += [(one, other), (other, one)]
     return found
 
 

@@ -1,5 +1,6 @@
 """One round: from a trained module to a smaller one with its score, or to the module as it was."""
 
+from lightning_softprune.round.commit import look_outside
 from lightning_softprune.round.feasibility import check_ahead
 from lightning_softprune.round.prepare import StepsToTrace, prepare_groups
 from lightning_softprune.round.run import run_round
@@ -25,6 +26,7 @@ __all__ = [
     "checked_patterns",
     "checked_targets",
     "limits_on_the_way",
+    "look_outside",
     "prepare_groups",
     "run_round",
 ]

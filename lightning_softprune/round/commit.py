@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -31,9 +31,18 @@ from lightning_softprune.results import Healing
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan
-from lightning_softprune.surgery import References, Surgery, Transaction, inner_optimizers, repair_optimizers
+from lightning_softprune.surgery import (
+    Judgement,
+    References,
+    Sightings,
+    Surgery,
+    Transaction,
+    inner_optimizers,
+    repair_optimizers,
+)
 from lightning_softprune.trainer import (
     ModuleRunner,
+    averaged_copies,
     forget_compiled,
     record_new_parameters,
     users_callbacks,
@@ -191,7 +200,12 @@ def _misses_constraints_alone(scored: ScoredPlan) -> bool:
 
 
 def commit(
-    runner: ModuleRunner, copies: Sequence[nn.Module], transaction: Transaction, surgery: Surgery, dense: ModelShapes
+    runner: ModuleRunner,
+    copies: Sequence[nn.Module],
+    transaction: Transaction,
+    surgery: Surgery,
+    dense: ModelShapes,
+    judged: Mapping[int, Judgement],
 ) -> None:
     """Keep what was rehearsed; whatever else points at parameters follows.
 
@@ -201,16 +215,24 @@ def commit(
         transaction: Is committed.
         surgery: What was done to the module.
         dense: The shapes of the module before that.
+        judged: What becomes of modules outside of it that look like parts of it, by identity.
     """
     trainer, module = runner.trainer, runner.module
     references = References(module, surgery, dense.shapes, copies)
     listeners = [module, *users_callbacks(trainer)]
+    holders = _holders(trainer, module)
+    references.apart, references.judged = {id(holder) for _, holder in holders}, judged
     try:
         references.carry_hooks()
-        for holder in (*listeners, *all_optimizers(trainer, module)):
-            name = "self" if holder is module else type(holder).__name__
+        for name, holder in holders:
             references.carry(name, holder, companions=not hasattr(holder, "on_softprune"))
         _warn_of(references.left)
+        if references.doubtful:
+            rank_zero_warn(
+                f"SoftPruning: {', '.join(references.doubtful[:8])}: outside of the model, with the names and shapes "
+                "of a part of it, and pruned like that part, as an average of it has to be. If it is a teacher that "
+                "shall stay whole, make it a submodule and name it in `ignore`"
+            )
         for listener in listeners:
             if callable(hook := getattr(listener, "on_softprune", None)):
                 hook(surgery)
@@ -232,6 +254,17 @@ def _warn_of(left: Sequence[str]) -> None:
             f"SoftPruning: {', '.join(list(dict.fromkeys(left))[:8])}: of the shape of a pruned parameter, and cannot "
             "follow it by itself; give its owner (the module or a callback) a method `on_softprune(self, surgery)`"
         )
+
+
+def look_outside(trainer: pl.Trainer, module: pl.LightningModule, sightings: Sightings) -> None:
+    """Note how the modules outside of the model are that look like parts of it."""
+    sightings.look(module, _holders(trainer, module), averaged_copies(trainer), trainer.global_step)
+
+
+def _holders(trainer: pl.Trainer, module: pl.LightningModule) -> list[tuple[str, object]]:
+    """All that may point at parameters, by the names that people give it."""
+    others = (*users_callbacks(trainer), *all_optimizers(trainer, module))
+    return [("self", module), *((type(holder).__name__, holder) for holder in others)]
 
 
 def all_optimizers(trainer: pl.Trainer, module: nn.Module) -> list[Optimizer]:

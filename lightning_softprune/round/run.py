@@ -88,7 +88,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         decision, rehearsed = _carry_out(hands, settings, goal, decision)
         best = decision.plan if rehearsed is None else rehearsed.plan
         if goal.commit and rehearsed is not None:
-            commit(runner, copies, transaction, rehearsed.surgery, form)
+            commit(runner, copies, transaction, rehearsed.surgery, form, goal.judged)
         found = _Found(before, dense, strategy, outcome, decision, best, rehearsed)
         result = _result(settings, goal, evaluator, stopwatch, found)
     _hand_over(goal, rehearsed)

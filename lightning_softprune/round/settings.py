@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from lightning_softprune.compensation import Teacher
 from lightning_softprune.graph import COSTS
 from lightning_softprune.results import Costs, PruningResult
 from lightning_softprune.search import Constraint, SearchStrategy
+from lightning_softprune.surgery import Judgement
 from lightning_softprune.utilities import checks
 
 
@@ -77,6 +78,7 @@ class Goal:
         take_teacher: Is given the dense network after a commit, where the settings ask for a teacher.
         pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
         limits: What may remain of each cost in this round; ``None``: what the settings say.
+        judged: What becomes of modules outside of the model that look like parts of it, by identity.
     """
 
     epoch: int
@@ -89,6 +91,7 @@ class Goal:
     earlier: PruningResult | None = None
     take_teacher: Callable[[Teacher], None] | None = None
     limits: dict[str, float] | None = None
+    judged: Mapping[int, Judgement] = field(default_factory=dict)
 
     def asked(self, settings: RoundSettings) -> RoundSettings:
         """The settings with what this round alone is asked for."""

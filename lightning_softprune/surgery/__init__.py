@@ -3,15 +3,19 @@
 from lightning_softprune.surgery.apply import Surgery, apply_plan
 from lightning_softprune.surgery.attempts import Candidates, probe_with_counts
 from lightning_softprune.surgery.fingerprints import forget_weights
-from lightning_softprune.surgery.optimizers import repair_optimizers, weights_without_bias
+from lightning_softprune.surgery.judgement import Judgement
+from lightning_softprune.surgery.optimizers import inner_optimizers, repair_optimizers, weights_without_bias
 from lightning_softprune.surgery.probe import one_can_go, probe_groups
 from lightning_softprune.surgery.readings import best_reading
-from lightning_softprune.surgery.references import References, inner_optimizers
+from lightning_softprune.surgery.references import References
+from lightning_softprune.surgery.sightings import Sightings
 from lightning_softprune.surgery.transaction import Transaction
 
 __all__ = [
     "Candidates",
+    "Judgement",
     "References",
+    "Sightings",
     "Surgery",
     "Transaction",
     "apply_plan",

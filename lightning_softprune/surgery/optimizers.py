@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,3 +179,22 @@ def _slice_state(optimizer: Optimizer, state: Any, old: nn.Parameter, by_dim: Ke
                 stacklevel=3,
             )
     return sliced
+
+
+def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:
+    """Optimizers that others wrap, and those that holders keep as attributes, apart from the given ones."""
+    found: list[Optimizer] = []
+
+    def note(value: Any) -> Iterator[Any]:
+        mapping = vars(value) if hasattr(value, "__dict__") else {}
+        for item in list(mapping.values()):
+            yield from item if isinstance(item, (list, tuple)) and len(item) < 64 else (item,)
+
+    stack: list[Any] = [*optimizers, *holders]
+    while stack:
+        for item in note(stack.pop()):
+            known = any(item is other for other in (*found, *optimizers))
+            if isinstance(item, Optimizer) and not known:
+                found.append(item)
+                stack.append(item)
+    return found

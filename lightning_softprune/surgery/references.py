@@ -8,7 +8,8 @@ run's other callbacks.
 - A *companion* has one tensor per parameter: a dictionary by parameters' names (a shadow of the weights), a list in
   their order, a module with the same parameters. Its tensors are sliced as the parameters were. It is an attribute of
   its holder, or one of several alike in a container: deeper down, and among other things, lie records of how the model
-  was, which nobody goes on with.
+  was, which nobody goes on with. A tensor of a parameter's shape that lies beside it, in a pair or in a dictionary that
+  has the parameter as a key, is its companion wherever it lies.
 
 What has the shape of a sliced parameter and is neither is named in a warning: its owner has to see to it, which is what
 `on_softprune(surgery)` is for.
@@ -18,7 +19,8 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -29,6 +31,10 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
 from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
+from lightning_softprune.surgery.judgement import Judgement
+from lightning_softprune.surgery.mirrors import Mirrors
+from lightning_softprune.surgery.places import hidden_places, is_foreign
+from lightning_softprune.utilities.classes import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000
@@ -50,9 +56,16 @@ class References:
     ) -> None:
         self.model, self.surgery, self.shapes = model, surgery, shapes
         self.new = {id(old): new for old, new, _ in surgery.parameters}
+        self.apart: set[int] = set()  # identities of what is looked into by itself
+        self._mirrors = Mirrors(model, surgery, shapes)
+        self.judged: Mapping[int, Judgement] = {}  # by identity of the module
+        self.doubtful: list[str] = []
+        self._old = {id(old): (old, by_dim) for old, _, by_dim in surgery.parameters}
+        self._packages = packages_of(type(model))
         self.left: list[str] = []
         created = {name for name, *_ in surgery.created}
-        self._names = [name for name, _ in model.named_parameters() if name not in created]
+        self._names = [name for name, _ in model.named_parameters() if name not in created and name in shapes]
+        self._bias_of = {id(weight): bias for _, weight, bias in surgery.created}
         self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
         self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
         self._undo: list[Callable[[], None]] = []
@@ -90,6 +103,8 @@ class References:
         if not isinstance(mapping, dict) or id(mapping) in self._seen or len(self._seen) > _MOST:
             return
         self._seen.add(id(mapping))
+        if isinstance(owner, nn.Module) and self._asked:
+            self._buffers(place, owner)
         outside = self._companions, self._level
         self._companions, self._level = self._asked, 0
         for key, value in list(mapping.items()):
@@ -99,14 +114,41 @@ class References:
                     self._set(mapping, key, followed)
         self._companions, self._level = outside
 
+    def _buffers(self, place: str, owner: nn.Module) -> None:
+        """Buffers of a module that the surgery has not touched, and that belong to parameters."""
+        after, left = self._mirrors.of(owner)
+        self.left += [f"{place}.{key}" for key in left]
+        for key, buffer in after.items():
+            self._set(owner._buffers, key, buffer)
+
     def _items(self, places: Sequence[str], items: Sequence[Any], depth: int) -> list[Any]:
         """What takes the place of the items of a container."""
         outside = self._companions, self._level
         self._level += 1
         self._companions = self._companions and self._level == 1 and len({type(item) for item in items}) == 1
-        after = [self._followed(place, item, depth - 1) for place, item in zip(places, items, strict=True)]
+        carried = {id(item): item for item in items if isinstance(item, nn.Parameter) and id(item) in self.new}
+        owner = next(iter(carried.values())) if len(carried) == 1 else None
+        after = [
+            self._followed(place, item, depth - 1) if (beside := self._beside_owner(owner, item)) is None else beside
+            for place, item in zip(places, items, strict=True)
+        ]
         self._companions, self._level = outside
         return after
+
+    def _hidden(self, place: str, holder: object, depth: int) -> None:
+        """What lies in no dictionary: variables of closures, default arguments, slots."""
+        outside = self._companions, self._level
+        self._companions, self._level = self._asked, 0
+        for held in hidden_places(holder, self._packages):
+            followed = self._followed(f"{place}.{held.name}", held.value, depth - 1)
+            if followed is not held.value:
+                try:
+                    held.put(followed)
+                except (AttributeError, TypeError):  # it can only be read
+                    self.left.append(f"{place}.{held.name}")
+                else:
+                    self._undo.append(functools.partial(held.put, held.value))
+        self._companions, self._level = outside
 
     def _set(self, mapping: Any, key: Any, value: Any) -> None:
         before = mapping[key]
@@ -132,7 +174,10 @@ class References:
             if strange and value.ndim and self._companions:
                 self.left.append(place)
             return value
-        if depth == 0 or type(value) in ATOMS or id(value) in self._seen or isinstance(value, type):
+        function = isinstance(value, (FunctionType, MethodType))
+        if depth == 0 or (type(value) in ATOMS and not function) or isinstance(value, type):
+            return value
+        if id(value) in self._seen or id(value) in self.apart:
             return value
         if isinstance(value, nn.Module):
             if not any(id(module) in self._own for module in value.modules()):
@@ -153,8 +198,10 @@ class References:
                 self._refill(value, value.update, before, after)
         elif isinstance(value, functools.partial):
             self._followed(place, value.keywords, depth - 1)
-        elif not _is_foreign(value):
+            self._hidden(place, value, depth)
+        elif function or not is_foreign(value):
             self._attributes(place, value, depth - 1)
+            self._hidden(place, value, depth)
         return value
 
     def _immutable(self, place: str, value: Any, depth: int) -> Any:
@@ -173,31 +220,60 @@ class References:
     def _mapping(self, place: str, value: dict[Any, Any], depth: int) -> None:
         before = dict(value)
         prefix = self._prefix({key: item for key, item in value.items() if isinstance(item, torch.Tensor)})
+        keyed = {key: mine for key, item in before.items() if (mine := self._keyed(key, item)) is not None}
         held = {
             key: item
             for key, item in before.items()
-            if prefix is None or not isinstance(item, torch.Tensor) or isinstance(item, nn.Parameter)
+            if key not in keyed
+            and (prefix is None or not isinstance(item, torch.Tensor) or isinstance(item, nn.Parameter))
         }
         places = [f"{place}[{key!r:.40}]" for key in held]
         followed = dict(zip(held, self._items(places, list(held.values()), depth), strict=True))
         after: dict[Any, Any] = {}
         for key, item in before.items():
+            new = self._key(key)
             if key in followed:
-                after[self.new.get(id(key), key) if isinstance(key, nn.Parameter) else key] = followed[key]
+                after[new] = followed[key]
+                continue
+            if key in keyed:
+                after[new] = keyed[key]
+                created = self._bias_of.get(id(new) if isinstance(new, nn.Parameter) else new)
+                if created is not None:
+                    after[created if isinstance(new, nn.Parameter) else id(created)] = self._beside(created, item)
                 continue
             name = f"{prefix}{key}"
             after[key] = self._sliced_as(name, item)
             if name in self._created:
                 bias, tensor = self._created[name]
                 after[bias.removeprefix(prefix or "")] = self._beside(tensor, item)
-        if list(after) != list(before) or any(after[key] is not before[key] for key in before):
+        if [*map(id, after)] != [*map(id, before)] or any(after[key] is not before[key] for key in before):
             self._refill(value, value.update, before, after)
 
     # ----------------------------------------------------------------------------------------------------- companions
 
     def _sliced_as(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         by_dim = self.surgery.kept.get(name) or {}
-        return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad) if by_dim else tensor
+        if not by_dim:
+            return tensor
+        return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+    def _beside_owner(self, owner: nn.Parameter | None, tensor: object) -> torch.Tensor | None:
+        """What takes the place of the companion of one parameter; `None` if it is none."""
+        if owner is None or not self._asked or type(tensor) is not torch.Tensor or tensor.shape != owner.shape:
+            return None
+        by_dim = self._old[id(owner)][1]
+        return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+    def _keyed(self, key: object, item: object) -> torch.Tensor | None:
+        """The same, of what lies under a parameter, or under its identity, in a dictionary."""
+        number = id(key) if isinstance(key, nn.Parameter) else key
+        known = self._old.get(number) if type(number) is int else None
+        return None if known is None else self._beside_owner(known[0], item)
+
+    def _key(self, key: Any) -> Any:
+        if isinstance(key, nn.Parameter):
+            return self.new.get(id(key), key)
+        return id(self.new[key]) if type(key) is int and key in self.new else key
 
     def _beside(self, bias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         return bias.detach().clone().to(tensor.device, tensor.dtype)
@@ -262,11 +338,16 @@ class References:
             is_copy: Whether it is one already where it has the parameters of a single layer. Inside of another module,
                 a layer that happens to have the size of one of ours is none.
         """
+        judgement = self.judged.get(id(module)) if self._companions else None
+        if judgement is Judgement.STAYS:
+            return
         inner: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         strange = not inner or any(id(parameter) in self.new for parameter in module.parameters())
         layers = sum(bool(part._parameters) for part in module.modules())
         prefix = self._prefix(inner) if not strange and (is_copy or layers > 1) else None
         if prefix is not None:
+            if judgement is Judgement.IN_DOUBT:
+                self.doubtful.append(place)
             self._copy(module, prefix)
             return
         for key, parameter in module._parameters.items():
@@ -355,38 +436,7 @@ class References:
         return [held.place for held, value in self._unsettled if held.read() is value]
 
 
-def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:
-    """Optimizers that others wrap, and those that holders keep as attributes, apart from the given ones."""
-    found: list[Optimizer] = []
-
-    def note(value: Any) -> Iterator[Any]:
-        mapping = vars(value) if hasattr(value, "__dict__") else {}
-        for item in list(mapping.values()):
-            yield from item if isinstance(item, (list, tuple)) and len(item) < 64 else (item,)
-
-    stack: list[Any] = [*optimizers, *holders]
-    while stack:
-        for item in note(stack.pop()):
-            known = any(item is other for other in (*found, *optimizers))
-            if isinstance(item, Optimizer) and not known:
-                found.append(item)
-                stack.append(item)
-    return found
-
-
 def _refill(before: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
     for held, content in before:
         held.clear()
         held.update(content)
-
-
-def _is_foreign(value: object) -> bool:
-    """Whether an object is of the standard library or of a framework: it keeps no parameters of ours by itself."""
-    module = type(value).__module__.partition(".")[0]
-    return module in _FRAMEWORKS and not isinstance(value, Optimizer)
-
-
-_FRAMEWORKS = frozenset(
-    {"builtins", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "logging", "threading"}
-    | {"lightning_softprune", "io", "pathlib", "argparse", "datetime", "random", "functools", "weakref", "types"}
-)

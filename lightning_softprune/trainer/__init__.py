@@ -46,6 +46,7 @@ from lightning_softprune.trainer.processes import mean_over_processes, wrap_agai
 from lightning_softprune.trainer.runner import ModuleRunner
 from lightning_softprune.trainer.steps import LoadedBatch, compiler_off
 from lightning_softprune.trainer.support import (
+    UntrainedCopies,
     refuse_schedule,
     refuse_sharded_optimizers,
     refuse_sharding,
@@ -65,6 +66,7 @@ __all__ = [
     "Part",
     "Step",
     "Steps",
+    "UntrainedCopies",
     "as_far_as_it_runs",
     "as_if_at_epoch",
     "attributes_of",

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_softprune.graph import undeclared_twins
+from lightning_softprune.graph import equal_parts, undeclared_twins
 from lightning_softprune.trainer.isolation import metrics_in
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.utilities.libraries import counterparts
@@ -74,16 +74,64 @@ def refuse_undeclared_twins(
     Raises:
         MisconfigurationException: Names both, and what to write.
     """
-    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
-    trained = {id(parameter) for parameter in held or pl_module.parameters() if parameter.requires_grad}
     known = (*twins, *metrics_in(pl_module))
-    if found := undeclared_twins(pl_module, trained, known, ignore):
-        name = next(iter(found))
-        raise MisconfigurationException(
-            f"twins: {name!r} is not trained, and has the names and shapes of {found[name]!r}, which is. If it mirrors "
-            f"it (a teacher, a target network), say twins={ {**twins, **found} }; if it shall stay as it is, say "
-            f"ignore={[*ignore, name]}"
-        )
+    if found := undeclared_twins(pl_module, _trained(trainer, pl_module), known, ignore):
+        raise _undeclared(found, twins, ignore)
+
+
+class UntrainedCopies:
+    """Copies that an optimizer holds and that get no gradient: teachers and averages that nobody declared.
+
+    Where a module begins with the values of another, the first training batches tell. One that is run without
+    gradients, or not at all, is not trained.
+
+    Args:
+        trainer: The trainer in charge.
+        pl_module: Its module, before it is trained.
+        twins: Those that are declared.
+        ignore: Patterns of modules that stay as they are.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, twins: Mapping[str, str], ignore: Sequence[str]
+    ) -> None:
+        self._twins, self._ignore = twins, ignore
+        known = (*twins, *metrics_in(pl_module))
+        self._pairs = equal_parts(pl_module, _trained(trainer, pl_module), known, ignore)
+        self._parts = {name: pl_module.get_submodule(name) for pair in self._pairs for name in pair}
+        self._trained: set[str] = set()
+
+    def note_gradients(self) -> None:
+        """Call it after a backward pass."""
+        for name, part in self._parts.items():
+            if any(parameter.grad is not None for parameter in part.parameters()):
+                self._trained.add(name)
+
+    def refuse(self) -> None:
+        """Call it at the end of a training batch.
+
+        Raises:
+            MisconfigurationException: Names the copy and what it is a copy of, and what to write.
+        """
+        found = {copy: of for copy, of in self._pairs if of in self._trained and copy not in self._trained}
+        if found:
+            raise _undeclared(found, self._twins, self._ignore)
+        self._pairs = [pair for pair in self._pairs if not self._trained.issuperset(pair)]
+        self._parts = {name: part for name, part in self._parts.items() if any(name in pair for pair in self._pairs)}
+
+
+def _trained(trainer: pl.Trainer, pl_module: pl.LightningModule) -> set[int]:
+    held = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
+    return {id(parameter) for parameter in held or pl_module.parameters() if parameter.requires_grad}
+
+
+def _undeclared(found: Mapping[str, str], twins: Mapping[str, str], ignore: Sequence[str]) -> MisconfigurationException:
+    name = next(iter(found))
+    return MisconfigurationException(
+        f"twins: {name!r} is not trained, and has the names and shapes of {found[name]!r}, which is. If it mirrors "
+        f"it (a teacher, a target network), say twins={ {**twins, **found} }; if it shall stay as it is, say "
+        f"ignore={[*ignore, name]}"
+    )
 
 
 def refuse_sharding(trainer: pl.Trainer) -> None:

@@ -12,7 +12,7 @@ import sys
 from collections import UserDict, UserList
 from functools import lru_cache
 from pathlib import PurePath
-from types import MemberDescriptorType, SimpleNamespace
+from types import FunctionType, MemberDescriptorType, SimpleNamespace
 
 _FRAMEWORKS = frozenset(
     {"lightning", "lightning_fabric", "lightning_softprune", "lightning_utilities", "numpy", "pytorch_lightning"}
@@ -51,6 +51,11 @@ def is_own(kind: type, packages: frozenset[str] = frozenset()) -> bool:
     return issubclass(kind, _RECORDS) or _package(kind) in packages or not _is_installed(kind)
 
 
+def is_own_function(function: FunctionType, packages: frozenset[str] = frozenset()) -> bool:
+    """Whether a function is the user's; see `is_own`."""
+    return _package(function) in packages or not _is_installed(function)
+
+
 @lru_cache(maxsize=4096)
 def slots(kind: type) -> tuple[MemberDescriptorType, ...]:
     """The descriptors of `__slots__`, which read and write past whatever a class has made of attribute access."""
@@ -58,11 +63,11 @@ def slots(kind: type) -> tuple[MemberDescriptorType, ...]:
     return tuple(item for base in bases for item in vars(base).values() if isinstance(item, MemberDescriptorType))
 
 
-def _package(kind: type) -> str:
+def _package(kind: type | FunctionType) -> str:
     return str(kind.__module__).partition(".")[0]
 
 
-def _is_installed(kind: type) -> bool:
+def _is_installed(kind: type | FunctionType) -> bool:
     if _package(kind) in _FRAMEWORKS | sys.stdlib_module_names:
         return True
     file = getattr(sys.modules.get(str(kind.__module__)), "__file__", None)

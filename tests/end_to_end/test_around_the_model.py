@@ -228,6 +228,83 @@ def test_parameters_in_the_users_containers_are_the_live_ones(tmp_path):
     assert module.pair[0] is module.encoder[0].weight
 
 
+class Slotted:
+    __slots__ = ("empty", "weights")
+
+    def __init__(self, weights):
+        self.weights = weights
+
+    def get(self):
+        return self.weights
+
+
+def by_closure(weights):
+    return lambda: weights
+
+
+def by_default(weights):
+    return lambda weights=weights: weights
+
+
+def by_keyword(weights):
+    return lambda *, weights=weights: weights
+
+
+def by_partial(weights):
+    return functools.partial(list, weights)
+
+
+def by_function_of_partial(weights):
+    return functools.partial(lambda: weights)
+
+
+def by_slots(weights):
+    return Slotted(weights).get
+
+
+HIDING = [by_closure, by_default, by_keyword, by_partial, by_function_of_partial, by_slots]
+
+
+@pytest.mark.parametrize("hide", HIDING)
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_parameters_that_functions_and_slots_hold_are_the_live_ones(tmp_path, hide, kind):
+    module, callback = made(), softpruning()
+    module.decayed = hide(kind(module.encoder.parameters()))
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert [*map(id, module.decayed())] == [*map(id, module.encoder.parameters())]
+
+
+class FailsOnceTold(Callback):
+    def on_softprune(self, surgery):
+        raise ZeroDivisionError("not now")
+
+
+@pytest.mark.parametrize("hide", HIDING)
+def test_what_functions_and_slots_hold_is_rolled_back(tmp_path, hide):
+    module = made()
+    weights = tuple(module.encoder.parameters())
+    module.decayed = hide(weights)
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(), FailsOnceTold())
+    assert [*map(id, module.decayed())] == [*map(id, weights)]
+
+
+class Keyed(Callback):
+    """Numbers by parameter."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.rates = dict.fromkeys(pl_module.parameters(), 0.5)
+        self.names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+
+
+def test_dictionaries_by_parameter_have_the_live_ones_as_keys(tmp_path):
+    module, keyed = made(), Keyed()
+    fit(tmp_path, module, softpruning(), keyed, max_epochs=3)
+    assert [*map(id, keyed.rates)] == [*map(id, module.parameters())]
+    assert keyed.names == {id(parameter): name for name, parameter in module.named_parameters()}
+
+
 # ------------------------------------------------------------------------------------------------------------- averages
 
 
@@ -249,6 +326,12 @@ class Shadow(Callback):
             self.shadow = AveragedModel(source)
         elif self.form == "wrapped":
             self.shadow = nn.ModuleDict({"steps": nn.Linear(3, 3), "average": copy.deepcopy(source)})
+        elif self.form == "by parameter":
+            self.shadow = {p: p.detach().clone() for p in source.parameters()}
+        elif self.form == "by identity":
+            self.shadow = {id(p): p.detach().clone() for p in source.parameters()}
+        elif self.form == "pairs":
+            self.shadow = [(p, p.detach().clone()) for p in source.parameters()]
         else:
             self.shadow = copy.deepcopy(source).requires_grad_(False)
 
@@ -258,6 +341,13 @@ class Shadow(Callback):
             return [(self.shadow[n], p) for n, p in source.named_parameters()]
         if self.form == "state":
             return [(self.shadow[n], t) for n, t in source.state_dict().items() if t.is_floating_point()]
+        if self.form == "by parameter":
+            return [(self.shadow[p], p) for p in source.parameters()]
+        if self.form == "by identity":
+            return [(self.shadow[id(p)], p) for p in source.parameters()]
+        if self.form == "pairs":
+            assert [id(p) for p, _ in self.shadow] == [*map(id, source.parameters())]
+            return [(average, p) for p, average in self.shadow]
         theirs = self.shadow["average"] if self.form == "wrapped" else self.shadow
         theirs = self.shadow if self.form == "list" else theirs.parameters()
         return list(zip(theirs, source.parameters(), strict=True))
@@ -268,7 +358,10 @@ class Shadow(Callback):
             average.lerp_(tensor, 0.3)
 
 
-@pytest.mark.parametrize("form", ["dict", "state", "list", "module", "averaged", "wrapped"])
+FORMS = ["dict", "state", "list", "module", "averaged", "wrapped", "by parameter", "by identity", "pairs"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
 @pytest.mark.parametrize("bias", [True, False])
 def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
@@ -350,12 +443,148 @@ def test_an_average_of_one_of_several_parts_that_look_alike_is_left_and_named(tm
     assert shadow.pairs(made(Square))[0][0].shape == (8, 8)
 
 
-def test_a_created_bias_gets_its_average(tmp_path):
-    module, shadow = made(AutoEncoder, bias=False), Shadow("dict")
+@pytest.mark.parametrize("form", ["dict", "list", "by parameter", "by identity"])
+def test_a_created_bias_gets_its_average(tmp_path, form):
+    module, shadow = made(AutoEncoder, bias=False), Shadow(form)
     fit(tmp_path, module, softpruning(), shadow, max_epochs=3)
     created = set(named(module)) - set(named(made(AutoEncoder, bias=False)))
     assert created
-    assert {name: t.shape for name, t in shadow.shadow.items()} == {n: p.shape for n, p in named(module).items()}
+    assert [average.shape for average, _ in shadow.pairs(module)] == [p.shape for p in module.parameters()]
+    assert len(shadow.shadow) == len(named(module))
+
+
+class Clones(Callback):
+    """Averages that are results of operations, and are changed in place with gradients enabled."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.shadow = {n: p.clone() for n, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        for name, parameter in pl_module.named_parameters():
+            self.shadow[name].lerp_(parameter.detach(), 0.1)
+
+
+def test_an_average_that_was_computed_may_be_changed_in_place_as_before(tmp_path):
+    callback = softpruning()
+    fit(tmp_path, made(), callback, Clones(), max_epochs=3)
+    assert callback.results[0].applied
+
+
+class LitEma(nn.Module):
+    """An average in buffers that have the parameters' names without dots, as in latent-diffusion."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = {}
+        self.register_buffer("decay", torch.tensor(0.9))
+        for name, parameter in model.named_parameters():
+            self.names[name] = name.replace(".", "")
+            self.register_buffer(self.names[name], parameter.detach().clone())
+
+    @torch.no_grad()
+    def update(self, model):
+        for name, parameter in model.named_parameters():
+            self.get_buffer(self.names[name]).lerp_(parameter, 1 - self.decay)
+
+
+class Averaging(AutoEncoder):
+    """Has such an average of its encoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.average = LitEma(self.encoder)
+
+    def on_train_batch_end(self, *_):
+        self.average.update(self.encoder)
+
+
+class AveragingCallback(Callback):
+    """Has one that is no part of the model."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.average = LitEma(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.average.update(pl_module)
+
+
+def slices_of(before, surgery, prefix):
+    return {name: surgery.slice(f"{prefix}{name}", tensor) for name, tensor in before.items()}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_averages_in_buffers_named_without_dots_follow(tmp_path, inside):
+    module, averaging, found = made(Averaging if inside else AutoEncoder), AveragingCallback(), {}
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                average = module.average if inside else averaging.average
+                found[len(found)] = {name: average.get_buffer(flat).clone() for name, flat in average.names.items()}
+
+        def on_softprune(self, surgery):
+            found["surgery"] = surgery
+
+    fit(tmp_path, module, Look(), softpruning(compensation="none"), Look(), *([] if inside else [averaging]))
+    before, after = found[0], found[2]
+    expected = slices_of(before, found["surgery"], "encoder." if inside else "")
+    assert all(torch.equal(after[name], expected[name]) for name in before)
+    assert any(after[name].shape != before[name].shape for name in before)
+
+
+def test_a_checkpoint_with_such_an_average_is_read_again(tmp_path):
+    module = made(Averaging)
+    fit(tmp_path, module, softpruning()).save_checkpoint(tmp_path / "pruned.ckpt")
+    loaded = load_from_checkpoint(Averaging, tmp_path / "pruned.ckpt")
+    assert unchanged(loaded, module)
+
+
+class Anchored(AutoEncoder):
+    """Where its parameters have been, in buffers; a mask that a hook reads; a buffer of which nobody knows more."""
+
+    def __init__(self, *, strange=False, persistent=True):
+        super().__init__()
+        weight = self.encoder[0].weight
+        for name, parameter in list(self.named_parameters()):
+            self.register_buffer("anchor_" + name.replace(".", "_"), parameter.detach().clone())
+        self.register_buffer("mask", torch.arange(weight.numel()).reshape(weight.shape) % 3, persistent)
+        weight.register_hook(lambda gradient: gradient * self.mask)
+        if strange:
+            self.register_buffer("fisher", torch.ones_like(weight))
+
+
+class Asks(Callback):
+    def on_softprune(self, surgery):
+        self.surgery = surgery
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_anchors_and_masks_in_buffers_follow(tmp_path, persistent):
+    module, asks = made(Anchored, persistent=persistent), Asks()
+    fit(tmp_path, module, softpruning(compensation="none"), asks).save_checkpoint(tmp_path / "pruned.ckpt")
+    dense = made(Anchored)
+    for name, parameter in dense.named_parameters():
+        anchor = module.get_buffer("anchor_" + name.replace(".", "_"))
+        assert torch.equal(anchor, asks.surgery.slice(name, parameter.detach()))
+    assert torch.equal(module.mask, asks.surgery.slice("encoder.0.weight", dense.mask))
+    loaded = load_from_checkpoint(Anchored, tmp_path / "pruned.ckpt", persistent=persistent)
+    assert unchanged(loaded, module)
+    assert torch.equal(loaded.mask, module.mask)
+
+
+def test_a_buffer_of_which_nothing_is_known_but_its_shape_is_named(tmp_path):
+    module = made(Anchored, strange=True)
+    with pytest.warns(UserWarning, match=r"SoftPruning: self\.fisher: of the shape of a pruned parameter"):
+        fit(tmp_path, module, softpruning())
+    assert module.fisher.shape == made(Anchored).encoder[0].weight.shape
+
+
+def test_buffers_are_rolled_back(tmp_path):
+    module = made(Anchored)
+    before = {name: buffer.shape for name, buffer in module.named_buffers()}
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(), FailsOnceTold())
+    assert {name: buffer.shape for name, buffer in module.named_buffers()} == before
 
 
 class Unfollowable(Callback):
@@ -515,6 +744,51 @@ def test_a_teacher_that_is_declared_or_ignored_is_none_of_these(tmp_path, argume
     assert same == ("twins" in arguments)
 
 
+class Unfrozen(AutoEncoder):
+    """A mean teacher whose parameters an optimizer holds: it is run without gradients, or not at all."""
+
+    def __init__(self, how="no gradients"):
+        super().__init__()
+        self.how = how
+        if how == "averaged":
+            self.momentum = AveragedModel(self.encoder)
+        else:
+            self.momentum = copy.deepcopy(self.encoder)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.how == "averaged":
+            return loss
+        with torch.set_grad_enabled(self.how == "trained"):
+            taught = self.momentum(batch[0])
+        return loss + (self.encoder(batch[0]).mean() - taught.mean()).square()
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [("no gradients", "twins={'momentum': 'encoder'}"), ("averaged", "twins={'momentum.module': 'encoder'}")],
+)
+def test_a_copy_that_an_optimizer_holds_and_nobody_trains_is_an_error_in_the_first_batch(tmp_path, how, line):
+    module = made(Unfrozen, how=how)
+    with pytest.raises(MisconfigurationException) as caught:
+        fit(tmp_path, module, softpruning())
+    assert line in str(caught.value)
+    assert len(module.losses) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"twins": {"momentum": "encoder"}}, {"ignore": ["momentum"]}], ids=str)
+def test_such_a_copy_that_is_declared_or_ignored_is_none(tmp_path, arguments):
+    callback = softpruning(**arguments)
+    fit(tmp_path, made(Unfrozen), callback)
+    assert callback.results[0].applied
+
+
+def test_a_trained_copy_is_none(tmp_path):
+    callback = softpruning()
+    fit(tmp_path, made(Unfrozen, how="trained"), callback)
+    assert callback.results[0].applied
+
+
 def test_two_trained_copies_are_no_twins(tmp_path):
     callback = softpruning()
     fit(tmp_path, made(Teacher, how="two"), callback)
@@ -537,6 +811,102 @@ def test_a_frozen_block_of_a_stack_is_no_teacher(tmp_path):
     callback = softpruning()
     fit(tmp_path, made(Stack), callback)
     assert callback.results[0].applied
+
+
+class Holder:
+    def __init__(self, network):
+        self.network = network
+
+
+class Distilled(AutoEncoder):
+    """A fixed encoder of the same shapes teaches; it is no submodule."""
+
+    def __init__(self, how="list", teacher=None):
+        super().__init__()
+        teacher = made(AutoEncoder, seed=5).encoder if teacher is None else teacher(self)
+        teacher.requires_grad_(False)
+        self.how = how
+        if how == "set apart":
+            object.__setattr__(self, "hidden", teacher)
+        else:
+            kept = {"list": [teacher], "tuple": (teacher,), "object": Holder(teacher), "function": lambda: teacher}
+            self.hidden = kept[how]
+
+    @property
+    def teacher(self):
+        if self.how == "set apart":
+            return self.hidden
+        if self.how in ("list", "tuple"):
+            return self.hidden[0]
+        return self.hidden.network if self.how == "object" else self.hidden()
+
+    def training_step(self, batch, batch_idx):
+        gap = self.encoder(batch[0]).mean() - self.teacher(batch[0]).mean()
+        return super().training_step(batch, batch_idx) + gap.square()
+
+
+def unchanged(network, of):
+    theirs, ours = network.state_dict(), of.state_dict()
+    return theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in ours)
+
+
+@pytest.mark.parametrize("how", ["list", "tuple", "object", "set apart", "function"])
+@pytest.mark.parametrize("epochs", [0, 1, [1, 2]], ids=str)
+def test_a_fixed_teacher_outside_of_the_model_stays_whole(tmp_path, how, epochs):
+    module, callback = made(Distilled, how=how), softpruning(epochs=epochs)
+    fit(tmp_path, module, callback)
+    assert all(result.applied for result in callback.results)
+    assert unchanged(module.teacher, made(AutoEncoder, seed=5).encoder)
+
+
+class HasTeacher(Callback):
+    def __init__(self):
+        self.teacher = made(AutoEncoder, seed=5).requires_grad_(False)
+
+
+def test_a_fixed_teacher_of_a_callback_stays_whole(tmp_path):
+    module, holder = made(), HasTeacher()
+    fit(tmp_path, module, softpruning(), holder)
+    assert unchanged(holder.teacher, made(AutoEncoder, seed=5))
+
+
+def test_a_teacher_from_which_the_fit_has_begun_elsewhere_stays_whole(tmp_path):
+    """Its values are near the model's, and not the same."""
+
+    def teacher(module):
+        near = copy.deepcopy(module.encoder)
+        with torch.no_grad():
+            for parameter in near.parameters():
+                parameter.mul_(1.01)
+        return near
+
+    module = made(Distilled, teacher=teacher)
+    before = copy.deepcopy(module.teacher)
+    fit(tmp_path, module, softpruning())
+    assert unchanged(module.teacher, before)
+
+
+def copied_encoder(module):
+    return copy.deepcopy(module.encoder)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_copy_that_has_not_changed_may_be_an_average_or_a_teacher_and_is_named(tmp_path, epochs):
+    module = made(Distilled, teacher=copied_encoder)
+    with pytest.warns(UserWarning, match=r"SoftPruning: self\.hidden\[0\]: outside of the model.*`ignore`"):
+        fit(tmp_path, module, softpruning(epochs=epochs))
+    assert module.teacher[0].out_features == module.encoder[0].out_features
+
+
+class SeesToIt(Distilled):
+    def on_softprune(self, surgery):
+        pass
+
+
+def test_a_copy_whose_owner_sees_to_it_stays_whole(tmp_path):
+    module = made(SeesToIt, teacher=copied_encoder)
+    fit(tmp_path, module, softpruning())
+    assert unchanged(module.teacher, made().encoder)
 
 
 # ---------------------------------------------------------------------------------------------------------- second fits

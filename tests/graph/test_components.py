@@ -1,10 +1,12 @@
 """Components, patterns, and what is ignored."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from lightning_softprune.graph.components import match_modules
+from lightning_softprune.graph.components import equal_parts, match_modules
 from support import zoo
 from support.groups import by_name, groups_of
 from support.zoo import BY_NAME, find
@@ -74,3 +76,23 @@ def test_patterns_match_modules_and_bare_parameters():
         "layer.norm*": ["layer.norm1", "layer.norm2"],
         "pos*": ["position"],
     }
+
+
+def copies():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    other = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    return nn.ModuleDict({"net": net, "teacher": copy.deepcopy(net), "other": other})
+
+
+def test_parts_of_equal_values_are_found_once_in_both_orders():
+    model = copies()
+    trained = {id(parameter) for parameter in model.parameters()}
+    assert equal_parts(model, trained) == [("net", "teacher"), ("teacher", "net")]
+    assert equal_parts(model, trained, known=["teacher"]) == equal_parts(model, trained, ignored=["tea*"]) == []
+    assert equal_parts(model, {id(parameter) for parameter in model["net"].parameters()}) == []
+
+
+def test_blocks_that_have_begun_alike_are_no_pair():
+    model = nn.ModuleDict({"experts0": copies()["net"], "experts1": copies()["net"]})
+    assert equal_parts(model, {id(parameter) for parameter in model.parameters()}) == []

@@ -1,5 +1,6 @@
 """Strategies and optimizers that cannot be served are refused by name."""
 
+import copy
 from types import SimpleNamespace
 
 import lightning as L
@@ -8,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_softprune.trainer.support import refuse_sharded_optimizers, refuse_sharding
+from lightning_softprune.trainer.support import UntrainedCopies, refuse_sharded_optimizers, refuse_sharding
 from support.neighbours import Regressor, pruning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,3 +54,36 @@ def test_an_optimizer_that_is_spread_over_the_processes_is_refused():
         with pytest.raises(MisconfigurationException, match=rf"optimizer: {kind.__name__} .*plain optimizer"):
             refuse_sharded_optimizers(trainer)
     refuse_sharded_optimizers(SimpleNamespace(optimizers=[torch.optim.SGD([torch.zeros(1)])]))
+
+
+class WithCopy(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Linear(3, 3)
+        self.second = copy.deepcopy(self.net)
+
+
+def test_a_copy_is_judged_when_its_original_is_trained():
+    module = WithCopy()
+    trainer = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), 0.1)])
+    copies = UntrainedCopies(trainer, module, {}, [])
+    copies.note_gradients()
+    copies.refuse()  # something else was trained in this batch
+    module.net(torch.ones(1, 3)).sum().backward()
+    copies.note_gradients()
+    with pytest.raises(MisconfigurationException, match=r"'second' is not trained.*twins=\{'second': 'net'\}"):
+        copies.refuse()
+
+
+def test_copies_that_are_both_trained_are_not_looked_at_again():
+    module = WithCopy()
+    trainer = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), 0.1)])
+    copies = UntrainedCopies(trainer, module, {}, [])
+    for part in (module.net, module.second):  # a step that goes back twice
+        module.zero_grad()
+        part(torch.ones(1, 3)).sum().backward()
+        copies.note_gradients()
+    copies.refuse()
+    module.second.zero_grad()
+    copies.note_gradients()
+    copies.refuse()
