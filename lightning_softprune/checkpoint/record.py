@@ -11,10 +11,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, tensor_sites
+from lightning_softprune.graph import layer_type
 from lightning_softprune.results import PruningResult
 
 FORMAT = 2
@@ -154,10 +154,16 @@ def _left_out(module: nn.Module, form: ModelShapes, dense: ModelShapes, state: A
         for site in sites
         if _place(site.tensor) not in known
         and site.attribute not in site.module._non_persistent_buffers_set
-        and (id(site.module) in changed or isinstance(site.module, _BatchNorm))
+        and (id(site.module) in changed or _takes_shifts(site.module))
     }
     pruned = any(form.shapes.get(name) != dense.shapes.get(name) for name in missing)
     return copied(missing) if pruned else {}
+
+
+def _takes_shifts(module: nn.Module) -> bool:
+    """Whether a layer's running mean may have taken what compensation adds in front of it."""
+    entry = layer_type(module)
+    return entry is not None and entry.mean_buffer(module) is not None
 
 
 def _place(tensor: torch.Tensor) -> tuple[str, int]:
