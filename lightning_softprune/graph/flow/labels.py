@@ -63,6 +63,7 @@ class Couplings:
         slots: Layer or tensor name and slot -> its first atom, its size.
         pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
         splits: Dimensions that were laid out over several.
+        contracted: Atoms over which products of two tensors sum, in the order in which they do.
         averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
         pinning: Whether pins count now; they do not where nobody reads what is computed.
         returned: Dimensions of what modules gave that hold atoms: name of the module, atoms.
@@ -76,6 +77,7 @@ class Couplings:
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
     returned: list[tuple[str, IntArray]] = field(default_factory=list)
+    contracted: list[IntArray] = field(default_factory=list)
     averaged: list[IntArray] = field(default_factory=list)
     pinning: bool = True
     crossed: CrossedAtoms = field(default_factory=CrossedAtoms)
@@ -117,6 +119,11 @@ class Couplings:
         if is_atoms(label):
             self.averaged.append(label[label >= 0])
 
+    def contract(self, one: Label, other: Label, reason: str) -> None:
+        """A product sums over a dimension that two tensors meet in; see `merge`."""
+        self.contracted += [label for label in (one, other) if is_atoms(label)]
+        self.merge(one, other, reason)
+
     def pin(self, label: Label, reason: str) -> None:
         """The atoms of a label cannot go, and no others of their group."""
         if self.pinning and is_atoms(label) and (label >= 0).any():
@@ -147,14 +154,15 @@ class Couplings:
     def classes(self) -> IntArray:
         """The class of each atom: those that go together have the same."""
         while True:
-            found = self._united()
+            found = self.united()
             together, stuck = self.crossed.met(found)
             self.pins += [(atoms, _UNLIKE, True) for atoms in stuck]
             if not together:
                 return found
             self._edges += together
 
-    def _united(self) -> IntArray:
+    def united(self) -> IntArray:
+        """The same, without what crossed atoms bring together."""
         if not self.count:
             return np.zeros(0, dtype=np.int64)
         one = np.concatenate([edge[0] for edge in self._edges] or [np.zeros(0, np.int64)])
