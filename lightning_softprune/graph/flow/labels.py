@@ -84,6 +84,7 @@ class Couplings:
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _known: set[tuple[int, int]] = field(default_factory=set)
     _held: list[IntArray] = field(default_factory=list)
+    _stays: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by atom, whether it is pinned
 
     def slot(self, name: str, slot: str, size: int) -> IntArray:
         """The atoms of a slot."""
@@ -127,7 +128,16 @@ class Couplings:
     def pin(self, label: Label, reason: str) -> None:
         """The atoms of a label cannot go, and no others of their group."""
         if self.pinning and is_atoms(label) and (label >= 0).any():
-            self.pins.append((label[label >= 0], reason, True))
+            atoms = label[label >= 0]
+            self.pins.append((atoms, reason, True))
+            if len(self._stays) < self.count:
+                self._stays = np.pad(self._stays, (0, 2 * self.count - len(self._stays)))
+            self._stays[atoms] = 1
+
+    def is_pinned(self, label: IntArray) -> bool:
+        """Whether none of a label's atoms can go, as far as is known yet, whatever they are united with."""
+        atoms = label[label >= 0]
+        return bool(atoms.max(initial=0) < len(self._stays) and self._stays[atoms].all())
 
     def merge(self, one: Label, other: Label, reason: str) -> Label:
         """The label of a dimension that two tensors meet in, index by index.

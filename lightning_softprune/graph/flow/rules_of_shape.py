@@ -68,6 +68,8 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
         _pin_all(flow, operation, source, "has no elements")
         return [[FIXED] * len(after)]
     given = flow.labels(source)
+    if any(len(moved.carriers) > 1 for moved in move(given, before, after)):
+        given = _without_pinned(flow, given)
     for moved in move(given, before, after):
         mine = [dim for dim in moved.before if before[dim] > 1]
         theirs = [dim for dim in moved.after if after[dim] > 1]
@@ -83,6 +85,11 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
             if is_atoms(label):
                 flow.couplings.extents.append((label, operation.site.module))
     return [labels]
+
+
+def _without_pinned(flow: Flow, labels: Labels) -> Labels:
+    """Labels, with those as fixed whose atoms stay in any case: they do not cross others, as a mask's windows heads."""
+    return [FIXED if is_atoms(label) and flow.couplings.is_pinned(label) else label for label in labels]
 
 
 def _elements(flow: Flow, operation: Operation, moved: Moved, given: Labels, before: Sequence[int]) -> IntArray:
