@@ -46,12 +46,14 @@ class Split:
         sizes: Of the dimensions that the atoms vary along.
         chosen: Which of these carries them.
         atoms: The atoms.
+        compared: Whether the choice may change what is computed, so that it is compared with the masked network.
     """
 
     site: str
     sizes: tuple[int, ...]
     chosen: int
     atoms: IntArray
+    compared: bool = True
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Couplings:
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _known: set[tuple[int, int]] = field(default_factory=set)
     _held: list[IntArray] = field(default_factory=list)
+    _cut: dict[int, IntArray] = field(default_factory=dict)
     _stays: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by atom, whether it is pinned
 
     def slot(self, name: str, slot: str, size: int) -> IntArray:
@@ -114,6 +117,15 @@ class Couplings:
         found = self.slot(f"{CROSSED} {self.count}", CROSSED, dims[0].size)
         self.crossed.add(int(found[0]), np.stack([factor.ravel() for factor in factors], axis=1))
         return found.reshape(dims[0].shape)
+
+    def cut(self, label: IntArray) -> IntArray:
+        """The label of a slice whose ends are no shares of what it is taken from."""
+        self._cut[id(label)] = label  # its identity stays taken
+        return label
+
+    def is_cut(self, label: Label) -> bool:
+        """Whether it is one, as it was taken."""
+        return id(label) in self._cut
 
     def average(self, label: Label) -> None:
         """Something is computed over the atoms of a label that zeros in their place would change."""

@@ -40,8 +40,8 @@ _MOST_PARTS = 8
 
 
 @rule("detach", "alias", "clone", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "_pin_memory", "_conj")
-@rule("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like", "bernoulli", "normal")
-@rule("uniform", "exponential", "random", "fill", "zero", "tril", "triu", "positive", "_fw_primal", "resolve_conj")
+@rule("bernoulli", "normal", "uniform", "exponential", "random", "fill", "zero", "tril", "triu", "positive")
+@rule("_fw_primal", "resolve_conj")
 def _same(flow: Flow, operation: Operation) -> list[Labels]:
     first = operation.inputs[0]
     return [list(flow.labels(first)) for _ in operation.outputs]
@@ -264,15 +264,8 @@ def _stack(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
-@rule(
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "unsafe_split",
-    "unsafe_chunk",
-    "split_with_sizes_copy",
-    "unsafe_split_with_sizes",
-)
+@rule("split", "split_with_sizes", "split_with_sizes_copy", "chunk")
+@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def _split(flow: Flow, operation: Operation) -> list[Labels]:
     source = operation.inputs[0]
     shape, labels = flow.shape(source), flow.labels(source)
@@ -284,6 +277,8 @@ def _split(flow: Flow, operation: Operation) -> list[Labels]:
             alike(flow, whole, widths[0])
         elif operation.name == "split":
             flow.couplings.pin(whole, said(operation, f"chunks its channels into unequal parts of {widths}"))
+        else:
+            _shared_out(flow, operation, whole, widths)
         flow.couplings.extents.append((whole, operation.site.module))
     for width in widths:
         part = whole[start : start + width] if is_atoms(whole) else whole
@@ -292,6 +287,18 @@ def _split(flow: Flow, operation: Operation) -> list[Labels]:
         results.append([*labels[:dim], part, *labels[dim + 1 :]])
         start += width
     return results
+
+
+def _shared_out(flow: Flow, operation: Operation, whole: IntArray, widths: Sequence[int]) -> None:
+    """Unequal parts have widths of their own; as another way to read it, they are shares of what there is."""
+    part = math.gcd(*widths)
+    if part == 1 or len(whole) // part > _MOST_PARTS:
+        return
+    site = f"{operation.site.line} shares"
+    alternative = flow.choices.get(site, 0) % 2
+    flow.couplings.splits.append(Split(site, (2, 2), alternative, whole[whole >= 0], bool(alternative)))
+    if alternative:
+        alike(flow, whole, part)
 
 
 def alike(flow: Flow, atoms: IntArray, width: int) -> None:
@@ -323,8 +330,10 @@ def _slice(flow: Flow, operation: Operation) -> list[Labels]:
                 flow.couplings.unite(np.ascontiguousarray(whole[0::step]), np.ascontiguousarray(whole[place::step]))
         return [labels]
     part = math.gcd(start, start + kept, size)
-    if part and size // part <= _MOST_PARTS:
+    if part > 1 and size // part <= _MOST_PARTS:
         alike(flow, whole, part)
+    else:
+        flow.couplings.cut(labels[dim])
     return [labels]
 
 
