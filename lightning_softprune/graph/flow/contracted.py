@@ -48,12 +48,14 @@ class _Output:
         operation: Number of the operation that makes it.
         name: Who does.
         label: Its label.
-        frozen: Whether a layer makes it that is not trained.
+        is_of_layer: Whether a layer makes it, which gives the name where others do too.
+        frozen: Whether that is not trained.
     """
 
     operation: int
     name: str
     label: IntArray
+    is_of_layer: bool
     frozen: bool
 
 
@@ -75,8 +77,8 @@ class Outputs:
         name = operation.layer or operation.site.module or operation.name
         layer = self.flow.model.get_submodule(operation.layer) if operation.layer else None
         frozen = layer is not None and not any(p.requires_grad for p in layer.parameters())
-        found = [_Output(number, name, label, frozen) for label in labels if is_atoms(label)]
-        self._found = [*self._found, *found] if layer is not None else [*found, *self._found]  # the last gives the name
+        made = [label for label in labels if is_atoms(label)]
+        self._found += [_Output(number, name, label, layer is not None, frozen) for label in made]
 
     def follow(self, number: int, operation: Operation, contracted: Sequence[IntArray]) -> None:
         """Note what an operation contracts: a product by itself, or a sum over what is a product of two."""
@@ -89,10 +91,11 @@ class Outputs:
             if len(over) < rank:
                 labels = self.flow.labels(source)
                 ends += [labels[dim] for dim in over & self._products.get(source.number, set())]
-        elif operation.name in _SCALED | _ADDED and operation.outputs[0] is not None:
-            dims = self._product_dims(operation, operation.outputs[0])
-            if dims:
-                self._products[operation.outputs[0].number] = dims
+        elif operation.name in _SCALED | _ADDED:
+            for result in operation.outputs[:1]:
+                along = set() if result is None else self._product_dims(operation, result)
+                if result is not None and along:
+                    self._products[result.number] = along
         if ends:
             self._ends[number] = ends
 
@@ -109,6 +112,7 @@ class Outputs:
             held.append({first + dim for dim in full if is_atoms(labels[dim])})
         if operation.name in _ADDED:
             return set.intersection(*along) if along else set()
+        along = along[:1] if operation.name == "div" else along
         both = held[0] & held[1] if operation.name == "mul" and len(held) == 2 else set()
         return both.union(*along)
 
@@ -118,8 +122,9 @@ class Outputs:
         Args:
             live: For each operation, whether anything shown depends on it.
         """
-        reaches = self._reaching(live)
-        if not any(reaches[output.operation] for output in self._found):
+        self._found.sort(key=lambda output: output.is_of_layer)
+        reaches = self._reaching(live) if self._ends else []
+        if not any(reaches[output.operation] for output in self._found if reaches):
             for output in self._found:
                 self.flow.couplings.pin(output.label, _said(output))
             return
