@@ -50,6 +50,7 @@ class Grouping:
         groups: In the order in which the model runs them; then what is in no group.
         splits: Name of a group -> places in the code at which its channels were laid out over several dimensions, and
             how many alternatives each has.
+        chosen: Names of the groups of which such a choice may have been wrong.
         averaged: Names of the groups over whose channels something is computed that misses those that go.
         counts: Name of a group -> integer attributes of modules that may count its channels.
     """
@@ -58,6 +59,7 @@ class Grouping:
     splits: dict[str, dict[str, int]]
     counts: dict[str, tuple[Count, ...]]
     averaged: set[str]
+    chosen: set[str]
 
 
 def trace_groups(
@@ -130,7 +132,8 @@ def groups_of(
     counts = {g.name: table.counts(g, own) for g, own in zip(named, classes, strict=True)}
     alone = left_alone(trace.model, named, trace, table.reason_of)
     averaged = {g.name for g, own in zip(named, classes, strict=True) if table.is_averaged(own)}
-    return Grouping([*named, *alone], splits, counts, averaged)
+    chosen = {g.name for g, own in zip(named, classes, strict=True) if table.is_chosen(own)}
+    return Grouping([*named, *alone], splits, counts, averaged, chosen)
 
 
 def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup], trace: Trace) -> list[PruningGroup]:
@@ -206,9 +209,12 @@ class _Table:
         self._modules = dict(trace.model.named_modules())
         # looked up by class: there are as many of them as there are reshapes in the model
         self._splits: dict[int, dict[str, int]] = defaultdict(dict)
+        self._chosen: set[int] = set()
         for split in couplings.splits:
             for number in self._apart(split.atoms):
                 self._splits[number][split.site] = len(split.sizes)
+                if split.compared:
+                    self._chosen.add(number)
         self._extents: dict[int, list[tuple[IntArray, str]]] = defaultdict(list)
         for atoms, module in {(id(atoms), module): (atoms, module) for atoms, module in couplings.extents}.values():
             if len(atoms) and (atoms >= 0).all():
@@ -293,6 +299,10 @@ class _Table:
     def is_averaged(self, own: IntArray) -> bool:
         """Whether something is computed over these classes that misses those that go."""
         return not self._averaged.isdisjoint(own.tolist())
+
+    def is_chosen(self, own: IntArray) -> bool:
+        """Whether which dimension carries these classes, or what they are shares of, was a choice."""
+        return not self._chosen.isdisjoint(own.tolist())
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""

@@ -367,7 +367,7 @@ def prepare_groups(
         if not how.probed:
             return groups, grouping
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
-        candidates = Candidates(counts, {name for name, splits in grouping.splits.items() if splits}, grouping.averaged)
+        candidates = Candidates(counts, grouping.chosen, grouping.averaged)
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
 
     with one_thread(are_tiny(trace.tape.shapes)):

@@ -12,6 +12,7 @@ Groups are probed together, each with a pattern of its own, and apart where some
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,9 @@ _LONGEST = 80
 """Of an exception's message, in a reason."""
 
 _HINT = "if a size is written down: write -1, take the tensor's shape, or an integer attribute"
+
+_EMPTY = re.compile(r"\(0\)|\b0x\d|\dx0\b")
+"""A size of zero in an exception's message: a slice by numbers lies beyond the channels that are left."""
 
 _BY_NUMBER = "what is read by its number needs a layer of its own"
 
@@ -304,15 +308,16 @@ class _Probe:
     def _reason_of(self, error: Exception) -> str:
         """What the model said to fewer channels, where, and what would help."""
         line = (str(error).splitlines() or [""])[0]
-        line = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
+        shown = line if len(line) <= _LONGEST else f"{line[: _LONGEST - 4]} ..."
         names = {id(module): name for name, module in self.model.named_modules()}
         module = place = ""
         for frame, number in frames_of(error.__traceback__):
             module = names.get(id(frame.f_locals.get("self")), module)
             place = line_of(frame, number) if is_users(frame) else place
         where = " in ".join(filter(None, (place, module)))
-        found = f"{DOES_NOT_RUN}: {type(error).__name__}: {line}"
-        hint = _BY_NUMBER if isinstance(error, IndexError) else _HINT
+        found = f"{DOES_NOT_RUN}: {type(error).__name__}: {shown}"
+        beyond = isinstance(error, IndexError) or _EMPTY.search(line) is not None
+        hint = _BY_NUMBER if beyond else _HINT
         return f"{found} ({where}); {hint}" if where else f"{found}; {hint}"
 
     def is_as_masked(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:

@@ -93,7 +93,7 @@ HEADS = {
     "Mixtral": 2,
     "T5": 3,
     "ViT": 2,
-    "Swin": 2,
+    "Swin": 3,
     "Segformer": 3,
     "Whisper encoder": 2,
     "Wav2Vec2": 2,

@@ -9,6 +9,7 @@ import torch
 from torch import library, nn
 from torch.nn import functional as F
 
+from lightning_softprune import find_groups
 from lightning_softprune.graph import Count
 from support.masked import Net, check
 
@@ -86,6 +87,45 @@ def test_a_constant_slice_of_raw_input_beside_channels_is_no_obstacle():
 
     net = Net(forward, body=nn.Linear(3, 6), head=nn.Linear(9, 2))
     check(net, torch.randn(4, 6), {"body": 6})
+
+
+@pytest.mark.parametrize("how", ["split", "slices"])
+def test_parts_that_are_shares_of_the_width_shrink_alike(how):
+    def operation(net, x):
+        one = x.shape[-1] // 4
+        first, rest = x.split([one, x.shape[-1] - one], -1) if how == "split" else (x[..., :one], x[..., one:])
+        return torch.cat([net.inner(first), rest], -1)
+
+    net, x = between(operation, 16, inner=nn.Linear(4, 4))
+    check(net, x, {"body": 4, "inner": 4})
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        lambda x: torch.ones_like(x[..., :1]),
+        lambda x: torch.full_like(x[..., -1:], 0.3),
+        lambda x: torch.empty_like(x.narrow(-1, 0, 1)).fill_(0.5),
+        lambda x: x[..., :1] * 0 + 0.7,
+        lambda x: x.new_ones(len(x), 1),
+    ],
+)
+@pytest.mark.parametrize("width", [8, 12])
+def test_a_column_in_the_shape_of_one_channel_is_no_channel(column, width):
+    net, x = between(lambda net, x: torch.cat([x, column(x)], -1), width, width + 1)
+    check(net, x, {"body": width})
+
+
+def test_noise_in_the_shape_of_one_channel_is_no_channel():
+    net, x = between(lambda net, x: torch.cat([x, torch.randn_like(x[..., :1])], -1), 8, 9)
+    body, _ = find_groups(net, x)
+    assert (body.num_channels, body.prunable) == (8, True)
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_one_channel_that_is_read_is_refused(width):
+    net, x = between(lambda net, x: torch.cat([x, x[..., :1].exp()], -1), width, width + 1)
+    check(net, x, {}, {"body": "the model does not run with fewer channels"})
 
 
 def test_slices_with_steps_couple_what_they_step_over():

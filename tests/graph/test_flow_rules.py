@@ -135,6 +135,40 @@ def test_a_width_per_head_that_is_divided_out_of_the_total_follows_the_heads():
     check(net, x, {"stem": C, "q": H})
 
 
+def windows_repeated(scores, masks):
+    return scores + masks.repeat(len(scores) // len(masks), 1, 1).unsqueeze(1)
+
+
+def windows_expanded(scores, masks):
+    return scores + masks.unsqueeze(1).repeat(len(scores) // len(masks), 1, 1, 1)
+
+
+def windows_apart(scores, masks):
+    several = scores.view(-1, len(masks), *scores.shape[1:]) + masks[None, :, None]
+    return several.view(-1, *several.shape[2:])
+
+
+@pytest.mark.parametrize("masked", [windows_repeated, windows_expanded, windows_apart])
+def test_masks_of_windows_that_lie_in_the_batch_do_not_cross_heads_that_follow_the_stream(masked):
+    def forward(net, x):
+        x = net.stem(x)
+        batch, length, width = x.shape
+        parts = net.qkv(x).reshape(batch, length, 3, net.num_heads, width // net.num_heads).permute(2, 0, 3, 1, 4)
+        scores = masked(parts[0] @ parts[1].transpose(-2, -1) * D**-0.5, net.masks).softmax(-1)
+        return net.head(x + net.out((scores @ parts[2]).transpose(1, 2).reshape(batch, length, width)))
+
+    net = Net(
+        forward,
+        {"masks": torch.randn(2, T, T)},
+        stem=nn.Linear(3, E),
+        qkv=nn.Linear(E, 3 * E),
+        out=nn.Linear(E, E),
+        head=nn.Linear(E, 2),
+        num_heads=H,
+    )
+    check(net, torch.randn(4, T, 3), {"stem": H})
+
+
 def test_heads_that_are_a_constant_lose_dimensions_of_every_head_or_are_refused():
     """The width of a head is free in `view(B, T, H, -1)`; with a fixed scale this is what masking says."""
 

@@ -109,6 +109,25 @@ def test_a_long_message_of_an_exception_is_cut():
     assert len(reason) < 250
 
 
+@pytest.mark.parametrize("counts", [lambda m, w: len(m.experts), lambda m, w: w.shape[1]], ids=["list", "width"])
+def test_a_gate_whose_channels_are_picked_by_number_says_so(counts):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.head = nn.Linear(5, 2), nn.Linear(8, 2)
+            self.experts = nn.ModuleList([nn.Linear(5, 8), nn.Linear(5, 8)])
+
+        def forward(self, x):
+            weights = self.gate(x).softmax(1)
+            return self.head(sum(weights[:, k : k + 1] * self.experts[k](x) for k in range(counts(self, weights))))
+
+    torch.manual_seed(0)
+    groups = {group.name: group for group in find_groups(Experts(), torch.randn(3, 5))}
+    assert groups["experts.0"].prunable
+    assert not groups["gate"].prunable
+    assert groups["gate"].reason.endswith("; what is read by its number needs a layer of its own")
+
+
 def test_computed_weights_name_what_removes_them():
     wrapped = nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8))
     model = nn.Sequential(nn.Linear(5, 8), wrapped, nn.Linear(8, 2))

@@ -46,12 +46,14 @@ class Split:
         sizes: Of the dimensions that the atoms vary along.
         chosen: Which of these carries them.
         atoms: The atoms.
+        compared: Whether the choice may change what is computed, so that it is compared with the masked network.
     """
 
     site: str
     sizes: tuple[int, ...]
     chosen: int
     atoms: IntArray
+    compared: bool = True
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Couplings:
         slots: Layer or tensor name and slot -> its first atom, its size.
         pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
         splits: Dimensions that were laid out over several.
+        contracted: Atoms over which products of two tensors sum, in the order in which they do.
         averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
         pinning: Whether pins count now; they do not where nobody reads what is computed.
         returned: Dimensions of what modules gave that hold atoms: name of the module, atoms.
@@ -76,12 +79,15 @@ class Couplings:
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
     returned: list[tuple[str, IntArray]] = field(default_factory=list)
+    contracted: list[IntArray] = field(default_factory=list)
     averaged: list[IntArray] = field(default_factory=list)
     pinning: bool = True
     crossed: CrossedAtoms = field(default_factory=CrossedAtoms)
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     _known: set[tuple[int, int]] = field(default_factory=set)
     _held: list[IntArray] = field(default_factory=list)
+    _cut: dict[int, IntArray] = field(default_factory=dict)
+    _stays: IntArray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # by atom, whether it is pinned
 
     def slot(self, name: str, slot: str, size: int) -> IntArray:
         """The atoms of a slot."""
@@ -112,15 +118,38 @@ class Couplings:
         self.crossed.add(int(found[0]), np.stack([factor.ravel() for factor in factors], axis=1))
         return found.reshape(dims[0].shape)
 
+    def cut(self, label: IntArray) -> IntArray:
+        """The label of a slice whose ends are no shares of what it is taken from."""
+        self._cut[id(label)] = label  # its identity stays taken
+        return label
+
+    def is_cut(self, label: Label) -> bool:
+        """Whether it is one, as it was taken."""
+        return id(label) in self._cut
+
     def average(self, label: Label) -> None:
         """Something is computed over the atoms of a label that zeros in their place would change."""
         if is_atoms(label):
             self.averaged.append(label[label >= 0])
 
+    def contract(self, one: Label, other: Label, reason: str) -> None:
+        """A product sums over a dimension that two tensors meet in; see `merge`."""
+        self.contracted += [label for label in (one, other) if is_atoms(label)]
+        self.merge(one, other, reason)
+
     def pin(self, label: Label, reason: str) -> None:
         """The atoms of a label cannot go, and no others of their group."""
         if self.pinning and is_atoms(label) and (label >= 0).any():
-            self.pins.append((label[label >= 0], reason, True))
+            atoms = label[label >= 0]
+            self.pins.append((atoms, reason, True))
+            if len(self._stays) < self.count:
+                self._stays = np.pad(self._stays, (0, 2 * self.count - len(self._stays)))
+            self._stays[atoms] = 1
+
+    def is_pinned(self, label: IntArray) -> bool:
+        """Whether none of a label's atoms can go, as far as is known yet, whatever they are united with."""
+        atoms = label[label >= 0]
+        return bool(atoms.max(initial=0) < len(self._stays) and self._stays[atoms].all())
 
     def merge(self, one: Label, other: Label, reason: str) -> Label:
         """The label of a dimension that two tensors meet in, index by index.
@@ -147,14 +176,15 @@ class Couplings:
     def classes(self) -> IntArray:
         """The class of each atom: those that go together have the same."""
         while True:
-            found = self._united()
+            found = self.united()
             together, stuck = self.crossed.met(found)
             self.pins += [(atoms, _UNLIKE, True) for atoms in stuck]
             if not together:
                 return found
             self._edges += together
 
-    def _united(self) -> IntArray:
+    def united(self) -> IntArray:
+        """The same, without what crossed atoms bring together."""
         if not self.count:
             return np.zeros(0, dtype=np.int64)
         one = np.concatenate([edge[0] for edge in self._edges] or [np.zeros(0, np.int64)])

@@ -14,6 +14,7 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
+from lightning_softprune.graph.flow.contracted import Outputs
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, dim_of, unknown
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
@@ -184,7 +185,9 @@ class Flow:
     def run(self) -> Couplings:
         """Carry the labels through all operations; those that nothing shown depends on couple, and pin nothing."""
         live, feeding = self._live()
-        for operation, alive, feeds in zip(self.tape.operations, live, feeding, strict=True):
+        ends = Outputs(self)
+        for number, (operation, alive, feeds) in enumerate(zip(self.tape.operations, live, feeding, strict=True)):
+            contracted = len(self.couplings.contracted)
             # of what a backward pass makes inside of torch.func nobody sees what it depends on
             self.couplings.pinning = alive or operation.layer in self.tape.apart
             if operation.name == "layer":
@@ -208,9 +211,12 @@ class Flow:
                     labels = [FIXED] * len(self.shape(value))
                 self._labels[value.number] = labels
             self._write_through(operation)
-            if not feeds and self._mixes(operation):
-                self._pin_outputs(operation)
+            if alive:
+                ends.follow(number, operation, self.couplings.contracted[contracted:])
+            if alive and not feeds and (self._mixes(operation) or _is_product(operation)):
+                ends.add(number, operation, self._made_labels(operation))
         self.couplings.pinning = True
+        ends.pin(live)
         for module, value in self.tape.returned:
             self.couplings.returned += [(module, label) for label in self.labels(value) if is_atoms(label)]
         for number in sorted(self.tape.shown):
@@ -252,8 +258,7 @@ class Flow:
     def _mixes(self, operation: Operation) -> bool:
         if operation.name == "layer":
             return any(True for _ in operation.given)
-        rule = RULES.get(operation.name)
-        return rule is not None and rule.__module__ == _PRODUCTS and self._has_parameters(operation)
+        return _is_product(operation) and self._has_parameters(operation)
 
     def _has_parameters(self, operation: Operation) -> bool:
         return any(value.number in self._weights for value in operation.inputs)
@@ -267,13 +272,10 @@ class Flow:
                 found.update(value.number for value in operation.outputs if value is not None)
         return found
 
-    def _pin_outputs(self, operation: Operation) -> None:
-        name = operation.layer or operation.site.module or operation.name
-        labels = [self.labels(value)[dim] for value, _, dim, _ in operation.given]
-        if not operation.layer:
-            labels = [label for value in operation.outputs if value is not None for label in self.labels(value)]
-        for label in labels:
-            self.couplings.pin(label, f"{name} produces an output of the network")
+    def _made_labels(self, operation: Operation) -> list[Label]:
+        if operation.layer:
+            return [self.labels(value)[dim] for value, _, dim, _ in operation.given]
+        return [label for value in operation.outputs if value is not None for label in self.labels(value)]
 
     def _live(self) -> tuple[list[bool], list[bool]]:
         """For each operation: whether anything shown depends on it, and whether a later layer does."""
@@ -352,3 +354,8 @@ class Flow:
             for label in self.labels(value):
                 self.couplings.pin(label, f"feeds {operation.layer}: {reason}")
         return [[FIXED] * len(self.shape(value)) for value in operation.outputs if value is not None]
+
+
+def _is_product(operation: Operation) -> bool:
+    rule = RULES.get(operation.name)
+    return rule is not None and rule.__module__ == _PRODUCTS

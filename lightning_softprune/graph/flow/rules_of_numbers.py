@@ -33,6 +33,21 @@ def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
 
 
+@rule("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "randint_like", "full_like")
+def _like(flow: Flow, operation: Operation) -> list[Labels]:
+    """New numbers in a tensor's shape, which is all that is read of it: a slice of one channel has it in any case."""
+    labels = flow.labels(operation.inputs[0])
+    return [[FREE if flow.couplings.is_cut(label) else label for label in labels]]
+
+
+@rule("mul")
+def _mul(flow: Flow, operation: Operation) -> list[Labels]:
+    other = operation.arguments.get("other")
+    if isinstance(other, (int, float)) and other == 0:
+        return _like(flow, operation)
+    return pointwise(flow, operation)
+
+
 @rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm")
 @rule("prod", "any", "all", "nansum", "count_nonzero", "median", "nanmedian", "aminmax", "max", "min", "mode")
 @rule("argmax", "argmin")

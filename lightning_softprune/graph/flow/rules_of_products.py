@@ -11,7 +11,7 @@ from lightning_softprune.graph.flow.tape import Operation, Value
 
 
 def _contract(flow: Flow, operation: Operation, one: Label, other: Label) -> None:
-    flow.couplings.merge(one, other, said(operation, "multiplies it by a tensor whose width is fixed"))
+    flow.couplings.contract(one, other, said(operation, "multiplies it by a tensor whose width is fixed"))
 
 
 def _added(flow: Flow, operation: Operation, labels: Labels, value: Value | None) -> list[Labels]:

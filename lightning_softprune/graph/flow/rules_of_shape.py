@@ -40,8 +40,8 @@ _MOST_PARTS = 8
 
 
 @rule("detach", "alias", "clone", "_to_copy", "lift_fresh", "lift_fresh_copy", "contiguous", "_pin_memory", "_conj")
-@rule("zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like", "bernoulli", "normal")
-@rule("uniform", "exponential", "random", "fill", "zero", "tril", "triu", "positive", "_fw_primal", "resolve_conj")
+@rule("bernoulli", "normal", "uniform", "exponential", "random", "fill", "zero", "tril", "triu", "positive")
+@rule("_fw_primal", "resolve_conj")
 def _same(flow: Flow, operation: Operation) -> list[Labels]:
     first = operation.inputs[0]
     return [list(flow.labels(first)) for _ in operation.outputs]
@@ -68,6 +68,8 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
         _pin_all(flow, operation, source, "has no elements")
         return [[FIXED] * len(after)]
     given = flow.labels(source)
+    if any(len(moved.carriers) > 1 for moved in move(given, before, after)):
+        given = _without_pinned(flow, given)
     for moved in move(given, before, after):
         mine = [dim for dim in moved.before if before[dim] > 1]
         theirs = [dim for dim in moved.after if after[dim] > 1]
@@ -83,6 +85,11 @@ def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
             if is_atoms(label):
                 flow.couplings.extents.append((label, operation.site.module))
     return [labels]
+
+
+def _without_pinned(flow: Flow, labels: Labels) -> Labels:
+    """Labels, with those as fixed whose atoms stay in any case: they do not cross others, as a mask's windows heads."""
+    return [FIXED if is_atoms(label) and flow.couplings.is_pinned(label) else label for label in labels]
 
 
 def _elements(flow: Flow, operation: Operation, moved: Moved, given: Labels, before: Sequence[int]) -> IntArray:
@@ -257,15 +264,8 @@ def _stack(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
-@rule(
-    "split",
-    "split_with_sizes",
-    "chunk",
-    "unsafe_split",
-    "unsafe_chunk",
-    "split_with_sizes_copy",
-    "unsafe_split_with_sizes",
-)
+@rule("split", "split_with_sizes", "split_with_sizes_copy", "chunk")
+@rule("unsafe_split", "unsafe_split_with_sizes", "unsafe_chunk")
 def _split(flow: Flow, operation: Operation) -> list[Labels]:
     source = operation.inputs[0]
     shape, labels = flow.shape(source), flow.labels(source)
@@ -277,6 +277,8 @@ def _split(flow: Flow, operation: Operation) -> list[Labels]:
             alike(flow, whole, widths[0])
         elif operation.name == "split":
             flow.couplings.pin(whole, said(operation, f"chunks its channels into unequal parts of {widths}"))
+        else:
+            _shared_out(flow, operation, whole, widths)
         flow.couplings.extents.append((whole, operation.site.module))
     for width in widths:
         part = whole[start : start + width] if is_atoms(whole) else whole
@@ -285,6 +287,18 @@ def _split(flow: Flow, operation: Operation) -> list[Labels]:
         results.append([*labels[:dim], part, *labels[dim + 1 :]])
         start += width
     return results
+
+
+def _shared_out(flow: Flow, operation: Operation, whole: IntArray, widths: Sequence[int]) -> None:
+    """Unequal parts have widths of their own; as another way to read it, they are shares of what there is."""
+    part = math.gcd(*widths)
+    if part == 1 or len(whole) // part > _MOST_PARTS:
+        return
+    site = f"{operation.site.line} shares"
+    alternative = flow.choices.get(site, 0) % 2
+    flow.couplings.splits.append(Split(site, (2, 2), alternative, whole[whole >= 0], bool(alternative)))
+    if alternative:
+        alike(flow, whole, part)
 
 
 def alike(flow: Flow, atoms: IntArray, width: int) -> None:
@@ -316,8 +330,10 @@ def _slice(flow: Flow, operation: Operation) -> list[Labels]:
                 flow.couplings.unite(np.ascontiguousarray(whole[0::step]), np.ascontiguousarray(whole[place::step]))
         return [labels]
     part = math.gcd(start, start + kept, size)
-    if part and size // part <= _MOST_PARTS:
+    if part > 1 and size // part <= _MOST_PARTS:
         alike(flow, whole, part)
+    else:
+        flow.couplings.cut(labels[dim])
     return [labels]
 
 

@@ -254,7 +254,7 @@ FROM_TRANSFORMERS = (
             **IMAGE,
             patch_size=2,
             embed_dim=16,
-            depths=[1, 1],
+            depths=[2, 1],
             num_heads=[2, 4],
             window_size=4,
         ),
