@@ -114,7 +114,7 @@ class _Looker(References):
         super().__init__(model, Surgery(), shapes, alone)
         self.found: list[nn.Module] = []
 
-    def _module(self, place: str, module: nn.Module, depth: int, *, is_copy: bool = True) -> None:
+    def _module(self, place: str, module: nn.Module, depth: int, *, is_copy: bool = True) -> None:  # noqa: ARG002
         for path, part in module.named_modules():
             self.found.append(part)
             if not isinstance(part, torch.jit.ScriptModule):

@@ -415,10 +415,15 @@ def test_a_wrapper_for_averages_goes_on_with_the_pruned_module(tmp_path, part, b
 
 
 class Probe(Callback):
-    """A layer of its own, of the size of one of the module's."""
+    """A network of its own, with a layer of the size of one of the module's, that learns beside it."""
 
     def on_fit_start(self, trainer, pl_module):
         self.probe = nn.Sequential(nn.Linear(FEATURES, 16), nn.ReLU(), nn.Linear(16, 5))
+
+    @torch.no_grad()
+    def on_train_batch_end(self, *_):
+        for parameter in self.probe.parameters():
+            parameter.mul_(0.9)
 
 
 def test_a_layer_of_the_same_size_in_a_module_of_a_callbacks_own_is_no_copy(tmp_path):
