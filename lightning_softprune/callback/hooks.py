@@ -187,7 +187,7 @@ class PruningHooks(Rounds):
         """Let the batch go; refuse copies that turn out not to be trained."""
         self._lesson = None
         if self._copies is not None:
-            self._copies.refuse()
+            self._copies.refuse(ends_epoch=trainer.is_last_batch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop after the fine-tuning that was asked for; within `fast_dev_run`, rehearse the rounds to come."""

@@ -79,11 +79,15 @@ def refuse_undeclared_twins(
         raise _undeclared(found, twins, ignore)
 
 
+_ENOUGH_BATCHES = 50
+"""What has got no gradient in so many batches, or in an epoch, is not trained."""
+
+
 class UntrainedCopies:
     """Copies that an optimizer holds and that get no gradient: teachers and averages that nobody declared.
 
-    Where a module begins with the values of another, the first training batches tell. One that is run without
-    gradients, or not at all, is not trained.
+    Where a module begins with the values of another, the first training batches tell, up to the end of an epoch. One
+    that is run without gradients, or not at all, is not trained.
 
     Args:
         trainer: The trainer in charge.
@@ -100,6 +104,7 @@ class UntrainedCopies:
         self._pairs = equal_parts(pl_module, _trained(trainer, pl_module), known, ignore)
         self._parts = {name: pl_module.get_submodule(name) for pair in self._pairs for name in pair}
         self._trained: set[str] = set()
+        self._batches = 0
 
     def note_gradients(self) -> None:
         """Call it after a backward pass."""
@@ -107,12 +112,18 @@ class UntrainedCopies:
             if any(parameter.grad is not None for parameter in part.parameters()):
                 self._trained.add(name)
 
-    def refuse(self) -> None:
+    def refuse(self, *, ends_epoch: bool) -> None:
         """Call it at the end of a training batch.
+
+        Args:
+            ends_epoch: Whether that is the last one of an epoch.
 
         Raises:
             MisconfigurationException: Names the copy and what it is a copy of, and what to write.
         """
+        self._batches += 1
+        if self._batches < _ENOUGH_BATCHES and not ends_epoch:
+            return  # batches may be of different tasks, with a part of the network for each
         found = {copy: of for copy, of in self._pairs if of in self._trained and copy not in self._trained}
         if found:
             raise _undeclared(found, self._twins, self._ignore)

@@ -68,11 +68,24 @@ def test_a_copy_is_judged_when_its_original_is_trained():
     trainer = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), 0.1)])
     copies = UntrainedCopies(trainer, module, {}, [])
     copies.note_gradients()
-    copies.refuse()  # something else was trained in this batch
+    copies.refuse(ends_epoch=True)  # something else was trained in this epoch
     module.net(torch.ones(1, 3)).sum().backward()
     copies.note_gradients()
+    copies.refuse(ends_epoch=False)  # the next batch may train the copy
     with pytest.raises(MisconfigurationException, match=r"'second' is not trained.*twins=\{'second': 'net'\}"):
-        copies.refuse()
+        copies.refuse(ends_epoch=True)
+
+
+def test_a_copy_is_judged_in_the_middle_of_a_long_epoch():
+    module = WithCopy()
+    trainer = SimpleNamespace(optimizers=[torch.optim.SGD(module.parameters(), 0.1)])
+    copies = UntrainedCopies(trainer, module, {}, [])
+    module.net(torch.ones(1, 3)).sum().backward()
+    for _ in range(49):
+        copies.note_gradients()
+        copies.refuse(ends_epoch=False)
+    with pytest.raises(MisconfigurationException, match="'second' is not trained"):
+        copies.refuse(ends_epoch=False)
 
 
 def test_copies_that_are_both_trained_are_not_looked_at_again():
@@ -83,7 +96,7 @@ def test_copies_that_are_both_trained_are_not_looked_at_again():
         module.zero_grad()
         part(torch.ones(1, 3)).sum().backward()
         copies.note_gradients()
-    copies.refuse()
+    copies.refuse(ends_epoch=True)
     module.second.zero_grad()
     copies.note_gradients()
-    copies.refuse()
+    copies.refuse(ends_epoch=True)
