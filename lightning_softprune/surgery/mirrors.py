@@ -61,9 +61,9 @@ class Mirrors:
 
         Args:
             owner: A module of the model, or outside of it. What the surgery has sliced in it is left out, and so are
-                layers, whose buffers are known.
+                layers, whose buffers are known, and TorchScript.
         """
-        if layer_type(owner) is not None:
+        if layer_type(owner) is not None or isinstance(owner, torch.jit.ScriptModule):
             return {}, []
         path = self._paths.get(id(owner))
         full = {key: None if path is None else f"{path}.{key}".lstrip(".") for key in owner._buffers}

@@ -136,8 +136,12 @@ class References:
         return after
 
     def _hidden(self, place: str, holder: object, depth: int) -> None:
-        """What lies in no dictionary: variables of closures, default arguments, slots."""
-        outside = self._companions, self._level
+        """What lies in no dictionary: variables of closures, default arguments, slots.
+
+        Functions may hold records of how the model was, so companions and copies are not looked for in what they hold.
+        """
+        outside = self._companions, self._level, self._asked
+        self._asked = self._asked and not isinstance(holder, (FunctionType, MethodType, functools.partial))
         self._companions, self._level = self._asked, 0
         for held in hidden_places(holder, self._packages):
             followed = self._followed(f"{place}.{held.name}", held.value, depth - 1)
@@ -148,7 +152,7 @@ class References:
                     self.left.append(f"{place}.{held.name}")
                 else:
                     self._undo.append(functools.partial(held.put, held.value))
-        self._companions, self._level = outside
+        self._companions, self._level, self._asked = outside
 
     def _set(self, mapping: Any, key: Any, value: Any) -> None:
         before = mapping[key]
