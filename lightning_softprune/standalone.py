@@ -189,9 +189,9 @@ def _plain_step(model: pl.LightningModule, name: str, batch: Any, begin: bool = 
             return what_a_step_shows(model, name, returned, logged, before)
         except RuntimeError as error:
             if str(error).endswith(_NO_TRAINER):
-                hint = "give the model one, `model.trainer = Trainer()`, or put `SoftPruning` into a fit"
                 raise ValueError(
-                    f"model: its {name} asks for `self.trainer`, which it has in a fit alone; {hint}"
+                    f"model: its {name} asks for `self.trainer`, which it has in a fit alone; give it one,"
+                    " `model.trainer = Trainer()`"
                 ) from error
             raise
         finally:

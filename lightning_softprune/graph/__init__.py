@@ -6,8 +6,10 @@ A module is traced by running its own steps (`trace`), its channels are followed
 """
 
 from lightning_softprune.graph.components import (
+    Form,
     assign_components,
     equal_parts,
+    form_of,
     match_modules,
     mirror_counts,
     mirror_twins,
@@ -67,6 +69,7 @@ __all__ = [
     "CostModel",
     "Count",
     "Coverage",
+    "Form",
     "Grouping",
     "Groups",
     "Kernel",
@@ -90,6 +93,7 @@ __all__ = [
     "computed_of",
     "coverage",
     "equal_parts",
+    "form_of",
     "geometry_of",
     "groups_of",
     "groups_of_one_width",

@@ -22,6 +22,9 @@ from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
 from lightning_softprune.utilities.patterns import no_match
 
+Form = tuple[tuple[str, Shape], ...]
+"""Names and shapes of a module's parameters."""
+
 
 @dataclass(frozen=True)
 class Component:
@@ -200,23 +203,23 @@ def undeclared_twins(
     Returns:
         The outermost of them -> the module each looks like.
     """
-    forms: dict[tuple[tuple[str, Shape], ...], list[str]] = defaultdict(list)
+    forms: dict[Form, list[str]] = defaultdict(list)
     untrained, whole = [], dict(model.named_modules())
     for name, module in whole.items():
         own = list(module.parameters())
         if not name or not own:
             continue
-        form = tuple((n, () if is_lazy(p) else tuple(p.shape)) for n, p in module.named_parameters())
+        form = form_of(module)
         if any(id(parameter) in trained for parameter in own):
             forms[form].append(name)
         elif not any(is_inside(name, other) for other in known):
             untrained.append((name, form))
     found: dict[str, str] = {}
-    patterns = list(ignored)
+    left_alone = Component("ignored", tuple(ignored))
     for name, form in untrained:
         if any(is_inside(name, other) for other in found):
             continue
-        if any(fnmatch.fnmatchcase(part, pattern) for part in self_and_parents(name) for pattern in patterns):
+        if left_alone.contains(name):
             continue
         alike = [other for other in forms.get(form, ()) if not is_inside(name, other) and not is_inside(other, name)]
         same = [other for other in alike if _same_values(whole[name], whole[other])]
@@ -243,17 +246,14 @@ def equal_parts(
     Returns:
         The names of the outermost of them, each pair in both orders.
     """
-    forms: dict[tuple[tuple[str, Shape], ...], list[str]] = defaultdict(list)
-    whole, patterns = dict(model.named_modules()), list(ignored)
+    forms: dict[Form, list[str]] = defaultdict(list)
+    whole, left_alone = dict(model.named_modules()), Component("ignored", tuple(ignored))
     for name, module in whole.items():
-        own = dict(module.named_parameters())
-        if not name or not own or any(id(p) not in trained or is_lazy(p) for p in own.values()):
+        own = list(module.parameters())
+        if not name or not own or any(id(parameter) not in trained or is_lazy(parameter) for parameter in own):
             continue
-        told = any(is_inside(name, other) for other in known)
-        if not told and not any(
-            fnmatch.fnmatchcase(n, pattern) for n in self_and_parents(name) for pattern in patterns
-        ):
-            forms[tuple((n, tuple(p.shape)) for n, p in own.items())].append(name)
+        if not any(is_inside(name, other) for other in known) and not left_alone.contains(name):
+            forms[form_of(module)].append(name)
     found: list[tuple[str, str]] = []
     for one, other in (pair for names in forms.values() for pair in itertools.combinations(names, 2)):
         apart = not is_inside(one, other) and not is_inside(other, one)
@@ -262,6 +262,11 @@ def equal_parts(
         if apart and named_apart and not inner and _same_values(whole[one], whole[other]):
             found += [(one, other), (other, one)]
     return found
+
+
+def form_of(module: nn.Module) -> Form:
+    """What a module's parameters are; those without a size yet have none."""
+    return tuple((name, () if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters())
 
 
 def _without_digits(name: str) -> str:

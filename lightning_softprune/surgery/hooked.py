@@ -36,13 +36,18 @@ def held_by_hooks(parameters: Iterable[nn.Parameter]) -> list[HeldByHooks]:
     """The tensors that hooks of these parameters keep, each with all parameters that have such a hook."""
     found: dict[tuple[int, Any], HeldByHooks] = {}
     for parameter in parameters:
-        for hooks in (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)):
-            for hook in list((hooks or {}).values()):
-                for key, held in _held_by(hook):
-                    known = found.setdefault(key, held).parameters
-                    if not any(parameter is other for other in known):
-                        known.append(parameter)
+        for hook in hooks_of(parameter):
+            for key, held in _held_by(hook):
+                known = found.setdefault(key, held).parameters
+                if not any(parameter is other for other in known):
+                    known.append(parameter)
     return list(found.values())
+
+
+def hooks_of(parameter: nn.Parameter) -> list[Any]:
+    """Its hooks, whenever they run."""
+    kinds = (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None))
+    return [hook for hooks in kinds for hook in (hooks or {}).values()]
 
 
 def _held_by(hook: Any) -> Iterator[tuple[tuple[int, Any], HeldByHooks]]:

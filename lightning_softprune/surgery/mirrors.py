@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_softprune.graph import Shape, layer_type
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
+from lightning_softprune.surgery.hooked import hooks_of
 
 _JOINTS = ("", "_", "__", "-")
 
@@ -136,12 +137,11 @@ def _different(cuts: Sequence[KeptByDim]) -> list[KeptByDim]:
 def _names_read_by_hooks(parameter: nn.Parameter) -> set[str]:
     """The attributes that the hooks of a parameter read, of whatever."""
     names: set[str] = set()
-    for hooks in (parameter._backward_hooks, getattr(parameter, "_post_accumulate_grad_hooks", None)):
-        for hook in (hooks or {}).values():
-            function: Any = hook
-            while isinstance(function, functools.partial):
-                function = function.func
-            function = getattr(function, "__func__", function)
-            if isinstance(function, FunctionType):
-                names.update(function.__code__.co_names)
+    for hook in hooks_of(parameter):
+        function: Any = hook
+        while isinstance(function, functools.partial):
+            function = function.func
+        function = getattr(function, "__func__", function)
+        if isinstance(function, FunctionType):
+            names.update(function.__code__.co_names)
     return names

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_softprune.graph import Shape
+from lightning_softprune.graph import Form, form_of
 from lightning_softprune.surgery.apply import Surgery
 from lightning_softprune.surgery.judgement import Judgement
 from lightning_softprune.surgery.references import References
@@ -64,12 +64,12 @@ class Sightings:
         looker = _Looker(model, alone)
         looker.apart = {id(holder) for _, holder in holders}
         for name, holder in holders:
-            looker.carry(name, holder)
+            looker.carry(name, holder, companions=False)
         if not looker.found:
             return
         parts = _parts_by_form(model)
         for module in looker.found:
-            alike = parts.get(_form(module))
+            alike = parts.get(form_of(module))
             if alike and not self._has(module):
                 self._first[id(module)] = _Sighting(
                     weakref.ref(module), _values(module), _likeness(module, alike), step
@@ -85,7 +85,7 @@ class Sightings:
         parts = _parts_by_form(model) if self._first else {}
         found = ((first, first.module()) for first in self._first.values())
         return {
-            id(module): _judgement(first, module, parts.get(_form(module), ()), step)
+            id(module): _judgement(first, module, parts.get(form_of(module), ()), step)
             for first, module in found
             if module is not None
         }
@@ -121,14 +121,10 @@ class _Looker(References):
                 self._attributes(f"{place}.{path}".rstrip("."), part, depth - 1)
 
 
-def _form(module: nn.Module) -> tuple[tuple[str, Shape], ...]:
-    return tuple((name, () if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters())
-
-
-def _parts_by_form(model: nn.Module) -> dict[tuple[tuple[str, Shape], ...], list[nn.Module]]:
-    parts: dict[tuple[tuple[str, Shape], ...], list[nn.Module]] = defaultdict(list)
+def _parts_by_form(model: nn.Module) -> dict[Form, list[nn.Module]]:
+    parts: dict[Form, list[nn.Module]] = defaultdict(list)
     for part in model.modules():
-        if (form := _form(part)) and not any(is_lazy(parameter) for parameter in part.parameters()):
+        if (form := form_of(part)) and not any(is_lazy(parameter) for parameter in part.parameters()):
             parts[form].append(part)
     return parts
 

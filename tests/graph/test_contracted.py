@@ -60,28 +60,20 @@ def numbers(count):
     return torch.arange(count) * 3 % 20
 
 
+def towers(function, others):
+    """Two layers whose vectors meet, and inputs for both."""
+    inputs = torch.randn(4, 6), torch.randn(others, 7)
+    return lambda: Net(function, one=nn.Linear(6, 8), other=nn.Linear(7, 8)), inputs, {"one": 8}
+
+
 USERS, ITEMS = {"users": nn.Embedding(20, 8)}, {"items": nn.Embedding(30, 8)}
 NETWORKS = {
     "matrix factorisation": (lambda: Net(factors, **USERS, **ITEMS), (numbers(6), numbers(6)), {"users": 8}),
     "triples": (lambda: Net(triples, **USERS, **ITEMS), (numbers(6),) * 3, {"users": 8}),
-    "two towers": (
-        lambda: Net(
-            lambda m, a, b: F.normalize(m.one(a), dim=-1) @ F.normalize(m.other(b), dim=-1).t(),
-            one=nn.Linear(6, 8),
-            other=nn.Linear(7, 8),
-        ),
-        (torch.randn(4, 6), torch.randn(5, 7)),
-        {"one": 8},
+    "two towers": towers(
+        lambda m, a, b: F.normalize(m.one(a), dim=-1) @ F.normalize(m.other(b), dim=-1).t(), others=5
     ),
-    "cosines": (
-        lambda: Net(
-            lambda m, a, b: F.cosine_similarity(m.one(a), m.other(b)),
-            one=nn.Linear(6, 8),
-            other=nn.Linear(7, 8),
-        ),
-        (torch.randn(4, 6), torch.randn(4, 7)),
-        {"one": 8},
-    ),
+    "cosines": towers(lambda m, a, b: F.cosine_similarity(m.one(a), m.other(b)), others=4),
     "the last attention": (
         lambda: Net(
             attention, queries=nn.Linear(6, 8), keys=nn.Linear(6, 8), values=nn.Linear(6, 4)
