@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import UniformBaseline, load_from_checkpoint, resize
@@ -311,6 +312,18 @@ class Frozen(AutoEncoder):
             checkpoint["state_dict"] = without_encoder(checkpoint["state_dict"])
 
 
+class FrozenWithNorm(Frozen):
+    """Its second layer has no bias: what compensation adds to its outputs goes into the running mean behind it."""
+
+    def __init__(self):
+        super().__init__()
+        first, norm, relu, second = self.encoder
+        self.encoder = nn.Sequential(
+            first, norm, relu, nn.Linear(16, 8, bias=False), nn.BatchNorm1d(8).requires_grad_(False)
+        )
+        self.encoder[3].weight = nn.Parameter(second.weight.detach().clone(), requires_grad=False)
+
+
 def without_encoder(state):
     return {name: value for name, value in state.items() if not name.startswith("encoder")}
 
@@ -566,3 +579,13 @@ def fuzz(kind, checkpoint, changes):
 @pytest.mark.slow
 def test_any_change_of_the_fields_is_refused_by_name_or_harmless(file):
     fuzz(*file)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
+def test_so_does_a_running_mean_of_a_layer_that_keeps_its_channels(tmp_path):
+    module, path = made(FrozenWithNorm), tmp_path / "model.ckpt"
+    callback = softpruning(bounds={"encoder.3": [0.0, 0.0]}, tolerance=0.3)
+    fit(tmp_path, module, callback, max_epochs=2).save_checkpoint(path)
+    assert (module.encoder[0].out_features < 16, module.encoder[3].out_features) == (True, 8)
+    assert torch.equal(outputs(load_from_checkpoint(FrozenWithNorm, path)), outputs(module))

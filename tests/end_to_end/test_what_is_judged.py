@@ -445,6 +445,29 @@ def test_prune_and_find_groups_take_lazy_layers():
                                 tolerance=0.1, verbose=False, report=False))  # fmt: skip
 
 
+class LazyInTraining(AutoEncoder):
+    """An auxiliary head on the latent space, which training alone runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(FEATURES)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + F.mse_loss(self.head(self.encoder(batch[0])), batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+@pytest.mark.parametrize("samples", [4, 48])  # one batch is run for the first time where it is traced
+def test_a_lazy_layer_that_training_alone_runs_follows(samples):
+    module = made(LazyInTraining)
+    result = prune(module, **loaders(module, samples), search=softpruning().search, target_sparsity=0.5, tolerance=0.2,
+                   verbose=False, report=False)  # fmt: skip
+    assert result.applied
+    assert module.head.in_features == module.encoder[2].out_features < 8
+
+
 def test_lazy_layers_made_in_inference_mode_are_said_to_be_unfit(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"encoder\.0\.weight, .*: made in inference mode"):
         trainer_of(tmp_path, softpruning()).validate(made(Lazy), DataLoader(vectors(), 8), verbose=False)
