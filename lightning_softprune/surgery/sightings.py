@@ -68,8 +68,11 @@ class Sightings:
         if not looker.found:
             return
         parts = _parts_by_form(model)
+        inner: set[int] = set()  # a copy is judged as a whole
         for module in looker.found:
-            alike = parts.get(form_of(module))
+            alike = () if id(module) in inner else parts.get(form_of(module), ())
+            if alike:
+                inner.update(map(id, module.modules()))
             if alike and not self._has(module):
                 self._first[id(module)] = _Sighting(
                     weakref.ref(module), _values(module), _likeness(module, alike), step

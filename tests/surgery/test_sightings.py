@@ -102,3 +102,11 @@ def test_looking_changes_nothing_and_knows_the_model_itself():
     sightings.look(model, [("owner", owner)], (), 0)
     assert not sightings.judged(model, 1)
     assert kept == {name: (id(value), type(value)) for name, value in owner.kept.items()}
+
+
+def test_a_copy_is_judged_as_a_whole():
+    model, sightings = network(0), Sightings()
+    outside = an_average(model)
+    wrapped = nn.ModuleDict({"average": outside, "probe": nn.Linear(3, 3)})
+    sightings.look(model, [("owner", Owner([wrapped]))], (), 0)
+    assert sightings.judged(model, 10).keys() == {id(outside)}
