@@ -28,6 +28,7 @@ from lightning_softprune.trainer import (
     refuse_teacher,
     refuse_undeclared_twins,
     refuse_unsuited,
+    seed_from,
     take_epoch_back,
     take_epoch_back_in,
     why_training_ended,
@@ -161,7 +162,7 @@ class PruningHooks(Rounds):
             self._sight(trainer, pl_module)
         rounds = len(self.results)
         self._run_due_rounds(trainer, pl_module)
-        if self.finetune_epochs == 0 and len(self.results) > rounds and trainer.should_stop:
+        if self._untrained is not None and len(self.results) > rounds:
             end_epoch_at_this_batch()
         if not self._looked_ahead:
             self._looked_ahead = True
@@ -175,7 +176,7 @@ class PruningHooks(Rounds):
             self._copies.note_gradients()
         if self._teacher is None or self._lesson is None:
             return
-        seed = self.seed + (trainer.current_epoch << 20)  # other random numbers in every epoch
+        seed = seed_from(self.seed, trainer.current_epoch)  # other random numbers in every epoch
         runner = ModuleRunner(trainer, pl_module, seed=seed, glance=self._lesson)
         trained = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         weight = self.teacher / trainer.accumulate_grad_batches  # as losses are

@@ -46,6 +46,7 @@ from lightning_softprune.trainer import (
     ends_with_average,
     finish_epoch_without_training,
     logging_step,
+    may_stop,
     mean_over_processes,
     reset_monitors,
 )
@@ -147,6 +148,13 @@ class Rounds(pl.Callback):
             else:
                 self._run_round(trainer, pl_module, epoch, target)
             if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
+                if not may_stop(trainer):  # not before `on_train_epoch_end` says so either
+                    rank_zero_warn(
+                        f"SoftPruning: finetune_epochs=0 would stop training at step {trainer.global_step}, which "
+                        f"min_steps={trainer.min_steps} forbids; it stops once these are reached"
+                    )
+                    trainer.should_stop = True
+                    continue
                 self._untrained = trainer.current_epoch
                 self._left_out = finish_epoch_without_training(trainer)
                 self._tell_average(trainer, self.results[-1])

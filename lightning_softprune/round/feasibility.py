@@ -33,6 +33,7 @@ from lightning_softprune.trainer import (
     averaged_copies,
     isolated_rng,
     may_log,
+    seed_from,
 )
 from lightning_softprune.utilities.checks import near_miss
 
@@ -182,7 +183,7 @@ class _Look:
 
     @contextmanager
     def _runner(self, batch: LoadedBatch | None) -> Iterator[ModuleRunner]:
-        settings, seed = self.settings, self.settings.seed
+        settings, seed = self.settings, seed_from(self.settings.seed)
         limit, batches = settings.memory_limit, settings.least_calibration_batches
         runner = ModuleRunner(
             self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, glance=batch

@@ -37,7 +37,13 @@ from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
-from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, averaged_copies, isolated_rng
+from lightning_softprune.trainer import (
+    MisconfigurationException,
+    ModuleRunner,
+    averaged_copies,
+    isolated_rng,
+    seed_from,
+)
 
 
 def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, goal: Goal) -> PruningResult:
@@ -60,7 +66,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
     started, settings = time.monotonic(), goal.asked(settings)
     phases = Phases("auto" if settings.verbose else "none", trainer)
     _refuse_made_in_inference_mode(module)
-    seed = int(np.random.SeedSequence([settings.seed, goal.epoch]).generate_state(1)[0])
+    seed = seed_from(settings.seed, goal.epoch)
     copies, form = averaged_copies(trainer), ModelShapes.of(module)
     with (
         isolated_rng(seed),

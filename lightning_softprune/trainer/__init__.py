@@ -11,6 +11,7 @@ from lightning_softprune.trainer.fit_loop import (
     end_epoch_at_this_batch,
     finish_epoch_without_training,
     logging_step,
+    may_stop,
     one_epoch_more,
     take_epoch_back,
     take_epoch_back_in,
@@ -20,6 +21,7 @@ from lightning_softprune.trainer.isolation import (
     has_inference_tensors,
     isolated_rng,
     metrics_in,
+    seed_from,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
 from lightning_softprune.trainer.module_steps import (
@@ -84,6 +86,7 @@ __all__ = [
     "isolated_rng",
     "logging_step",
     "may_log",
+    "may_stop",
     "mean_over_processes",
     "metrics_in",
     "one_epoch_more",
@@ -97,6 +100,7 @@ __all__ = [
     "refuse_unsuited",
     "reset_monitors",
     "run_steps",
+    "seed_from",
     "take_epoch_back",
     "take_epoch_back_in",
     "users_callbacks",

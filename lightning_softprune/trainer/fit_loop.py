@@ -23,6 +23,11 @@ def logging_step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
+def may_stop(trainer: pl.Trainer) -> bool:
+    """Whether training ends where it is told to stop now, which takes the steps that the trainer wants at least."""
+    return trainer.global_step >= (trainer.min_steps or 0)
+
+
 def finish_epoch_without_training(trainer: pl.Trainer) -> ExitStack:
     """At the start of a training epoch: validate for real and let the fit end after this epoch, with no batch run.
 
@@ -155,16 +160,18 @@ def take_epoch_back_in(checkpoint: dict[str, Any], epoch: int) -> None:
 def one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
     """Let a trainer that may have trained already begin another epoch, and forget it afterwards."""
     loop = trainer.fit_loop
-    callbacks, steps = trainer.callbacks, loop.epoch_loop.max_steps  # type: ignore[attr-defined]
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    steps = (loop.epoch_loop.max_steps, loop.epoch_loop.min_steps)
     before = (loop.max_epochs, loop.min_epochs, copy.deepcopy(loop.epoch_progress))
     trainer.callbacks = [*callbacks, callback]  # type: ignore[attr-defined]
-    loop.max_epochs, loop.min_epochs, loop.epoch_loop.max_steps = trainer.current_epoch + 1, None, -1
+    loop.max_epochs, loop.min_epochs = trainer.current_epoch + 1, None
+    loop.epoch_loop.max_steps, loop.epoch_loop.min_steps = -1, None
     try:
         yield
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
         loop.max_epochs, loop.min_epochs, loop.epoch_progress = before
-        loop.epoch_loop.max_steps = steps
+        loop.epoch_loop.max_steps, loop.epoch_loop.min_steps = steps
 
 
 @contextmanager

@@ -60,9 +60,10 @@ def refuse_schedule(trainer: pl.Trainer, last: int, finetune_epochs: int | None)
             )
     least = trainer.min_epochs or 0
     if finetune_epochs is not None and last + finetune_epochs < least:
+        # without min_epochs, steps that are wanted at least make Lightning say 1
+        limit = f"min_steps={trainer.min_steps}" if trainer.min_steps and least == 1 else f"min_epochs={least}"
         raise MisconfigurationException(
-            f"finetune_epochs={finetune_epochs} would stop at epoch {last + finetune_epochs}, "
-            f"which min_epochs={least} forbids"
+            f"finetune_epochs={finetune_epochs} would stop at epoch {last + finetune_epochs}, which {limit} forbids"
         )
 
 

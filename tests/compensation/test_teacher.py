@@ -145,6 +145,12 @@ def test_all_but_gradients_is_left_alone(tmp_path):
     assert not torch.equal(ended(1.0)["state"]["features.0.weight"], plain["state"]["features.0.weight"])
 
 
+def test_seeds_of_any_size_teach(tmp_path):
+    for seed in (2**64 - 1, 2**70):
+        fit(tmp_path, made(), pruning := softpruning(teacher=0.5, seed=seed), max_epochs=2)
+        assert pruning.results[0].applied
+
+
 def test_a_second_round_teaches_from_the_network_before_it(tmp_path):
     seen, steps = [], Steps(2)
     look = AtEpochStart(lambda _, module: seen.append(detached(module).eval()), epoch=2)

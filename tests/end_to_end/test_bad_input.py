@@ -222,6 +222,8 @@ def test_fine_tuning_beyond_the_last_epoch(tmp_path):
 def test_fine_tuning_that_min_epochs_forbids(tmp_path):
     message = refused(tmp_path, made(), softpruning(epochs=1, finetune_epochs=1), max_epochs=6, min_epochs=5)
     assert_says(message, "finetune_epochs=1", "min_epochs=5")
+    message = refused(tmp_path, made(), softpruning(epochs=0, finetune_epochs=0), max_epochs=6, min_steps=5)
+    assert_says(message, "finetune_epochs=0", "min_steps=5")
 
 
 def test_two_callbacks(tmp_path):

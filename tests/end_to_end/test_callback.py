@@ -492,6 +492,19 @@ def test_best_is_a_pruned_checkpoint_when_fine_tuning_is_off(tmp_path):
     assert {k: v.shape for k, v in saved.items()} == {k: v.shape for k, v in module.state_dict().items()}
 
 
+@pytest.mark.filterwarnings("ignore:.*Training will continue.*")
+def test_where_more_steps_are_wanted_than_were_trained_a_fit_stops_behind_them(tmp_path):
+    ended = []
+    look = LambdaCallback(on_train_epoch_end=lambda trainer, _: ended.append(trainer.current_epoch))
+    with pytest.warns(UserWarning, match="finetune_epochs=0 would stop training at step 4, which min_steps=6 forbids"):
+        trainer = fit(
+            tmp_path, module := made(), pruning := softpruning(epochs=1, finetune_epochs=0), look, min_steps=6
+        )
+    assert pruning.results[0].applied
+    assert trainer.global_step == len(module.losses) == 6
+    assert (trainer.current_epoch, ended) == (2, [0, 1])
+
+
 class Stacking(AutoEncoder):
     """Looks at the epoch's losses when it ends, as Lightning's guide to version 2 has it."""
 

@@ -587,6 +587,12 @@ def test_prune_within_a_trainer_that_has_trained_leaves_its_count_of_epochs(tmp_
     assert len(module.losses) == losses * 3 // 2
 
 
+def test_prune_within_a_trainer_that_wants_so_many_steps_trains_none(tmp_path):
+    module, trainer = made(), trainer_of(tmp_path, min_steps=5)
+    assert prune(module, **loaders(module), trainer=trainer, **quiet()).applied
+    assert (trainer.min_steps, trainer.global_step, module.losses) == (5, 0, [])
+
+
 def test_prune_keeps_modes_and_twice_is_measured_against_the_module_as_given(tmp_path):
     module, data = trained(tmp_path), loaders(AutoEncoder())
     module.eval()

@@ -61,7 +61,7 @@ PRIVATE = {
         "max_epochs",
         "min_epochs",
     ],
-    "trainer.fit_loop.epoch_loop": ["val_loop", "batch_progress", "_batches_that_stepped", "max_steps"],
+    "trainer.fit_loop.epoch_loop": ["val_loop", "batch_progress", "_batches_that_stepped", "max_steps", "min_steps"],
     "trainer.fit_loop._data_source": ["instance", "is_defined"],
     "trainer.validate_loop": ["_combined_loader", "_data_source", "_max_batches", "_results", "_trainer_fn"],
     "module": ["_compiler_ctx", "_current_fx_name"],
