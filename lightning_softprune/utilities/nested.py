@@ -16,6 +16,7 @@ __all__ = [
     "integer_of",
     "is_container",
     "is_transformed",
+    "laid_out_like",
     "map_tensors",
     "rebuild",
     "tensors_in",
@@ -52,6 +53,14 @@ def innermost(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor that is computed with: itself, or inside of transformations of ``torch.func`` what it stands for."""
     while is_transformed(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def laid_out_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor in the memory format of another of as many dimensions: channels last, or as it is."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(other.ndim)
+    if last is not None and not other.is_contiguous() and other.is_contiguous(memory_format=last):
+        return tensor.contiguous(memory_format=last)
     return tensor
 
 
