@@ -145,6 +145,28 @@ def test_a_value_of_the_wrong_type_is_named(field: str, value: object, expected:
         PruningResult.from_dict(data)
 
 
+@pytest.mark.parametrize(
+    ("field", "inside", "value", "expected"),
+    [
+        ("latency_before", (), -0.1, "latency_before: -0.1 is less than 0"),
+        ("evaluations", (), -3, "evaluations: -3 is less than 0"),
+        ("costs_after", ("macs",), -1, "macs: -1 is less than 0"),
+        ("groups", (0, "channels_before"), -4, r"channels_before of group 'encoder\.0': -4 is less than 0"),
+        ("groups", (1, "channels_after"), -4, r"channels_after of group 'encoder\.4': -4 is not between 0 and 32"),
+        ("groups", (1, "channels_after"), 33, r"channels_after of group 'encoder\.4': 33 is not between 0 and 32"),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(field: str, inside: tuple[Any, ...], value: float, expected: str) -> None:
+    data = make_result().to_dict()
+    holder, path = data, [field, *inside]
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = value
+
+    with pytest.raises(ValueError, match=expected):
+        PruningResult.from_dict(data)
+
+
 @pytest.mark.parametrize("data", [[], "text", 3, None])
 def test_what_is_no_dict_at_all_is_refused(data: Any) -> None:
     with pytest.raises(ValueError, match=r"the whole: .* is not a dict"):
@@ -280,3 +302,4 @@ def test_latency_has_a_sign_only_where_its_spread_supports_one() -> None:
     assert sure.latency_change == "-20.0 % (spread 5.0 %)"
     assert make_result(latency_before=0.1, latency_after=0.08).latency_change == "-20.0 %"
     assert make_result().latency_change == ""
+    assert make_result(latency_before=0.0, latency_after=0.001).latency_change == ""  # nobody can say

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 
 import torch
 
+from lightning_softprune.utilities.distributed import device_of_doubles
+
 BLOCK_ROWS = 1024
 """Observations whose products are summed in single precision."""
 
@@ -47,7 +49,7 @@ def observations(rows: torch.Tensor) -> torch.Tensor:
 
 def sums_device(rows: torch.Tensor) -> torch.device:
     """Where sums in double precision are held: beside the observations, where there is double precision."""
-    return rows.device if rows.device.type != "mps" else torch.device("cpu")
+    return device_of_doubles(rows.device)
 
 
 def mean_of(rows: torch.Tensor) -> torch.Tensor:

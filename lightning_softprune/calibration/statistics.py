@@ -32,7 +32,12 @@ from lightning_softprune.calibration.products import (
 from lightning_softprune.calibration.readers import Reader, watch_inputs, weight_geometry
 from lightning_softprune.calibration.unfold import MAX_FEATURES, Scratch, rows_per_call, sampled_rows, unfold_inputs
 from lightning_softprune.graph import Kernel
-from lightning_softprune.utilities.distributed import in_process_group, sum_over_processes
+from lightning_softprune.utilities.distributed import (
+    device_of_doubles,
+    in_process_group,
+    sum_numbers_over_processes,
+    sum_over_processes,
+)
 from lightning_softprune.utilities.hooks import unwatched
 
 
@@ -119,9 +124,7 @@ class InputStatistics:
     def _add_block(self, rows: torch.Tensor) -> None:
         n, mean = len(rows), mean_of(rows)
         if self.count == 0:
-            self.mean = mean
-            width = rows.shape[1] // self.stride
-            self._products = mean.new_zeros([width] * (2 if self._with_covariances else 1))
+            self._begin(mean)
         total, delta = self.count + n, mean - self.mean
         about = rows.new_empty(n + 1, rows.shape[1])
         centred(rows, mean, out=about[:n])
@@ -135,11 +138,24 @@ class InputStatistics:
         self.mean = self.mean + delta * (n / total)
         self.count = total
 
+    def _begin(self, mean: torch.Tensor) -> None:
+        self.mean = mean
+        width = len(mean) // self.stride
+        self._products = mean.new_zeros([width] * (2 if self._with_covariances else 1))
+
+    def widen(self, width: int, device: torch.device) -> None:
+        """Get ready to be merged with those of other processes, which have observations of so many numbers."""
+        if not len(self.mean):
+            self._begin(torch.zeros(width, dtype=torch.float64, device=device_of_doubles(device)))
+
     def all_reduce(self) -> None:
-        """Merge the observations of all processes of the default process group, so that every one has the same."""
+        """Merge the observations of all processes of the default process group, so that every one has the same.
+
+        Where this process has none, and others do, see :meth:`widen`.
+        """
         if self.unfolded is not None:
             self.unfolded.all_reduce()
-        if self.count == 0:
+        if not len(self.mean):
             return
         device = self.mean.device
         known = torch.tensor([1.0, self.coverage.share, self.coverage.unevenness], dtype=torch.float64, device=device)
@@ -195,7 +211,7 @@ def collect_statistics(
         positions: Where observations count.
 
     Returns:
-        Statistics by module name, over all processes; readers that did not run are missing.
+        Statistics by module name, over all processes; readers that ran on none of them are missing.
     """
     wide = unfolded_readers(model, readers, wanted, budget)
 
@@ -205,14 +221,26 @@ def collect_statistics(
             made[name].unfolded = InputStatistics(covariances=wanted.covariances)
         return made
 
+    if in_process_group():  # nor are there shared ones: which would share could differ from process to process
+        _collected(model, made := fresh(), steps, positions, alike=None)
+        return _merged(made, next(model.parameters()).device)
     try:
-        found = _collected(model, fresh(), steps, positions, alike=_Alike())
+        return _collected(model, fresh(), steps, positions, alike=_Alike())
     except _NoLongerAlikeError:
-        found = _collected(model, fresh(), steps, positions, alike=None)
-    if in_process_group():
-        for name in sorted(found):
-            found[name].all_reduce()
-    return found
+        return _collected(model, fresh(), steps, positions, alike=None)
+
+
+def _merged(own: Mapping[str, InputStatistics], device: torch.device) -> dict[str, InputStatistics]:
+    """Those of all processes together, of the readers that ran on any of them."""
+    parts = [part for known in own.values() for part in (known, known.unfolded) if part is not None]
+    told = [number for part in parts for number in (float(part.count > 0), float(len(part.mean)))]
+    totals = iter(sum_numbers_over_processes(told, device))
+    for part, ran, width in zip(parts, totals, totals, strict=True):
+        if ran:
+            part.widen(round(width / ran), device)
+    for name in sorted(own):
+        own[name].all_reduce()
+    return {name: known for name, known in own.items() if known.count}
 
 
 def unfolded_readers(
@@ -248,8 +276,6 @@ def _collected(
     """Those of the readers that ran, or of readers that were given the same."""
     found: dict[str, InputStatistics] = {}
     calls, scratch = len(steps), Scratch()
-    if in_process_group():
-        alike = None  # which ones share could differ from process to process
 
     @unwatched()
     def add(name: str, source: torch.Tensor) -> None:

@@ -154,7 +154,7 @@ class SoftPruning(PruningHooks):
         self.mode = checks.one_of("mode", mode, (AUTO, "min", "max"))
         self.epochs = checked_epochs(epochs)
         self.targets = checked_targets(target_sparsity, len(self.epochs))
-        self._has_schedule = isinstance(target_sparsity, (int, float))
+        self._has_schedule = checks.is_number(target_sparsity)
         self.tolerance = checks.number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
         self.cost = checks.one_of("cost", cost, COSTS)
         self.limits = checked_limits(limits)

@@ -9,15 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from typing import Any, cast
 
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_softprune.checkpoint.asking import asked, asking, patched
 from lightning_softprune.checkpoint.load import resizing_class
 from lightning_softprune.checkpoint.reading import read_record, tensor_shapes
 from lightning_softprune.checkpoint.record import SaveHook, save_hook
@@ -81,54 +80,16 @@ def resizing(record: Mapping[str, Any] | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         for lightning_module in counterparts(pl.LightningModule):
             stack.enter_context(resizing_class(lightning_module))
-        stack.enter_context(_PATCH)
-        stack.enter_context(_FROM_PRETRAINED)
-        token = _ACTIVE.set((*_ACTIVE.get(), record))
-        try:
-            yield
-        finally:
-            _ACTIVE.reset(token)
+        stack.enter_context(patched([nn.Module], "load_state_dict", _resizing_first))
+        stack.enter_context(patched(_pretrained(), "_load_pretrained_model", _built_first))
+        stack.enter_context(asking(records=record))
+        yield
 
 
-_ACTIVE: ContextVar[tuple[Mapping[str, Any] | None, ...]] = ContextVar("records", default=())
-"""The records of the blocks that this thread is in."""
-
-
-class _Patch:
-    """A method that resizes in threads which asked for it; in place while any thread does.
-
-    Args:
-        owner: Finds the class that has it; `None` where there is none.
-        name: The method's name.
-        around: From the method to the one that resizes first.
-    """
-
-    def __init__(self, owner: Callable[[], type | None], name: str, around: Callable[[Any], Any]) -> None:
-        self._lock = threading.Lock()
-        self._blocks = 0
-        self._owner, self._name, self._around = owner, name, around
-        self._patched: tuple[type, Any] | None = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._blocks += 1
-            owner = self._owner() if self._patched is None else None
-            if owner is not None and self._name in vars(owner):
-                self._patched = owner, vars(owner)[self._name]
-                setattr(owner, self._name, self._around(self._patched[1]))
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._blocks -= 1
-            if not self._blocks and self._patched is not None:
-                setattr(self._patched[0], self._name, self._patched[1])
-                self._patched = None
-
-
-def _pretrained() -> type | None:
+def _pretrained() -> list[type]:
     """The class whose `from_pretrained` loads weights, if transformers was imported."""
     found = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
-    return found if isinstance(found, type) else None
+    return [found] if isinstance(found, type) else []
 
 
 def _built_first(original: staticmethod[..., Any]) -> Any:
@@ -145,7 +106,7 @@ def _built_first(original: staticmethod[..., Any]) -> Any:
 def _resize_as_recorded(model: nn.Module) -> None:
     """Give a model the shape of the innermost record that names its tensors; the files are read later."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for given in reversed(_ACTIVE.get()):
+    for given in reversed(asked().records):
         if given is not None and names <= ModelShapes.from_dict(given).shapes.keys():
             resize_together([plan_resize(model, given, strict=True)])
             return
@@ -154,7 +115,7 @@ def _resize_as_recorded(model: nn.Module) -> None:
 def _resizing_first(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        problem = _resize_for(self, state_dict) if _ACTIVE.get() else None
+        problem = _resize_for(self, state_dict) if asked().records else None
         try:
             return original(self, state_dict, *args, **kwargs)
         except RuntimeError as error:
@@ -175,7 +136,7 @@ def _resize_for(module: nn.Module, state: Mapping[str, Any]) -> ValueError | Non
     if not shapes:
         return None
     source: Mapping[str, Any] = state
-    for given in reversed(_ACTIVE.get()):
+    for given in reversed(asked().records):
         if given is not None and shapes.items() <= ModelShapes.from_dict(given).shapes.items():
             source = {"state_dict": state, RECORD: given}
             break
@@ -184,7 +145,3 @@ def _resize_for(module: nn.Module, state: Mapping[str, Any]) -> ValueError | Non
     except ValueError as error:
         return error
     return None
-
-
-_PATCH = _Patch(lambda: nn.Module, "load_state_dict", _resizing_first)
-_FROM_PRETRAINED = _Patch(_pretrained, "_load_pretrained_model", _built_first)

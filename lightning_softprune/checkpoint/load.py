@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import struct
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -18,6 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_softprune.checkpoint.asking import asked, asking, patched
 from lightning_softprune.checkpoint.record import InstanceHook, is_marked
 from lightning_softprune.checkpoint.resize_plan import plan_resize, resize_together
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, tensor_sites
@@ -117,7 +117,27 @@ def _warn_of_missing_values(
         )
 
 
-_PATCHING = threading.RLock()
+_Hook = Callable[[Any, dict[str, Any]], None]
+
+
+def _resize_once(module: Any, checkpoint: dict[str, Any], original: _Hook) -> None:
+    """Resize a module and call its own hook, which may call those of its base classes and of its parts."""
+    if asked().is_loading(module, checkpoint):
+        original(module, checkpoint)
+        return
+    with asking(loading=(module, checkpoint)):
+        _resize_around(module, checkpoint, lambda: original(module, checkpoint))
+
+
+def _resizing_where_asked(original: _Hook) -> _Hook:
+    @functools.wraps(original)
+    def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        if isinstance(self, asked().classes):
+            _resize_once(self, checkpoint, original)
+        else:
+            original(self, checkpoint)
+
+    return on_load_checkpoint
 
 
 @contextmanager
@@ -125,43 +145,18 @@ def resizing_class(module_class: type[pl.LightningModule]) -> Iterator[None]:
     """While this lasts, modules of this class and of its subclasses take the shape of the checkpoint they load.
 
     Lightning builds the module and loads its weights in one call; between the two it calls the module's
-    `on_load_checkpoint`, and which subclass it builds may be written in the checkpoint.
+    `on_load_checkpoint`, and which subclass it builds may be written in the checkpoint. What other threads load is not
+    resized.
 
     Args:
         module_class: The LightningModule's class.
     """
-    name = LoadHook.name
     classes = [module_class]
     for cls in classes:
         classes += [sub for sub in cls.__subclasses__() if sub not in classes]
-    with _PATCHING:
-        before = [(cls, vars(cls).get(name)) for cls in classes if cls is module_class or name in vars(cls)]
-        running: list[pl.LightningModule] = []
-
-        def around(original: Callable[[Any, dict[str, Any]], None]) -> Callable[[Any, dict[str, Any]], None]:
-            def on_load_checkpoint(self: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-                if running:  # `super().on_load_checkpoint`, or a module inside
-                    original(self, checkpoint)
-                    return
-                running.append(self)
-                try:
-                    _resize_around(self, checkpoint, lambda: original(self, checkpoint))
-                finally:
-                    running.clear()
-
-            return on_load_checkpoint
-
-        wrapped = [(cls, around(getattr(cls, name))) for cls, _ in before]
-        try:
-            for cls, function in wrapped:
-                setattr(cls, name, function)
-            yield
-        finally:
-            for cls, own in before:
-                if own is None:
-                    delattr(cls, name)
-                else:
-                    setattr(cls, name, own)
+    owners = {next(base for base in cls.__mro__ if LoadHook.name in vars(base)) for cls in classes}
+    with asking(classes=module_class), patched(owners, LoadHook.name, _resizing_where_asked):
+        yield
 
 
 # ------------------------------------------------------------------------------------------ loaded by somebody else
@@ -237,25 +232,13 @@ def load_from_checkpoint(module_class: type[Module], checkpoint_path: Any, *args
         return module_class.load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
 
-_Hook = Callable[[Any, dict[str, Any]], None]
-
-_BEING_RESIZED: list[object] = []  # modules whose hook runs, and may call those of its base classes
-
-
 def _resizing_hook(original: _Hook) -> _Hook:
     """A module's `on_load_checkpoint` after the module has taken the checkpoint's shape."""
 
     @functools.wraps(original)
     def on_load_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
-        if any(module is self for module in _BEING_RESIZED):
-            original(self, checkpoint)
-            return
         _refuse_to_train_on(self, checkpoint)
-        _BEING_RESIZED.append(self)
-        try:
-            _resize_around(self, checkpoint, lambda: original(self, checkpoint))
-        finally:
-            _BEING_RESIZED.remove(self)
+        _resize_once(self, checkpoint, original)
 
     return on_load_checkpoint
 
@@ -302,5 +285,5 @@ class PrunedCheckpointMixin:
         """Load a module from a checkpoint, pruned or dense; see `LightningModule.load_from_checkpoint`."""
         if not issubclass(cls, counterparts(pl.LightningModule)):
             raise TypeError(f"{cls.__name__} is not a LightningModule")
-        with resizing_class(cls), _naming(checkpoint_path):
+        with _naming(checkpoint_path):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)  # type: ignore[misc]

@@ -31,7 +31,7 @@ from lightning_softprune.checkpoint.shapes import (
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
-from lightning_softprune.utilities.nested import integer_of
+from lightning_softprune.utilities.nested import integer_of, laid_out_like
 
 
 def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
@@ -435,9 +435,7 @@ class _ResizePlan:
 
 def _of_shape(tensor: torch.Tensor, shape: Shape, values: torch.Tensor | None = None) -> torch.Tensor:
     """A tensor of this shape like the given one: with these values, or its own as far as they go, and zeros beyond."""
-    new = tensor.detach().new_zeros(shape)
-    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        new = new.contiguous(memory_format=torch.channels_last)
+    new = laid_out_like(tensor.detach().new_zeros(shape), tensor)
     if values is None:
         common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
         new[common].copy_(tensor.detach()[common])

@@ -32,7 +32,7 @@ from lightning_softprune.compensation.fold import Compensation
 from lightning_softprune.compensation.regression import FeatureRegression
 from lightning_softprune.compensation.sums import watch_sums
 from lightning_softprune.graph import weight_of
-from lightning_softprune.utilities.distributed import in_process_group, sum_over_processes
+from lightning_softprune.utilities.distributed import in_process_group, sum_numbers_over_processes
 from lightning_softprune.utilities.hooks import unwatched
 
 CHECKED_ROWS = 64
@@ -140,15 +140,21 @@ class DenseRun:
         """
         device = next(self.model.parameters()).device
         self.summed = self._take_sums(self._added, device)
-        found = sum_over_processes(torch.tensor(list(self._own_ways.values()), device=device)).tolist()
-        for name, flags in zip(self.by_feature, found, strict=True):  # all processes leave out the same ones
-            if flags:
-                self.rows.pop(name, None)
+        self.rows = self._of_all_processes(device)
         glance = glance or next(iter(self.steps), None)
         if glance is not None:
             self.activations = find_following_activations(self.model, self.by_feature, glance)
         self._added.clear()
         self._sources.clear()
+
+    def _of_all_processes(self, device: torch.device) -> dict[str, list[torch.Tensor]]:
+        """Those of readers that every process has run, and none in a way of its own; in the order of the calls."""
+        names, place = [*self.by_feature, *self.by_channel], {name: at for at, name in enumerate(self.rows)}
+        missing = [name not in place or self._own_ways.get(name, 0.0) for name in names]
+        left_out = sum_numbers_over_processes(missing, device)
+        places = sum_numbers_over_processes([place.get(name, 0) for name in names], device)
+        kept = [(at, name) for at, name, flags in zip(places, names, left_out, strict=True) if not flags]
+        return {name: self.rows[name] for _, name in sorted(kept)}
 
     @property
     def bytes_taken(self) -> int:
@@ -213,7 +219,7 @@ class DenseRun:
             shapes = [rows.shape for rows in seen if rows is not None]
             same = len(shapes) == len(seen) and shapes == [rows.shape for rows in self.rows.get(name, [])]
             differs.append(float(not same))
-        refused = sum_over_processes(torch.tensor(differs, device=device)).tolist()
+        refused = sum_numbers_over_processes(differs, device)
         summed = {name for name, flag in zip(added, refused, strict=True) if not flag and name in self.rows}
         for name in summed:
             addends = [other for other in added[name] if other is not None]

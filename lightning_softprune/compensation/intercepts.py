@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_softprune.calibration import find_readers, weight_geometry
 from lightning_softprune.graph import PruningGroup, layer_type, parts_called, takes_bias
 from lightning_softprune.surgery import weights_without_bias
-from lightning_softprune.utilities.distributed import sum_over_processes
+from lightning_softprune.utilities.distributed import same_over_processes
 from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
@@ -119,11 +119,7 @@ def _agreed(model: nn.Module, norms: Mapping[str, str]) -> dict[str, str]:
     names = [name for name, _ in model.named_modules()]
     place = {name: number for number, name in enumerate(names)}
     device = next(model.parameters()).device
-    found = torch.full((len(names),), -1.0, dtype=torch.float64, device=device)
-    for reader, norm in norms.items():
-        found[place[reader]] = place[norm]
-    total = sum_over_processes(torch.stack([torch.ones_like(found), found, found.square()]))
-    same = (total[1].square() == total[0] * total[2]).tolist()  # no variance
+    same = same_over_processes([place[norms[name]] if name in norms else -1 for name in names], device)
     return {reader: norm for reader, norm in norms.items() if same[place[reader]]}
 
 

@@ -28,7 +28,7 @@ from lightning_softprune.compensation.regression import cholesky, ridge_of
 from lightning_softprune.graph import PruningGroup, WeightGeometry, computed_of, geometry_of
 from lightning_softprune.surgery import Surgery
 from lightning_softprune.utilities.arrays import IntArray
-from lightning_softprune.utilities.distributed import sum_over_processes
+from lightning_softprune.utilities.distributed import same_over_processes, sum_over_processes
 
 LOGIT_RIDGE = 1e-6
 """Ridge of the predictions of lost dimensions, as a fraction of the mean square of a head's dimensions."""
@@ -216,7 +216,4 @@ def _free_heads(model: nn.Module, seen: Meetings, channels: Mapping[str, IntArra
 
 def _is_agreed(model: nn.Module, heads: Mapping[Head, torch.Tensor]) -> bool:
     """Whether all processes have found as many heads."""
-    device = next(model.parameters()).device
-    number = torch.tensor([1.0, len(heads), len(heads) ** 2], dtype=torch.float64, device=device)
-    total = sum_over_processes(number)
-    return bool(total[1].square() == total[0] * total[2])
+    return same_over_processes([len(heads)], next(model.parameters()).device) == [True]

@@ -9,6 +9,16 @@ DRY_RUN = "this was a dry run"
 """What the reason of a round begins with that was only to be looked at; for people, :class:`Outcome` is for code."""
 
 
+def not_negative(name: str, value: float | None) -> None:
+    """Refuse a number below zero where there can be none.
+
+    Raises:
+        ValueError: It is one; the message begins with the name.
+    """
+    if value is not None and value < 0:
+        raise ValueError(f"{name}: {value} is less than 0")
+
+
 class Outcome(str, Enum):
     """What became of a round."""
 
@@ -35,6 +45,10 @@ class Costs:
 
     params: int
     macs: int
+
+    def __post_init__(self) -> None:
+        for name in ("params", "macs"):
+            not_negative(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,14 @@ class GroupResult:
     params: int = 0
     macs: int = 0
     outputs: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        not_negative(f"channels_before of group {self.name!r}", self.channels_before)
+        if not 0 <= self.channels_after <= self.channels_before:
+            raise ValueError(
+                f"channels_after of group {self.name!r}: {self.channels_after} is not between 0 and "
+                f"{self.channels_before}, which were there before"
+            )
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from lightning_softprune.results.parts import (
     Outcome,
     Sensitivity,
     Trial,
+    not_negative,
 )
 from lightning_softprune.results.shown import html_table
 from lightning_softprune.search import (
@@ -106,8 +107,8 @@ class PruningResult:
             that did not store it.
 
     Raises:
-        ValueError: If `mode` or `outcome` is unknown, `outcome` contradicts `applied`, a trial has not one
-            coefficient per group, or `numbers` are of other groups, curves or coefficients.
+        ValueError: If `mode` or `outcome` is unknown, `outcome` contradicts `applied`, a number is negative that cannot
+            be, a trial has not one coefficient per group, or `numbers` are of other groups, curves or coefficients.
 
     >>> costs = Costs(params=1000, macs=2000), Costs(params=300, macs=500)
     >>> group = GroupResult("encoder.0", "encoder", "intra", channels_before=64, channels_after=20, coefficient=0.69)
@@ -177,6 +178,8 @@ class PruningResult:
         if (outcome == Outcome.APPLIED) != self.applied:
             raise ValueError(f"outcome: {outcome!r} contradicts applied={self.applied}")
         object.__setattr__(self, "outcome", outcome)
+        for name in ("evaluations", "seconds", "passes", "latency_before", "latency_after", "latency_batch"):
+            not_negative(name, getattr(self, name))
         object.__setattr__(self, "passes", self.passes or float(self.evaluations))
         for index, trial in enumerate(self.trials):
             if len(trial.coefficients) != len(self.groups):
@@ -225,7 +228,7 @@ class PruningResult:
     @property
     def latency_change(self) -> str:
         """How latency has changed, as text, with no sign where the spread of the measurement does not support one."""
-        if self.latency_before is None or self.latency_after is None:
+        if not self.latency_before or self.latency_after is None:  # a clock may be too coarse for the dense one
             return ""
         if abs(self.latency_after / self.latency_before - 1.0) <= (self.latency_spread or 0.0):
             return "about the same"

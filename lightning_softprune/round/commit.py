@@ -20,6 +20,7 @@ from lightning_softprune.compensation import (
     DenseRun,
     Teacher,
     changeable,
+    learning_in,
     refit_readers,
     resting_in,
     run_dense,
@@ -116,6 +117,9 @@ def rehearse_plan(
         before = [(tensor, tensor.detach().clone()) for tensor in changeable(module)]
         with _averages_follow(module, copies):
             errors = teach(runner, beside, judged, settings.healing, advance)
+            if not errors:
+                _tell_nothing_to_learn(bool(learning_in(module, beside, judged)))
+                return rehearsed
             return _if_better(evaluator, rehearsed, before, errors)
 
 
@@ -301,9 +305,6 @@ def _if_better(
     errors: Sequence[float],
 ) -> Rehearsed:
     """Keep what was learned where the score is better for it, and else put back what was before."""
-    if not errors:
-        _tell_nothing_to_learn(evaluator.runner.module)
-        return rehearsed
     resting = resting_in(evaluator.runner.module)
     healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
     kept = healed.is_better_than(rehearsed.plan)
@@ -319,9 +320,11 @@ def _if_better(
     return replace(rehearsed, plan=healed if kept else rehearsed.plan, healing=healing)
 
 
-def _tell_nothing_to_learn(module: nn.Module) -> None:
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        rank_zero_warn("SoftPruning: healing has nothing to train: no parameter of the module requires a gradient")
+def _tell_nothing_to_learn(something_learns: bool) -> None:
+    if not something_learns:
+        rank_zero_warn(
+            "SoftPruning: healing has nothing to train: no parameter that validation runs requires a gradient"
+        )
         return
     rank_zero_warn(
         "SoftPruning: healing has nothing to learn from: there are no training batches, or no output that the "

@@ -125,7 +125,7 @@ def limits_on_the_way(limits: Mapping[str, float], share: float) -> dict[str, fl
 
 def checked_epochs(value: Any) -> list[int]:
     """The epochs of the rounds, ascending."""
-    if not isinstance(value, (int, list, tuple)):
+    if not checks.is_whole_number(value) and not isinstance(value, (list, tuple)):
         raise TypeError(f"epochs: {value!r} is not a whole number or a list of them")
     epochs = [
         checks.whole_number("epochs", epoch, 0) for epoch in (value if isinstance(value, (list, tuple)) else [value])
@@ -141,7 +141,7 @@ def checked_targets(value: Any, rounds: int) -> Sequence[float | None]:
     """The sparsity that each round aims at; ``None`` for the highest."""
     if value is None:
         return [None] * rounds
-    if not isinstance(value, (int, float, list, tuple)):
+    if not checks.is_number(value) and not isinstance(value, (list, tuple)):
         raise TypeError(f"target_sparsity: {value!r} is not a number, a list of numbers or None")
     if not isinstance(value, (list, tuple)):
         return cubic_schedule(checks.number_between("target_sparsity", value, 0.0, 1.0), rounds)

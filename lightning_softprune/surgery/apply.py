@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_softprune.graph import ComputedWeight, Layout, PruningGroup, computed_of, layout_of, refresh, set_sizes
 from lightning_softprune.search import Plan
-from lightning_softprune.utilities.nested import integer_of
+from lightning_softprune.utilities.nested import integer_of, laid_out_like
 
 KeptByDim = dict[int, torch.Tensor]
 _Site = tuple[nn.Module, str, str]  # who holds a tensor, as which attribute, under which full name
@@ -342,10 +342,7 @@ def slice_tensor(tensor: torch.Tensor, by_dim: Mapping[int, torch.Tensor]) -> to
         result = tensor.detach()
         for dim, kept in by_dim.items():
             result = result.index_select(dim, kept.to(tensor.device))
-        last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
-        if last is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last):
-            result = result.contiguous(memory_format=last)
-    return result
+        return laid_out_like(result, tensor)
 
 
 def _full(place: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
+from lightning_softprune.utilities.nested import map_tensors, tensors_in
 
 _NO_SETTINGS = frozenset({"params", "param_names", "initial_lr"})
 """What else is in a parameter group: its parameters, and what schedulers note there."""
@@ -30,9 +31,10 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
     matrices only, the bias goes to the first group with other parameters (see :func:`weights_without_bias`), to where
     the model's order has it.
 
-    State tensors of the parameter's shape (or with dimensions of size one in its place)
-    are sliced by the kept indices; scalars are kept; LBFGS starts its history afresh. What cannot be sliced is dropped
-    with a warning.
+    State tensors of the parameter's shape (or with dimensions of size one in its place), or of that shape without one
+    of its dimensions, as means over rows and columns have, are sliced by the kept indices; scalars are kept; LBFGS
+    starts its history afresh. Where a tensor cannot be sliced, a warning says so, and all that the optimizer keeps of
+    this parameter is as in a new optimizer: what it makes in its first step, it makes together.
 
     Args:
         optimizers: Optimizers over the model's parameters.
@@ -44,7 +46,7 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
     groups, before = _ParameterGroups(optimizers), {id(new): old for old, new, _ in surgery.parameters}
     homes = [groups.for_bias_of(before.get(id(weight), weight)) for _, weight, _ in surgery.created]
     for optimizer in optimizers:
-        touched = False
+        touched, forms = False, _StateForms(optimizer)
         for group in optimizer.param_groups:
             for position, parameter in enumerate(group["params"]):
                 if id(parameter) not in replaced:
@@ -55,8 +57,9 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
         for old in [key for key in optimizer.state if id(key) in replaced]:  # a wrapper may share its groups' lists
             touched = True
             if not isinstance(optimizer, LBFGS):
-                before_it, new, by_dim = replaced[id(old)]
-                optimizer.state[new] = _slice_state(optimizer, optimizer.state.pop(old), before_it, by_dim)
+                _, new, by_dim = replaced[id(old)]
+                if state := _state_of_pruned(optimizer, forms, old, new, by_dim):
+                    optimizer.state[new] = state
         if touched and isinstance(optimizer, LBFGS):
             optimizer.state.clear()
             optimizer._numel_cache = None
@@ -148,37 +151,112 @@ def _trains_vectors(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
 
 def _moved(optimizer: Optimizer, group: Mapping[str, Any], like: torch.Tensor) -> bool | None:
     """Whether one step of a small optimizer moves a parameter of this shape; ``None`` if it fails, or ends in a NaN."""
-    settings = {key: value for key, value in group.items() if key not in _NO_SETTINGS}
     before = torch.linspace(-1.0, 1.0, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape).sin()
     parameter = nn.Parameter(before.clone())
     parameter.grad = before.cos()
     try:
+        small = _small_optimizer(optimizer, group, parameter)
         with warnings.catch_warnings(), torch.enable_grad():
             warnings.simplefilter("ignore")
-            accepted = inspect.signature(type(optimizer)).parameters
-            arguments = {key: value for key, value in {**optimizer.defaults, **settings}.items() if key in accepted}
-            small = type(optimizer)([{**settings, "params": [parameter]}], **arguments)
             small.step(closure=lambda: torch.zeros((), device=like.device))  # type: ignore[arg-type,return-value]
     except Exception:  # whatever it says to a vector
         return None
     return None if not parameter.isfinite().all() else not torch.equal(parameter.detach(), before)
 
 
-def _slice_state(optimizer: Optimizer, state: Any, old: nn.Parameter, by_dim: KeptByDim) -> dict[str, Any]:
-    sliced: dict[str, Any] = {}
-    for name, value in dict(state).items():
-        if not isinstance(value, torch.Tensor) or value.ndim == 0 or (value.numel() == 1 and old.ndim > 0):
-            sliced[name] = value
-        elif value.ndim == old.ndim and all(v in (1, o) for v, o in zip(value.shape, old.shape, strict=True)):
-            follows = {dim: kept for dim, kept in by_dim.items() if value.shape[dim] == old.shape[dim]}
-            sliced[name] = slice_tensor(value, follows)
-        else:
-            warnings.warn(
-                f"{type(optimizer).__name__}: the state {name!r} of shape {tuple(value.shape)} does not follow its "
-                f"parameter's shape {tuple(old.shape)}; it starts afresh",
-                stacklevel=3,
-            )
-    return sliced
+def _small_optimizer(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> Optimizer:
+    """A new optimizer of the same class and a group's settings over one parameter.
+
+    Raises:
+        Exception: Its constructor is of another kind.
+    """
+    settings = {key: value for key, value in group.items() if key not in _NO_SETTINGS}
+    accepted = inspect.signature(type(optimizer)).parameters
+    arguments = {key: value for key, value in {**optimizer.defaults, **settings}.items() if key in accepted}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return type(optimizer)([{**settings, "params": [parameter]}], **arguments)
+
+
+class _StateForms:
+    """How an optimizer's state tensors follow the shapes of their parameters, by name.
+
+    A *form* lists the dimensions of the parameter that a tensor has: all, or all but one. Where several forms fit one
+    parameter (a square matrix), those count that fit every parameter of as many dimensions.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._forms: dict[tuple[str, int], set[tuple[int, ...]]] = {}
+        for parameter, state in optimizer.state.items():
+            if not isinstance(parameter, torch.Tensor) or not isinstance(state, Mapping):
+                continue
+            for name, value in state.items():
+                for tensor in filter(_holds_many, tensors_in(value)):
+                    fitting = _fitting_forms(tensor, parameter)
+                    self._forms.setdefault((name, parameter.ndim), fitting).intersection_update(fitting)
+
+    def sliced(self, name: str, value: Any, parameter: torch.Tensor, by_dim: KeptByDim) -> Any:
+        """What is left of a state.
+
+        Raises:
+            _DoesNotFollowError: A tensor in it fits no form, or two that tell different things.
+        """
+
+        def follow(tensor: torch.Tensor) -> torch.Tensor:
+            if not _holds_many(tensor):
+                return tensor
+            cuts = [
+                {at: by_dim[d] for at, d in enumerate(form) if d in by_dim and tensor.shape[at] == parameter.shape[d]}
+                for form in self._forms[name, parameter.ndim]
+            ]
+            if not cuts or not all(_is_same(cut, cuts[0]) for cut in cuts):
+                raise _DoesNotFollowError(name, tuple(tensor.shape))
+            return slice_tensor(tensor, cuts[0])
+
+        return map_tensors(value, follow) if tensors_in(value) else value
+
+
+class _DoesNotFollowError(Exception):
+    """A state tensor is not sliced with its parameter; its arguments are its name and its shape."""
+
+
+def _holds_many(tensor: torch.Tensor) -> bool:
+    return tensor.numel() > 1
+
+
+def _fitting_forms(tensor: torch.Tensor, parameter: torch.Tensor) -> set[tuple[int, ...]]:
+    every = tuple(range(parameter.ndim))
+    if tensor.ndim == parameter.ndim:
+        fits = all(t in (1, p) for t, p in zip(tensor.shape, parameter.shape, strict=True))
+        return {every} if fits else set()
+    forms = {every[:left_out] + every[left_out + 1 :] for left_out in every}
+    return {form for form in forms if tensor.shape == torch.Size(parameter.shape[dim] for dim in form)}
+
+
+def _is_same(cut: KeptByDim, other: KeptByDim) -> bool:
+    return cut.keys() == other.keys() and all(torch.equal(kept, other[dim]) for dim, kept in cut.items())
+
+
+def _state_of_pruned(
+    optimizer: Optimizer, forms: _StateForms, old: torch.Tensor, new: nn.Parameter, by_dim: KeptByDim
+) -> dict[str, Any]:
+    """What an optimizer keeps of a parameter that takes another's place."""
+    state = dict(optimizer.state.pop(old))
+    try:
+        return {name: forms.sliced(name, value, old, by_dim) for name, value in state.items()}
+    except _DoesNotFollowError as error:
+        name, shape = error.args
+        warnings.warn(
+            f"{type(optimizer).__name__}: the state {name!r} of shape {shape} does not follow its parameter's shape "
+            f"{tuple(old.shape)}; all that the optimizer keeps of this parameter starts afresh",
+            stacklevel=3,
+        )
+    holders = [group for group in optimizer.param_groups if any(new is parameter for parameter in group["params"])]
+    try:
+        stand_in = nn.Parameter(new.detach().clone())
+        return dict(_small_optimizer(optimizer, (holders or [{}])[0], stand_in).state.get(stand_in, {}))
+    except Exception:  # a constructor of another kind
+        return {}
 
 
 def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:

@@ -27,7 +27,23 @@ import numpy as np
 Arguments = ParamSpec("Arguments")
 Value = TypeVar("Value")
 
-_NUMBERS = (int, float, np.integer, np.floating)
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number, Python's or NumPy's; true and false are none.
+
+    >>> is_number(np.float32(0.5)), is_number(3), is_number(True), is_number("3")
+    (True, True, False, False)
+    """
+    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+
+
+def is_whole_number(value: object) -> bool:
+    """Whether a value is an integer, Python's or NumPy's; true and false are none.
+
+    >>> is_whole_number(np.int64(3)), is_whole_number(3.0), is_whole_number(True)
+    (True, False, False)
+    """
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def instance_of(name: str, value: Any, kind: type) -> Any:
@@ -95,16 +111,16 @@ def suggesting(function: Callable[Arguments, Value]) -> Callable[Arguments, Valu
     return checked
 
 
-def whole_number(name: str, value: Any, least: int = 1) -> int:
-    """`value` as an int, if it is a whole number of at least `least`.
+def whole_number(name: str, value: Any, least: int | None = 1) -> int:
+    """`value` as an int, if it is a whole number, and of at least `least` where there is a least one.
 
     Raises:
         TypeError: It is not a whole number.
         ValueError: It is too small.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not is_whole_number(value):
         raise TypeError(f"{name}: {value!r} is not a whole number")
-    if value < least:
+    if least is not None and value < least:
         raise ValueError(f"{name}: {value} is less than {least}")
     return int(value)
 
@@ -120,7 +136,7 @@ def number(name: str, value: Any) -> float:
     Raises:
         TypeError: It is not a number.
     """
-    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+    if not is_number(value):
         raise TypeError(f"{name}: {value!r} is not a number")
     return float(value)
 
@@ -181,7 +197,7 @@ def ordered_pair(name: str, value: Any) -> list[float]:
     """
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"{name}: {value!r} is not a pair [low, high]")
-    if any(isinstance(end, bool) or not isinstance(end, _NUMBERS) or math.isnan(end) for end in value):
+    if not all(is_number(end) and not math.isnan(end) for end in value):
         raise TypeError(f"{name}: {value!r} is not a pair of numbers")
     low, high = (float(end) for end in value)
     if not 0.0 <= low <= high <= 1.0:

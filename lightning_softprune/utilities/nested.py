@@ -16,6 +16,7 @@ __all__ = [
     "integer_of",
     "is_container",
     "is_transformed",
+    "laid_out_like",
     "map_tensors",
     "rebuild",
     "tensors_in",
@@ -55,6 +56,14 @@ def innermost(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def laid_out_like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A tensor in the memory format of another of as many dimensions: channels last, or as it is."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(other.ndim)
+    if last is not None and not other.is_contiguous() and other.is_contiguous(memory_format=last):
+        return tensor.contiguous(memory_format=last)
+    return tensor
+
+
 def is_container(value: Any) -> bool:
     """Whether :func:`rebuild` looks into a value."""
     return isinstance(value, (Mapping, tuple, list))
@@ -63,8 +72,8 @@ def is_container(value: Any) -> bool:
 def rebuild(value: Any, function: Callable[[Any], Any]) -> Any:
     """A container like this one, of what a function makes of its items; one level deep.
 
-    Dictionaries keep their type and its extras (a default factory), other mappings become dictionaries, named tuples
-    and the subclasses of list and tuple stay what they are.
+    Dictionaries, lists and tuples keep their type and what else they hold (a default factory, attributes): no
+    constructor is called, which may want anything. Other mappings become dictionaries.
 
     >>> rebuild({"a": 1, "b": 2}, lambda n: 10 * n), rebuild((1, 2), str)
     ({'a': 10, 'b': 20}, ('1', '2'))
@@ -76,11 +85,23 @@ def rebuild(value: Any, function: Callable[[Any], Any]) -> Any:
         return result
     if isinstance(value, Mapping):
         return {key: function(item) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(function, value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(function, value))
+    if isinstance(value, list):
+        items = copy(value)
+        items[:] = map(function, value)
+        return items
+    if isinstance(value, tuple):
+        return _tuple_like(value, [function(item) for item in value])
     raise TypeError(f"{type(value).__name__} is no container")
+
+
+def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
+    try:
+        result = tuple.__new__(type(value), items)
+    except TypeError:  # Python refuses it for types that are made in C: sizes, the named results of PyTorch
+        return type(value)(items)
+    if hasattr(result, "__dict__"):
+        vars(result).update(vars(value))
+    return result
 
 
 def map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -93,12 +114,12 @@ def map_tensors(tree: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> 
 
 
 def tensors_in(tree: Any) -> list[torch.Tensor]:
-    """All tensors of nested data, in order."""
-    found: list[torch.Tensor] = []
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        found.append(tensor)
-        return tensor
-
-    map_tensors(tree, note)
-    return found
+    """All tensors of nested data, in order, of which nothing is made anew."""
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    if isinstance(tree, nn.utils.rnn.PackedSequence):
+        return [tree.data]
+    if not is_container(tree):
+        return []
+    items = tree.values() if isinstance(tree, Mapping) else tree
+    return [tensor for item in items for tensor in tensors_in(item)]

@@ -1,7 +1,6 @@
 """Oracle: NumPy's mean and covariance of all observations at once."""
 
 import copy
-import threading
 
 import numpy as np
 import pytest
@@ -23,6 +22,7 @@ from lightning_softprune.graph import geometry_of, parts_called
 from lightning_softprune.graph.grouping import trace_groups
 from lightning_softprune.graph.groups import Member, PruningGroup
 from support import zoo
+from support.processes import run_as_processes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,28 +175,12 @@ def test_adding_observations_leaves_them_as_they_are():
 def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, covariances, monkeypatch):
     rows = observations()
     shares = np.split(rows, [5, 31])
-    barrier, lock, table = threading.Barrier(len(shares)), threading.Lock(), {}
-    turn = threading.local()
-
-    def all_reduce(tensor):
-        turn.number = getattr(turn, "number", -1) + 1
-        with lock:
-            table.setdefault(turn.number, []).append(tensor.clone())
-        barrier.wait(timeout=20)
-        tensor.copy_(torch.stack(table[turn.number]).sum(0))
-
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
     found = [streamed(share, [2], stride, covariances=covariances) for share in shares]
     for statistics, coverage in zip(
         found, (KernelCoverage(0.5, 3.0), KernelCoverage(), KernelCoverage(0.25, 1.0)), strict=True
     ):
         statistics.coverage = coverage
-    threads = [threading.Thread(target=statistics.all_reduce) for statistics in found]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_as_processes(monkeypatch, [statistics.all_reduce for statistics in found])
     for statistics in found:
         assert statistics.count == len(rows)
         coverage = np.average([[0.5, 3.0], [1.0, 0.0], [0.25, 1.0]], axis=0, weights=[len(share) for share in shares])
@@ -206,6 +190,39 @@ def test_processes_with_shares_of_any_size_end_with_the_moments_of_all(stride, c
         np.testing.assert_allclose(statistics.variance, np.repeat(np.diag(expected), stride), rtol=1e-8)
         if covariances:
             np.testing.assert_allclose(statistics.covariance, expected, rtol=1e-8, atol=1e-8)
+
+
+class Branches(nn.Module):
+    """Runs its second layer where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.always, self.sometimes = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3)
+        self.never = nn.Conv2d(4, 2, 3)
+
+    def forward(self, x, both):
+        y = self.always(x)
+        return self.sometimes(y) if both else y
+
+
+def test_a_layer_that_ran_in_some_processes_has_their_statistics_in_all(monkeypatch):
+    model, x = Branches(), torch.randn(3, 2, 7, 7)
+    readers = [Reader(name, "in", 1) for name in ("sometimes", "never", "always")]
+
+    def process(both):
+        own = copy.deepcopy(model)
+        return lambda: collect_statistics(own, readers, [lambda: own(x, both)])
+
+    alone = process(both=True)()
+    for found in run_as_processes(monkeypatch, [process(both) for both in (False, True, False)]):
+        assert list(found) == ["sometimes", "always"]
+        assert found["always"].count == 3 * alone["always"].count
+        one, other = found["sometimes"], alone["sometimes"]
+        assert one.count == other.count
+        for mine, expected in ((one, other), (one.unfolded, other.unfolded)):
+            np.testing.assert_allclose(mine.mean, expected.mean)
+            np.testing.assert_allclose(mine.covariance, expected.covariance)
+        assert one.coverage == other.coverage
 
 
 # --------------------------------------------------------------------------------------------------------- readers

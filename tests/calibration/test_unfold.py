@@ -151,6 +151,7 @@ def test_statistics_of_windows_are_streamed_over_batches_and_merged_over_process
     merged = []
     monkeypatch.setattr(InputStatistics, "all_reduce", lambda self: merged.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor)
     found = collect_statistics(model, [reader], [lambda: model(batches[0])])["0"]
     assert merged == [found]
     monkeypatch.undo()

@@ -11,7 +11,7 @@ from torch import nn
 
 import lightning_softprune
 from lightning_softprune import SoftPruning, UniformBaseline, find_groups, prune, record, resize, resizing
-from lightning_softprune.checkpoint import ModelShapes, is_recorded, rounds_of
+from lightning_softprune.checkpoint import ModelShapes, is_recorded, load_from_checkpoint, rounds_of
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 from support.architectures.table import BY_NAME
@@ -158,12 +158,18 @@ def test_lightnings_own_loading_takes_a_pruned_checkpoint_with_its_rounds(tmp_pa
     assert "on_load_checkpoint" not in vars(AutoEncoder)
 
 
-def test_what_other_threads_load_is_not_resized():
-    state, found = pruned().state_dict(), []
+@pytest.mark.parametrize("how", ["load_state_dict", "load_from_checkpoint"])
+def test_what_other_threads_load_is_not_resized(tmp_path, how):
+    module, found = pruned(), []
+    path = tmp_path / "pruned.ckpt"
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__}, path)
 
     def load():
         try:
-            made(seed=1).load_state_dict(state)
+            if how == "load_state_dict":
+                made(seed=1).load_state_dict(module.state_dict())
+            else:
+                AutoEncoder.load_from_checkpoint(path)
         except RuntimeError as error:
             found.append(str(error))
 
@@ -172,6 +178,52 @@ def test_what_other_threads_load_is_not_resized():
         thread.start()
         thread.join()
     assert "size mismatch" in found[0]
+
+
+def test_blocks_of_several_threads_neither_wait_for_each_other_nor_end_together(tmp_path):
+    module, done, ended = pruned(), threading.Event(), threading.Event()
+    path, found = tmp_path / "pruned.ckpt", []
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__}, path)
+
+    def load():
+        found.append(load_from_checkpoint(AutoEncoder, path))
+        with resizing():
+            done.set()
+            ended.wait(20)
+            found.append(AutoEncoder.load_from_checkpoint(path))
+
+    thread = threading.Thread(target=load, daemon=True)
+    with resizing():
+        thread.start()
+        assert done.wait(20)  # in a block of its own, while this one goes on
+    with pytest.raises(RuntimeError, match="size mismatch"):  # the other thread's block still does
+        AutoEncoder.load_from_checkpoint(path)
+    ended.set()
+    thread.join(20)
+    for loaded in found:
+        same_weights(loaded, module)
+    assert len(found) == 2
+    assert not any(hasattr(kind, "__wrapped__") for kind in (nn.Module.load_state_dict, AutoEncoder.on_load_checkpoint))
+
+
+def test_a_hook_may_load_another_module_and_ask_its_parts(tmp_path):
+    """A part that is asked for the same checkpoint has its own hook called; one that is loaded inside is resized."""
+    module, path = pruned(), tmp_path / "pruned.ckpt"
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": pl.__version__}, path)
+
+    class Student(AutoEncoder):
+        asked = False
+
+        def on_load_checkpoint(self, checkpoint):
+            super().on_load_checkpoint(checkpoint)
+            if not Student.asked:
+                Student.asked = True
+                made(Student).on_load_checkpoint(checkpoint)
+                self.teacher = [load_from_checkpoint(AutoEncoder, path), Student.load_from_checkpoint(path)]
+
+    loaded = load_from_checkpoint(Student, path)
+    for one in (loaded, *loaded.teacher):
+        same_weights(one, module)
 
 
 def test_weights_of_another_architecture_say_which_module_does_not_fit():

@@ -299,3 +299,13 @@ def test_a_damaged_or_newer_record_is_refused(change, message):
     record = record_of(mlp(4, 8, 2), mlp(4, 8, 2)) | change
     with pytest.raises(ValueError, match=message):
         resize(Wrapped(mlp(4, 8, 2)), {"softprune": record})
+
+
+@pytest.mark.parametrize(("layer", "last"), [(nn.Conv2d, torch.channels_last), (nn.Conv3d, torch.channels_last_3d)])
+def test_resized_weights_stay_in_channels_last(layer, last):
+    model = nn.Sequential(layer(3, 8, 3), layer(8, 4, 3)).to(memory_format=last)
+    smaller = nn.Sequential(layer(3, 6, 3), layer(6, 4, 3))
+    resize(model, smaller.state_dict())
+    assert model[1].weight.shape == smaller[1].weight.shape
+    assert model[1].weight.is_contiguous(memory_format=last)
+    assert not model[1].weight.is_contiguous()

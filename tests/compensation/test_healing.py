@@ -14,6 +14,7 @@ from lightning_softprune.compensation.healing.points import mismatch, watch_outp
 from lightning_softprune.compensation.healing.pupil import RATE, SMALLEST, Lesson, Pupil
 from lightning_softprune.surgery import apply_plan
 from support.modules import (
+    FEATURES,
     AtEpochStart,
     AutoEncoder,
     Batches,
@@ -338,9 +339,17 @@ def test_where_there_is_nothing_to_learn_from_a_warning_says_so(tmp_path):
 
 
 @pytest.mark.slow
-def test_where_nothing_may_be_trained_a_warning_says_so():
-    module = made().requires_grad_(False)
-    with pytest.warns(UserWarning, match="healing has nothing to train: no parameter of the module requires"):
+@pytest.mark.parametrize("in_front", [False, True])
+def test_where_nothing_may_be_trained_a_warning_says_so(in_front):
+    class Augmented(AutoEncoder):
+        """Training alone runs a layer in front of those that validation runs."""
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step([self.augment(batch[0])], batch_idx)
+
+    module = made(Augmented).requires_grad_(False)
+    module.augment = nn.Linear(FEATURES, FEATURES).requires_grad_(in_front)
+    with pytest.warns(UserWarning, match="healing has nothing to train: no parameter that validation runs requires"):
         result = prune(module, **loaders(module), healing=1, search="uniform", verbose=False, report=False)
     assert result.applied
     assert result.healing is None

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 import lightning_softprune.calibration.statistics as calibration
 import lightning_softprune.compensation.dense_run as dense_run
-from lightning_softprune.calibration import rows_per_call
+from lightning_softprune.calibration import ReadPositions, rows_per_call
 from lightning_softprune.compensation.dense_run import DenseRun, run_dense
 from lightning_softprune.compensation.refit import REFIT_RIDGE, refit_readers
 from lightning_softprune.compensation.regression import RIDGE
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
+from support.processes import run_as_processes
 from support.readers import (
     BROKEN,
     Prepared,
@@ -319,3 +320,29 @@ def test_readers_whose_observations_do_not_fit_keep_their_one_shot_predictions()
     refit_readers(model, net.surgery, found, run)
     changed = [name for name in found.readers if not torch.equal(model[int(name)].weight, one_shot[int(name)].weight)]
     assert changed == ["6"]
+
+
+def test_processes_refit_the_layers_that_all_of_them_have_run_in_one_order(monkeypatch):
+    class Ordered(nn.ModuleDict):
+        def forward(self, x, names):
+            return sum(self[name](x) for name in names)
+
+    model = Ordered({name: nn.Linear(4, 3) for name in "abcd"})
+    kinds = {"a": True, "b": False, "c": True, "d": False}
+
+    def process(order):
+        own = copy.deepcopy(model)
+        steps = [lambda: own(torch.ones(5, 4), order)]
+        dense = DenseRun(own, kinds, steps, ReadPositions())
+
+        def run():
+            for step in dense.watched():
+                step()
+            dense.finish()
+            return list(dense.rows)
+
+        return run
+
+    assert process("dcba")() == ["d", "c", "b", "a"]
+    found = run_as_processes(monkeypatch, [process(order) for order in ("cba", "bca", "cbad")])
+    assert found == [["c", "b", "a"]] * 3

@@ -6,6 +6,7 @@ import itertools
 import signal
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -125,6 +126,17 @@ def test_a_value_out_of_range_is_a_value_error_with_name_value_and_range(argumen
     with pytest.raises(ValueError, match=parts[0].split("[")[0]) as raised:
         SoftPruning(**arguments)
     assert_says(raised.value, *parts)
+
+
+def test_numbers_of_numpy_are_numbers():
+    callback = SoftPruning(epochs=np.int64(3), target_sparsity=np.float32(0.5), healing=np.int32(4))
+    assert (callback.epochs, callback.targets, callback.healing) == ([3], [0.5], 4)
+    assert [type(value) for value in (*callback.epochs, *callback.targets, callback.healing)] == [int, float, int]
+    scheduled = SoftPruning(epochs=[np.int8(1), 2], target_sparsity=np.float32(0.5), limits={"macs": 0.5})
+    assert scheduled.targets == SoftPruning(epochs=[1, 2]).targets
+    assert scheduled._has_schedule
+    with pytest.raises(TypeError, match="epochs: array"):
+        SoftPruning(epochs=np.arange(3))
 
 
 WRONG = {

@@ -476,6 +476,7 @@ def test_layers_that_pass_channels_on_are_sliced_with_their_buffers():
 def test_equal_parts_are_in_the_layout():
     register_layer(Scale, **SCALE, parts="groups")
     assert layout_of(Scale(6, groups=3)).parts == {"both": 3}
+    assert layout_of(Scale(6, groups=np.int64(3))).parts == {"both": 3}
     assert layout_of(Scale(6)).parts == {}
     with pytest.raises(ValueError, match=r"parts: 5 channels of channels do not make 3 equal parts \(the layer ''\)"):
         check_layers(Scale(5, groups=3))
@@ -490,6 +491,7 @@ def test_an_embedding_has_outputs_alone():
     assert not list(entry.taken(layer, {0: ids}))
     (port,) = entry.given(layer, layer(ids))
     assert (port.slot, port.dim) == ("out", 2)
+    assert LayerSpec(Table, outputs={"rows": np.int64(0)}) == LayerSpec(Table, outputs={"rows": 0})
     assert macs_of(layer, ids) == 0
 
 

@@ -216,26 +216,99 @@ def test_two_optimizers_over_two_parts_are_both_repaired():
     assert set(live(one)) | set(live(other)) == {id(p) for p in model.parameters()}
 
 
-class Strange(torch.optim.SGD):
-    """Keeps a state whose shape has nothing to do with the parameter's."""
+class Strange(torch.optim.Adagrad):
+    """Keeps states whose shapes have nothing to do with the parameter's, one of them made with the optimizer."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, lr)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["sketch"] = torch.zeros(3, 7)
 
     def step(self, closure=None):
         for group in self.param_groups:
             for parameter in group["params"]:
-                self.state[parameter]["sketch"] = torch.zeros(3, 7)
-                self.state[parameter]["count"] = torch.tensor(4.0)
-                self.state[parameter]["note"] = "kept"
+                state = self.state[parameter]
+                if "count" not in state:  # the first step makes both
+                    state.update(count=torch.tensor(0.0), factors=[torch.zeros(5), torch.zeros(6)])
+                state["count"] += 1.0
+                state["factors"][0] += 1.0
         return super().step(closure)
 
 
-def test_state_that_cannot_be_sliced_warns_and_starts_afresh():
+def test_where_a_state_cannot_be_sliced_all_of_its_parameter_is_as_in_a_new_optimizer():
     model, _ = BY_NAME["Autoencoder"].make()
-    optimizer = Strange(model.parameters(), 0.1)
-    step(model, optimizer, batches("Autoencoder", 1, torch.float32)[0])
+    optimizer = Strange(model.parameters())
+    x = batches("Autoencoder", 1, torch.float32)[0]
+    step(model, optimizer, x)
     groups = prunable(model, torch.zeros(2, 12))
     surgery = apply_plan(model, groups, plan_for(groups, encoder_0=(0,)))
     with pytest.warns(UserWarning, match="Strange: the state 'sketch'") as caught:
         repair_optimizers([optimizer], surgery)
     assert len(caught) == len(surgery.parameters)
-    assert optimizer.state[model.encoder[0].weight] == {"count": torch.tensor(4.0), "note": "kept"}
-    assert "sketch" in optimizer.state[model.decoder[0].weight]  # untouched
+    pruned, whole = optimizer.state[model.encoder[0].weight], optimizer.state[model.decoder[0].weight]
+    assert pruned.keys() == {"step", "sum", "sketch"}  # Adagrad and this one make these at once
+    assert float(pruned["step"]) == 0.0
+    assert pruned["sum"].shape == model.encoder[0].weight.shape
+    assert float(whole["step"]) == float(whole["count"]) == 1.0  # untouched
+    step(model, optimizer, x)
+    assert float(pruned["count"]) == 1.0
+
+
+class Factored(torch.optim.SGD):
+    """Keeps sums over rows and columns of matrices alone, all from its first step on, as Adafactor does."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state, square = self.state[parameter], parameter.grad.square()
+                if not state:
+                    shapes = [square.shape[:-1], square.shape[:-2] + square.shape[-1:]]
+                    state.update(step=0, whole=[torch.zeros_like(square)])
+                    state.update(zip(("rows", "columns"), map(torch.zeros, shapes), strict=True))
+                state["step"] += 1
+                state["whole"][0] += square
+                if square.ndim > 1:
+                    state["rows"] += square.mean(-1)
+                    state["columns"] += square.mean(-2)
+        return super().step(closure)
+
+
+def train_on(model, optimizer, x):
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("widths", [(6, 8, 2), (8, 8, 2)], ids=["no square", "a square and others"])
+def test_sums_over_rows_and_columns_are_sliced_with_their_parameter(widths, recwarn):
+    a, b, c = widths
+    model = nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c))
+    optimizer = Factored(model.parameters(), 0.0)
+    x = torch.randn(4, a)
+    train_on(model, optimizer, x)
+    states = [optimizer.state[layer.weight] for layer in (model[0], model[2])]
+    surgery = apply_plan(model, prunable(model, x), Plan(((0, 1, 5),)))
+    repair_optimizers([optimizer], surgery)
+    kept = [at for at in range(b) if at not in (0, 1, 5)]
+    first, second = (optimizer.state[layer.weight] for layer in (model[0], model[2]))
+    assert torch.equal(first["rows"], states[0]["rows"][kept])
+    assert torch.equal(first["columns"], states[0]["columns"])
+    assert torch.equal(second["rows"], states[1]["rows"])
+    assert torch.equal(second["columns"], states[1]["columns"][kept])
+    assert torch.equal(second["whole"][0], states[1]["whole"][0][:, kept])
+    train_on(model, optimizer, x)
+    assert [first["step"], second["step"]] == [2, 2]
+    assert not recwarn.list
+
+
+def test_sums_of_which_no_parameter_tells_the_dimension_start_afresh():
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
+    optimizer = Factored(model.parameters(), 0.0)
+    x = torch.randn(4, 8)
+    train_on(model, optimizer, x)
+    surgery = apply_plan(model, prunable(model, x), Plan(((0, 1, 5),)))
+    with pytest.warns(UserWarning, match="'rows' of shape \\(8,\\) does not follow"):
+        repair_optimizers([optimizer], surgery)
+    train_on(model, optimizer, x)
+    assert [optimizer.state[parameter]["step"] for parameter in model.parameters()] == [1, 1]

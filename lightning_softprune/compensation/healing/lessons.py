@@ -57,13 +57,15 @@ def teach(
 
     Returns:
         The error on each batch before it was learned from: the fraction that the pruned network misses of the variance
-        of what steps use, and of what blocks give. Empty where there is nothing to learn from: no training data, or no
-        common output.
+        of what steps use, and of what blocks give. Empty where nothing learns (see :func:`learning_in`) and where there
+        is nothing to learn from: no training data, or no common output.
 
     Raises:
         Exception: The user's own.
     """
     classroom = Classroom.of(runner, dense, judged)
+    if not classroom.parameters:
+        return []
     pupil = Pupil(classroom.parameters, batches, halved=runner.scales_losses, look_ups=_look_ups_in(runner.module))
     errors: list[float] = []
     with contextlib.closing(_endless(runner, batches)) as stream:
@@ -115,6 +117,23 @@ def resting_in(module: nn.Module) -> int:
     return sum(not part.training and any(p.requires_grad for p in part.parameters()) for part in layers)
 
 
+def learning_in(module: nn.Module, dense: DenseNetwork, judged: Set[str]) -> list[nn.Parameter]:
+    """The parameters that healing trains, tied ones once: those that validation runs and a gradient is required of.
+
+    Args:
+        module: The pruned module.
+        dense: What it was.
+        judged: Names of the parameters that validation runs.
+    """
+    names = {*judged, *dense.created}
+    found = {
+        id(parameter): parameter
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if name in names and parameter.requires_grad and parameter.is_floating_point()
+    }
+    return list(found.values())
+
+
 def _look_ups_in(module: nn.Module) -> list[nn.Parameter]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
     return [parameter for part in module.modules() if isinstance(part, kinds) for parameter in part.parameters()]
@@ -142,16 +161,10 @@ class Classroom:
     def of(cls, runner: ModuleRunner, dense: DenseNetwork, judged: Set[str]) -> Classroom:
         """The two of a runner's module as it is now: what is frozen does not learn."""
         module = runner.module
-        names = {*judged, *dense.created}
-        learning = {
-            id(parameter): parameter
-            for name, parameter in module.named_parameters(remove_duplicate=False)
-            if name in names and parameter.requires_grad and parameter.is_floating_point()
-        }
         modes = {part: part.training for part, _, _ in statistics_in(module)}
         # cuDNN differentiates recurrent layers in training mode only
         modes |= {part: part.training for part in module.modules() if isinstance(part, nn.RNNBase)}
-        return cls(runner, dense, judged, list(learning.values()), modes)
+        return cls(runner, dense, judged, learning_in(module, dense, judged), modes)
 
     @contextlib.contextmanager
     def compared(self, raw: Any, number: int) -> Iterator[torch.Tensor | None]:

@@ -203,12 +203,12 @@ class RegisteredType(LayerType):
         if self.spec.parts is None:
             return {}
         parts = attribute_at(module, self.spec.parts)
-        if not _is_size(parts) or parts < 1:
+        if not checks.is_whole_number(parts) or parts < 1:
             raise ValueError(f"parts: {self.spec.parts!r} of this {type(module).__name__} is {parts!r}, not a number")
         for slot, size in slots.items():
             if size % parts:
                 raise ValueError(f"parts: {size} channels of {ARGUMENTS[slot]} do not make {parts} equal parts")
-        return dict.fromkeys(slots, parts) if parts > 1 else {}
+        return dict.fromkeys(slots, int(parts)) if parts > 1 else {}
 
     def resize(self, module: Any, sizes: Mapping[str, int]) -> None:
         """See `LayerType`."""
@@ -314,13 +314,9 @@ def _size_at(module: nn.Module, slot: str, attribute: str) -> int:
     found = getattr(owner, name, None)
     size: Any = found[0] if isinstance(found, (tuple, list)) and len(found) == 1 else found
     what = f"sizes[{slot!r}]: {attribute!r} of this {type(module).__name__}"
-    if not _is_size(size):
+    if not checks.is_whole_number(size):
         raise ValueError(f"{what} is {found!r}, not an int, nor a tuple or list of one")
     computed = getattr(type(owner), name, None)
     if isinstance(computed, property) and computed.fset is None:
         raise ValueError(f"{what} is a property that cannot be written, so that it follows by itself; leave it out")
     return int(size)
-
-
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -76,7 +76,7 @@ class LayerSpec:
             object.__setattr__(self, argument, checks.mapping(argument, getattr(self, argument), _dimensions) or {})
         object.__setattr__(self, "copies", checks.mapping("copies", self.copies, checks.whole_number) or {})
         object.__setattr__(self, "sizes", checks.mapping("sizes", self.sizes, _names) or {})
-        _whole_number("channel_dim", self.channel_dim)
+        object.__setattr__(self, "channel_dim", checks.whole_number("channel_dim", self.channel_dim, None))
         if self.macs is not None:
             checks.one_of("macs", self.macs, ("outputs", "inputs", "none"))
         checks.instance_of("bias", self.bias, str)
@@ -180,18 +180,12 @@ def _imported(path: str) -> Any:
     raise ValueError(f"type: {path!r} is not the dotted path of a class that can be imported")
 
 
-def _whole_number(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: {value!r} is not a whole number")
-    return value
-
-
 def _dimensions(name: str, value: Any) -> Dimensions:
     if isinstance(value, (list, tuple)):
         if not value:
             raise ValueError(f"{name}: {value!r} is not a dimension or a list of them")
-        return [_whole_number(f"{name}[{place}]", item) for place, item in enumerate(value)]
-    return _whole_number(name, value)
+        return [checks.whole_number(f"{name}[{place}]", item, None) for place, item in enumerate(value)]
+    return checks.whole_number(name, value, None)
 
 
 def _names(name: str, value: Any) -> Names:
