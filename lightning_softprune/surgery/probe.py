@@ -35,7 +35,7 @@ from lightning_softprune.search import Plan
 from lightning_softprune.surgery.apply import Surgery, apply_plan, counts_after, select_channels
 from lightning_softprune.surgery.fingerprints import Dense, Seen, is_alike, look_at, look_at_dense
 from lightning_softprune.utilities.arrays import IntArray
-from lightning_softprune.utilities.frames import frames_of, is_users, line_of
+from lightning_softprune.utilities.ownership import frames_of, is_users_frame, line_of
 
 _AS_MASKED = 2e-5
 """Zeros in a sum change no more than rounding."""
@@ -313,7 +313,7 @@ class _Probe:
         module = place = ""
         for frame, number in frames_of(error.__traceback__):
             module = names.get(id(frame.f_locals.get("self")), module)
-            place = line_of(frame, number) if is_users(frame) else place
+            place = line_of(frame, number) if is_users_frame(frame) else place
         where = " in ".join(filter(None, (place, module)))
         found = f"{DOES_NOT_RUN}: {type(error).__name__}: {shown}"
         beyond = isinstance(error, IndexError) or _EMPTY.search(line) is not None

@@ -34,7 +34,7 @@ from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
 from lightning_softprune.surgery.judgement import Judgement
 from lightning_softprune.surgery.mirrors import Mirrors
 from lightning_softprune.surgery.places import hidden_places, is_foreign
-from lightning_softprune.utilities.classes import packages_of
+from lightning_softprune.utilities.ownership import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000

@@ -12,8 +12,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_softprune.trainer.other_callbacks import is_the_users
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.ownership import is_of_a_framework
 
 Hook = Callable[[pl.Trainer, pl.LightningModule], object]
 
@@ -75,7 +75,7 @@ def _of_the_users(trainer: pl.Trainer, hook: str) -> Iterator[tuple[object, None
     yield trainer.lightning_module, None
     saving = (*counterparts(EarlyStopping), *counterparts(Checkpoint))
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if is_the_users(getattr(callback, hook)) and not isinstance(callback, saving):
+        if not is_of_a_framework(getattr(callback, hook)) and not isinstance(callback, saving):
             yield callback, None
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.ownership import is_of_a_framework
 
 
 def reset_monitors(trainer: pl.Trainer) -> list[str]:
@@ -55,15 +56,9 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
     return stay
 
 
-def is_the_users(thing: object) -> bool:
-    """Whether users have written a class or function: Lightning's own, and this package's, are known."""
-    package = str(getattr(thing, "__module__", "")).partition(".")[0]  # a hook may be anything, even None
-    return package not in ("lightning", "pytorch_lightning", "lightning_softprune")
-
-
 def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     """The callbacks that users have written."""
-    return [callback for callback in trainer.callbacks if is_the_users(type(callback))]  # type: ignore[attr-defined]
+    return [callback for callback in trainer.callbacks if not is_of_a_framework(type(callback))]  # type: ignore[attr-defined]
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:

@@ -26,9 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.graph.layers import Layout, Port, layer_type
-from lightning_softprune.utilities.frames import users_line
 from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
 from lightning_softprune.utilities.nested import innermost, is_transformed, tensors_in
+from lightning_softprune.utilities.ownership import users_line
 
 
 @dataclass(frozen=True)
