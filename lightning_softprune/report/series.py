@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from lightning_softprune.results import PruningResult, Trial, format_change, pareto_front
-from lightning_softprune.search import better, parse_constraint
+from lightning_softprune.search import better, parse_constraint, reaches
 
 Cell = str | int | float | bool
 
@@ -193,7 +193,7 @@ def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
 
     def rank(trial: Trial) -> float:
         target = result.target_sparsity
-        return trial.sparsity if target is None else float(trial.sparsity >= target - 1e-9)
+        return trial.sparsity if target is None else float(reaches(trial.sparsity, target))
 
     found: list[int] = []
     for index, trial in enumerate(result.trials):

@@ -6,13 +6,13 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
-from lightning_softprune.round.feasibility import check_reachable, check_strategy
+from lightning_softprune.round.feasibility import check_reachable, check_strategy, refusals
 from lightning_softprune.round.racing import finalists
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import (
@@ -23,7 +23,6 @@ from lightning_softprune.search import (
     SearchStrategy,
     UniformBaseline,
 )
-from lightning_softprune.trainer import MisconfigurationException
 from lightning_softprune.utilities.arrays import FloatArray
 
 
@@ -53,10 +52,8 @@ def search(
         strategy.expected = goal.earlier.expected_curves(evaluator.problem.realisation.coefficients.names)
 
     def check(at: SearchSpace) -> None:
-        try:
+        with refusals():
             strategy.check(at)
-        except ValueError as error:
-            raise MisconfigurationException(f"search: {error}") from error
 
     if trials.target is not None:
         space = _aimed(strategy, space)
@@ -93,10 +90,8 @@ def _aimed(strategy: SearchStrategy, space: SearchSpace) -> SearchSpace:
     with contextlib.suppress(ValueError):
         strategy.check_target(upper)
         return upper
-    try:
+    with refusals():
         strategy.check_target(space)
-    except ValueError as error:
-        raise MisconfigurationException(f"search: {error}") from error
     return space
 
 
@@ -132,9 +127,7 @@ def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> t
     """
     trials = evaluator.trials
     check_reachable(trials.space, settings, trials.target)
-    space = trials.space
-    if trials.target is None:
-        space = replace(space, target=space.sparsity_of(space.high) / 2)
+    space = trials.space if trials.target is not None else trials.space.halfway()
     check_strategy(trials.space, settings, trials.target)
 
     def evaluate(x: FloatArray) -> float:

@@ -13,7 +13,7 @@ from lightning_softprune.search.coefficients import (
     build_space,
 )
 from lightning_softprune.search.curves import carried_over, modelled_increases
-from lightning_softprune.search.look_ups import SLACK, Shape
+from lightning_softprune.search.look_ups import Shape, reaches
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
 from lightning_softprune.search.objective import (
@@ -41,7 +41,6 @@ from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 __all__ = [
     "AUTO",
-    "SLACK",
     "Budgets",
     "Coefficients",
     "Constraint",
@@ -87,6 +86,7 @@ __all__ = [
     "mode_of_name",
     "modelled_increases",
     "parse_constraint",
+    "reaches",
     "run_search",
     "solve",
     "strategy_of",

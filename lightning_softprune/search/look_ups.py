@@ -24,6 +24,12 @@ EXACT_PLANS = 300_000
 SLACK = 1e-12
 """Sparsities are quotients of integers: equal ones may differ in the last bits."""
 
+
+def reaches(sparsity: float, target: float | None) -> bool:
+    """Whether at least what was asked for is removed; without a target, any sparsity will do."""
+    return target is None or sparsity >= target - SLACK
+
+
 _SAMPLES = 8192  # per coefficient, when its values that realise differently are looked for
 _PAIRS = 64  # beyond this many coefficients single steps are fine enough, and pairs too many
 
