@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_softprune.utilities.files import refuse_other_than_file
 from lightning_softprune.utilities.version import __version__
+from lightning_softprune.utilities.wording import counted
 
 if TYPE_CHECKING:
     from lightning_softprune.results import PruningResult
@@ -186,7 +187,7 @@ def _print(path: Path, results: Sequence[PruningResult]) -> None:
 
     from lightning_softprune.report import print_rounds
 
-    rounds = f"{len(results)} round{'' if len(results) == 1 else 's'}"
+    rounds = counted(len(results), "round")
     print(f"{_one_line(path, sys.stdout)}: {rounds}\n", flush=True)
     if results:
         print_rounds(results, Console())

@@ -36,6 +36,7 @@ from lightning_softprune.report.series import (
 )
 from lightning_softprune.results import GroupResult, LayerShapes, PruningResult, format_change
 from lightning_softprune.search import better
+from lightning_softprune.utilities.wording import counted
 
 MAX_ROWS = 1000
 
@@ -89,7 +90,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _header(result: PruningResult) -> Markup:
-    evaluations = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}"
+    evaluations = counted(result.evaluations, "evaluation")
     origin = result.origin
     facts = [origin.run, origin.date, result.measured_on]
     facts += [result.strategy, evaluations, f"{result.seconds:,.1f} s", f"stopped: {result.stop_reason}"]
@@ -399,7 +400,7 @@ def _left_out(result: PruningResult) -> Markup:
         return Markup()
     items = []
     for item in result.left_out:
-        channels = f"{item.channels:,} channel{'' if item.channels == 1 else 's'}" if item.channels else ""
+        channels = counted(item.channels, "channel") if item.channels else ""
         where = " · ".join(filter(None, (item.component, channels)))
         name = tag("span", tag("b", item.name), tag("span", where, class_="where"))
         items.append(tag("li", name, tag("span", item.reason)))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from lightning_softprune.results import PruningResult, Trial, format_change, pareto_front
 from lightning_softprune.search import better, parse_constraint, reaches
+from lightning_softprune.utilities.wording import counted
 
 Cell = str | int | float | bool
 
@@ -117,8 +118,8 @@ def evaluations_line(result: PruningResult) -> str:
     parts = ["the dense model", f"{counts['search']:,} of the search"]
     if counts["committed"]:
         parts.append(f"{counts['committed']:,} of the plan as it is committed{_score_before(result)}")
-    line = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}: {', '.join(parts)}"
-    finalists = f"{counts['finalist']:,} finalist{'' if counts['finalist'] == 1 else 's'}"
+    line = f"{counted(result.evaluations, 'evaluation')}: {', '.join(parts)}"
+    finalists = counted(counts["finalist"], "finalist")
     extra = f"; besides, {finalists} on all validation batches" if counts["finalist"] else ""
     known = 1 + counts["search"] + counts["committed"] - result.evaluations
     return line + extra + (f"; {known:,} had a score that was known" if known > 0 else "")

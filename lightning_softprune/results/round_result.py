@@ -42,6 +42,7 @@ from lightning_softprune.search import (
 )
 from lightning_softprune.utilities.checks import fraction, mapping, number_between, one_of, ordered_pair
 from lightning_softprune.utilities.plain_types import from_plain, to_plain
+from lightning_softprune.utilities.wording import counted
 
 _COSTS = ("params", "macs")
 
@@ -250,7 +251,7 @@ class PruningResult:
         if not self.applied:
             epoch += f", not applied ({self.reason})" if self.reason else ", not applied"
         before, after = self.costs_before.params, self.costs_after.params
-        evaluations = f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"
+        evaluations = counted(self.evaluations, "evaluation")
         if abs(self.passes - self.evaluations) >= 0.05:
             evaluations += f" ({self.passes:.1f} passes)"
         return (

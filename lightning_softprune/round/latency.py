@@ -16,6 +16,7 @@ from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.trials import ScoredPlan
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
+from lightning_softprune.utilities.wording import counted
 
 _TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
 """Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
@@ -141,4 +142,4 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
-    return f"cpu ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else str(device)
+    return f"cpu ({counted(threads, 'thread')})" if device.type == "cpu" else str(device)

@@ -24,6 +24,7 @@ from lightning_softprune.search import (
     UniformBaseline,
 )
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.wording import counted
 
 
 def search(
@@ -107,13 +108,13 @@ def _announcement(evaluator: Evaluator, planned: int | None, healing: int) -> st
         seconds = _PASSES_OF_A_LESSON * healing * evaluator.runner.training_batch_size * each
         healed += f", about {seconds:.2g} s" if seconds else ""
     groups, size = len(evaluator.problem.groups), evaluator.trials.space.size
-    names = f"{groups} group{'' if groups == 1 else 's'}, {size} coefficient{'' if size == 1 else 's'}"
+    names = f"{counted(groups, 'group')}, {counted(size, 'coefficient')}"
     each = evaluator.baseline_seconds * evaluator.on.share
     if planned is None:
         return f"SoftPruning: {names}, about {each:.2g} s for each evaluation{healed}"
     last = min(finalists(evaluator), planned)
     seconds = planned * each + last * evaluator.baseline_seconds
-    on_all = f" and {last} finalist{'' if last == 1 else 's'} on all data" if last else ""
+    on_all = f" and {counted(last, 'finalist')} on all data" if last else ""
     return f"SoftPruning: {names}, up to {planned:,} evaluations{on_all}, about {seconds:.2g} s{healed}"
 
 

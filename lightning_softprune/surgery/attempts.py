@@ -19,6 +19,7 @@ from torch import nn
 from lightning_softprune.graph import Count, PruningGroup
 from lightning_softprune.surgery.fingerprints import look_at_dense
 from lightning_softprune.surgery.probe import DOES_NOT_RUN, probe_groups, unlike_masked
+from lightning_softprune.utilities.names import without_digits
 
 _UNLIKE = (
     "without some of its channels the model computes something else than with them set to zero: their number is used "
@@ -171,12 +172,8 @@ def _as_the_first_of_their_kind(
 
 def _kind(group: PruningGroup, counts: Sequence[Count]) -> object:
     """What groups of blocks alike have in common: all but the numbers in their names."""
-
-    def without_number(name: str) -> str:
-        return "".join(sign for sign in name if not sign.isdigit())
-
-    members = tuple((without_number(member.module), member.slot, len(member.owner)) for member in group.members)
-    found = tuple((without_number(count.module), count.attribute, count.per_channel) for count in counts)
+    members = tuple((without_digits(member.module), member.slot, len(member.owner)) for member in group.members)
+    found = tuple((without_digits(count.module), count.attribute, count.per_channel) for count in counts)
     return group.num_channels, members, found
 
 

@@ -34,6 +34,7 @@ from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
 from lightning_softprune.surgery.judgement import Judgement
 from lightning_softprune.surgery.mirrors import Mirrors
 from lightning_softprune.surgery.places import hidden_places, is_foreign
+from lightning_softprune.utilities.names import is_inside, joined
 from lightning_softprune.utilities.ownership import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
 
@@ -320,7 +321,7 @@ class References:
         shapes, found = [tuple(item.shape) for item in items], []
         for path, _ in self.model.named_modules():
             for names in (self._names, trained):
-                own = [name for name in names if not path or name.startswith(f"{path}.")]
+                own = [name for name in names if not path or is_inside(name, path)]
                 if [self.shapes[name] for name in own] == shapes:
                     found.append(own)
         if not found or not self._are_cut_alike(found):
@@ -395,7 +396,7 @@ class References:
             refresh(module)
         names = {id(module): f"{prefix}{path}".rstrip(".") for path, module in copy.named_modules()}
         for module, found, weight in computed:
-            by_dim = self.surgery.kept.get(f"{names[id(module)]}.{found.direction}".lstrip("."), {})
+            by_dim = self.surgery.kept.get(joined(names[id(module)], found.direction), {})
             found.settle(module, slice_tensor(weight, by_dim))
 
     # ---------------------------------------------------------------------------------------------------------- hooks

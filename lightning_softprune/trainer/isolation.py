@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
@@ -153,7 +153,7 @@ class StillParameters:
             before = {
                 name: (parameter, parameter.detach().clone())
                 for name, parameter in module.named_parameters()
-                if not isinstance(parameter, UninitializedParameter) and (self._moved is None or name in self._moved)
+                if not is_lazy(parameter) and (self._moved is None or name in self._moved)
             }
         try:
             yield

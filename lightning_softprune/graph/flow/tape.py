@@ -20,13 +20,14 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.graph.layers import Layout, Port, layer_type
 from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.nested import innermost, is_transformed, tensors_in
 from lightning_softprune.utilities.ownership import users_line
 
@@ -399,5 +400,5 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         kept = ((key, value) for key, value in vars(module).items() if isinstance(value, torch.Tensor))
         for name, tensor in (*module._parameters.items(), *module._buffers.items(), *kept):
-            if tensor is not None and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-                yield f"{prefix}.{name}".lstrip("."), tensor
+            if tensor is not None and not is_lazy(tensor):
+                yield joined(prefix, name), tensor

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_softprune.graph.geometry import WeightGeometry
@@ -279,9 +279,9 @@ def _tensor(module: nn.Module, axis: TensorAxis) -> torch.Tensor | str | None:
     owner = attribute_at(module, path) if path else module
     found = getattr(owner, name, None)
     held = isinstance(owner, nn.Module) and (name in owner._parameters or name in owner._buffers)
-    if isinstance(found, (UninitializedBuffer, UninitializedParameter)):
-        return f"this {type(module).__name__} has no shape before it runs"
     if isinstance(found, torch.Tensor):
+        if is_lazy(found):
+            return f"this {type(module).__name__} has no shape before it runs"
         return found if held else _computed(module)
     if held or (isinstance(owner, nn.Module) and hasattr(owner, name) and found is None):
         return None
