@@ -16,7 +16,8 @@ from lightning_softprune.graph.components import (
     undeclared_twins,
 )
 from lightning_softprune.graph.computed import ComputedWeight, WeightGradients, watch_gradients
-from lightning_softprune.graph.costs import COSTS, CostModel, record_macs, with_macs_recorded
+from lightning_softprune.graph.costs import CostModel, record_macs, with_macs_recorded
+from lightning_softprune.graph.flow import BY_NUMBER
 from lightning_softprune.graph.geometry import Kernel, Shape, WeightGeometry, shape_mismatch
 from lightning_softprune.graph.grouping import (
     Grouping,
@@ -62,7 +63,7 @@ from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
 
 __all__ = [
-    "COSTS",
+    "BY_NUMBER",
     "LAYER_TYPES",
     "Applications",
     "ComputedWeight",

@@ -41,9 +41,6 @@ from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.names import is_inside
 from lightning_softprune.utilities.nested import attribute_at
 
-COSTS = ("params", "macs")
-"""What is counted."""
-
 Slot = tuple[str, str]
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_softprune.checkpoint import ModelShapes
-from lightning_softprune.graph import COSTS, record_usage
+from lightning_softprune.graph import record_usage
 from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, plans_to_be_healed, rehearse_plan
@@ -35,7 +35,7 @@ from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
-from lightning_softprune.search import SearchOutcome, SearchStrategy
+from lightning_softprune.search import COSTS, SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
     MisconfigurationException,

@@ -10,9 +10,8 @@ from typing import Any
 
 from lightning_softprune.calibration import LEAST_BATCHES, Importance
 from lightning_softprune.compensation import Teacher
-from lightning_softprune.graph import COSTS
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.search import Constraint, Objective, SearchStrategy
+from lightning_softprune.search import COSTS, Constraint, Objective, SearchStrategy
 from lightning_softprune.surgery import Judgement
 from lightning_softprune.utilities import checks
 

@@ -29,7 +29,7 @@ from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.solving import Known, OutOfReachError, Question, Solution, best_plan, solve
 from lightning_softprune.search.space import SearchSpace
-from lightning_softprune.search.stored import SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
+from lightning_softprune.search.stored import COSTS, SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
 from lightning_softprune.search.strategies.baselines import NormBaseline, UniformBaseline
 from lightning_softprune.search.strategies.by_name import strategy_of
 from lightning_softprune.search.strategies.gradient import GradientSearch
@@ -41,6 +41,7 @@ from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 __all__ = [
     "AUTO",
+    "COSTS",
     "Budgets",
     "Coefficients",
     "Constraint",

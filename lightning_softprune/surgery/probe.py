@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.graph import (
+    BY_NUMBER,
     Layout,
     Member,
     PruningGroup,
@@ -50,8 +51,6 @@ _HINT = "if a size is written down: write -1, take the tensor's shape, or an int
 
 _EMPTY = re.compile(r"\(0\)|\b0x\d|\dx0\b")
 """A size of zero in an exception's message: a slice by numbers lies beyond the channels that are left."""
-
-_BY_NUMBER = "what is read by its number needs a layer of its own"
 
 _NARROW = 3
 """Patterns of a group that remove as little as can be: the first channels, the last, those between."""
@@ -302,7 +301,7 @@ class _Probe:
                 if word is words[0] and not same:  # channels beside the positions change places with these
                     same = name in own or is_alike(ordered.sums[name], shuffled.sums.get(name, []), tolerance)
                 if name in steady and not same:
-                    return _Problem(f"{word.format(name or 'the module')}; {_BY_NUMBER}", False)
+                    return _Problem(f"{word.format(name or 'the module')}; {BY_NUMBER}", False)
         return None
 
     def _reason_of(self, error: Exception) -> str:
@@ -317,7 +316,7 @@ class _Probe:
         where = " in ".join(filter(None, (place, module)))
         found = f"{DOES_NOT_RUN}: {type(error).__name__}: {shown}"
         beyond = isinstance(error, IndexError) or _EMPTY.search(line) is not None
-        hint = _BY_NUMBER if beyond else _HINT
+        hint = BY_NUMBER if beyond else _HINT
         return f"{found} ({where}); {hint}" if where else f"{found}; {hint}"
 
     def is_as_masked(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:

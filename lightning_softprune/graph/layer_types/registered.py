@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as fields_of
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from lightning_softprune.graph.layers import (
     tensor_at,
 )
 from lightning_softprune.utilities import checks
+from lightning_softprune.utilities.checks import near_miss
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
 
@@ -74,9 +74,8 @@ def register_layer(type: LayerClass | LayerSpec, **fields: Any) -> None:
     known = [item.name for item in fields_of(LayerSpec) if item.name != "type"]
     for name in fields:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{name}: register_layer has no such argument, only {', '.join(known)}{hint}")
+            only = f"only {', '.join(known)}{near_miss(name, known)}"
+            raise TypeError(f"{name}: register_layer has no such argument, {only}")
     register_layers([LayerSpec(type, **fields)])
 
 
