@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_softprune.graph import Count, PruningGroup
 from lightning_softprune.surgery.fingerprints import look_at_dense
-from lightning_softprune.surgery.probe import DOES_NOT_RUN, probe_groups, unlike_masked
+from lightning_softprune.surgery.probe import probe_groups, unlike_masked
 from lightning_softprune.utilities.names import without_digits
 
 _UNLIKE = (
@@ -88,7 +88,7 @@ def probe_with_counts(
     counted = _counted(groups, found, counts, probed, unlike)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
         found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
-    if any(group.reason.startswith(DOES_NOT_RUN) for group in found):
+    if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}

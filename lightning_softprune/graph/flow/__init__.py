@@ -4,7 +4,7 @@
 operator does to them, `propagate` puts it together.
 """
 
-from lightning_softprune.graph.flow.labels import CROSSED, Couplings, is_atoms
+from lightning_softprune.graph.flow.labels import CROSSED, Couplings, Pin, is_atoms
 from lightning_softprune.graph.flow.propagate import Flow
 from lightning_softprune.graph.flow.rules import BY_NUMBER
 from lightning_softprune.graph.flow.tape import Recorder, Tape, TooLongError, named_tensors
@@ -14,6 +14,7 @@ __all__ = [
     "CROSSED",
     "Couplings",
     "Flow",
+    "Pin",
     "Recorder",
     "Tape",
     "TooLongError",

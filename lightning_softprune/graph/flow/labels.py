@@ -56,6 +56,23 @@ class Split:
     compared: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """Atoms that cannot go.
+
+    Attributes:
+        atoms: The atoms.
+        reason: Why they cannot.
+        whole: Whether a group with one of them is refused as a whole.
+        output: Who produces an output of the network that they are, where that is the reason; else empty.
+    """
+
+    atoms: IntArray
+    reason: str
+    whole: bool = True
+    output: str = ""
+
+
 @dataclass
 class Couplings:
     """What has been found out of atoms.
@@ -63,7 +80,7 @@ class Couplings:
     Attributes:
         count: Atoms so far.
         slots: Layer or tensor name and slot -> its first atom, its size.
-        pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
+        pins: Atoms that cannot go.
         splits: Dimensions that were laid out over several.
         contracted: Atoms over which products of two tensors sum, in the order in which they do.
         averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
@@ -75,7 +92,7 @@ class Couplings:
 
     count: int = 0
     slots: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    pins: list[tuple[IntArray, str, bool]] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
     returned: list[tuple[str, IntArray]] = field(default_factory=list)
@@ -109,7 +126,7 @@ class Couplings:
         for atoms, there in ((one, other), (other, one)):
             lonely = atoms[(atoms >= 0) & (there == FIXED_PLACE)]
             if len(lonely) and self.pinning:
-                self.pins.append((lonely, "it is added to a place whose size is fixed", False))
+                self.pins.append(Pin(lonely, "it is added to a place whose size is fixed", whole=False))
 
     def cross(self, dims: Sequence[IntArray]) -> IntArray:
         """Atoms that go with any of those at the same place of several arrays of one shape."""
@@ -137,11 +154,11 @@ class Couplings:
         self.contracted += [label for label in (one, other) if is_atoms(label)]
         self.merge(one, other, reason)
 
-    def pin(self, label: Label, reason: str) -> None:
-        """The atoms of a label cannot go, and no others of their group."""
+    def pin(self, label: Label, reason: str, output: str = "") -> None:
+        """The atoms of a label cannot go, and no others of their group; see `Pin`."""
         if self.pinning and is_atoms(label) and (label >= 0).any():
             atoms = label[label >= 0]
-            self.pins.append((atoms, reason, True))
+            self.pins.append(Pin(atoms, reason, output=output))
             if len(self._stays) < self.count:
                 self._stays = np.pad(self._stays, (0, 2 * self.count - len(self._stays)))
             self._stays[atoms] = 1
@@ -178,7 +195,7 @@ class Couplings:
         while True:
             found = self.united()
             together, stuck = self.crossed.met(found)
-            self.pins += [(atoms, _UNLIKE, True) for atoms in stuck]
+            self.pins += [Pin(atoms, _UNLIKE) for atoms in stuck]
             if not together:
                 return found
             self._edges += together
