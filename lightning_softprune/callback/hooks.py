@@ -177,7 +177,7 @@ class PruningHooks(Rounds):
         if self._teacher is None or self._lesson is None:
             return
         seed = seed_from(self.seed, trainer.current_epoch)  # other random numbers in every epoch
-        runner = ModuleRunner(trainer, pl_module, seed=seed, glance=self._lesson)
+        runner = ModuleRunner(trainer, pl_module, seed=seed, only_batch=self._lesson)
         trained = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         weight = self.teacher / trainer.accumulate_grad_batches  # as losses are
         self._teacher.add_gradients(runner, self._lesson, weight, trained)

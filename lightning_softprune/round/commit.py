@@ -20,8 +20,8 @@ from lightning_softprune.compensation import (
     DenseRun,
     Teacher,
     changeable,
+    layers_in_eval_mode,
     refit_readers,
-    resting_in,
     run_dense,
     teach,
     teaching_bytes,
@@ -96,7 +96,7 @@ def rehearse_plan(
         if settings.compensation == "least_squares":
             room = runner.memory_left - (teaching_bytes(module, heals) if heals or taught else 0)
             if problem.dense is not None:
-                dense = problem.dense.ready(room, runner.steady)
+                dense = problem.dense.fit_into(room, runner.steady)
             else:
                 dense = run_dense(module, problem.compensation, problem.calibration, room, runner.steady)
         for averaged in copies:
@@ -304,7 +304,7 @@ def _if_better(
     if not errors:
         _tell_nothing_to_learn(evaluator.runner.module)
         return rehearsed
-    resting = resting_in(evaluator.runner.module)
+    resting = layers_in_eval_mode(evaluator.runner.module)
     healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
     kept = healed.is_better_than(rehearsed.plan)
     if not kept:

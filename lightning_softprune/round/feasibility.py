@@ -185,7 +185,7 @@ class _Look:
         settings, seed = self.settings, seed_from(self.settings.seed)
         limit, batches = settings.memory_limit, settings.least_calibration_batches
         runner = ModuleRunner(
-            self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, glance=batch
+            self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, only_batch=batch
         )
         with (
             isolated_rng(seed),

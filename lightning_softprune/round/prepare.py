@@ -411,8 +411,8 @@ def _measured(
     wanted = Wanted.by(settings.ranking, settings.compensation)
     if wanted is None:
         return ReadPositions(), {}, None
-    glance = cache(partial(runner.few, batches, PROBE_SAMPLES))
-    positions = find_read_positions(module, [reader.name for reader in readers], steps, glance)
+    few_samples = cache(partial(runner.few, batches, PROBE_SAMPLES))
+    positions = find_read_positions(module, [reader.name for reader in readers], steps, few_samples)
     dense = None
     if settings.compensation == "least_squares":
         unfolded = unfolded_readers(module, readers, wanted, left)
@@ -421,7 +421,7 @@ def _measured(
     watched = steps if dense is None else dense.watched()
     statistics = collect_statistics(module, readers, watched, wanted=wanted, budget=left, positions=positions)
     if dense is not None:
-        dense.finish(glance())
+        dense.finish(few_samples())
     return positions, statistics, dense
 
 

@@ -13,7 +13,7 @@ from lightning_softprune.search.coefficients import (
     build_space,
 )
 from lightning_softprune.search.curves import carried_over, modelled_increases
-from lightning_softprune.search.look_ups import Shape, reaches
+from lightning_softprune.search.look_ups import ErrorCurve, reaches
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
 from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
 from lightning_softprune.search.objective import (
@@ -46,6 +46,7 @@ __all__ = [
     "Coefficients",
     "Constraint",
     "ConstraintProgress",
+    "ErrorCurve",
     "ExpectedErrors",
     "FloatArray",
     "GradientSearch",
@@ -69,7 +70,6 @@ __all__ = [
     "SearchStrategy",
     "SensitivityCurve",
     "SensitivitySearch",
-    "Shape",
     "Solution",
     "StopReason",
     "StoredCosts",

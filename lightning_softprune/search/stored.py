@@ -22,7 +22,7 @@ from lightning_softprune.search.coefficients import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.search.look_ups import Shape
+from lightning_softprune.search.look_ups import ErrorCurve
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
@@ -236,7 +236,7 @@ class SearchNumbers:
         """The space of another search."""
         return build_space(realisation, self.costs, budgets, np.ones(len(self.groups)), self.errors)
 
-    def shapes(self) -> tuple[Shape | None, ...]:
+    def shapes(self) -> tuple[ErrorCurve | None, ...]:
         """What is known of each coefficient before any evaluation, up to 1, counted from the lowest searched."""
         budgets = Budgets(self.dense, 1.0, 0.0)
         searched, free = self.space(self.realisation(), budgets), self.space(self.realisation({}), budgets)

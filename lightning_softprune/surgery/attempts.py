@@ -35,7 +35,7 @@ _MOST_NAMES = 6
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was chosen of several, by the groups' names.
+    """What tracing could not be sure of, and a probe has to tell, by the groups' names.
 
     Attributes:
         counts: Attributes that could count a group's channels.

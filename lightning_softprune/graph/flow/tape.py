@@ -147,7 +147,7 @@ class Recorder:
         most: int | None = None,
     ) -> None:
         self.tape = Tape()
-        self._most = most
+        self._most_operations = most
         self._model, self._layouts, self._reasons = model, layouts, reasons
         self._known: dict[Any, int] = {}
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> a hold on its address, alias number
@@ -230,7 +230,7 @@ class Recorder:
         """Run one operator and note it."""
         if self._whole:
             return func(*args, **kwargs)
-        if self._most is not None and len(self.tape.operations) >= self._most:
+        if self._most_operations is not None and len(self.tape.operations) >= self._most_operations:
             raise TooLongError
         if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
             output = func(*args, **kwargs)
