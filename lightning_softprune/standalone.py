@@ -36,6 +36,7 @@ from lightning_softprune.trainer import (
     Step,
     as_far_as_it_runs,
     attributes_of,
+    callbacks_of,
     clone_inference_tensors_and_reset_metrics,
     code_in_training,
     compiler_off,
@@ -262,7 +263,7 @@ def prune(
             enable_progress_bar=False,
             num_sanity_val_steps=0,
         )
-    elif any(isinstance(callback, SoftPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    elif any(isinstance(callback, SoftPruning) for callback in callbacks_of(trainer)):
         raise MisconfigurationException("trainer: it has a SoftPruning callback already; prune() brings its own")
     if trainer.limit_train_batches == 0:
         raise MisconfigurationException(

@@ -20,6 +20,7 @@ from lightning_softprune.trainer import (
     ModuleRunner,
     UntrainedCopies,
     averaged_copies,
+    callbacks_of,
     copy_batch,
     end_epoch_at_this_batch,
     refuse_schedule,
@@ -67,7 +68,7 @@ class PruningHooks(Rounds):
             self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
             return
         self.results = self._real_results()
-        others = [callback for callback in trainer.callbacks if isinstance(callback, PruningHooks)]  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningHooks)]
         if len(others) > 1:
             raise MisconfigurationException(
                 f"callbacks: {len(others)} SoftPruning callbacks in one Trainer; one callback takes several `epochs`"

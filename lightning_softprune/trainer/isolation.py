@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
+from lightning_softprune.trainer.other_callbacks import callbacks_of
 from lightning_softprune.utilities.hooks import unwatched
 from lightning_softprune.utilities.libraries import counterparts
 from lightning_softprune.utilities.snapshot import Snapshot
@@ -191,7 +192,7 @@ def remembered(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
     for name in ("should_stop", "_last_val_time", "callbacks", "_loggers", "profiler", "_logger_connector"):
         memory.attribute(trainer, name)
     memory.contents(vars(trainer._logger_connector), vars(trainer.state), trainer.loggers)
-    memory.contents(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    memory.contents(callbacks_of(trainer))
     memory.attribute(trainer.strategy, "_model")
     memory.attributes(getattr(trainer, "datamodule", None))
     memory.contents(pl_module)

@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 _NUMBERS = (int, float, np.integer, np.floating)
 
 
-def instance_of(name: str, value: Any, kind: type) -> Any:
+def instance_of(name: str, value: object, kind: type[Value]) -> Value:
     """`value` if it is of a type.
 
     Raises:
@@ -41,7 +41,7 @@ def instance_of(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     """`value` if it is one of those allowed.
 
     Raises:
@@ -49,7 +49,7 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
     """
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}{near_miss(value, allowed)}")
-    return value
+    return allowed[allowed.index(value)]
 
 
 def near_miss(given: object, names: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:

@@ -90,7 +90,8 @@ class Outputs:
             over = {int(dim) % max(rank, 1) for dim in ((dims,) if isinstance(dims, int) else dims)}
             if len(over) < rank:
                 labels = self.flow.labels(source)
-                ends += [labels[dim] for dim in over & self._products.get(source.number, set())]
+                summed = [labels[dim] for dim in over & self._products.get(source.number, set())]
+                ends += [label for label in summed if is_atoms(label)]
         elif operation.name in _SCALED | _ADDED:
             for result in operation.outputs[:1]:
                 along = set() if result is None else self._product_dims(operation, result)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -28,11 +28,13 @@ CROSSED = "crossed"
 
 _UNLIKE = "its channels meet others that were laid out with them in another way; put a layer between them to prune both"
 
-Label = Any  # FREE, FIXED or an array
+Label = str | IntArray
+"""FREE, FIXED, or the atoms."""
+
 Labels = list[Label]
 
 
-def is_atoms(label: Label) -> bool:
+def is_atoms(label: Label) -> TypeGuard[IntArray]:
     """Whether a label names atoms."""
     return isinstance(label, np.ndarray)
 
@@ -263,14 +265,14 @@ def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterato
     """
     for mine, theirs in blocks(before, after):
         large = [dim for dim in mine if before[dim] > 1]
-        carriers = [dim for dim in large if is_atoms(labels[dim])]
+        carriers = {dim: label for dim in large if is_atoms(label := labels[dim])}
         free = any(isinstance(labels[dim], str) and labels[dim] == FREE for dim in large)
         rest = FREE if free or not large else FIXED  # what is expanded along goes with anything
         shape, elements = [before[dim] for dim in mine], []
-        for carrier in carriers:
+        for carrier, atoms in carriers.items():
             view = [1] * len(mine)
             view[mine.index(carrier)] = before[carrier]
-            spread = np.broadcast_to(labels[carrier].reshape(view), shape)
+            spread = np.broadcast_to(atoms.reshape(view), shape)
             elements.append(spread.reshape([after[dim] for dim in theirs]))
         yield Moved(tuple(mine), tuple(theirs), tuple(carriers), elements, rest)
 

@@ -80,6 +80,13 @@ class Operation:
     given: tuple[tuple[Value, str, int, int], ...] = ()
 
     @property
+    def result(self) -> Value:
+        """The first output, of an operator that gives tensors."""
+        result = self.outputs[0]
+        assert result is not None
+        return result
+
+    @property
     def inputs(self) -> list[Value]:
         """The values among the arguments."""
         return list(_values_in(self.arguments.values()))
