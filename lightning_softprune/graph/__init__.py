@@ -40,10 +40,8 @@ from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
     Layout,
-    Port,
     Sizes,
     TensorAxis,
-    add_layer_type,
     computed_of,
     geometry_of,
     layer_type,
@@ -57,10 +55,10 @@ from lightning_softprune.graph.layers import (
     write_weight,
 )
 from lightning_softprune.graph.left_out import nothing_prunable
-from lightning_softprune.graph.reach import Coverage, Groups, coverage
+from lightning_softprune.graph.reach import Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
-from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
+from lightning_softprune.graph.usage import record_usage, refuse_unjudged
 
 __all__ = [
     "BY_NUMBER",
@@ -69,7 +67,6 @@ __all__ = [
     "ComputedWeight",
     "CostModel",
     "Count",
-    "Coverage",
     "Form",
     "Grouping",
     "Groups",
@@ -79,15 +76,12 @@ __all__ = [
     "Layout",
     "Member",
     "Place",
-    "Port",
     "PruningGroup",
     "Shape",
     "Sizes",
     "TensorAxis",
-    "Usage",
     "WeightGeometry",
     "WeightGradients",
-    "add_layer_type",
     "assign_components",
     "check_layers",
     "checked_layers",

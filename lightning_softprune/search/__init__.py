@@ -13,9 +13,9 @@ from lightning_softprune.search.coefficients import (
     build_space,
 )
 from lightning_softprune.search.curves import carried_over, modelled_increases
-from lightning_softprune.search.look_ups import ErrorCurve, reaches
+from lightning_softprune.search.look_ups import reaches
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
-from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
+from lightning_softprune.search.max_sparsity import MaxSparsitySearch
 from lightning_softprune.search.objective import (
     AUTO,
     Constraint,
@@ -45,8 +45,6 @@ __all__ = [
     "Budgets",
     "Coefficients",
     "Constraint",
-    "ConstraintProgress",
-    "ErrorCurve",
     "ExpectedErrors",
     "FloatArray",
     "GradientSearch",

@@ -192,7 +192,7 @@ class ModuleRunner:
     # --------------------------------------------------------------------------------------------------- training
 
     def training_batches(self, n: int) -> list[Any]:
-        """The first training batches, as the loaders yield them; fresh copies.
+        """The first training batches, as the loaders yield them, in memory: who changes one works on a copy.
 
         They are the same ones throughout the round, whoever asks: the loaders are read once, from the random state that
         the seed gives, beside the running epoch.
@@ -204,10 +204,6 @@ class ModuleRunner:
         Raises:
             MisconfigurationException: A loader can be read only once.
         """
-        return [copy_batch(batch) for batch in self._training_batches(n)]
-
-    def _training_batches(self, n: int) -> list[Any]:
-        """The same in memory, for what works on copies itself."""
         if self._only_batch is not None:
             return [self._only_batch.data]
         if self._first_batches is None:
@@ -218,7 +214,7 @@ class ModuleRunner:
     @property
     def training_batch_size(self) -> int:
         """Samples in the first training batch; 0 where there is none."""
-        return next(map(samples_of, self._training_batches(1)), 0)
+        return next(map(samples_of, self.training_batches(1)), 0)
 
     def further_training_batches(self, n: int) -> Generator[Any]:
         """The same, as many as are asked for, and none kept in memory; they go on into further epochs.
@@ -373,13 +369,13 @@ class ModuleRunner:
         return [*self._of_all_kinds.steps(samples), *(self._in_training() if samples is None else ())]
 
     def _in_training(self) -> Steps:
-        batches = self._training_batches(1) if self.trains_by_itself and reads_its_mode(self.module) else []
+        batches = self.training_batches(1) if self.trains_by_itself and reads_its_mode(self.module) else []
         return [self.training_step(raw, shown=True, trains=True) for raw in batches]
 
     @property
     def _of_all_kinds(self) -> StepsOfAllKinds:
         if self._traced is None:
-            batches = self._training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
+            batches = self.training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
             validation = [partial(self.validation_step, loader=loader) for loader in self._scorer.loaders]
             training = [partial(self.training_step, raw, number) for number, raw in enumerate(batches)]
             self._traced = StepsOfAllKinds(self.module, (validation, training), self.all_agree)
@@ -398,11 +394,11 @@ class ModuleRunner:
             count: How many batches.
             share: Of an epoch, where it is longer: they are no more than this fraction, or than are read at once.
         """
-        batches = self._training_batches(1) if self.trains_by_itself else []
+        batches = self.training_batches(1) if self.trains_by_itself else []
         if self._first_batches is not None:
             if self._first_batches.in_epoch is not None:
                 count = min(count, max(self._read_at_once, int(share * self._first_batches.in_epoch)))
-            batches = self._training_batches(self.broadcast(count))
+            batches = self.training_batches(self.broadcast(count))
             self._first_batches.close()
         steps: Steps = [self.validation_step()]
         if batches:
@@ -429,7 +425,7 @@ class ModuleRunner:
         Validation need not be rehearsed: every plan has been scored by it.
         """
         with isolated_rng(self.seed):
-            for raw in self._training_batches(1) if self.trains_by_itself else ():
+            for raw in self.training_batches(1) if self.trains_by_itself else ():
                 with StillParameters()(self.module), untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)
                     batch = transfer(self.trainer, self.module, raw, step="training_step")
