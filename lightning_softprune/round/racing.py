@@ -77,7 +77,7 @@ def choose_part(
         with shown():
             return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), noise=math.nan), before)
     largest = settings.search.max_evaluations
-    if evaluator.runner.sums.keys() & set(settings.objective.metrics):
+    if evaluator.runner.sums.keys() & set(evaluator.trials.objective.metrics):
         return WHOLE
     if type(settings.search) in _OF_ONE_PLAN or (largest is not None and largest <= _FEW_PLANS):
         return WHOLE
@@ -99,7 +99,7 @@ def _part_by(
     blocks: Sequence[Part], evaluator: Evaluator, settings: RoundSettings, before: Mapping[str, float]
 ) -> ScoredOn:
     """The part that is large enough by what scores on the blocks scatter."""
-    names, least = settings.objective.metrics, blocks[-1].stop
+    names, least = evaluator.trials.objective.metrics, blocks[-1].stop
     dense, uniform = evaluator.problem.unpruned_plan(), _uniform_plan(evaluator)
     before_blocks, after_blocks = (_on_blocks(evaluator, plan, blocks, names) for plan in (dense, uniform))
     differences = {name: after_blocks[name] - before_blocks[name] for name in names}
