@@ -35,7 +35,7 @@ PROGRAM = "lightning-softprune"
 
 RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
-_COSTS = ("params", "macs")
+COSTS = ("params", "macs")
 
 
 class FileError(Exception):
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument(
         "--target", type=_target, action="append", metavar="SPARSITY", help="in (0, 1]; may be given several times"
     )
-    solve.add_argument("--cost", choices=_COSTS, help="what sparsity is measured in; default: the round's")
+    solve.add_argument("--cost", choices=COSTS, help="what sparsity is measured in; default: the round's")
     solve.add_argument(
         "--limit",
         type=_limit,
@@ -137,7 +137,7 @@ def _limit(text: str) -> tuple[str, float]:
 
     name, _, value = text.partition("=")
     try:
-        return one_of("--limit", name, _COSTS), fraction("--limit", float(value))
+        return one_of("--limit", name, COSTS), fraction("--limit", float(value))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not COST=FRACTION, as in macs=0.5, with params or macs and a fraction in (0, 1]"
