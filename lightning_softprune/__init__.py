@@ -66,11 +66,9 @@ if not TYPE_CHECKING:  # to a type checker it would say that every name is there
         """A public name; else name what was meant, for class paths in configuration files."""
         if name in __all__:
             return _get(name)
-        from difflib import get_close_matches
+        from lightning_softprune.utilities.checks import near_miss
 
-        near = get_close_matches(name, __all__, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{near_miss(name, __all__)}")
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lightning_softprune.utilities.files import refuse_other_than_file
 from lightning_softprune.utilities.version import __version__
+from lightning_softprune.utilities.wording import counted
 
 if TYPE_CHECKING:
     from lightning_softprune.results import PruningResult
@@ -34,7 +35,7 @@ PROGRAM = "lightning-softprune"
 
 RESULT_FILE, INDEX_FILE = "result.json", "softprune.html"
 
-_COSTS = ("params", "macs")
+COSTS = ("params", "macs")
 
 
 class FileError(Exception):
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     solve.add_argument(
         "--target", type=_target, action="append", metavar="SPARSITY", help="in (0, 1]; may be given several times"
     )
-    solve.add_argument("--cost", choices=_COSTS, help="what sparsity is measured in; default: the round's")
+    solve.add_argument("--cost", choices=COSTS, help="what sparsity is measured in; default: the round's")
     solve.add_argument(
         "--limit",
         type=_limit,
@@ -136,7 +137,7 @@ def _limit(text: str) -> tuple[str, float]:
 
     name, _, value = text.partition("=")
     try:
-        return one_of("--limit", name, _COSTS), fraction("--limit", float(value))
+        return one_of("--limit", name, COSTS), fraction("--limit", float(value))
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"{text!r} is not COST=FRACTION, as in macs=0.5, with params or macs and a fraction in (0, 1]"
@@ -186,7 +187,7 @@ def _print(path: Path, results: Sequence[PruningResult]) -> None:
 
     from lightning_softprune.report import print_rounds
 
-    rounds = f"{len(results)} round{'' if len(results) == 1 else 's'}"
+    rounds = counted(len(results), "round")
     print(f"{_one_line(path, sys.stdout)}: {rounds}\n", flush=True)
     if results:
         print_rounds(results, Console())

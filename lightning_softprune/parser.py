@@ -19,6 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_softprune.calibration import IMPORTANCES
 from lightning_softprune.search import SearchStrategy
 from lightning_softprune.trainer import MisconfigurationException
+from lightning_softprune.utilities.checks import near_miss
 from lightning_softprune.utilities.libraries import counterparts
 
 __all__ = ["SuggestingParser"]
@@ -87,7 +88,7 @@ def _names_for(key: str) -> Iterable[str]:
 
 
 def _answer(bad: re.Match[str], names: Iterable[str], cutoff: float = 0.6) -> str:
-    return bad[0] + _hint(get_close_matches(bad["value"], sorted(names), n=1, cutoff=cutoff))
+    return bad[0] + near_miss(bad["value"], names, cutoff=cutoff)
 
 
 def _hint(names: Iterable[str]) -> str:

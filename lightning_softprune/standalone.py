@@ -36,6 +36,7 @@ from lightning_softprune.trainer import (
     Step,
     as_far_as_it_runs,
     attributes_of,
+    callbacks_of,
     clone_inference_tensors_and_reset_metrics,
     code_in_training,
     compiler_off,
@@ -262,7 +263,7 @@ def prune(
             enable_progress_bar=False,
             num_sanity_val_steps=0,
         )
-    elif any(isinstance(callback, SoftPruning) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    elif any(isinstance(callback, SoftPruning) for callback in callbacks_of(trainer)):
         raise MisconfigurationException("trainer: it has a SoftPruning callback already; prune() brings its own")
     if trainer.limit_train_batches == 0:
         raise MisconfigurationException(
@@ -270,11 +271,16 @@ def prune(
         )
     callback = SoftPruning(epochs=trainer.current_epoch, finetune_epochs=0, **arguments)
     callback.as_given = True
-    return _run_round(model, callback, trainer, (train_dataloaders, val_dataloaders, datamodule))
+    return _run_round(model, callback, trainer, train_dataloaders, val_dataloaders, datamodule)
 
 
 def _run_round(
-    model: pl.LightningModule, callback: SoftPruning, trainer: pl.Trainer, data: tuple[Any, ...]
+    model: pl.LightningModule,
+    callback: SoftPruning,
+    trainer: pl.Trainer,
+    train_dataloaders: Any,
+    val_dataloaders: Any,
+    datamodule: pl.LightningDataModule | None,
 ) -> PruningResult:
     """The callback's round in a fit of the trainer's; the model is as before where anything in that fit fails."""
     flags = {name: module.training for name, module in model.named_modules()}
@@ -284,7 +290,7 @@ def _run_round(
         # The fit validates what the round has committed, and may fail in that. Values come back to their own device.
         with isolated_rng(), one_epoch_more(trainer, callback), Transaction(model) as transaction:
             model.train()  # as a fit expects it; the round sets the mode of each pass itself
-            trainer.fit(model, *data)
+            trainer.fit(model, train_dataloaders, val_dataloaders, datamodule)
             if not callback.results:
                 _refuse_end(trainer)
             transaction.commit()

@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_softprune
-from lightning_softprune import report
-from lightning_softprune.cli import INDEX_FILE, RESULT_FILE, main
+from lightning_softprune import report, search
+from lightning_softprune.cli import COSTS, INDEX_FILE, RESULT_FILE, main
 from lightning_softprune.report.files import round_folder, write_files
 from lightning_softprune.report.page import report_page
 from lightning_softprune.results import PruningResult
@@ -51,8 +51,10 @@ def failure(capsys: Captured, *arguments: object) -> str:
     return captured.err.strip()
 
 
-def test_names_of_files_are_the_reports() -> None:
+def test_names_of_files_and_costs_are_those_of_the_package() -> None:
+    """The command line has its own, so that `--help` need not import them."""
     assert (INDEX_FILE, RESULT_FILE) == (report.INDEX_FILE, report.RESULT_FILE)
+    assert COSTS == search.COSTS
 
 
 # show

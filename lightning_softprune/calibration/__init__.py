@@ -33,7 +33,6 @@ from lightning_softprune.calibration.statistics import (
 )
 from lightning_softprune.calibration.unfold import (
     Scratch,
-    evenly_spaced,
     outputs_at_rows,
     rows_of_inputs,
     rows_per_call,
@@ -58,7 +57,6 @@ __all__ = [
     "checked_importance",
     "collect_statistics",
     "cross_products",
-    "evenly_spaced",
     "find_read_positions",
     "find_readers",
     "in_double",

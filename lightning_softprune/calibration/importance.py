@@ -63,7 +63,7 @@ def checked_importance(importance: Any) -> str | Importance | None:
     """
     if importance is None or callable(importance):
         return cast("Importance | None", importance)
-    return cast(str, one_of("importance", importance, IMPORTANCES))
+    return one_of("importance", importance, IMPORTANCES)
 
 
 def rank(

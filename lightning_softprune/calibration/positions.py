@@ -52,7 +52,7 @@ _Step = Callable[[], Any]
 
 
 def find_read_positions(
-    model: nn.Module, names: Sequence[str], steps: Sequence[_Step], glance: Callable[[], _Step] | None = None
+    model: nn.Module, names: Sequence[str], steps: Sequence[_Step], few_samples: Callable[[], _Step] | None = None
 ) -> ReadPositions:
     """Look for positions that count, by a backward pass of one step; where all do, the others are not run.
 
@@ -60,7 +60,7 @@ def find_read_positions(
         model: The dense model.
         names: Its readers.
         steps: One function per calibration batch that runs the model on it and returns its loss.
-        glance: Makes a step on a few samples, which is looked at before the others.
+        few_samples: Makes a step on a few samples, which is looked at before the others.
 
     Returns:
         The positions. All count where steps give no loss with a gradient, and where several processes train together.
@@ -69,7 +69,7 @@ def find_read_positions(
     found: dict[str, dict[_Shape, torch.Tensor]] = defaultdict(dict)
     if not names or not steps or in_process_group():
         return ReadPositions()
-    for number, step in enumerate(steps if glance is None else (glance(), *steps)):
+    for number, step in enumerate(steps if few_samples is None else (few_samples(), *steps)):
         seen = _gradients_of(model, names, step)
         if seen is None:
             return ReadPositions()

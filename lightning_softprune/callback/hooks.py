@@ -20,6 +20,7 @@ from lightning_softprune.trainer import (
     ModuleRunner,
     UntrainedCopies,
     averaged_copies,
+    callbacks_of,
     copy_batch,
     end_epoch_at_this_batch,
     refuse_schedule,
@@ -67,7 +68,7 @@ class PruningHooks(Rounds):
             self._loading = LoadHook(pl_module, lambda: averaged_copies(trainer))
             return
         self.results = self._real_results()
-        others = [callback for callback in trainer.callbacks if isinstance(callback, PruningHooks)]  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks_of(trainer) if isinstance(callback, PruningHooks)]
         if len(others) > 1:
             raise MisconfigurationException(
                 f"callbacks: {len(others)} SoftPruning callbacks in one Trainer; one callback takes several `epochs`"
@@ -177,7 +178,7 @@ class PruningHooks(Rounds):
         if self._teacher is None or self._lesson is None:
             return
         seed = seed_from(self.seed, trainer.current_epoch)  # other random numbers in every epoch
-        runner = ModuleRunner(trainer, pl_module, seed=seed, glance=self._lesson)
+        runner = ModuleRunner(trainer, pl_module, seed=seed, only_batch=self._lesson)
         trained = [p for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]]
         weight = self.teacher / trainer.accumulate_grad_batches  # as losses are
         self._teacher.add_gradients(runner, self._lesson, weight, trained)

@@ -101,7 +101,7 @@ class Rounds(pl.Callback):
         self._teacher: Teacher | None = None  # the dense network of the last round of this fit, if it is to teach
         self._outside = Sightings()
         self._copies: UntrainedCopies | None = None
-        self._lesson: LoadedBatch | None = None  # the training batch that it is to teach on
+        self._lesson: LoadedBatch | None = None  # the training batch that the teacher is to be asked about
         self._untrained: int | None = None  # the epoch that ended with the prune: nothing was trained in it
         self._left_out: ExitStack | None = None  # hooks that are not called at its end
 

@@ -10,9 +10,9 @@ from typing import Literal, Union
 from lightning_softprune.calibration import Importance, checked_importance
 from lightning_softprune.callback.hooks import PruningHooks
 from lightning_softprune.compensation import COMPENSATIONS
-from lightning_softprune.graph import COSTS, LayerSpec, checked_layers, register_layers
+from lightning_softprune.graph import LayerSpec, checked_layers, register_layers
 from lightning_softprune.round import checked_bounds, checked_epochs, checked_limits, checked_patterns, checked_targets
-from lightning_softprune.search import AUTO, GradientSearch, SearchStrategy, parse_constraint, strategy_of
+from lightning_softprune.search import AUTO, COSTS, GradientSearch, SearchStrategy, parse_constraint, strategy_of
 from lightning_softprune.utilities import checks
 
 _NO_ARGUMENTS = frozenset({"self", "__class__"})

@@ -26,7 +26,6 @@ from lightning_softprune.checkpoint.anywhere import resizing
 from lightning_softprune.checkpoint.load import LoadHook, PrunedCheckpointMixin, load_from_checkpoint
 from lightning_softprune.checkpoint.reading import recorded_rounds
 from lightning_softprune.checkpoint.record import (
-    FORMAT,
     is_recorded,
     keep_dense,
     keep_record,
@@ -38,7 +37,6 @@ from lightning_softprune.checkpoint.resize_plan import resize
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes
 
 __all__ = [
-    "FORMAT",
     "RECORD",
     "LoadHook",
     "ModelShapes",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.checkpoint.record import FORMAT
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, damaged
@@ -101,11 +101,10 @@ def recorded_rounds(record: Any, field: str = "results") -> list[PruningResult]:
 
 def tensor_shapes(state: Mapping[Any, Any]) -> dict[str, Shape]:
     """The shapes of a state dict's tensors."""
-    lazy = (UninitializedParameter, UninitializedBuffer)
     return {
         name: tuple(value.shape)
         for name, value in state.items()
-        if isinstance(name, str) and isinstance(value, torch.Tensor) and not isinstance(value, lazy)
+        if isinstance(name, str) and isinstance(value, torch.Tensor) and not is_lazy(value)
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.checkpoint.reading import Record, is_record, read_record, tensor_shapes
 from lightning_softprune.checkpoint.record import keep_record, save_hook
@@ -31,6 +31,7 @@ from lightning_softprune.checkpoint.shapes import (
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.names import is_inside
 from lightning_softprune.utilities.nested import integer_of, laid_out_like
 
 
@@ -280,11 +281,7 @@ class _ResizePlan:
             if isinstance(layout, str):
                 self.refused[name] = layout
             entry, now = layer_type(module), self.live.layers.get(name)
-            if (
-                entry is None
-                or now is None
-                or any(isinstance(p, UninitializedParameter) for p in module._parameters.values())
-            ):
+            if entry is None or now is None or any(is_lazy(p) for p in module._parameters.values()):
                 continue
             now = entry.completed_sizes(module, now)
             try:
@@ -355,7 +352,7 @@ class _ResizePlan:
                 continue
             owner = _owner(place.name)
             for name, reason in self.refused.items():
-                if owner == name or owner.startswith(f"{name}."):
+                if is_inside(owner, name):
                     raise ValueError(f"{name}: {shape_mismatch(shape, now)}; {reason}")
             if not self.exact and not place.is_parameter:
                 continue  # a buffer of the user's own; no round changes its shape

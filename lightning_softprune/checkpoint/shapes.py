@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph import Shape, Sizes, layer_type
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.nested import integer_of
 from lightning_softprune.utilities.plain_types import LARGEST_INTEGER, shown
 
@@ -186,7 +187,7 @@ def _name(name: Any, where: str) -> str:
 
 def _values(value: Any, where: str) -> torch.Tensor:
     """A tensor that a file has in full; what it claims to be large is large there."""
-    if not isinstance(value, torch.Tensor) or isinstance(value, (UninitializedParameter, UninitializedBuffer)):
+    if not isinstance(value, torch.Tensor) or is_lazy(value):
         raise damaged(f"{where}: {shown(value)} is not a tensor")
     if value.layout is not torch.strided or value.is_meta or value.is_nested or value.is_quantized:
         raise damaged(f"{where}: this is no dense tensor with values")
@@ -219,7 +220,7 @@ class TensorSite:
     @property
     def lazy(self) -> bool:
         """Whether it has no shape yet."""
-        return isinstance(self.tensor, (UninitializedParameter, UninitializedBuffer))
+        return is_lazy(self.tensor)
 
     @property
     def container(self) -> dict[str, Any]:
@@ -240,10 +241,10 @@ def tensor_sites(model: nn.Module, plain: Container[str] = ()) -> Iterator[Tenso
         for tensors, is_parameter in ((module._parameters, True), (module._buffers, False)):
             for attribute, tensor in tensors.items():
                 if tensor is not None:
-                    name = f"{prefix}.{attribute}" if prefix else attribute
+                    name = joined(prefix, attribute)
                     yield TensorSite(name, module, attribute, tensor, is_parameter)
         for attribute, tensor in list(vars(module).items()) if plain else ():
-            name = f"{prefix}.{attribute}".lstrip(".")
+            name = joined(prefix, attribute)
             if isinstance(tensor, torch.Tensor) and name in plain:
                 yield TensorSite(name, module, attribute, tensor, is_parameter=False)
 

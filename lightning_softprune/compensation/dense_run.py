@@ -45,8 +45,8 @@ Steady = Callable[[], AbstractContextManager[Callable[[torch.Tensor], None]]]
 
 
 @contextmanager
-def careless() -> Iterator[Callable[[torch.Tensor], None]]:
-    """A block for steps that change nothing anyway."""
+def nothing_lasting() -> Iterator[Callable[[torch.Tensor], None]]:
+    """A block for steps none of which changes anything that lasts."""
     yield lambda _: None
 
 
@@ -87,7 +87,7 @@ class DenseRun:
     ) -> None:
         self.model, self.steps, self.positions = model, steps, positions
         self.room: float | None = None
-        self.steady: Steady = careless
+        self.steady: Steady = nothing_lasting
         self.kinds = dict(kinds)
         self.by_feature = [name for name, by_feature in kinds.items() if by_feature]
         self.by_channel = [name for name, by_feature in kinds.items() if not by_feature]
@@ -115,7 +115,7 @@ class DenseRun:
         self.calls: list[Counter[str]] = []
         self.reads_as: dict[str, str] = {}
         self._sources: list[_Source] = []
-        self._own_ways = dict.fromkeys(self.by_feature, 0.0)
+        self._nonlinear = dict.fromkeys(self.by_feature, 0.0)
         self._added: dict[str, list[torch.Tensor | None]] = {name: [] for name in self.by_feature}
 
     def watched(self) -> list[Step]:
@@ -132,25 +132,25 @@ class DenseRun:
             stack.enter_context(watch_sums(self.model, self.by_feature, self._see_sum))
             return step()
 
-    def finish(self, glance: Step | None = None) -> None:
+    def finish(self, few_samples: Step | None = None) -> None:
         """What can be said once all steps have been watched.
 
         Args:
-            glance: A step on a few samples, on which functions that follow readers are looked for; default: the first.
+            few_samples: A step that functions which follow readers are looked for on; default: the first.
         """
         device = next(self.model.parameters()).device
         self.summed = self._take_sums(self._added, device)
         self.rows = self._of_all_processes(device)
-        glance = glance or next(iter(self.steps), None)
-        if glance is not None:
-            self.activations = find_following_activations(self.model, self.by_feature, glance)
+        few_samples = few_samples or next(iter(self.steps), None)
+        if few_samples is not None:
+            self.activations = find_following_activations(self.model, self.by_feature, few_samples)
         self._added.clear()
         self._sources.clear()
 
     def _of_all_processes(self, device: torch.device) -> dict[str, list[torch.Tensor]]:
         """Those of readers that every process has run, and none in a way of its own; in the order of the calls."""
         names, place = [*self.by_feature, *self.by_channel], {name: at for at, name in enumerate(self.rows)}
-        missing = [name not in place or self._own_ways.get(name, 0.0) for name in names]
+        missing = [name not in place or self._nonlinear.get(name, 0.0) for name in names]
         left_out = sum_numbers_over_processes(missing, device)
         places = sum_numbers_over_processes([place.get(name, 0) for name in names], device)
         kept = [(at, name) for at, name, flags in zip(places, names, left_out, strict=True) if not flags]
@@ -161,8 +161,8 @@ class DenseRun:
         """By the observations."""
         return sum(rows.numel() * rows.element_size() for seen in self.rows.values() for rows in seen)
 
-    def ready(self, budget: float | None, steady: Steady) -> DenseRun:
-        """The same, for a refit that may hold so many bytes, these observations among them.
+    def fit_into(self, budget: float | None, steady: Steady) -> DenseRun:
+        """Make it ready for a refit that may hold so many bytes, these observations among them; returns itself.
 
         Where there is less room now, those of readers with most numbers are dropped, on all processes the same ones.
         """
@@ -176,7 +176,7 @@ class DenseRun:
         with unwatched():
             layer = self.model.get_submodule(name)
             if name not in self.rows and not _is_linear_in_what_it_reads(layer, source, output):
-                self._own_ways[name] = 1.0
+                self._nonlinear[name] = 1.0
             self._meet(name, source)
             output = self.positions.of(name, output)
             self._see(name, outputs_at_rows(self.geometries[name], output, self.most[name]))
@@ -232,7 +232,7 @@ def run_dense(
     compensation: Compensation,
     steps: Sequence[Step],
     budget: float | None = None,
-    steady: Steady = careless,
+    steady: Steady = nothing_lasting,
 ) -> DenseRun:
     """Run the dense model, and watch the readers that are compensated for.
 
@@ -251,7 +251,7 @@ def run_dense(
         for step in run.watched():
             step()
     run.finish()
-    return run.ready(budget, steady)
+    return run.fit_into(budget, steady)
 
 
 def observations_bytes(model: nn.Module, kinds: Mapping[str, bool], calls: int) -> dict[str, int]:

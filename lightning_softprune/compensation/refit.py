@@ -87,7 +87,7 @@ def refit_readers(model: nn.Module, surgery: Surgery, compensation: Compensation
         for names in _passes(list(lossy), dense):
             given, added = _given(model, {name: lossy[name].pruned.geometry for name in names}, dense, replay)
             for name in names:
-                _refit(lossy[name], surgery, dense, (given.pop(name), added.pop(name, None)))
+                _refit(lossy[name], surgery, dense, given.pop(name), added.pop(name, None))
                 for buffer in lossy[name].layer.buffers():
                     accept(buffer)
                 if name in surgery.shifted:
@@ -136,18 +136,14 @@ class _Seen:
         return self._rows
 
 
-_Found = tuple[_Seen, _Seen | None]
-
-
-def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, found: _Found) -> None:
+def _refit(reader: _Reader, surgery: Surgery, dense: DenseRun, seen: _Seen, added: _Seen | None) -> None:
     """Fit one reader's weight and bias to what it is given now, and what is added to its outputs, call by call."""
-    seen, added = found
     name, layer, pruned, regression = reader.name, reader.layer, reader.pruned, reader.regression
     targets = dense.rows[name]
     before = weight_of(layer, pruned.geometry.weight)
     device = regression.mean.device
     lengths = [len(rows) for rows in targets]
-    differs = any(part is not None and part.lengths != lengths for part in found)
+    differs = any(part is not None and part.lengths != lengths for part in (seen, added))
     if sum_number_over_processes(differs, device) > 0:
         return  # the pruned model calls the layer differently; the one-shot prediction stays
     given = seen.rows().to(device)

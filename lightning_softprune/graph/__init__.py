@@ -16,7 +16,8 @@ from lightning_softprune.graph.components import (
     undeclared_twins,
 )
 from lightning_softprune.graph.computed import ComputedWeight, WeightGradients, watch_gradients
-from lightning_softprune.graph.costs import COSTS, CostModel, record_macs, with_macs_recorded
+from lightning_softprune.graph.costs import CostModel, record_macs, with_macs_recorded
+from lightning_softprune.graph.flow import BY_NUMBER
 from lightning_softprune.graph.geometry import Kernel, Shape, WeightGeometry, shape_mismatch
 from lightning_softprune.graph.grouping import (
     Grouping,
@@ -39,10 +40,8 @@ from lightning_softprune.graph.layers import (
     Applications,
     LayerType,
     Layout,
-    Port,
     Sizes,
     TensorAxis,
-    add_layer_type,
     computed_of,
     geometry_of,
     layer_type,
@@ -56,19 +55,18 @@ from lightning_softprune.graph.layers import (
     write_weight,
 )
 from lightning_softprune.graph.left_out import nothing_prunable
-from lightning_softprune.graph.reach import Coverage, Groups, coverage
+from lightning_softprune.graph.reach import Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
-from lightning_softprune.graph.usage import Usage, record_usage, refuse_unjudged
+from lightning_softprune.graph.usage import record_usage, refuse_unjudged
 
 __all__ = [
-    "COSTS",
+    "BY_NUMBER",
     "LAYER_TYPES",
     "Applications",
     "ComputedWeight",
     "CostModel",
     "Count",
-    "Coverage",
     "Form",
     "Grouping",
     "Groups",
@@ -78,15 +76,12 @@ __all__ = [
     "Layout",
     "Member",
     "Place",
-    "Port",
     "PruningGroup",
     "Shape",
     "Sizes",
     "TensorAxis",
-    "Usage",
     "WeightGeometry",
     "WeightGradients",
-    "add_layer_type",
     "assign_components",
     "check_layers",
     "checked_layers",

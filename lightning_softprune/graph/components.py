@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
-from lightning_softprune.utilities.patterns import no_match
+from lightning_softprune.utilities.names import is_inside, no_match, without_digits
 
 Form = tuple[tuple[str, Shape], ...]
 """Names and shapes of a module's parameters."""
@@ -180,11 +180,6 @@ def self_and_parents(name: str) -> list[str]:
     return [".".join(parents[:depth]) for depth in range(1, len(parents) + 1)]
 
 
-def is_inside(name: str, module: str) -> bool:
-    """Whether a module lies inside another, or is it."""
-    return name == module or name.startswith(f"{module}.")
-
-
 def undeclared_twins(
     model: nn.Module, trained: Set[int], known: Collection[str] = (), ignored: Iterable[str] = ()
 ) -> dict[str, str]:
@@ -224,7 +219,7 @@ def undeclared_twins(
         alike = [other for other in forms.get(form, ()) if not is_inside(name, other) and not is_inside(other, name)]
         same = [other for other in alike if _same_values(whole[name], whole[other])]
         layers = sum(1 for part in whole[name].modules() if any(True for _ in part.parameters(recurse=False)))
-        apart = [other for other in alike if layers > 1 and _without_digits(name) != _without_digits(other)]
+        apart = [other for other in alike if layers > 1 and without_digits(name) != without_digits(other)]
         if candidates := same or apart:
             found[name] = max(candidates, key=lambda other: difflib.SequenceMatcher(None, name, other).ratio())
     return found
@@ -258,7 +253,7 @@ def equal_parts(
     for one, other in (pair for names in forms.values() for pair in itertools.combinations(names, 2)):
         apart = not is_inside(one, other) and not is_inside(other, one)
         inner = any(is_inside(one, a) and is_inside(other, b) for a, b in found)
-        named_apart = _without_digits(one) != _without_digits(other)
+        named_apart = without_digits(one) != without_digits(other)
         if apart and named_apart and not inner and _same_values(whole[one], whole[other]):
             found += [(one, other), (other, one)]
     return found
@@ -267,10 +262,6 @@ def equal_parts(
 def form_of(module: nn.Module) -> Form:
     """What a module's parameters are; those without a size yet have none."""
     return tuple((name, () if is_lazy(p) else tuple(p.shape)) for name, p in module.named_parameters())
-
-
-def _without_digits(name: str) -> str:
-    return "".join(sign for sign in name if not sign.isdigit())
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from lightning_softprune.graph.components import is_inside
 from lightning_softprune.graph.groups import PruningGroup, crossed_parts
 from lightning_softprune.graph.layers import (
     Applications,
@@ -39,10 +38,8 @@ from lightning_softprune.graph.layers import (
 from lightning_softprune.search import StoredCosts, StoredSlot, StoredTerm, compressed
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import registered
+from lightning_softprune.utilities.names import is_inside
 from lightning_softprune.utilities.nested import attribute_at
-
-COSTS = ("params", "macs")
-"""What is counted."""
 
 Slot = tuple[str, str]
 

@@ -98,15 +98,8 @@ class WeightGeometry:
         return stride if self.kernel is None else self.kernel.positions
 
     def reads_one_row(self, stride: int = 1) -> bool:
-        """Whether each output reads one row of the input, as :meth:`as_rows` gives them, and all are read."""
+        """Whether each output reads one row of the input, where positions of a map are rows, and all are read."""
         return stride == 1 if self.kernel is None else self.kernel.is_point
-
-    def as_rows(self, source: torch.Tensor) -> torch.Tensor:
-        """Lay an input out as ``(observations, channels)``: positions of a map are observations."""
-        if self.kernel is None:
-            return source.reshape(-1, source.shape[-1])
-        channel = source.ndim - len(self.kernel.size) - 1
-        return source.movedim(channel, -1).reshape(-1, self.inputs)
 
     def by_input(self, weight: torch.Tensor) -> torch.Tensor:
         """The weights that read each input channel, shape ``(channels, ...)``."""

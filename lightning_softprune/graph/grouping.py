@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from lightning_softprune.graph.components import match_modules, self_and_parents
-from lightning_softprune.graph.flow import CROSSED, Couplings
+from lightning_softprune.graph.flow import CROSSED, Couplings, Pin
 from lightning_softprune.graph.groups import Count, Member, PruningGroup, crossed_parts, is_even
 from lightning_softprune.graph.layers import layer_type, linked_parts
 from lightning_softprune.graph.left_out import left_alone
@@ -25,8 +25,6 @@ from lightning_softprune.utilities.arrays import IntArray
 
 Place = tuple[str, str]
 """Layer or tensor, and slot."""
-
-_OUTPUT = "produces an output of the network"
 
 _BEHIND = "put a layer behind it, which keeps its width, to prune what shares its channels:"
 
@@ -225,13 +223,13 @@ class _Table:
             for number in self._apart(atoms):
                 self._outputs[number][module, len(atoms)] = None
         self.soft: set[int] = set()
-        self.reasons: dict[int, str] = {}
-        for atoms, reason, whole in couplings.pins:
-            for number in self._apart(atoms):
-                if not whole:
+        self.pins: dict[int, Pin] = {}
+        for pin in couplings.pins:
+            for number in self._apart(pin.atoms):
+                if not pin.whole:
                     self.soft.add(number)
-                elif _OUTPUT in reason or number not in self.reasons:
-                    self.reasons[number] = reason
+                elif pin.output or number not in self.pins:
+                    self.pins[number] = pin
 
     def _apart(self, atoms: IntArray) -> list[int]:
         """The classes of atoms; of crossed ones, those of their factors."""
@@ -244,7 +242,7 @@ class _Table:
         first, size = self.couplings.slots[name, slot]
         found: IntArray = self.all[first : first + size].copy()
         numbers = np.unique(found).tolist()
-        kept = [n for n in numbers if n in self.crossed or (n in self.soft and n not in self.reasons)]
+        kept = [n for n in numbers if n in self.crossed or (n in self.soft and n not in self.pins)]
         found[np.isin(found, kept)] = -1
         return found
 
@@ -279,8 +277,8 @@ class _Table:
         for other, slot in self.keys:
             if other == name:
                 for number in np.unique(self.classes_of(other, slot)):
-                    if int(number) in self.reasons:
-                        return self.reasons[int(number)]
+                    if int(number) in self.pins:
+                        return self.pins[int(number)].reason
         return ""
 
     def is_crossed(self, name: str, slot: str) -> bool:
@@ -328,8 +326,9 @@ def _build(
     name: str, table: _Table, found: IntArray, members: tuple[Member, ...], ignored: Mapping[str, str]
 ) -> PruningGroup:
     numbers = list(dict.fromkeys(found[found >= 0].tolist()))
-    pinned = [table.reasons[number] for number in numbers if number in table.reasons]
-    reason = min(pinned, key=lambda text: _OUTPUT not in text) if pinned else ""
+    pinned = [table.pins[number] for number in numbers if number in table.pins]
+    first = min(pinned, key=lambda pin: not pin.output, default=None)
+    reason = "" if first is None else first.reason
     if 0 < len(pinned) < len(numbers):
         said, semicolon, hint = reason.partition("; ")
         reason = f"{said} ({len(pinned)} of its {len(numbers)} channels){semicolon}{hint}"
@@ -339,8 +338,8 @@ def _build(
     if not len(found):
         reason = "it has no channels"
     producers = {member.module for member in members if member.slot == "out"}
-    if reason.endswith(_OUTPUT) and len(producers) > 1:
-        reason = f"{reason}; {_BEHIND} {', '.join(sorted(producers - {reason.partition(' ')[0]})[:_MOST_NAMES])}"
+    if first is not None and first.output and len(pinned) == len(numbers) and len(producers) > 1:
+        reason = f"{reason}; {_BEHIND} {', '.join(sorted(producers - {first.output})[:_MOST_NAMES])}"
     for member in members:
         for hit in self_and_parents(member.module):
             if hit in ignored:

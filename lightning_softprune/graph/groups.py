@@ -70,6 +70,7 @@ class PruningGroup:
         least: How many channels have to stay.
         outputs: Who gives its channels to other code, the model itself being the empty name, and the width of what it
             gives. These are modules until components are assigned, and components then.
+        crashed: Whether the reason is that the user's own code fails with fewer channels.
     """
 
     name: str
@@ -82,10 +83,11 @@ class PruningGroup:
     counts: tuple[Count, ...] = ()
     least: int = 1
     outputs: tuple[tuple[str, int], ...] = ()
+    crashed: bool = False
 
-    def refuse(self, reason: str) -> PruningGroup:
+    def refuse(self, reason: str, *, crashed: bool = False) -> PruningGroup:
         """Return this group as not prunable."""
-        return replace(self, prunable=False, reason=reason)
+        return replace(self, prunable=False, reason=reason, crashed=crashed)
 
     def slots(self) -> set[tuple[str, str]]:
         """The ``(module, slot)`` pairs of the members."""

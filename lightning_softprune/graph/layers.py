@@ -25,6 +25,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_softprune.graph.computed import ComputedWeight, computed_weight, why_not_sliced
 from lightning_softprune.graph.geometry import Shape, WeightGeometry, check_rank
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
 Sizes = dict[str, int]
@@ -423,7 +424,7 @@ def linked_parts(model: nn.Module) -> Iterator[tuple[str, str, str, str]]:
     for name, module in model.named_modules():
         entry = layer_type(module)
         for slot, part, other in entry.linked(module) if entry is not None else ():
-            yield name, slot, f"{name}.{part}".lstrip("."), other
+            yield name, slot, joined(name, part), other
 
 
 @contextmanager

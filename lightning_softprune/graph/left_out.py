@@ -11,6 +11,7 @@ from lightning_softprune.graph.components import self_and_parents
 from lightning_softprune.graph.groups import Member, PruningGroup
 from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.trace import Trace
+from lightning_softprune.utilities.names import joined
 
 
 def left_alone(
@@ -47,7 +48,7 @@ def left_alone(
             yield PruningGroup(name, "", "intra", 0, (Member(name, "out", np.empty(0, np.int64)),), False, reason)
             continue
         for parameter in own:
-            full = f"{name}.{parameter}".lstrip(".")
+            full = joined(name, parameter)
             if full not in covered:
                 reason = reason_of(full) or _why_left(full, parameter, module)
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)

@@ -20,6 +20,7 @@ from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, TooL
 from lightning_softprune.graph.layers import Layout, layer_type, layout_of, linked_parts, parts_of_layers
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import is_about_gradients
+from lightning_softprune.utilities.names import is_inside
 from lightning_softprune.utilities.nested import tensors_in
 
 Step = Callable[[], Any]
@@ -147,7 +148,7 @@ def _left_alone(name: str, module: nn.Module, outside: Mapping[str, str]) -> str
     """Why a module with parameters is cut out of the graph, whatever its type."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript modules cannot be sliced"
-    found = next((reason for other, reason in outside.items() if name == other or name.startswith(f"{other}.")), None)
+    found = next((reason for other, reason in outside.items() if is_inside(name, other)), None)
     return found if any(True for _ in module.parameters(recurse=False)) else None
 
 

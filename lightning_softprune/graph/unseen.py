@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator, Sequence, Set
 
 from torch import nn
 
-from lightning_softprune.graph.components import is_inside
 from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.graph.layers import Layout, layout_of, tensor_at
+from lightning_softprune.utilities.names import is_inside
 
 _Need = tuple[str, str, int, bool]
 """A layer, whether it takes or gives, how many channels, and whether these may be an image's, flattened."""

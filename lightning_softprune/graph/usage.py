@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_softprune.graph.groups import PruningGroup
 from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.utilities.hooks import forward_hook, registered
+from lightning_softprune.utilities.names import is_inside
 
 
 @dataclass
@@ -46,7 +47,7 @@ def record_usage(model: nn.Module, outside: Collection[str] = ()) -> Iterator[Us
     left_alone = tuple(outside)
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not any(name.startswith(f"{module}.") for module in left_alone):
+        if not any(is_inside(name, module) for module in left_alone):
             names.setdefault(id(parameter), []).append(name)
     usage = Usage()
 

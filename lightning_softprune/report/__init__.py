@@ -8,10 +8,8 @@ from lightning_softprune.report.files import (
     read_result,
     read_round,
     rebuild_files,
-    round_folder,
     round_folders,
     try_write_files,
-    write_files,
     write_index,
 )
 from lightning_softprune.report.messages import dense_checkpoints_stay, rounds_never_reached
@@ -42,10 +40,8 @@ __all__ = [
     "read_result",
     "read_round",
     "rebuild_files",
-    "round_folder",
     "round_folders",
     "rounds_never_reached",
     "try_write_files",
-    "write_files",
     "write_index",
 ]

@@ -25,6 +25,7 @@ from lightning_softprune.report.series import (
     trials_on_front,
 )
 from lightning_softprune.results import PruningResult, Sensitivity
+from lightning_softprune.utilities.wording import counted
 
 WIDTH, HEIGHT = 480, 300
 
@@ -421,4 +422,4 @@ def _pair(x: float, y: float) -> str:
 
 
 def _trials(count: int) -> str:
-    return f"{count:,} trial{'' if count == 1 else 's'}"
+    return counted(count, "trial")

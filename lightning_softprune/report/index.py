@@ -30,6 +30,7 @@ from lightning_softprune.report.series import (
     score_limits,
 )
 from lightning_softprune.results import Outcome, PruningResult, pareto_front
+from lightning_softprune.utilities.wording import counted
 
 _MOST_NUMBERED = 60
 
@@ -61,8 +62,8 @@ def index_page(name: str, rounds: Sequence[tuple[str, PruningResult]]) -> str:
     lines = [_Round(number, folder, result) for number, (folder, result) in enumerate(rounds, start=1)]
     runs = {(line.folder.rpartition("/")[0], line.result.origin.identity) for line in lines}
     counts = (
-        f"{len(lines):,} round{'' if len(lines) == 1 else 's'}",
-        f"{len(runs):,} run{'' if len(runs) == 1 else 's'}",
+        counted(len(lines), "round"),
+        counted(len(runs), "run"),
     )
     sections = [heading("SoftPruning", f"Rounds below {name}", counts)]
     by_metric: dict[tuple[str, str], list[_Round]] = {}

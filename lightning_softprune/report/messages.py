@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_softprune.results import PruningResult
+from lightning_softprune.utilities.wording import counted
 
 
 def rounds_never_reached(epochs: Sequence[int], results: Sequence[PruningResult], trained: int, why: str) -> str:
@@ -22,7 +23,7 @@ def rounds_never_reached(epochs: Sequence[int], results: Sequence[PruningResult]
     Let it run at epochs=2 or earlier, or prune the model now: lightning_softprune.prune(model, ...)'
     """
     one = len(epochs) == 1
-    after = "before its first epoch" if trained == 0 else f"after {trained} epoch{'' if trained == 1 else 's'}"
+    after = "before its first epoch" if trained == 0 else f"after {counted(trained, 'epoch')}"
     applied = [result for result in results if result.applied]
     state = "The model is dense, nothing was pruned"
     if applied:

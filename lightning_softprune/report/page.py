@@ -21,9 +21,10 @@ from lightning_softprune.report.blocks import (
 from lightning_softprune.report.charts import healing_chart, history_chart, sensitivity_charts, sparsity_chart
 from lightning_softprune.report.markup import Markup, join, tag
 from lightning_softprune.report.series import (
-    budget_rows,
     chosen_trial,
     component_colours,
+    constraints_of,
+    cost_in_words,
     evaluations_line,
     format_fraction,
     format_number,
@@ -31,11 +32,13 @@ from lightning_softprune.report.series import (
     healing_line,
     healing_rows,
     knobs_line,
+    limits_of,
     stages,
     trials_on_front,
 )
 from lightning_softprune.results import GroupResult, LayerShapes, PruningResult, format_change
 from lightning_softprune.search import better
+from lightning_softprune.utilities.wording import counted
 
 MAX_ROWS = 1000
 
@@ -89,7 +92,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _header(result: PruningResult) -> Markup:
-    evaluations = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}"
+    evaluations = counted(result.evaluations, "evaluation")
     origin = result.origin
     facts = [origin.run, origin.date, result.measured_on]
     facts += [result.strategy, evaluations, f"{result.seconds:,.1f} s", f"stopped: {result.stop_reason}"]
@@ -135,8 +138,7 @@ def _cards(result: PruningResult) -> Markup:
         target = "no target: as high as the constraints allow"
     else:
         target = f"target {format_fraction(result.target_sparsity)} ± {format_fraction(result.tolerance)}"
-    what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
-    cards.append(card(f"Sparsity in {what}", "", format_fraction(result.sparsity), target))
+    cards.append(card(f"Sparsity in {cost_in_words(result)}", "", format_fraction(result.sparsity), target))
     hints = [tag("p", f"{hint}.", class_="note hint") for hint in (knobs_line(result), healing_line(result)) if hint]
     return tag("section", tag("h2", "Summary", class_="hidden"), tag("div", *cards, class_="cards"), *hints)
 
@@ -169,7 +171,7 @@ def _verdict(result: PruningResult, score: float) -> Markup:
         return join([change])
     if better(score, result.score_before, result.mode):
         return join([change, tag("span", "better", class_="better")], " ")
-    if any(outcome.endswith(": not met") for _, outcome in budget_rows(result)[len(result.limits) :]):
+    if any(constraint.met is False for constraint in constraints_of(result)):
         return join([change, tag("span", "worse, a constraint is not met", class_="worse")], " ")
     return join(
         [
@@ -182,7 +184,8 @@ def _verdict(result: PruningResult, score: float) -> Markup:
 
 
 def _budgets(result: PruningResult) -> Markup:
-    rows = budget_rows(result)
+    budgets = [*limits_of(result), *constraints_of(result)]
+    rows = [(budget.text, ": ".join(filter(None, (budget.value, budget.verdict)))) for budget in budgets]
     if not rows:
         return Markup()
     return section("Limits and constraints", plain_table(["budget", "after"], rows, "Limits and constraints", "plain"))
@@ -399,7 +402,7 @@ def _left_out(result: PruningResult) -> Markup:
         return Markup()
     items = []
     for item in result.left_out:
-        channels = f"{item.channels:,} channel{'' if item.channels == 1 else 's'}" if item.channels else ""
+        channels = counted(item.channels, "channel") if item.channels else ""
         where = " · ".join(filter(None, (item.component, channels)))
         name = tag("span", tag("b", item.name), tag("span", where, class_="where"))
         items.append(tag("li", name, tag("span", item.reason)))

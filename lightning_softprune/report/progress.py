@@ -37,6 +37,7 @@ from lightning_softprune.report.tables import print_line
 from lightning_softprune.search import better
 from lightning_softprune.utilities import checks
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.wording import counted
 
 Style = Literal["auto", "rich", "tqdm", "plain", "none"]
 
@@ -260,7 +261,7 @@ class _PlainLines:
 
     def close(self, evaluations: int, best: str, complete: bool) -> None:
         seconds = time.perf_counter() - self._start
-        count = f"{evaluations:,} evaluation{'' if evaluations == 1 else 's'}"
+        count = counted(evaluations, "evaluation")
         self._print(f"Search{'' if complete else ' interrupted'}: {count}, {best}, {seconds:.1f} s")
 
     def _print(self, line: str) -> None:

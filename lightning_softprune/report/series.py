@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lightning_softprune.results import PruningResult, Trial, format_change, pareto_front
-from lightning_softprune.search import better, parse_constraint
+from lightning_softprune.search import better, parse_constraint, reaches
+from lightning_softprune.utilities.wording import counted
 
 Cell = str | int | float | bool
+
+IN_WORDS = {"params": "parameters", "macs": "MACs", "latency": "latency"}
+"""What costs are called."""
 
 
 def log_values(result: PruningResult) -> dict[str, float]:
@@ -117,8 +122,8 @@ def evaluations_line(result: PruningResult) -> str:
     parts = ["the dense model", f"{counts['search']:,} of the search"]
     if counts["committed"]:
         parts.append(f"{counts['committed']:,} of the plan as it is committed{_score_before(result)}")
-    line = f"{result.evaluations:,} evaluation{'' if result.evaluations == 1 else 's'}: {', '.join(parts)}"
-    finalists = f"{counts['finalist']:,} finalist{'' if counts['finalist'] == 1 else 's'}"
+    line = f"{counted(result.evaluations, 'evaluation')}: {', '.join(parts)}"
+    finalists = counted(counts["finalist"], "finalist")
     extra = f"; besides, {finalists} on all validation batches" if counts["finalist"] else ""
     known = 1 + counts["search"] + counts["committed"] - result.evaluations
     return line + extra + (f"; {known:,} had a score that was known" if known > 0 else "")
@@ -193,7 +198,7 @@ def best_so_far(result: PruningResult) -> list[tuple[int, float]]:
 
     def rank(trial: Trial) -> float:
         target = result.target_sparsity
-        return trial.sparsity if target is None else float(trial.sparsity >= target - 1e-9)
+        return trial.sparsity if target is None else float(reaches(trial.sparsity, target))
 
     found: list[int] = []
     for index, trial in enumerate(result.trials):
@@ -224,31 +229,60 @@ def component_colours(result: PruningResult) -> dict[str, str]:
     return {component: f"c{number % 7}" for number, component in enumerate(components)}
 
 
-def budget_rows(result: PruningResult) -> list[tuple[str, str]]:
-    """Limits and constraints, each with what the round's plan comes to and whether that meets it."""
-    rows = []
+def cost_in_words(result: PruningResult) -> str:
+    """What sparsity is measured in."""
+    return IN_WORDS.get(result.cost, result.cost)  # a file that somebody else wrote may say anything
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit or a constraint, and what the round's plan comes to.
+
+    Attributes:
+        text: What was asked for.
+        value: What it is after the round; empty where that is not known.
+        met: Whether that meets it; ``None`` where it is not known.
+    """
+
+    text: str
+    value: str = ""
+    met: bool | None = None
+
+    @property
+    def verdict(self) -> str:
+        """In words whether it is met."""
+        return {True: "met", False: "not met", None: ""}[self.met]
+
+
+def limits_of(result: PruningResult) -> list[Budget]:
+    """The limits, in the order in which they were given."""
+    found = []
     for name, limit in result.limits.items():
-        share = result.shares.get(name)
-        met = "" if share is None else f"{format_fraction(share)} of dense: {'met' if share <= limit else 'not met'}"
-        rows.append((f"{name} <= {format_fraction(limit)} of dense", met))
-    return rows + [(text, _constraint(text, result.metrics_after)) for text in result.constraints]
+        text, share = f"{name} <= {format_fraction(limit)} of dense", result.shares.get(name)
+        known = () if share is None else (f"{format_fraction(share)} of dense", share <= limit)
+        found.append(Budget(text, *known))
+    return found
 
 
-def _constraint(text: str, metrics: dict[str, float]) -> str:
+def constraints_of(result: PruningResult) -> list[Budget]:
+    """The constraints, in the order in which they were given."""
+    return [_constraint(text, result.metrics_after) for text in result.constraints]
+
+
+def _constraint(text: str, metrics: dict[str, float]) -> Budget:
     try:
         constraint = parse_constraint(text, "constraints")
     except ValueError:  # of a file that somebody else wrote
-        return ""
+        return Budget(text)
     if constraint.metric not in metrics:
-        return ""
+        return Budget(text)
     value = metrics[constraint.metric]
-    return f"{format_number(value)}: {'met' if constraint.is_met(value) else 'not met'}"
+    return Budget(text, format_number(value), constraint.is_met(value))
 
 
 def against_dense(result: PruningResult) -> list[tuple[str, float]]:
     """What remains of the first dense model: cost by name, and the fraction; latency where it was measured."""
-    names = {"params": "parameters", "macs": "MACs", "latency": "latency"}
-    return [(shown, result.shares[name]) for name, shown in names.items() if name in result.shares]
+    return [(shown, result.shares[name]) for name, shown in IN_WORDS.items() if name in result.shares]
 
 
 def against_dense_line(result: PruningResult) -> str:
@@ -282,9 +316,8 @@ def knobs_line(result: PruningResult) -> str:
     knobs = ['cost="macs"'] if result.cost != "macs" else []
     knobs += [f'limits={{"latency": {1.0 - target / 2:.2g}}}'] if "latency" not in result.limits else []
     knobs += ["round_to=8"] if result.configuration.get("round_to", "1") == "1" else []
-    what = {"params": "parameters", "macs": "MACs"}.get(result.cost, result.cost)
     came = f"latency falls by {gain:.0%}" if gain > (result.latency_spread or 0.0) else "latency does not fall"
-    line = f"{target:.0%} fewer {what} were asked for, and {came}"
+    line = f"{target:.0%} fewer {cost_in_words(result)} were asked for, and {came}"
     if not knobs:
         return f"{line}: where layers are this small, time goes elsewhere than into them"
     last = f" or {knobs[-1]}" if len(knobs) > 1 else knobs[-1]

@@ -18,11 +18,12 @@ from rich.text import Text
 from lightning_softprune.report.messages import score_path
 from lightning_softprune.report.series import (
     against_dense_line,
-    budget_rows,
+    constraints_of,
     evaluations_line,
     healing_line,
     healing_rows,
     knobs_line,
+    limits_of,
     narrowed_features,
 )
 from lightning_softprune.results import GroupResult, PruningResult, format_change
@@ -166,9 +167,8 @@ def groups_table(result: PruningResult) -> FittedTable:
         table.add_row("  fine-tuned", "", "", f"{result.score_finetuned:.4g}")
     target = "" if result.target_sparsity is None else f"target {result.target_sparsity:.4g}"
     table.add_row("sparsity", "", "", f"{result.sparsity:.4g}", target)
-    for budget, outcome in budget_rows(result):
-        value, _, verdict = outcome.partition(": ")
-        table.add_row(Text(budget), "", "", Text(value), Text(verdict))
+    for budget in (*limits_of(result), *constraints_of(result)):
+        table.add_row(Text(budget.text), "", "", Text(budget.value), Text(budget.verdict))
     return table
 
 

@@ -31,6 +31,7 @@ from lightning_softprune.results.parts import (
 )
 from lightning_softprune.results.shown import html_table
 from lightning_softprune.search import (
+    COSTS,
     Known,
     OutOfReachError,
     Question,
@@ -43,8 +44,7 @@ from lightning_softprune.search import (
 )
 from lightning_softprune.utilities.checks import fraction, mapping, number_between, one_of, ordered_pair
 from lightning_softprune.utilities.plain_types import from_plain, to_plain
-
-_COSTS = ("params", "macs")
+from lightning_softprune.utilities.wording import counted
 
 
 @dataclass(frozen=True, repr=False)
@@ -191,7 +191,7 @@ class PruningResult:
 
     def _check_numbers(self, numbers: SearchNumbers) -> None:
         """Refuse what cannot be solved anew because the parts are not of one search."""
-        one_of("cost", self.cost, _COSTS)
+        one_of("cost", self.cost, COSTS)
         if [group.name for group in numbers.groups] != [group.name for group in self.groups]:
             raise ValueError("numbers: their groups are not those of the result")
         names = [one.group for one in self.sensitivity]
@@ -253,7 +253,7 @@ class PruningResult:
         if not self.applied:
             epoch += f", not applied ({self.reason})" if self.reason else ", not applied"
         before, after = self.costs_before.params, self.costs_after.params
-        evaluations = f"{self.evaluations:,} evaluation{'' if self.evaluations == 1 else 's'}"
+        evaluations = counted(self.evaluations, "evaluation")
         if abs(self.passes - self.evaluations) >= 0.05:
             evaluations += f" ({self.passes:.1f} passes)"
         return (
@@ -301,15 +301,15 @@ class PruningResult:
         aim = self.target_sparsity if target_sparsity is None else fraction("target_sparsity", target_sparsity)
         asked = mapping("limits", limits, fraction)
         if asked is None:
-            asked = {name: limit for name, limit in self.limits.items() if name in _COSTS}
+            asked = {name: limit for name, limit in self.limits.items() if name in COSTS}
         for name in asked:
-            one_of("limits", name, _COSTS)
+            one_of("limits", name, COSTS)
         if tolerance is not None:
             tolerance = number_between("tolerance", tolerance, 0.0, 1.0, low_included=True)
         question = Question(
             target=self.sparsity if aim is None else aim,
             tolerance=self.tolerance if tolerance is None else tolerance,
-            cost=one_of("cost", self.cost if cost is None else cost, _COSTS),
+            cost=one_of("cost", self.cost if cost is None else cost, COSTS),
             limits=asked,
             bounds=mapping("bounds", bounds, ordered_pair),
         )

@@ -20,9 +20,9 @@ from lightning_softprune.compensation import (
     DenseRun,
     Teacher,
     changeable,
+    layers_in_eval_mode,
     learning_in,
     refit_readers,
-    resting_in,
     run_dense,
     teach,
     teaching_bytes,
@@ -97,7 +97,7 @@ def rehearse_plan(
         if settings.compensation == "least_squares":
             room = runner.memory_left - (teaching_bytes(module, heals) if heals or taught else 0)
             if problem.dense is not None:
-                dense = problem.dense.ready(room, runner.steady)
+                dense = problem.dense.fit_into(room, runner.steady)
             else:
                 dense = run_dense(module, problem.compensation, problem.calibration, room, runner.steady)
         for averaged in copies:
@@ -305,7 +305,7 @@ def _if_better(
     errors: Sequence[float],
 ) -> Rehearsed:
     """Keep what was learned where the score is better for it, and else put back what was before."""
-    resting = resting_in(evaluator.runner.module)
+    resting = layers_in_eval_mode(evaluator.runner.module)
     healed = evaluator.score_as_it_is(rehearsed.plan, f"healed on {len(errors)} batches")
     kept = healed.is_better_than(rehearsed.plan)
     if not kept:

@@ -11,14 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lightning_softprune.round.latency import Stopwatch
+from lightning_softprune.round.latency import Stopwatch, worth_timing
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
-
-_FINALISTS = 6  # plans whose latency is measured, at most
 
 
 class Verdict(enum.Enum):
@@ -93,25 +91,15 @@ def check_agreement(runner: ModuleRunner, plan: Plan | None) -> None:
 def _first_within(
     limit: float, ranked: Sequence[ScoredPlan], problem: PruningProblem, stopwatch: Stopwatch
 ) -> Decision:
-    """The best of the plans that is fast enough.
-
-    After the best one come those that are better than all others with fewer MACs.
-    """
-    fastest, fewest, timed = math.inf, math.inf, 0
-    for scored in ranked:
-        macs = problem.costs_of(scored.plan).macs
-        if macs >= fewest:
-            continue
-        if timed == _FINALISTS:
-            break
-        fewest, timed = macs, timed + 1
-        share = stopwatch.share_of_dense(scored.plan, runs=50, seconds=0.5)
-        fastest = min(fastest, share)
-        if share <= limit:
+    """The best of the plans that is fast enough."""
+    shares = []
+    for scored in worth_timing(ranked, problem):
+        shares.append(stopwatch.share_of_dense(scored.plan, runs=50, seconds=0.5))
+        if shares[-1] <= limit:
             return Decision(scored, Verdict.FEASIBLE)
     sentence = (
-        f"limits['latency']={limit:g}: the fastest of the {timed} plans that were timed takes {fastest:.3f} of the "
-        "dense model's time"
+        f"limits['latency']={limit:g}: the fastest of the {len(shares)} plans that were timed takes {min(shares):.3f} "
+        "of the dense model's time"
     )
     return Decision(None, Verdict.TOO_SLOW, sentence)
 

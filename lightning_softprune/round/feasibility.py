@@ -76,13 +76,12 @@ def objective_of(settings: RoundSettings, before: Mapping[str, float], direction
     Raises:
         MisconfigurationException: A metric is not logged, or the mode is wrong or cannot be told.
     """
-    objective = Objective(settings.monitor, settings.mode, settings.constraints)
-    scale = monitored(before, objective)
+    scale = monitored(before, settings.objective)
     try:
         mode = mode_of(settings.monitor, settings.mode, directions.get(settings.monitor))
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
-    return replace(objective, scale=scale, mode=mode)
+    return replace(settings.objective, scale=scale, mode=mode)
 
 
 def check_reachable(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
@@ -186,7 +185,7 @@ class _Look:
         settings, seed = self.settings, seed_from(self.settings.seed)
         limit, batches = settings.memory_limit, settings.least_calibration_batches
         runner = ModuleRunner(
-            self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, glance=batch
+            self.trainer, self.module, memory_limit=limit, seed=seed, calibration_batches=batches, only_batch=batch
         )
         with (
             isolated_rng(seed),
@@ -202,7 +201,7 @@ class _Look:
         settings = goal.asked(self.settings)
         with record_usage(self.module, runner.left_alone) as judged:
             metrics = runner.metrics()
-        missing = Objective(settings.monitor, settings.mode, settings.constraints).unlogged(metrics)
+        missing = settings.objective.unlogged(metrics)
         if missing is not None and may_log(self.module, missing[1]) and not _by_loader(missing[1], metrics):
             self.doubt = f"{missing[0]}: {missing[1]!r} is not logged in a validation before training"
         else:
@@ -232,12 +231,19 @@ def check_strategy(space: SearchSpace, settings: RoundSettings, target: float | 
     Raises:
         MisconfigurationException: It could not.
     """
-    at = space if target is not None else replace(space, target=space.sparsity_of(space.high) / 2, tolerance=0.0)
+    at = space if target is not None else replace(space.halfway(), tolerance=0.0)
     strategy = copy.deepcopy(settings.search)
     strategy.is_global_zero = False  # which opens no storage
-    try:
+    with refusals():
         strategy.check(at)
         if target is not None:
             strategy.check_target(space)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What a strategy refuses, by a `ValueError`, is the user's to mend."""
+    try:
+        yield
     except ValueError as error:
         raise MisconfigurationException(f"search: {error}") from error

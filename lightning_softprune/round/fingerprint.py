@@ -14,11 +14,15 @@ import torch
 from torch import nn
 
 from lightning_softprune.trainer import BatchesReadAgain
+from lightning_softprune.utilities.ownership import package_of
 from lightning_softprune.utilities.version import __version__
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
-_LIBRARIES = frozenset({"builtins", "lightning", "lightning_softprune", "pytorch_lightning", "torch", "torchmetrics"})
+_WITHOUT_SOURCE = frozenset(
+    {"builtins", "lightning", "lightning_softprune", "pytorch_lightning", "torch", "torchmetrics"}
+)
+"""Packages whose code does not count. Not `utilities.ownership.FRAMEWORKS`: digests are in files, and have to stay."""
 
 _MODULES_THEN = {  # digests hold names of classes: where a class of this package was when journals began
     "lightning_softprune.checkpoint.load": "lightning_softprune.checkpoint",
@@ -135,7 +139,7 @@ def _name(value: Any) -> str:
 
 def _source(kind: type) -> str:
     """The code of a class that the user wrote; where it cannot be found (typed into a console), nothing."""
-    if kind.__module__.partition(".")[0] in _LIBRARIES:
+    if package_of(kind) in _WITHOUT_SOURCE:
         return ""
     try:
         return inspect.getsource(kind)

@@ -35,6 +35,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.passes import BASELINE, Key, Pass, lines_of, near, parse_pass, read_json, told
+from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import AUTO, mode_of_name
 from lightning_softprune.utilities.files import being_replaced, open_to_append, remove_leftovers, sync_file
 
@@ -356,7 +357,7 @@ class Journal:
 def open_journal(
     trainer: pl.Trainer,
     module: pl.LightningModule,
-    settings: Any,
+    settings: RoundSettings,
     data: Sequence[Any],
     *,
     epoch: int,
@@ -368,7 +369,7 @@ def open_journal(
         trainer: The trainer in charge. The file lies in its `default_root_dir`, which does not change from run to run
             as `log_dir` does; rank zero reads and writes it.
         module: The module before the round.
-        settings: The round's settings, a dataclass.
+        settings: The round's settings.
         data: The batches that every plan is scored on.
         epoch: The round's epoch.
         target: The sparsity asked for.
@@ -397,8 +398,9 @@ def open_journal(
     def share(lines: list[str]) -> list[str]:
         return trainer.strategy.broadcast(lines)
 
-    required = (settings.monitor, *(constraint.metric for constraint in settings.constraints))
-    journal = Journal(path, expected, required=required, folders=2, share=share, verbose=settings.verbose)
+    journal = Journal(
+        path, expected, required=settings.objective.metrics, folders=2, share=share, verbose=settings.verbose
+    )
     journal.tolerance = SAME if trainer.strategy.root_device.type == "cpu" else NEARLY_SAME
     return journal
 

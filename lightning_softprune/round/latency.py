@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Iterable, Iterator
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -11,11 +13,33 @@ from torch.nn.parameter import is_lazy
 
 from lightning_softprune.results import LayerShapes
 from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.trials import ScoredPlan
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
+from lightning_softprune.utilities.wording import counted
 
 _TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
 """Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
+
+
+_MOST_TIMED = 6
+
+
+def worth_timing(ranked: Iterable[ScoredPlan], problem: PruningProblem) -> Iterator[ScoredPlan]:
+    """What a latency limit chooses from: the best plan, then those better than all others with fewer MACs; at most 6.
+
+    Args:
+        ranked: Plans, best first.
+        problem: Knows what they cost.
+    """
+    fewest, timed = math.inf, 0
+    for scored in ranked:
+        macs = problem.costs_of(scored.plan).macs
+        if macs < fewest:
+            fewest, timed = macs, timed + 1
+            yield scored
+        if timed == _MOST_TIMED:
+            return
 
 
 class Stopwatch:
@@ -118,4 +142,4 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
-    return f"cpu ({threads} thread{'' if threads == 1 else 's'})" if device.type == "cpu" else str(device)
+    return f"cpu ({counted(threads, 'thread')})" if device.type == "cpu" else str(device)

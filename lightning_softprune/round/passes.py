@@ -17,7 +17,8 @@ class Key(NamedTuple):
     """What a pass scored.
 
     Attributes:
-        kind: ``"baseline"`` (the module as it was), ``"trial"``, or ``"refined"`` (the chosen plan, compensated anew).
+        kind: ``"baseline"`` (the module as it was), ``"trial"``, ``"refined"`` (the chosen plan, compensated anew), or
+            ``"healed on <n> batches"`` (that plan after healing).
         removed: Channels removed from each group.
         network: Digest of what the numbers in `removed` stand for: the groups, and which of their channels go first.
     """

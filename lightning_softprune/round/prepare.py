@@ -63,6 +63,7 @@ from lightning_softprune.results import Costs, GroupResult, LeftOut
 from lightning_softprune.round.fingerprint import digest
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import (
+    COSTS,
     Budgets,
     Coefficients,
     ExpectedErrors,
@@ -106,8 +107,8 @@ class PruningProblem:
         norms: Mean weight norm of each group.
         costs: Counts what plans cost.
         compensation: What readers do to make up for a plan.
-        calibration: One step per calibration batch.
         samples: Samples of the batch that costs were counted on.
+        calibration: One step per calibration batch.
         identity: Digest of groups, rankings and calibration data.
         errors: What is known of plans before any is scored.
         dense: What the readers did while they were measured, if there was room to watch it.
@@ -120,9 +121,9 @@ class PruningProblem:
     norms: FloatArray
     costs: CostModel
     compensation: Compensation
-    calibration: Steps
     samples: int
-    identity: str
+    calibration: Steps = field(default_factory=list)
+    identity: str = ""
     errors: ExpectedErrors | None = None
     dense: DenseRun | None = None
 
@@ -156,7 +157,7 @@ class PruningProblem:
         readers = readers_that_lose(module, groups, rounding.high)
         calibration, batches = _calibration(runner, settings, readers, applications)
         with phases("measuring"):
-            positions, statistics, dense = _measured(runner, settings, readers, (calibration, batches))
+            positions, statistics, dense = _measured(runner, settings, readers, calibration, batches)
             rankings: list[IntArray] = runner.broadcast(
                 rank(settings.ranking, module, groups, calibration, statistics, rng)
             )
@@ -168,12 +169,12 @@ class PruningProblem:
                 compensation.logits = find_logit_fits(module, groups, calibration)
             identity = runner.broadcast(digest([(g.name, g.num_channels) for g in groups], rankings, batches))
             realisation = Realisation(Coefficients.of(groups, settings.granularity), rounding, tuple(rankings))
-            known = judged, calibration, identity
-            problem = cls._counted(runner, (found, applications), realisation, compensation, known)
+            problem = cls._counted(runner, (found, applications), realisation, compensation, judged)
+            problem = replace(problem, calibration=calibration, identity=identity, dense=dense)
             if settings.compensation == "least_squares" and settings.search.wants_errors:
                 errors = problem.expected_errors(runner, judged, runner.few(batches, ERROR_SAMPLES))
                 problem = replace(problem, errors=runner.broadcast(errors))
-            return replace(problem, dense=dense)
+            return problem
 
     @classmethod
     def sketch(cls, runner: ModuleRunner, settings: RoundSettings, judged: Set[str]) -> PruningProblem:
@@ -197,7 +198,7 @@ class PruningProblem:
         nothing = Compensation("none", runner.module, groups, rankings, {})
         coefficients = Coefficients.of(groups, settings.granularity)
         realisation = Realisation(coefficients, _rounding(groups, settings), tuple(rankings))
-        return cls._counted(runner, (found, applications), realisation, nothing, (judged, [], ""))
+        return cls._counted(runner, (found, applications), realisation, nothing, judged)
 
     @classmethod
     def _counted(
@@ -206,10 +207,10 @@ class PruningProblem:
         traced: _Traced,
         realisation: Realisation,
         compensation: Compensation,
-        rest: tuple[Set[str], Steps, str],
+        judged: Set[str],
     ) -> PruningProblem:
         """The problem with its costs, from the groups and what is known of them."""
-        (found, applications), (judged, calibration, identity) = traced, rest
+        found, applications = traced
         module, groups = runner.module, [group for group in found if group.prunable]
         return cls(
             groups=groups,
@@ -219,9 +220,7 @@ class PruningProblem:
             norms=norms(module, groups),
             costs=CostModel.build(module, groups, realisation.rankings, applications, compensation.new_biases, judged),
             compensation=compensation,
-            calibration=calibration,
             samples=runner.broadcast(runner.batch_size),
-            identity=identity,
         )
 
     def plan_of(self, x: FloatArray) -> Plan:
@@ -268,7 +267,7 @@ class PruningProblem:
     def costs_of(self, plan: Plan) -> Costs:
         """Costs of the model with a plan's channels gone."""
         counts = np.array([plan.counts])
-        params, macs = (int(self.costs.count(what, counts)[0]) for what in ("params", "macs"))
+        params, macs = (int(self.costs.count(what, counts)[0]) for what in COSTS)
         return Costs(params, round(macs / self.samples))
 
     def space(self, settings: RoundSettings, dense: Costs, target: float | None) -> SearchSpace:
@@ -405,15 +404,15 @@ def _calibration(
 
 
 def _measured(
-    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], calibration: tuple[Steps, list[Any]]
+    runner: ModuleRunner, settings: RoundSettings, readers: Sequence[Reader], steps: Steps, batches: list[Any]
 ) -> tuple[ReadPositions, dict[str, InputStatistics], DenseRun | None]:
     """What readers see on the calibration batches, and where; and what they do, for the refit, where there is room."""
-    (steps, batches), module, left = calibration, runner.module, runner.memory_left
+    module, left = runner.module, runner.memory_left
     wanted = Wanted.by(settings.ranking, settings.compensation)
     if wanted is None:
         return ReadPositions(), {}, None
-    glance = cache(partial(runner.few, batches, PROBE_SAMPLES))
-    positions = find_read_positions(module, [reader.name for reader in readers], steps, glance)
+    few_samples = cache(partial(runner.few, batches, PROBE_SAMPLES))
+    positions = find_read_positions(module, [reader.name for reader in readers], steps, few_samples)
     dense = None
     if settings.compensation == "least_squares":
         unfolded = unfolded_readers(module, readers, wanted, left)
@@ -422,7 +421,7 @@ def _measured(
     watched = steps if dense is None else dense.watched()
     statistics = collect_statistics(module, readers, watched, wanted=wanted, budget=left, positions=positions)
     if dense is not None:
-        dense.finish(glance())
+        dense.finish(few_samples())
     return positions, statistics, dense
 
 

@@ -33,6 +33,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_softprune.round.evaluation import Evaluator
+from lightning_softprune.round.latency import worth_timing
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import WHOLE, ScoredOn, ScoredPlan
 from lightning_softprune.search import NormBaseline, Plan, UniformBaseline
@@ -53,7 +54,6 @@ _PRECISION = 0.1
 """The standard error of a difference that is small enough, as a fraction of the drop of the uniform plan."""
 
 _FINALISTS = 5
-_TIMED = 6  # finalists with ever fewer MACs, for a latency limit
 
 _Blocks = dict[str, FloatArray]
 
@@ -77,7 +77,7 @@ def choose_part(
         with shown():
             return _anchored(evaluator, ScoredOn(part, evaluator.runner.share_of(part), noise=math.nan), before)
     largest = settings.search.max_evaluations
-    if evaluator.runner.sums.keys() & _required(settings):
+    if evaluator.runner.sums.keys() & set(evaluator.trials.objective.metrics):
         return WHOLE
     if type(settings.search) in _OF_ONE_PLAN or (largest is not None and largest <= _FEW_PLANS):
         return WHOLE
@@ -99,7 +99,7 @@ def _part_by(
     blocks: Sequence[Part], evaluator: Evaluator, settings: RoundSettings, before: Mapping[str, float]
 ) -> ScoredOn:
     """The part that is large enough by what scores on the blocks scatter."""
-    names, least = _required(settings), blocks[-1].stop
+    names, least = evaluator.trials.objective.metrics, blocks[-1].stop
     dense, uniform = evaluator.problem.unpruned_plan(), _uniform_plan(evaluator)
     before_blocks, after_blocks = (_on_blocks(evaluator, plan, blocks, names) for plan in (dense, uniform))
     differences = {name: after_blocks[name] - before_blocks[name] for name in names}
@@ -134,16 +134,10 @@ def least_share(sizes: Sequence[Sequence[int]]) -> float:
     return 1.0
 
 
-def _required(settings: RoundSettings) -> list[str]:
-    """The score, and the metrics with constraints."""
-    return list(dict.fromkeys([settings.monitor, *(constraint.metric for constraint in settings.constraints)]))
-
-
 def _uniform_plan(evaluator: Evaluator) -> Plan:
     """The plan with the same coefficient everywhere; without a target, halfway to the highest sparsity."""
     space = evaluator.trials.space
-    if evaluator.trials.target is None:
-        space = replace(space, target=space.sparsity_of(space.high) / 2)
+    space = space if evaluator.trials.target is not None else space.halfway()
     return evaluator.problem.plan_of(space.scale(np.ones(space.size)))
 
 
@@ -170,13 +164,11 @@ def _anchored(evaluator: Evaluator, on: ScoredOn, before: Mapping[str, float]) -
     """The part with how metrics on it are judged; all data where it has not all metrics that count."""
     if on.share >= 1.0:
         return WHOLE
-    objective = evaluator.trials.objective
     found = evaluator.metrics_on(evaluator.problem.unpruned_plan(), on.part)
     sums = {name: loader for name, loader in evaluator.runner.sums.items() if name in found}
     on = replace(on, scales={name: 1.0 / evaluator.runner.share_of(on.part, of) for name, of in sums.items()})
     offsets = {name: before[name] - value for name, value in on.judged(found).items() if name in before}
-    names = [objective.monitor, *(constraint.metric for constraint in objective.constraints)]
-    if not all(math.isfinite(offsets.get(name, math.nan)) for name in names):
+    if not all(math.isfinite(offsets.get(name, math.nan)) for name in evaluator.trials.objective.metrics):
         return WHOLE
     return replace(on, offsets=offsets)
 
@@ -221,12 +213,8 @@ def race(evaluator: Evaluator, settings: RoundSettings) -> None:
 
 
 def _race_for_speed(evaluator: Evaluator, candidates: Sequence[ScoredPlan]) -> None:
-    """Score also, best first, those that cost fewer MACs than all before them: the best may be too slow."""
+    """Score also, best first, those that are going to be timed: the best may be too slow."""
     known = {scored.plan for scored in evaluator.trials.done if scored.trial.share == 1.0}
-    fewest, timed = math.inf, 0
-    for candidate in candidates:
-        macs = evaluator.problem.costs_of(candidate.plan).macs
-        if macs < fewest and timed < _TIMED:
-            fewest, timed = macs, timed + 1
-            if candidate.plan not in known:
-                evaluator.score_on_all(candidate)
+    for candidate in worth_timing(candidates, evaluator.problem):
+        if candidate.plan not in known:
+            evaluator.score_on_all(candidate)

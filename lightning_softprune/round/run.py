@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_softprune.checkpoint import ModelShapes
-from lightning_softprune.graph import COSTS, record_usage
+from lightning_softprune.graph import record_usage
 from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, plans_to_be_healed, rehearse_plan
@@ -35,7 +35,7 @@ from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
-from lightning_softprune.search import SearchOutcome, SearchStrategy
+from lightning_softprune.search import COSTS, SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
 from lightning_softprune.trainer import (
     MisconfigurationException,
@@ -90,8 +90,8 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             strategy, outcome, decision = _search(evaluator, settings, goal, stopwatch, phases)
             if evaluator.confirm(decision.plan or evaluator.trials.least_violating()):
                 break  # else the journal was wrong, and is set aside
-        hands = _Hands(evaluator, transaction, copies, judged.parameters, phases, stopwatch)
-        decision, rehearsed = _carry_out(hands, settings, goal, decision)
+        committing = _Committing(evaluator, transaction, copies, judged.parameters, phases, stopwatch)
+        decision, rehearsed = _carry_out(committing, settings, goal, decision)
         best = decision.plan if rehearsed is None else rehearsed.plan
         if goal.commit and rehearsed is not None:
             commit(runner, copies, transaction, rehearsed.surgery, form, goal.judged)
@@ -113,8 +113,8 @@ def _refuse_made_in_inference_mode(module: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class _Hands:
-    """What it takes to make the module what a plan says."""
+class _Committing:
+    """What it takes to make the module what a plan says: to time the plan, and to rehearse its commit."""
 
     evaluator: Evaluator
     transaction: Transaction
@@ -136,22 +136,22 @@ class _Hands:
 
 
 def _carry_out(
-    hands: _Hands, settings: RoundSettings, goal: Goal, decision: Decision
+    committing: _Committing, settings: RoundSettings, goal: Goal, decision: Decision
 ) -> tuple[Decision, Rehearsed | None]:
     """Make the module what was decided, or smaller where it meets the constraints because it is healed."""
     if goal.commit and decision.verdict in (Verdict.FEASIBLE, Verdict.UNMET_CONSTRAINTS):
         chosen = decision.plan if decision.verdict is Verdict.FEASIBLE else None
-        for scored in plans_to_be_healed(hands.evaluator, settings, chosen, hands.rehearse):
-            hands.compare(scored)
-            rehearsed = hands.rehearse(scored, settings)
+        for scored in plans_to_be_healed(committing.evaluator, settings, chosen, committing.rehearse):
+            committing.compare(scored)
+            rehearsed = committing.rehearse(scored, settings)
             if rehearsed.plan.violation == 0.0:
                 return Decision(rehearsed.plan, Verdict.FEASIBLE), rehearsed
     _tell(decision, settings, goal)
     if decision.plan is None:
         return decision, None
-    hands.compare(decision.plan)
+    committing.compare(decision.plan)
     wanted = goal.commit or goal.rehearse
-    return decision, hands.rehearse(decision.plan, _shorter(settings, goal)) if wanted else None
+    return decision, committing.rehearse(decision.plan, _shorter(settings, goal)) if wanted else None
 
 
 def _hand_over(goal: Goal, rehearsed: Rehearsed | None) -> None:

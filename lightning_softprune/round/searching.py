@@ -6,13 +6,13 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
-from lightning_softprune.round.feasibility import check_reachable, check_strategy
+from lightning_softprune.round.feasibility import check_reachable, check_strategy, refusals
 from lightning_softprune.round.racing import finalists
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import (
@@ -23,8 +23,8 @@ from lightning_softprune.search import (
     SearchStrategy,
     UniformBaseline,
 )
-from lightning_softprune.trainer import MisconfigurationException
 from lightning_softprune.utilities.arrays import FloatArray
+from lightning_softprune.utilities.wording import counted
 
 
 def search(
@@ -53,10 +53,8 @@ def search(
         strategy.expected = goal.earlier.expected_curves(evaluator.problem.realisation.coefficients.names)
 
     def check(at: SearchSpace) -> None:
-        try:
+        with refusals():
             strategy.check(at)
-        except ValueError as error:
-            raise MisconfigurationException(f"search: {error}") from error
 
     if trials.target is not None:
         space = _aimed(strategy, space)
@@ -93,10 +91,8 @@ def _aimed(strategy: SearchStrategy, space: SearchSpace) -> SearchSpace:
     with contextlib.suppress(ValueError):
         strategy.check_target(upper)
         return upper
-    try:
+    with refusals():
         strategy.check_target(space)
-    except ValueError as error:
-        raise MisconfigurationException(f"search: {error}") from error
     return space
 
 
@@ -112,13 +108,13 @@ def _announcement(evaluator: Evaluator, planned: int | None, healing: int) -> st
         seconds = _PASSES_OF_A_LESSON * healing * evaluator.runner.training_batch_size * each
         healed += f", about {seconds:.2g} s" if seconds else ""
     groups, size = len(evaluator.problem.groups), evaluator.trials.space.size
-    names = f"{groups} group{'' if groups == 1 else 's'}, {size} coefficient{'' if size == 1 else 's'}"
+    names = f"{counted(groups, 'group')}, {counted(size, 'coefficient')}"
     each = evaluator.baseline_seconds * evaluator.on.share
     if planned is None:
         return f"SoftPruning: {names}, about {each:.2g} s for each evaluation{healed}"
     last = min(finalists(evaluator), planned)
     seconds = planned * each + last * evaluator.baseline_seconds
-    on_all = f" and {last} finalist{'' if last == 1 else 's'} on all data" if last else ""
+    on_all = f" and {counted(last, 'finalist')} on all data" if last else ""
     return f"SoftPruning: {names}, up to {planned:,} evaluations{on_all}, about {seconds:.2g} s{healed}"
 
 
@@ -132,9 +128,7 @@ def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> t
     """
     trials = evaluator.trials
     check_reachable(trials.space, settings, trials.target)
-    space = trials.space
-    if trials.target is None:
-        space = replace(space, target=space.sparsity_of(space.high) / 2)
+    space = trials.space if trials.target is not None else trials.space.halfway()
     check_strategy(trials.space, settings, trials.target)
 
     def evaluate(x: FloatArray) -> float:

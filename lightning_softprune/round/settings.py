@@ -10,9 +10,8 @@ from typing import Any
 
 from lightning_softprune.calibration import LEAST_BATCHES, Importance
 from lightning_softprune.compensation import Teacher
-from lightning_softprune.graph import COSTS
 from lightning_softprune.results import Costs, PruningResult
-from lightning_softprune.search import Constraint, SearchStrategy
+from lightning_softprune.search import COSTS, Constraint, Objective, SearchStrategy
 from lightning_softprune.surgery import Judgement
 from lightning_softprune.utilities import checks
 
@@ -48,6 +47,11 @@ class RoundSettings:
     healing: int = 0
     teacher: float = 0.0
     latency_batch: int | None = None
+
+    @property
+    def objective(self) -> Objective:
+        """What plans are judged by, with the mode as it was asked for."""
+        return Objective(self.monitor, self.mode, self.constraints)
 
     @property
     def ranking(self) -> str | Importance | None:

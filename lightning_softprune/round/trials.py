@@ -15,7 +15,7 @@ import numpy as np
 
 from lightning_softprune.results import Trial
 from lightning_softprune.round.feasibility import monitored
-from lightning_softprune.search import SLACK, Objective, Plan, SearchSpace
+from lightning_softprune.search import Objective, Plan, SearchSpace, reaches
 from lightning_softprune.trainer import ALL, Part
 
 
@@ -169,7 +169,7 @@ class Trials:
 
     def reaches(self, scored: ScoredPlan) -> bool:
         """Whether a plan removes at least what was asked for."""
-        return self.target is None or scored.trial.sparsity >= self.target - SLACK
+        return reaches(scored.trial.sparsity, self.target)
 
     def shortfall(self, scored: ScoredPlan) -> str:
         """Why a plan that was chosen removes less than was asked for, in words; empty where it does not."""

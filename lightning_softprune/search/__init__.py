@@ -13,9 +13,9 @@ from lightning_softprune.search.coefficients import (
     build_space,
 )
 from lightning_softprune.search.curves import carried_over, modelled_increases
-from lightning_softprune.search.look_ups import SLACK, Shape
+from lightning_softprune.search.look_ups import reaches
 from lightning_softprune.search.loop import SearchLoop, SearchOutcome, run_search
-from lightning_softprune.search.max_sparsity import ConstraintProgress, MaxSparsitySearch
+from lightning_softprune.search.max_sparsity import MaxSparsitySearch
 from lightning_softprune.search.objective import (
     AUTO,
     Constraint,
@@ -29,7 +29,7 @@ from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.solving import Known, OutOfReachError, Question, Solution, best_plan, solve
 from lightning_softprune.search.space import SearchSpace
-from lightning_softprune.search.stored import SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
+from lightning_softprune.search.stored import COSTS, SearchNumbers, StoredCosts, StoredSlot, StoredTerm, compressed
 from lightning_softprune.search.strategies.baselines import NormBaseline, UniformBaseline
 from lightning_softprune.search.strategies.by_name import strategy_of
 from lightning_softprune.search.strategies.gradient import GradientSearch
@@ -41,11 +41,10 @@ from lightning_softprune.utilities.arrays import FloatArray, IntArray
 
 __all__ = [
     "AUTO",
-    "SLACK",
+    "COSTS",
     "Budgets",
     "Coefficients",
     "Constraint",
-    "ConstraintProgress",
     "ExpectedErrors",
     "FloatArray",
     "GradientSearch",
@@ -69,7 +68,6 @@ __all__ = [
     "SearchStrategy",
     "SensitivityCurve",
     "SensitivitySearch",
-    "Shape",
     "Solution",
     "StopReason",
     "StoredCosts",
@@ -87,6 +85,7 @@ __all__ = [
     "mode_of_name",
     "modelled_increases",
     "parse_constraint",
+    "reaches",
     "run_search",
     "solve",
     "strategy_of",

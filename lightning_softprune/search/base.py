@@ -37,7 +37,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_softprune.search.look_ups import Shape
+from lightning_softprune.search.look_ups import ErrorCurve
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
 
@@ -90,7 +90,7 @@ class SensitivityCurve:
     index: int
     coefficients: tuple[float, ...]
     losses: tuple[float, ...]
-    shape: Shape | None = field(default=None, compare=False, repr=False)
+    shape: ErrorCurve | None = field(default=None, compare=False, repr=False)
 
 
 class SearchStrategy:

@@ -16,7 +16,7 @@ import numpy as np
 from lightning_softprune.search.plan import Plan, Rounding
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
-from lightning_softprune.utilities.patterns import no_match
+from lightning_softprune.utilities.names import no_match
 
 
 class Named(Protocol):

@@ -35,7 +35,7 @@ from functools import cached_property
 import numpy as np
 
 from lightning_softprune.search.base import SensitivityCurve
-from lightning_softprune.search.look_ups import Shape
+from lightning_softprune.search.look_ups import ErrorCurve
 from lightning_softprune.search.separable import best_combinations, envelope
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
@@ -116,7 +116,7 @@ def modelled_increases(curves: Sequence[SensitivityCurve], values: Sequence[Floa
     return result
 
 
-def _coordinates(shape: Shape | None, values: FloatArray) -> FloatArray:
+def _coordinates(shape: ErrorCurve | None, values: FloatArray) -> FloatArray:
     """What log g is close to a straight line in: the logarithm of the error, or log odds where none is known."""
     if shape is None:
         return log_odds(values)
@@ -247,7 +247,7 @@ class PlacedCurves:
                 if space.low[curve.index] < value <= space.high[curve.index]:
                     self._points[curve.index][value] = loss
         self._whole = float("nan")
-        self._shapes: Sequence[Shape | None] = space.shapes or [None] * space.size
+        self._shapes: Sequence[ErrorCurve | None] = space.shapes or [None] * space.size
         self._is_informed = bool(known or space.shapes)
 
     def curves(self) -> tuple[SensitivityCurve, ...]:

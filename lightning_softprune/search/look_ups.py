@@ -24,13 +24,19 @@ EXACT_PLANS = 300_000
 SLACK = 1e-12
 """Sparsities are quotients of integers: equal ones may differ in the last bits."""
 
+
+def reaches(sparsity: float, target: float | None) -> bool:
+    """Whether at least what was asked for is removed; without a target, any sparsity will do."""
+    return target is None or sparsity >= target - SLACK
+
+
 _SAMPLES = 8192  # per coefficient, when its values that realise differently are looked for
 _PAIRS = 64  # beyond this many coefficients single steps are fine enough, and pairs too many
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What is known of a coefficient's effect before any evaluation.
+class ErrorCurve:
+    """The expected error as one coefficient rises: what is known of its effect before any evaluation.
 
     Attributes:
         coefficients: Its values, ascending; the first is its lowest.
@@ -40,13 +46,13 @@ class Shape:
     coefficients: tuple[float, ...]
     errors: tuple[float, ...]
 
-    def counted_from(self, at: int) -> Shape:
+    def counted_from(self, at: int) -> ErrorCurve:
         """The same with errors that are 0 at one of its values, by number, and up to it.
 
-        >>> Shape((0.0, 0.5, 1.0), (0.0, 1.0, 4.0)).counted_from(1)
-        Shape(coefficients=(0.0, 0.5, 1.0), errors=(0.0, 0.0, 3.0))
+        >>> ErrorCurve((0.0, 0.5, 1.0), (0.0, 1.0, 4.0)).counted_from(1)
+        ErrorCurve(coefficients=(0.0, 0.5, 1.0), errors=(0.0, 0.0, 3.0))
         """
-        return Shape(self.coefficients, tuple(max(error - self.errors[at], 0.0) for error in self.errors))
+        return ErrorCurve(self.coefficients, tuple(max(error - self.errors[at], 0.0) for error in self.errors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +185,7 @@ class PlanLookUps:
         return tuple(values for _, values in self.states)
 
     @cached_property
-    def shapes(self) -> tuple[Shape, ...]:
+    def shapes(self) -> tuple[ErrorCurve, ...]:
         """Per coefficient, the expected errors as it alone rises; empty where none are known."""
         if self.errors is None:
             return ()
@@ -188,7 +194,7 @@ class PlanLookUps:
             points = np.repeat(self.low[None], len(values), axis=0)
             points[:, i] = values
             errors = np.asarray(self.errors(self.realise(points)), dtype=np.float64)
-            shapes.append(Shape(tuple(values.tolist()), tuple((errors - errors[0]).tolist())))
+            shapes.append(ErrorCurve(tuple(values.tolist()), tuple((errors - errors[0]).tolist())))
         return tuple(shapes)
 
     def indices(self, x: FloatArray) -> IntArray:

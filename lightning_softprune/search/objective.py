@@ -203,6 +203,11 @@ class Objective:
     constraints: tuple[Constraint, ...] = ()
     scale: float = 1.0
 
+    @property
+    def metrics(self) -> list[str]:
+        """The score, and the metrics with constraints; each once."""
+        return list(dict.fromkeys([self.monitor, *(constraint.metric for constraint in self.constraints)]))
+
     def unlogged(self, metrics: Mapping[str, float]) -> tuple[str, str] | None:
         """The first (argument, metric) that is asked for and not logged."""
         wanted = [(f"monitor={self.monitor!r}", self.monitor)]

@@ -18,7 +18,7 @@ from lightning_softprune.search.curves import modelled_increases
 from lightning_softprune.search.look_ups import SLACK
 from lightning_softprune.search.separable import best_combinations
 from lightning_softprune.search.space import SearchSpace
-from lightning_softprune.search.stored import SearchNumbers
+from lightning_softprune.search.stored import COSTS, SearchNumbers
 from lightning_softprune.utilities.arrays import FloatArray
 
 _WIDTH = 0.1  # in sparsity
@@ -186,7 +186,7 @@ def solve(numbers: SearchNumbers, known: Known, question: Question) -> Solution:
         )
     x, loss, measured = found
     counts = realisation.counts_of(x)
-    params, macs = (int(numbers.costs.count(what, counts[None])[0]) for what in ("params", "macs"))
+    params, macs = (int(numbers.costs.count(what, counts[None])[0]) for what in COSTS)
     return Solution(
         target_sparsity=question.target,
         sparsity=space.sparsity_of(x),

@@ -4,7 +4,7 @@ A *coefficient* in [0, 1] is the fraction of a group's channels to remove. A vec
 whole number of removed channels per group. A plan has a *sparsity*, and a vector is *on target* when its plan's
 sparsity is within the tolerance of the target and further budgets, if there are any, hold too. Sparsity is a step
 function of the coefficients and is not separable over groups (a layer's parameters are a product of two widths), so
-putting a vector on the target takes a search of its own: this module.
+putting a vector on the target takes a search of its own: `projection.py`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,10 @@ class SearchSpace(PlanLookUps):
         >>> space.on_target(space.project(np.array([0.1, 0.1])))
         True
     """
+
+    def halfway(self) -> SearchSpace:
+        """The space whose target is half of the highest sparsity: what is aimed at where no target was asked for."""
+        return replace(self, target=self.sparsity_of(self.high) / 2)
 
     def at_least_target(self) -> SearchSpace:
         """The space in which only plans from the target up are on it; this one where no such plan was found."""

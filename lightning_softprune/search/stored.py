@@ -22,9 +22,12 @@ from lightning_softprune.search.coefficients import (
     build_rounding,
     build_space,
 )
-from lightning_softprune.search.look_ups import Shape
+from lightning_softprune.search.look_ups import ErrorCurve
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray, IntArray
+
+COSTS = ("params", "macs")
+"""What is counted."""
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class SearchNumbers:
         slots = range(len(self.costs.slots))
         for term in (*self.costs.params, *self.costs.macs):
             _require({*term.slots, term.once_smaller} <= {-1, *slots} and -1 not in term.slots, "slots of the terms")
-        _require(all(self.dense.get(name, -1.0) >= 0.0 for name in ("params", "macs")), "params and macs of dense")
+        _require(all(self.dense.get(name, -1.0) >= 0.0 for name in COSTS), "params and macs of dense")
         _require(self.round_to >= 1 and self.samples >= 1, "round_to and samples")
         if self.errors is not None:
             sizes = [[len(row) for row in table] for table in (self.errors.counts, self.errors.errors)]
@@ -233,7 +236,7 @@ class SearchNumbers:
         """The space of another search."""
         return build_space(realisation, self.costs, budgets, np.ones(len(self.groups)), self.errors)
 
-    def shapes(self) -> tuple[Shape | None, ...]:
+    def shapes(self) -> tuple[ErrorCurve | None, ...]:
         """What is known of each coefficient before any evaluation, up to 1, counted from the lowest searched."""
         budgets = Budgets(self.dense, 1.0, 0.0)
         searched, free = self.space(self.realisation(), budgets), self.space(self.realisation({}), budgets)

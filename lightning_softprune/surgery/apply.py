@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_softprune.graph import ComputedWeight, Layout, PruningGroup, computed_of, layout_of, refresh, set_sizes
 from lightning_softprune.search import Plan
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.nested import integer_of, laid_out_like
 
 KeptByDim = dict[int, torch.Tensor]
@@ -281,7 +282,7 @@ class _Cut:
             path, _, attribute = source.rpartition(".")
             owner = module.get_submodule(path)
             tensor = getattr(owner, attribute)
-            site = (owner, attribute, f"{name}.{source}".lstrip("."))
+            site = (owner, attribute, joined(name, source))
             _, _, sites = self.slices.setdefault(id(tensor), (tensor, {}, []))
             if site not in sites:
                 sites.append(site)
@@ -325,8 +326,8 @@ class _Cut:
             if isinstance(new, nn.Parameter):
                 record.add(tensor, new, by_dim)  # type: ignore[arg-type]
         for (module, name, computed), weight in zip(self.computed, before, strict=True):
-            by_dim = record.kept[f"{name}.{computed.direction}".lstrip(".")]
-            record.computed[f"{name}.{computed.name}".lstrip(".")] = weight, by_dim
+            by_dim = record.kept[joined(name, computed.direction)]
+            record.computed[joined(name, computed.name)] = weight, by_dim
             computed.settle(module, slice_tensor(weight, by_dim))
         for module in touched.values():
             refresh(module)
@@ -396,7 +397,7 @@ def _complete_tied(model: nn.Module, slices: Mapping[int, tuple[Any, Any, list[t
     """Every module that holds a sliced tensor gets the new one, also under names that no group knows."""
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
-            full = f"{prefix}.{name}".lstrip(".")
+            full = joined(prefix, name)
             if isinstance(tensor, torch.Tensor) and id(tensor) in slices:
                 owners = slices[id(tensor)][2]
                 if not any(known == full for *_, known in owners):

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_softprune.graph import Count, PruningGroup
 from lightning_softprune.surgery.fingerprints import look_at_dense
-from lightning_softprune.surgery.probe import DOES_NOT_RUN, probe_groups, unlike_masked
+from lightning_softprune.surgery.probe import probe_groups, unlike_masked
+from lightning_softprune.utilities.names import without_digits
 
 _UNLIKE = (
     "without some of its channels the model computes something else than with them set to zero: their number is used "
@@ -34,7 +35,7 @@ _MOST_NAMES = 6
 
 @dataclass(frozen=True)
 class Candidates:
-    """What was chosen of several, by the groups' names.
+    """What tracing could not be sure of, and a probe has to tell, by the groups' names.
 
     Attributes:
         counts: Attributes that could count a group's channels.
@@ -87,7 +88,7 @@ def probe_with_counts(
     counted = _counted(groups, found, counts, probed, unlike)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
         found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
-    if any(group.reason.startswith(DOES_NOT_RUN) for group in found):
+    if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
@@ -171,12 +172,8 @@ def _as_the_first_of_their_kind(
 
 def _kind(group: PruningGroup, counts: Sequence[Count]) -> object:
     """What groups of blocks alike have in common: all but the numbers in their names."""
-
-    def without_number(name: str) -> str:
-        return "".join(sign for sign in name if not sign.isdigit())
-
-    members = tuple((without_number(member.module), member.slot, len(member.owner)) for member in group.members)
-    found = tuple((without_number(count.module), count.attribute, count.per_channel) for count in counts)
+    members = tuple((without_digits(member.module), member.slot, len(member.owner)) for member in group.members)
+    found = tuple((without_digits(count.module), count.attribute, count.per_channel) for count in counts)
     return group.num_channels, members, found
 
 

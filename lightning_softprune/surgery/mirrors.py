@@ -17,6 +17,7 @@ from torch import nn
 from lightning_softprune.graph import Shape, layer_type
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
 from lightning_softprune.surgery.hooked import hooks_of
+from lightning_softprune.utilities.names import joined
 
 _JOINTS = ("", "_", "__", "-")
 
@@ -67,7 +68,7 @@ class Mirrors:
         if layer_type(owner) is not None or isinstance(owner, torch.jit.ScriptModule):
             return {}, []
         path = self._paths.get(id(owner))
-        full = {key: None if path is None else f"{path}.{key}".lstrip(".") for key in owner._buffers}
+        full = {key: None if path is None else joined(path, key) for key in owner._buffers}
         held = {
             key: buffer
             for key, buffer in owner._buffers.items()

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_softprune.utilities.classes import is_own_function, slots
+from lightning_softprune.utilities.ownership import FRAMEWORKS, is_own_function, package_of, slots
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,14 @@ def _with(items: tuple[Any, ...], number: int, value: Any) -> tuple[Any, ...]:
     return (*items[:number], value, *items[number + 1 :])
 
 
+_WITHOUT_PARAMETERS = (FRAMEWORKS - {"torch"}) | {
+    *("argparse", "builtins", "datetime", "functools", "io", "logging", "pathlib", "random", "threading", "types"),
+    "weakref",
+}
+"""Packages whose objects are not looked into. Not torch, whose averaged models and wrappers hold parameters, and not
+all of Python's, whose containers and threads of work may."""
+
+
 def is_foreign(value: object) -> bool:
     """Whether an object is of the standard library or of a framework: it keeps no parameters of ours by itself."""
-    module = type(value).__module__.partition(".")[0]
-    return module in _FRAMEWORKS and not isinstance(value, Optimizer)
-
-
-_FRAMEWORKS = frozenset(
-    {"builtins", "lightning", "pytorch_lightning", "lightning_fabric", "torchmetrics", "numpy", "logging", "threading"}
-    | {"lightning_softprune", "io", "pathlib", "argparse", "datetime", "random", "functools", "weakref", "types"}
-)
+    return package_of(type(value)) in _WITHOUT_PARAMETERS and not isinstance(value, Optimizer)

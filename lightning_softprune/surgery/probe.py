@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from lightning_softprune.graph import (
+    BY_NUMBER,
     Layout,
     Member,
     PruningGroup,
@@ -35,13 +36,10 @@ from lightning_softprune.search import Plan
 from lightning_softprune.surgery.apply import Surgery, apply_plan, counts_after, select_channels
 from lightning_softprune.surgery.fingerprints import Dense, Seen, is_alike, look_at, look_at_dense
 from lightning_softprune.utilities.arrays import IntArray
-from lightning_softprune.utilities.frames import frames_of, is_users, line_of
+from lightning_softprune.utilities.ownership import frames_of, is_users_frame, line_of
 
 _AS_MASKED = 2e-5
 """Zeros in a sum change no more than rounding."""
-
-DOES_NOT_RUN = "the model does not run with fewer channels"
-"""How the reason of such a group begins."""
 
 _LONGEST = 80
 """Of an exception's message, in a reason."""
@@ -50,8 +48,6 @@ _HINT = "if a size is written down: write -1, take the tensor's shape, or an int
 
 _EMPTY = re.compile(r"\(0\)|\b0x\d|\dx0\b")
 """A size of zero in an exception's message: a slice by numbers lies beyond the channels that are left."""
-
-_BY_NUMBER = "what is read by its number needs a layer of its own"
 
 _NARROW = 3
 """Patterns of a group that remove as little as can be: the first channels, the last, those between."""
@@ -88,13 +84,13 @@ def probe_groups(
     probe = _Probe(model, groups, run, dense or look_at_dense(model, run, run_otherwise))
     numbers = [i for i, group in enumerate(groups) if group.prunable]
     patterns = {i: _patterns(groups[i].num_channels, round_to, groups[i].least) for i in numbers}
-    reasons: dict[int, str] = {}
-    crashes: dict[int, list[str]] = {i: [] for i in numbers}
+    problems: dict[int, _Problem] = {}
+    crashes: dict[int, list[_Problem]] = {i: [] for i in numbers}
     most = max((len(found) for found in patterns.values()), default=0)
     for turn in range(most + 1):  # in the last one nothing goes, and all change places
         cuts = {}
         for position, i in enumerate(numbers):
-            if i in reasons or not patterns[i]:
+            if i in problems or not patterns[i]:
                 continue
             # of groups of one width, each loses others at a time: a coupling that the graph missed does not fit then
             narrow = min(_NARROW, len(patterns[i]))
@@ -102,13 +98,13 @@ def probe_groups(
             cuts[i] = () if turn == most else patterns[i][min(place, len(patterns[i]) - 1)]
         for i, problem in probe.problems(cuts).items():
             if problem.crashed and turn >= _NARROW:
-                crashes[i].append(problem.reason)
+                crashes[i].append(problem)
             else:
-                reasons[i] = problem.reason
+                problems[i] = problem
     for i, found in crashes.items():
         if found and len(found) == len(patterns[i]) - _NARROW:
-            reasons.setdefault(i, found[0])
-    return [group.refuse(reasons[i]) if i in reasons else group for i, group in enumerate(groups)]
+            problems.setdefault(i, found[0])
+    return [problems[i].refuse(group) if i in problems else group for i, group in enumerate(groups)]
 
 
 def one_can_go(model: nn.Module, groups: Sequence[PruningGroup], number: int, run: Callable[[], Any]) -> bool:
@@ -251,6 +247,10 @@ class _Problem:
     reason: str
     crashed: bool
 
+    def refuse(self, group: PruningGroup) -> PruningGroup:
+        """The group as not prunable."""
+        return group.refuse(self.reason, crashed=self.crashed)
+
 
 class _Probe:
     """Runs a model with channels gone and out of order, and compares."""
@@ -302,7 +302,7 @@ class _Probe:
                 if word is words[0] and not same:  # channels beside the positions change places with these
                     same = name in own or is_alike(ordered.sums[name], shuffled.sums.get(name, []), tolerance)
                 if name in steady and not same:
-                    return _Problem(f"{word.format(name or 'the module')}; {_BY_NUMBER}", False)
+                    return _Problem(f"{word.format(name or 'the module')}; {BY_NUMBER}", False)
         return None
 
     def _reason_of(self, error: Exception) -> str:
@@ -313,11 +313,11 @@ class _Probe:
         module = place = ""
         for frame, number in frames_of(error.__traceback__):
             module = names.get(id(frame.f_locals.get("self")), module)
-            place = line_of(frame, number) if is_users(frame) else place
+            place = line_of(frame, number) if is_users_frame(frame) else place
         where = " in ".join(filter(None, (place, module)))
-        found = f"{DOES_NOT_RUN}: {type(error).__name__}: {shown}"
+        found = f"the model does not run with fewer channels: {type(error).__name__}: {shown}"
         beyond = isinstance(error, IndexError) or _EMPTY.search(line) is not None
-        hint = _BY_NUMBER if beyond else _HINT
+        hint = BY_NUMBER if beyond else _HINT
         return f"{found} ({where}); {hint}" if where else f"{found}; {hint}"
 
     def is_as_masked(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from lightning_softprune.graph import Grouping, Place, PruningGroup, groups_of_one_width
-from lightning_softprune.surgery.probe import DOES_NOT_RUN
 
 Read = Callable[[Mapping[str, int], Sequence[tuple[Place, Place]]], tuple[list[PruningGroup], Grouping]]
 """From choices of dimensions, by reshape, and from places that are coupled: the groups, probed."""
@@ -39,7 +38,7 @@ def best_reading(read: Read) -> list[PruningGroup]:
         found, other = read({**choices, **failing}, ())
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    united = groups_of_one_width([g for g in best if not g.prunable and DOES_NOT_RUN in g.reason])
+    united = groups_of_one_width([g for g in best if g.crashed])
     if united:
         found, _ = read(choices, united)
         if _reached(found) > _reached(best):

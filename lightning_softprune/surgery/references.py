@@ -34,7 +34,8 @@ from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
 from lightning_softprune.surgery.judgement import Judgement
 from lightning_softprune.surgery.mirrors import Mirrors
 from lightning_softprune.surgery.places import hidden_places, is_foreign
-from lightning_softprune.utilities.classes import packages_of
+from lightning_softprune.utilities.names import is_inside, joined
+from lightning_softprune.utilities.ownership import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
 
 _DEPTH, _MOST = 6, 20_000
@@ -243,13 +244,13 @@ class References:
                 after[new] = keyed[key]
                 created = self._bias_of.get(id(new) if isinstance(new, nn.Parameter) else new)
                 if created is not None:
-                    after[created if isinstance(new, nn.Parameter) else id(created)] = self._beside(created, item)
+                    after[created if isinstance(new, nn.Parameter) else id(created)] = self._of_new_bias(created, item)
                 continue
             name = f"{prefix}{key}"
             after[key] = self._sliced_as(name, item)
             if name in self._created:
                 bias, tensor = self._created[name]
-                after[bias.removeprefix(prefix or "")] = self._beside(tensor, item)
+                after[bias.removeprefix(prefix or "")] = self._of_new_bias(tensor, item)
         if [*map(id, after)] != [*map(id, before)] or any(after[key] is not before[key] for key in before):
             self._refill(value, value.update, before, after)
 
@@ -279,7 +280,8 @@ class References:
             return self.new.get(id(key), key)
         return id(self.new[key]) if type(key) is int and key in self.new else key
 
-    def _beside(self, bias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    def _of_new_bias(self, bias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+        """What a bias that compensation has created has in a list or dictionary beside `tensor`."""
         return bias.detach().clone().to(tensor.device, tensor.dtype)
 
     def _prefix(self, tensors: Mapping[Any, torch.Tensor]) -> str | None:
@@ -320,7 +322,7 @@ class References:
         shapes, found = [tuple(item.shape) for item in items], []
         for path, _ in self.model.named_modules():
             for names in (self._names, trained):
-                own = [name for name in names if not path or name.startswith(f"{path}.")]
+                own = [name for name in names if not path or is_inside(name, path)]
                 if [self.shapes[name] for name in own] == shapes:
                     found.append(own)
         if not found or not self._are_cut_alike(found):
@@ -329,7 +331,7 @@ class References:
         for name, item in zip(found[0], items, strict=True):
             after.append(self._sliced_as(name, item))
             if name in self._created:
-                after.append(self._beside(self._created[name][1], item))
+                after.append(self._of_new_bias(self._created[name][1], item))
         return after
 
     def _module(self, place: str, module: nn.Module, depth: int, *, is_copy: bool = True) -> None:
@@ -390,12 +392,12 @@ class References:
                         sliced = nn.Parameter(sliced.detach(), requires_grad=tensor.requires_grad)
                     held[key] = sliced
                     if name in self._created:
-                        bias = self._beside(self._created[name][1], tensor)
+                        bias = self._of_new_bias(self._created[name][1], tensor)
                         module._parameters["bias"] = nn.Parameter(bias, requires_grad=tensor.requires_grad)
             refresh(module)
         names = {id(module): f"{prefix}{path}".rstrip(".") for path, module in copy.named_modules()}
         for module, found, weight in computed:
-            by_dim = self.surgery.kept.get(f"{names[id(module)]}.{found.direction}".lstrip("."), {})
+            by_dim = self.surgery.kept.get(joined(names[id(module)], found.direction), {})
             found.settle(module, slice_tensor(weight, by_dim))
 
     # ---------------------------------------------------------------------------------------------------------- hooks

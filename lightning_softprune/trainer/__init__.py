@@ -38,6 +38,7 @@ from lightning_softprune.trainer.module_steps import (
 )
 from lightning_softprune.trainer.other_callbacks import (
     averaged_copies,
+    callbacks_of,
     ends_with_average,
     forget_compiled,
     record_new_parameters,
@@ -73,6 +74,7 @@ __all__ = [
     "as_if_at_epoch",
     "attributes_of",
     "averaged_copies",
+    "callbacks_of",
     "clone_inference_tensors_and_reset_metrics",
     "code_in_training",
     "compiler_off",

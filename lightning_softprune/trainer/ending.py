@@ -7,6 +7,7 @@ from datetime import timedelta
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from lightning_softprune.trainer.other_callbacks import callbacks_of
 from lightning_softprune.utilities.libraries import counterparts
 
 
@@ -29,14 +30,15 @@ def why_training_ended(trainer: pl.Trainer) -> str:
         return f"max_epochs={trainer.max_epochs} was reached"
     if not trainer.should_stop:
         return "no limit was reached and `trainer.should_stop` was not set; a hook may have raised StopIteration"
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    callbacks = callbacks_of(trainer)
     for callback in callbacks:
         if isinstance(callback, counterparts(EarlyStopping)) and _has_stopped(trainer, callback):
             return f"{type(callback).__name__}(monitor={callback.monitor!r}) stopped it"
     for callback in callbacks:
-        left = callback.time_remaining() if isinstance(callback, counterparts(Timer)) else None
-        if left is not None and left <= 0:
-            return f"its time was over: max_time={timedelta(seconds=round(callback.time_elapsed() + left))}"
+        if isinstance(callback, counterparts(Timer)):
+            left = callback.time_remaining()
+            if left is not None and left <= 0:
+                return f"its time was over: max_time={timedelta(seconds=round(callback.time_elapsed() + left))}"
     return "`trainer.should_stop` was set, by the module or by a callback"
 
 

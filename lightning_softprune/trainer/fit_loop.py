@@ -12,8 +12,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_softprune.trainer.other_callbacks import is_the_users
+from lightning_softprune.trainer.other_callbacks import callbacks_of
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.ownership import is_of_a_framework
 
 Hook = Callable[[pl.Trainer, pl.LightningModule], object]
 
@@ -74,15 +75,15 @@ def _of_the_users(trainer: pl.Trainer, hook: str) -> Iterator[tuple[object, None
     """The module, and the callbacks that are no checkpoints and have a hook that users have written."""
     yield trainer.lightning_module, None
     saving = (*counterparts(EarlyStopping), *counterparts(Checkpoint))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if is_the_users(getattr(callback, hook)) and not isinstance(callback, saving):
+    for callback in callbacks_of(trainer):
+        if not is_of_a_framework(getattr(callback, hook)) and not isinstance(callback, saving):
             yield callback, None
 
 
 def _if_metrics_are_there(trainer: pl.Trainer, hook: str) -> Iterator[tuple[object, Hook]]:
     """The callbacks that monitor a metric, with hooks that ask first whether it is there."""
     kinds = (*counterparts(EarlyStopping), *counterparts(ModelCheckpoint))
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, kinds):
             yield callback, partial(_ask_first, callback, getattr(callback, hook))
 
@@ -160,8 +161,7 @@ def take_epoch_back_in(checkpoint: dict[str, Any], epoch: int) -> None:
 def one_epoch_more(trainer: pl.Trainer, callback: pl.Callback) -> Iterator[None]:
     """Let a trainer that may have trained already begin another epoch, and forget it afterwards."""
     loop = trainer.fit_loop
-    callbacks = trainer.callbacks  # type: ignore[attr-defined]
-    steps = (loop.epoch_loop.max_steps, loop.epoch_loop.min_steps)
+    callbacks, steps = callbacks_of(trainer), (loop.epoch_loop.max_steps, loop.epoch_loop.min_steps)
     before = (loop.max_epochs, loop.min_epochs, copy.deepcopy(loop.epoch_progress))
     trainer.callbacks = [*callbacks, callback]  # type: ignore[attr-defined]
     loop.max_epochs, loop.min_epochs = trainer.current_epoch + 1, None

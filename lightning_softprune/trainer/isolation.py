@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter, is_lazy
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchmetrics import Metric, MetricCollection
 
+from lightning_softprune.trainer.other_callbacks import callbacks_of
 from lightning_softprune.utilities.hooks import unwatched
 from lightning_softprune.utilities.libraries import counterparts
 from lightning_softprune.utilities.snapshot import Snapshot
@@ -153,7 +154,7 @@ class StillParameters:
             before = {
                 name: (parameter, parameter.detach().clone())
                 for name, parameter in module.named_parameters()
-                if not isinstance(parameter, UninitializedParameter) and (self._moved is None or name in self._moved)
+                if not is_lazy(parameter) and (self._moved is None or name in self._moved)
             }
         try:
             yield
@@ -191,7 +192,7 @@ def remembered(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
     for name in ("should_stop", "_last_val_time", "callbacks", "_loggers", "profiler", "_logger_connector"):
         memory.attribute(trainer, name)
     memory.contents(vars(trainer._logger_connector), vars(trainer.state), trainer.loggers)
-    memory.contents(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector
+    memory.contents(callbacks_of(trainer))
     memory.attribute(trainer.strategy, "_model")
     memory.attributes(getattr(trainer, "datamodule", None))
     memory.contents(pl_module)

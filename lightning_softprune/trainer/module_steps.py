@@ -19,6 +19,7 @@ from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.utilities.hooks import forward_hook, is_about_gradients, registered
 from lightning_softprune.utilities.nested import is_container, rebuild, tensors_in
+from lightning_softprune.utilities.ownership import is_of_a_framework
 
 Step = Callable[[], Any]
 Steps = list[Step]
@@ -280,7 +281,7 @@ def batch_of(batch: Any, count: int) -> tuple[Any, bool]:
 
 def reads_its_mode(module: nn.Module) -> bool:
     """Whether code of the user's own, in a module or below it, asks whether it is training."""
-    kinds = {kind for child in module.modules() for kind in type(child).__mro__ if _is_users(kind)}
+    kinds = {kind for child in module.modules() for kind in type(child).__mro__ if not is_of_a_framework(kind)}
     functions = [value for kind in kinds for value in vars(kind).values()]
     return any("training" in code.co_names for code in _codes_of(functions))
 
@@ -292,15 +293,7 @@ def code_in_training(module: nn.Module) -> None:
     """
     trains = module.training
     for child in module.modules():
-        child.training = _is_users(type(child)) and (child.training or not trains)
-
-
-_NOT_USERS = ("lightning.", "pytorch_lightning.", "torch.", "torchmetrics.", "builtins.")
-
-
-def _is_users(kind: type) -> bool:
-    """Whether a class is none of PyTorch's, Lightning's or Python's own."""
-    return not f"{kind.__module__}.".startswith(_NOT_USERS)
+        child.training = not is_of_a_framework(type(child)) and (child.training or not trains)
 
 
 def _codes_of(functions: Iterable[Any]) -> Iterator[CodeType]:
@@ -320,7 +313,7 @@ def may_log(module: nn.Module, name: str) -> bool:
         name: Of a metric that was not logged.
     """
     pieces: set[str] = set()
-    functions = [value for kind in type(module).__mro__ if _is_users(kind) for value in vars(kind).values()]
+    functions = [value for kind in type(module).__mro__ if not is_of_a_framework(kind) for value in vars(kind).values()]
     for code in _codes_of(functions):
         for constant in code.co_consts:
             found = constant if isinstance(constant, tuple) else (constant,)

@@ -22,6 +22,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_softprune.utilities.libraries import counterparts
+from lightning_softprune.utilities.ownership import is_of_a_framework
 
 
 def reset_monitors(trainer: pl.Trainer) -> list[str]:
@@ -35,7 +36,7 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
         The best models' files, one for each ModelCheckpoint that had one.
     """
     stay: list[str] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, counterparts(ModelCheckpoint)):
             if callback.monitor is None:
                 continue
@@ -55,21 +56,20 @@ def reset_monitors(trainer: pl.Trainer) -> list[str]:
     return stay
 
 
-def is_the_users(thing: object) -> bool:
-    """Whether users have written a class or function: Lightning's own, and this package's, are known."""
-    package = str(getattr(thing, "__module__", "")).partition(".")[0]  # a hook may be anything, even None
-    return package not in ("lightning", "pytorch_lightning", "lightning_softprune")
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """The trainer's callbacks, an attribute that a connector of its own sets."""
+    return trainer.callbacks  # type: ignore[attr-defined, no-any-return]
 
 
 def users_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     """The callbacks that users have written."""
-    return [callback for callback in trainer.callbacks if is_the_users(type(callback))]  # type: ignore[attr-defined]
+    return [callback for callback in callbacks_of(trainer) if not is_of_a_framework(type(callback))]
 
 
 def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
     """The copies of the module that averaging callbacks keep; they have to be pruned by the same plan."""
     copies: list[nn.Module] = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if isinstance(callback, counterparts(WeightAveraging)) and callback._average_model is not None:
             copies.append(callback._average_model.module)
         elif isinstance(callback, counterparts(StochasticWeightAveraging)) and callback._average_model is not None:
@@ -79,7 +79,7 @@ def averaged_copies(trainer: pl.Trainer) -> list[nn.Module]:
 
 def ends_with_average(trainer: pl.Trainer) -> bool:
     """Whether validation shows averaged weights, and the fit ends with them."""
-    averaging = [c for c in trainer.callbacks if isinstance(c, counterparts(WeightAveraging))]  # type: ignore[attr-defined]
+    averaging = [c for c in callbacks_of(trainer) if isinstance(c, counterparts(WeightAveraging))]
     return any(callback._average_model is not None for callback in averaging)
 
 
@@ -95,7 +95,7 @@ def record_new_parameters(trainer: pl.Trainer, created: Sequence[nn.Parameter]) 
     """
     names = {id(parameter): name for name, parameter in trainer.lightning_module.named_parameters()}
     new = {id(parameter) for parameter in created}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         if not isinstance(callback, counterparts(BaseFinetuning)):
             continue
         for number, recorded in callback._internal_optimizer_metadata.items():

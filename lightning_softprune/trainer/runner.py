@@ -67,7 +67,7 @@ class ModuleRunner:
         memory_limit: GiB that the round may hold beside the model; `None`: a quarter of the free memory.
         seed: For whatever is random in data and steps.
         calibration_batches: Training batches that are read at once; more only where more are asked for.
-        glance: A training batch as `training_step` is about to get it: then this one alone, and the first of each
+        only_batch: A training batch as `training_step` is about to get it: then this one alone, and the first of each
             validation loader, are looked at, no training loader is read, and every process is on its own.
 
     Raises:
@@ -82,19 +82,19 @@ class ModuleRunner:
         memory_limit: float | None = None,
         seed: int = 0,
         calibration_batches: int = 1,
-        glance: LoadedBatch | None = None,
+        only_batch: LoadedBatch | None = None,
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
-        self._most = calibration_batches
-        self._trained_on: FirstBatches | None = None
+        self._read_at_once = calibration_batches
+        self._first_batches: FirstBatches | None = None
         self._traced: StepsOfAllKinds | None = None
         self._memory: Snapshot | None = None
         self._is_fresh = False
-        self._still = StillParameters()
+        self._still_parameters = StillParameters()
         self._gradients = GradientsWhereNeeded()
         limit = None if memory_limit is None else memory_limit * GIB
-        self._glance = glance
-        most = None if glance is None else 1
+        self._only_batch = only_batch
+        most = None if only_batch is None else 1
         self._scorer = ValidationScorer(trainer, module, memory_limit=limit, seed=seed, most=most)
 
     def __enter__(self) -> ModuleRunner:
@@ -108,10 +108,10 @@ class ModuleRunner:
         traceback: TracebackType | None,
     ) -> None:
         try:
-            if self._trained_on is not None:
-                self._trained_on.close()
+            if self._first_batches is not None:
+                self._first_batches.close()
         finally:
-            self._trained_on = self._traced = None
+            self._first_batches = self._traced = None
             self._scorer.__exit__(exception_type, exception, traceback)
 
     # ------------------------------------------------------------------------------------------------- validation
@@ -152,7 +152,7 @@ class ModuleRunner:
         Raises:
             Exception: The user's own, as it is, with everything put back; on all processes, if it is raised on one.
         """
-        if self.trainer.world_size == 1 or self._glance is not None:
+        if self.trainer.world_size == 1 or self._only_batch is not None:
             return self._scorer.metrics(part)
         metrics, failure = {}, None
         try:
@@ -192,7 +192,7 @@ class ModuleRunner:
     # --------------------------------------------------------------------------------------------------- training
 
     def training_batches(self, n: int) -> list[Any]:
-        """The first training batches, as the loaders yield them; fresh copies.
+        """The first training batches, as the loaders yield them, in memory: who changes one works on a copy.
 
         They are the same ones throughout the round, whoever asks: the loaders are read once, from the random state that
         the seed gives, beside the running epoch.
@@ -204,21 +204,17 @@ class ModuleRunner:
         Raises:
             MisconfigurationException: A loader can be read only once.
         """
-        return [copy_batch(batch) for batch in self._training_batches(n)]
-
-    def _training_batches(self, n: int) -> list[Any]:
-        """The same in memory, for what works on copies itself."""
-        if self._glance is not None:
-            return [self._glance.data]
-        if self._trained_on is None:
-            self._trained_on = FirstBatches(self.trainer, self.seed)
-        self._trained_on.take(max(n, self._most))
-        return self._trained_on.found[:n]
+        if self._only_batch is not None:
+            return [self._only_batch.data]
+        if self._first_batches is None:
+            self._first_batches = FirstBatches(self.trainer, self.seed)
+        self._first_batches.take(max(n, self._read_at_once))
+        return self._first_batches.found[:n]
 
     @property
     def training_batch_size(self) -> int:
         """Samples in the first training batch; 0 where there is none."""
-        return next(map(samples_of, self._training_batches(1)), 0)
+        return next(map(samples_of, self.training_batches(1)), 0)
 
     def further_training_batches(self, n: int) -> Generator[Any]:
         """The same, as many as are asked for, and none kept in memory; they go on into further epochs.
@@ -236,13 +232,13 @@ class ModuleRunner:
         the caller's business (`undisturbed`). Every call has the same batch and the same random numbers.
 
         Args:
-            raw: The batch as the loader yields it; with a glance, as `training_step` gets it.
+            raw: The batch as the loader yields it; with `only_batch`, as `training_step` gets it.
             number: Its index.
         """
         name = "training_step" if self.trains_by_itself else "validation_step"
         seed = self.seed + 1 + number * self.trainer.world_size + self.trainer.global_rank
         with isolated_rng(seed):
-            batch = raw if self._glance is not None else transfer(self.trainer, self.module, raw, step=name)
+            batch = raw if self._only_batch is not None else transfer(self.trainer, self.module, raw, step=name)
 
         def step() -> Any:
             with isolated_rng(seed):
@@ -303,7 +299,7 @@ class ModuleRunner:
         """
 
         def loaded() -> LoadedBatch:
-            if self._glance is not None:
+            if self._only_batch is not None:
                 return LoadedBatch(copy_batch(raw), number)
             return LoadedBatch(transfer(self.trainer, self.module, raw, step="training_step"), number)
 
@@ -326,7 +322,7 @@ class ModuleRunner:
     ) -> Any:
         """Run a step: what it returns, or all that it shows."""
         batch = loaded()
-        still = StillParameters() if mode is code_in_training else self._still  # which may move others
+        still = StillParameters() if mode is code_in_training else self._still_parameters  # which may move others
         kept = still(self.module) if name == "training_step" else nullcontext()
         with kept, untouched(self.trainer, self.module, self._memory):
             if not self._is_fresh:
@@ -373,13 +369,13 @@ class ModuleRunner:
         return [*self._of_all_kinds.steps(samples), *(self._in_training() if samples is None else ())]
 
     def _in_training(self) -> Steps:
-        batches = self._training_batches(1) if self.trains_by_itself and reads_its_mode(self.module) else []
+        batches = self.training_batches(1) if self.trains_by_itself and reads_its_mode(self.module) else []
         return [self.training_step(raw, shown=True, trains=True) for raw in batches]
 
     @property
     def _of_all_kinds(self) -> StepsOfAllKinds:
         if self._traced is None:
-            batches = self._training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
+            batches = self.training_batches(_TRACED_BATCHES) if self.trains_by_itself else []
             validation = [partial(self.validation_step, loader=loader) for loader in self._scorer.loaders]
             training = [partial(self.training_step, raw, number) for number, raw in enumerate(batches)]
             self._traced = StepsOfAllKinds(self.module, (validation, training), self.all_agree)
@@ -398,12 +394,12 @@ class ModuleRunner:
             count: How many batches.
             share: Of an epoch, where it is longer: they are no more than this fraction, or than are read at once.
         """
-        batches = self._training_batches(1) if self.trains_by_itself else []
-        if self._trained_on is not None:
-            if self._trained_on.in_epoch is not None:
-                count = min(count, max(self._most, int(share * self._trained_on.in_epoch)))
-            batches = self._training_batches(self.broadcast(count))
-            self._trained_on.close()
+        batches = self.training_batches(1) if self.trains_by_itself else []
+        if self._first_batches is not None:
+            if self._first_batches.in_epoch is not None:
+                count = min(count, max(self._read_at_once, int(share * self._first_batches.in_epoch)))
+            batches = self.training_batches(self.broadcast(count))
+            self._first_batches.close()
         steps: Steps = [self.validation_step()]
         if batches:
             steps = [self.training_step(batch, number) for number, batch in enumerate(batches)]
@@ -429,7 +425,7 @@ class ModuleRunner:
         Validation need not be rehearsed: every plan has been scored by it.
         """
         with isolated_rng(self.seed):
-            for raw in self._training_batches(1) if self.trains_by_itself else ():
+            for raw in self.training_batches(1) if self.trains_by_itself else ():
                 with StillParameters()(self.module), untouched(self.trainer, self.module), torch.enable_grad():
                     clone_inference_tensors_and_reset_metrics(self.module)
                     batch = transfer(self.trainer, self.module, raw, step="training_step")
@@ -439,11 +435,11 @@ class ModuleRunner:
 
     def broadcast(self, value: Value) -> Value:
         """Rank zero's value, on every process."""
-        if self._glance is not None:
+        if self._only_batch is not None:
             return value
         found: Value = self.trainer.strategy.broadcast(value)
         return found
 
     def all_agree(self, flag: bool) -> bool:
         """Whether the flag is set on every process."""
-        return flag if self._glance is not None else self.trainer.strategy.reduce_boolean_decision(flag, all=True)
+        return flag if self._only_batch is not None else self.trainer.strategy.reduce_boolean_decision(flag, all=True)

@@ -190,7 +190,7 @@ class ValidationScorer:
         self._trainer = trainer
         self._module = pl_module
         self._memory_limit = memory_limit
-        self._seed, self._most = seed, most
+        self._seed, self._most_batches = seed, most
         self.directions: dict[str, bool] = {}
         self.sums: dict[str, int | None] = {}
         self._combined: CombinedLoader | None = None
@@ -203,7 +203,7 @@ class ValidationScorer:
             raise MisconfigurationException(f"val_dataloaders: there are none, {_SCORED_ON}")
         data = ValidationData(self._trainer, self._module, self._memory_limit, self._seed)
         with data.reading():
-            most = math.inf if self._most is None else self._most
+            most = math.inf if self._most_batches is None else self._most_batches
             data.read(combined, [min(limit, most) for limit in loop._max_batches])
         if not any(data.counts):
             raise MisconfigurationException(f"val_dataloaders: they yield no batch, {_SCORED_ON}")

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_softprune.graph import equal_parts, undeclared_twins
 from lightning_softprune.trainer.isolation import metrics_in
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
+from lightning_softprune.trainer.other_callbacks import callbacks_of
 from lightning_softprune.utilities.libraries import counterparts
 
 
@@ -28,7 +29,7 @@ def refuse_unsuited(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     refuse_sharding(trainer)
     if trainer.barebones:
         raise MisconfigurationException("barebones=True: there is no `self.log`, which SoftPruning needs for scores")
-    if any(isinstance(callback, counterparts(ModelPruning)) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any(isinstance(callback, counterparts(ModelPruning)) for callback in callbacks_of(trainer)):
         raise MisconfigurationException(
             "callbacks: ModelPruning keeps masks of the size of the weights, which cannot follow where SoftPruning "
             "removes channels. Leave it out: `target_sparsity` takes the place of its `amount`"

@@ -46,7 +46,7 @@ def is_whole_number(value: object) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def instance_of(name: str, value: Any, kind: type) -> Any:
+def instance_of(name: str, value: object, kind: type[Value]) -> Value:
     """`value` if it is of a type.
 
     Raises:
@@ -57,7 +57,7 @@ def instance_of(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
+def one_of(name: str, value: Any, allowed: Sequence[str]) -> str:
     """`value` if it is one of those allowed.
 
     Raises:
@@ -65,17 +65,23 @@ def one_of(name: str, value: Any, allowed: Sequence[str]) -> Any:
     """
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, allowed))}{near_miss(value, allowed)}")
-    return value
+    return allowed[allowed.index(value)]
 
 
-def near_miss(given: object, names: Iterable[str]) -> str:
+def near_miss(given: object, names: Iterable[str], most: int = 1, cutoff: float = 0.6) -> str:
     """The end of a message that names what was meant; empty where nothing is near.
+
+    Args:
+        given: What was given.
+        names: What it may be.
+        most: How many names are offered.
+        cutoff: How near they have to be, from 0 to 1.
 
     >>> near_miss("target_sparsty", ["monitor", "target_sparsity"])
     "; did you mean 'target_sparsity'?"
     """
-    near = get_close_matches(given, sorted(names), n=1) if isinstance(given, str) else []
-    return f"; did you mean {near[0]!r}?" if near else ""
+    near = get_close_matches(given, sorted(names), n=most, cutoff=cutoff) if isinstance(given, str) else []
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def check_names(caller: str, given: Iterable[str], known: Iterable[str]) -> None:

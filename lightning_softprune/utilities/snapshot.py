@@ -23,8 +23,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_softprune.utilities.classes import is_alive, is_own, packages_of, slots
 from lightning_softprune.utilities.hooks import unwatched
+from lightning_softprune.utilities.ownership import is_alive, is_own, packages_of, slots
 
 # Values that cannot change, or that nobody changes: never looked into.
 ATOMS = frozenset(
@@ -55,7 +55,7 @@ class Snapshot:
     its `__dict__` and `__slots__`, whatever else lies beside the data there, and the data that its class holds as
     attributes (their contents: which values a class's attributes have is not put back). An object of any other class is
     looked into where it holds nothing but data, and kept by reference where not. Bound methods and partial functions
-    lead to what they are bound to. Classes, functions, and what is alive (see `utilities.classes`) stay as they are.
+    lead to what they are bound to. Classes, functions, and what is alive (see `utilities.ownership`) stay as they are.
 
     Parameters keep their flags and gradients; their values only if asked for.
 

@@ -303,14 +303,6 @@ def test_collected_moments_are_those_of_what_the_reader_is_given(case):
         np.testing.assert_allclose(found[reader.name].covariance, covariance, atol=bound / 20)
 
 
-def test_positions_of_batched_and_unbatched_convolutions_are_observations():
-    x = torch.randn(2, 3, 4, 5)
-    layer = nn.Conv2d(3, 2, 1)
-    assert torch.equal(geometry_of(layer).as_rows(x), x.permute(0, 2, 3, 1).reshape(-1, 3))
-    assert torch.equal(geometry_of(layer).as_rows(x[0]), x[0].permute(1, 2, 0).reshape(-1, 3))
-    assert torch.equal(geometry_of(nn.ConvTranspose1d(3, 2, 1)).as_rows(x[0, :, 0]), x[0, :, 0].t())
-
-
 @pytest.mark.parametrize(
     "layer",
     [

@@ -99,13 +99,20 @@ def test_a_round_takes_no_more_rows_than_its_regressions_can_use():
     assert [64 * rows_per_call(features, 64) for features in (1000, 1152)] == [2**14, 16 * 1152]
 
 
+def as_rows(layer, x):
+    """An input as ``(observations, channels)``: positions of a map are observations."""
+    if isinstance(layer, nn.Linear):
+        return x.reshape(-1, layer.in_features)
+    return x.movedim(x.ndim - len(layer.kernel_size) - 1, -1).reshape(-1, layer.in_channels)
+
+
 @pytest.mark.parametrize("most", [10**6, 7])
 @pytest.mark.parametrize("batch", [(3,), ()])
 @pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=str)
 def test_sampled_rows_are_rows_of_the_input_at_evenly_spread_places(layer, shape, batch, most):
     x = torch.randn(*batch, *shape)
     geometry = geometry_of(layer)
-    every = geometry.as_rows(x)
+    every = as_rows(layer, x)
     places = (len(batch) * 3 or 1, len(every) // (len(batch) * 3 or 1))
     rows = sampled_rows(geometry, x, most)
     assert torch.equal(rows, every[evenly_spaced(places, most, x.device)])

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.prepare as network
 from lightning_softprune import UniformBaseline, find_groups, prune
+from lightning_softprune.graph.layer_types.pruned_attention import PrunedMultiheadAttention
 from lightning_softprune.round.prepare import PROBE_SAMPLES
 from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.module_steps import (
@@ -383,3 +384,13 @@ def test_layers_and_what_is_in_eval_mode_are_not_told_that_they_train():
     assert module.frozen.training
     assert reads_its_mode(module)
     assert not reads_its_mode(made())
+
+
+def test_pruned_attention_is_a_layer_like_any_and_not_told_that_it_trains():
+    module = made()
+    module.attention = torch.nn.MultiheadAttention(8, 2, dropout=0.5)
+    module.attention.__class__ = PrunedMultiheadAttention  # as surgery makes one
+    code_in_training(module)
+    assert module.training
+    assert not module.attention.training
+    assert not reads_its_mode(module)

@@ -111,8 +111,8 @@ def statistics_in(module: nn.Module) -> list[tuple[nn.Module, str, torch.Tensor]
     return found
 
 
-def resting_in(module: nn.Module) -> int:
-    """How many layers that keep statistics would learn, but are in eval mode, where they gather none."""
+def layers_in_eval_mode(module: nn.Module) -> int:
+    """How many layers that keep statistics would learn, were they not in eval mode, where they gather none."""
     layers = {part for part, _, _ in statistics_in(module)}
     return sum(not part.training and any(p.requires_grad for p in part.parameters()) for part in layers)
 

@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.utilities.hooks import forward_pre_hook, registered
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.nested import tensors_in
 
 Place = tuple[str, int, int]
@@ -77,7 +78,7 @@ def _blocks_in(model: nn.Module) -> set[str]:
     for name, part in reversed(list(model.named_modules())):  # what is inside comes first
         if isinstance(part, (nn.Sequential, nn.ModuleList)):
             for key, element in part.named_children():
-                block = f"{name}.{key}" if name else key
+                block = joined(name, key)
                 layers = sum(bool(layer._parameters) for layer in element.modules())
                 if layers > 1 and not any(other.startswith(f"{block}.") for other in found):
                     found.add(block)

@@ -4,8 +4,20 @@
 operator does to them, `propagate` puts it together.
 """
 
-from lightning_softprune.graph.flow.labels import CROSSED, Couplings, Split, is_atoms
+from lightning_softprune.graph.flow.labels import CROSSED, Couplings, Pin, is_atoms
 from lightning_softprune.graph.flow.propagate import Flow
+from lightning_softprune.graph.flow.rules import BY_NUMBER
 from lightning_softprune.graph.flow.tape import Recorder, Tape, TooLongError, named_tensors
 
-__all__ = ["CROSSED", "Couplings", "Flow", "Recorder", "Split", "Tape", "TooLongError", "is_atoms", "named_tensors"]
+__all__ = [
+    "BY_NUMBER",
+    "CROSSED",
+    "Couplings",
+    "Flow",
+    "Pin",
+    "Recorder",
+    "Tape",
+    "TooLongError",
+    "is_atoms",
+    "named_tensors",
+]

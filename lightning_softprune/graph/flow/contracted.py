@@ -90,7 +90,8 @@ class Outputs:
             over = {int(dim) % max(rank, 1) for dim in ((dims,) if isinstance(dims, int) else dims)}
             if len(over) < rank:
                 labels = self.flow.labels(source)
-                ends += [labels[dim] for dim in over & self._products.get(source.number, set())]
+                summed = [labels[dim] for dim in over & self._products.get(source.number, set())]
+                ends += [label for label in summed if is_atoms(label)]
         elif operation.name in _SCALED | _ADDED:
             for result in operation.outputs[:1]:
                 along = set() if result is None else self._product_dims(operation, result)
@@ -126,7 +127,7 @@ class Outputs:
         reaches = self._reaching(live) if self._ends else []
         if not any(reaches[output.operation] for output in self._found if reaches):
             for output in self._found:
-                self.flow.couplings.pin(output.label, _said(output))
+                self._pin(output, output.label)
             return
         classes = self.flow.couplings.united()
         contracted = self._classes_of([label for labels in self._ends.values() for label in labels], classes)
@@ -143,7 +144,10 @@ class Outputs:
             if target is not None:
                 said = f"{output.name} is multiplied by what {target.name} gives, which is frozen, as a target is"
                 self.flow.couplings.pin(atoms[free], f"{said}; put a layer behind it to prune it")
-            self.flow.couplings.pin(atoms[~free], _said(output))
+            self._pin(output, atoms[~free])
+
+    def _pin(self, output: _Output, atoms: IntArray) -> None:
+        self.flow.couplings.pin(atoms, f"{output.name} produces an output of the network", output=output.name)
 
     def _reaching(self, live: Sequence[bool]) -> list[bool]:
         """For each operation, whether what it makes goes on into one that contracts something."""
@@ -172,7 +176,3 @@ class Outputs:
         }
         values = [value for name, value in self.flow.tape.returned if whole[name]]
         return [label for value in values for label in self.flow.labels(value) if is_atoms(label)]
-
-
-def _said(output: _Output) -> str:
-    return f"{output.name} produces an output of the network"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 from scipy.sparse import coo_matrix
@@ -28,11 +28,13 @@ CROSSED = "crossed"
 
 _UNLIKE = "its channels meet others that were laid out with them in another way; put a layer between them to prune both"
 
-Label = Any  # FREE, FIXED or an array
+Label = str | IntArray
+"""FREE, FIXED, or the atoms."""
+
 Labels = list[Label]
 
 
-def is_atoms(label: Label) -> bool:
+def is_atoms(label: Label) -> TypeGuard[IntArray]:
     """Whether a label names atoms."""
     return isinstance(label, np.ndarray)
 
@@ -56,6 +58,23 @@ class Split:
     compared: bool = True
 
 
+@dataclass(frozen=True, eq=False)
+class Pin:
+    """Atoms that cannot go.
+
+    Attributes:
+        atoms: The atoms.
+        reason: Why they cannot.
+        whole: Whether a group with one of them is refused as a whole.
+        output: Who produces an output of the network that they are, where that is the reason; else empty.
+    """
+
+    atoms: IntArray
+    reason: str
+    whole: bool = True
+    output: str = ""
+
+
 @dataclass
 class Couplings:
     """What has been found out of atoms.
@@ -63,7 +82,7 @@ class Couplings:
     Attributes:
         count: Atoms so far.
         slots: Layer or tensor name and slot -> its first atom, its size.
-        pins: Atoms, the reason, and whether a group with one of them is refused as a whole.
+        pins: Atoms that cannot go.
         splits: Dimensions that were laid out over several.
         contracted: Atoms over which products of two tensors sum, in the order in which they do.
         averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
@@ -75,7 +94,7 @@ class Couplings:
 
     count: int = 0
     slots: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
-    pins: list[tuple[IntArray, str, bool]] = field(default_factory=list)
+    pins: list[Pin] = field(default_factory=list)
     splits: list[Split] = field(default_factory=list)
     extents: list[tuple[IntArray, str]] = field(default_factory=list)
     returned: list[tuple[str, IntArray]] = field(default_factory=list)
@@ -109,7 +128,7 @@ class Couplings:
         for atoms, there in ((one, other), (other, one)):
             lonely = atoms[(atoms >= 0) & (there == FIXED_PLACE)]
             if len(lonely) and self.pinning:
-                self.pins.append((lonely, "it is added to a place whose size is fixed", False))
+                self.pins.append(Pin(lonely, "it is added to a place whose size is fixed", whole=False))
 
     def cross(self, dims: Sequence[IntArray]) -> IntArray:
         """Atoms that go with any of those at the same place of several arrays of one shape."""
@@ -137,11 +156,11 @@ class Couplings:
         self.contracted += [label for label in (one, other) if is_atoms(label)]
         self.merge(one, other, reason)
 
-    def pin(self, label: Label, reason: str) -> None:
-        """The atoms of a label cannot go, and no others of their group."""
+    def pin(self, label: Label, reason: str, output: str = "") -> None:
+        """The atoms of a label cannot go, and no others of their group; see `Pin`."""
         if self.pinning and is_atoms(label) and (label >= 0).any():
             atoms = label[label >= 0]
-            self.pins.append((atoms, reason, True))
+            self.pins.append(Pin(atoms, reason, output=output))
             if len(self._stays) < self.count:
                 self._stays = np.pad(self._stays, (0, 2 * self.count - len(self._stays)))
             self._stays[atoms] = 1
@@ -178,7 +197,7 @@ class Couplings:
         while True:
             found = self.united()
             together, stuck = self.crossed.met(found)
-            self.pins += [(atoms, _UNLIKE, True) for atoms in stuck]
+            self.pins += [Pin(atoms, _UNLIKE) for atoms in stuck]
             if not together:
                 return found
             self._edges += together
@@ -246,14 +265,14 @@ def move(labels: Labels, before: Sequence[int], after: Sequence[int]) -> Iterato
     """
     for mine, theirs in blocks(before, after):
         large = [dim for dim in mine if before[dim] > 1]
-        carriers = [dim for dim in large if is_atoms(labels[dim])]
+        carriers = {dim: label for dim in large if is_atoms(label := labels[dim])}
         free = any(isinstance(labels[dim], str) and labels[dim] == FREE for dim in large)
         rest = FREE if free or not large else FIXED  # what is expanded along goes with anything
         shape, elements = [before[dim] for dim in mine], []
-        for carrier in carriers:
+        for carrier, atoms in carriers.items():
             view = [1] * len(mine)
             view[mine.index(carrier)] = before[carrier]
-            spread = np.broadcast_to(labels[carrier].reshape(view), shape)
+            spread = np.broadcast_to(atoms.reshape(view), shape)
             elements.append(spread.reshape([after[dim] for dim in theirs]))
         yield Moved(tuple(mine), tuple(theirs), tuple(carriers), elements, rest)
 

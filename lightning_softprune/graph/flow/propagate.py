@@ -20,6 +20,7 @@ from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value, named_tensors
 from lightning_softprune.graph.layers import Layout, TensorAxis, layer_type, layout_of, tensor_at
 from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.names import joined
 
 _PRODUCTS = rules_of_products.__name__
 _RESHAPED = {"view", "_unsafe_view", "detach", "alias", "permute", "transpose", "t", "expand", "unsqueeze", "clone"}
@@ -311,7 +312,7 @@ class Flow:
         if passes and not operation.taken and not operation.given and operation.inputs:
             return [list(self.labels(operation.inputs[0])) for _ in operation.outputs]  # one slope for all channels
         for slot, part, other in entry.linked(self._modules[name]) if entry is not None else ():
-            self.couplings.unite(self.atoms(name, slot), self.atoms(f"{name}.{part}".lstrip("."), other))
+            self.couplings.unite(self.atoms(name, slot), self.atoms(joined(name, part), other))
         ports = {(value.number, dim) for value, _, dim, _ in operation.taken}
         leading: dict[int, Label] = {}
         first = operation.taken[0] if operation.taken else None

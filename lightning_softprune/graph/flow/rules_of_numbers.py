@@ -95,10 +95,11 @@ def _ordered(flow: Flow, operation: Operation) -> list[Labels]:
 def _glu(flow: Flow, operation: Operation) -> list[Labels]:
     labels = list(flow.labels(operation.inputs[0]))
     dim = dim_of(operation, len(labels), default=-1)
-    if is_atoms(labels[dim]):
-        half = len(labels[dim]) // 2
-        alike(flow, labels[dim], half)
-        labels[dim] = labels[dim][:half]
+    whole = labels[dim]
+    if is_atoms(whole):
+        half = len(whole) // 2
+        alike(flow, whole, half)
+        labels[dim] = whole[:half]
     return [labels]
 
 
@@ -128,10 +129,12 @@ def _channel_norm(flow: Flow, operation: Operation) -> list[Labels]:
                 labels[1], flow.labels(value)[0], said(operation, "meets a tensor whose width is fixed")
             )
     groups = operation.arguments.get("group")
-    if groups and is_atoms(labels[1]):
-        flow.couplings.average(labels[1])
-        alike(flow, labels[1], len(labels[1]) // int(groups))
-    return [labels, *[[FIXED] * len(flow.shape(v)) for v in operation.outputs[1:] if v is not None]]
+    channels = labels[1]
+    if groups and is_atoms(channels):
+        flow.couplings.average(channels)
+        alike(flow, channels, len(channels) // int(groups))
+    moments: list[Labels] = [[FIXED] * len(flow.shape(v)) for v in operation.outputs[1:] if v is not None]
+    return [labels, *moments]
 
 
 _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
@@ -159,8 +162,7 @@ def _pool(flow: Flow, operation: Operation) -> list[Labels]:
 
 @rule("index", "_unsafe_index")
 def _index(flow: Flow, operation: Operation) -> list[Labels]:
-    source, result = operation.inputs[0], operation.outputs[0]
-    assert result is not None
+    source, result = operation.inputs[0], operation.result
     labels, indices = list(flow.labels(source)), argument(operation, "indices")
     used = [dim for dim, index in enumerate(indices) if isinstance(index, Value)]
     for dim in used:

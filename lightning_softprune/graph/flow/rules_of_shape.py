@@ -60,8 +60,7 @@ def _new(flow: Flow, operation: Operation) -> list[Labels]:
 
 @rule("view", "_unsafe_view", "reshape", "_reshape_alias", "squeeze", "unsqueeze", "flatten", "unflatten", "view_copy")
 def _reshape(flow: Flow, operation: Operation) -> list[Labels]:
-    source, result = operation.inputs[0], operation.outputs[0]
-    assert result is not None
+    source, result = operation.inputs[0], operation.result
     before, after = flow.shape(source), flow.shape(result)
     labels: Labels = [FREE] * len(after)
     if 0 in before or 0 in after or math.prod(before) != math.prod(after):
@@ -182,8 +181,7 @@ def _t(flow: Flow, operation: Operation) -> list[Labels]:
 
 @rule("expand", "broadcast_to", "expand_copy")
 def _expand(flow: Flow, operation: Operation) -> list[Labels]:
-    source, result = operation.inputs[0], operation.outputs[0]
-    assert result is not None
+    source, result = operation.inputs[0], operation.result
     before, after = flow.shape(source), flow.shape(result)
     new = len(after) - len(before)
     labels: Labels = [FREE] * new
@@ -207,8 +205,7 @@ def _repeat(flow: Flow, operation: Operation) -> list[Labels]:
 
 @rule("cat", "concat", "concatenate")
 def _cat(flow: Flow, operation: Operation) -> list[Labels]:
-    result = operation.outputs[0]
-    assert result is not None
+    result = operation.result
     rank = len(flow.shape(result))
     parts = [value for value in argument(operation, "tensors") if len(flow.shape(value)) == rank]
     dim = dim_of(operation, rank)
@@ -281,8 +278,9 @@ def _split(flow: Flow, operation: Operation) -> list[Labels]:
             _shared_out(flow, operation, whole, widths)
         flow.couplings.extents.append((whole, operation.site.module))
     for width in widths:
-        part = whole[start : start + width] if is_atoms(whole) else whole
+        part = whole
         if is_atoms(whole):
+            part = whole[start : start + width]
             flow.couplings.extents.append((part, operation.site.module))
         results.append([*labels[:dim], part, *labels[dim + 1 :]])
         start += width
@@ -309,19 +307,18 @@ def alike(flow: Flow, atoms: IntArray, width: int) -> None:
 
 @rule("slice", "slice_copy", "narrow")
 def _slice(flow: Flow, operation: Operation) -> list[Labels]:
-    source, result = operation.inputs[0], operation.outputs[0]
-    assert result is not None
+    source, result = operation.inputs[0], operation.result
     shape, labels = flow.shape(source), list(flow.labels(source))
     dim = dim_of(operation, len(shape))
     size, kept = shape[dim], flow.shape(result)[dim]
-    if not is_atoms(labels[dim]) or kept == size:
+    whole = labels[dim]
+    if not is_atoms(whole) or kept == size:
         return [labels]
     start, step = int(argument(operation, "start", 0)), int(argument(operation, "step", 1))
     start = min(start + size if start < 0 else start, size)
     stop = start + (kept - 1) * step + 1 if kept else start
-    whole: IntArray = labels[dim]
-    labels[dim] = whole[start:stop:step]
-    flow.couplings.extents += [(labels[dim], operation.site.module), (whole, operation.site.module)]
+    labels[dim] = taken = whole[start:stop:step]
+    flow.couplings.extents += [(taken, operation.site.module), (whole, operation.site.module)]
     if step > 1:
         if size % step:
             flow.couplings.pin(whole, said(operation, f"takes its channels in steps of {step}", BY_NUMBER))
@@ -333,7 +330,7 @@ def _slice(flow: Flow, operation: Operation) -> list[Labels]:
     if part > 1 and size // part <= _MOST_PARTS:
         alike(flow, whole, part)
     else:
-        flow.couplings.cut(labels[dim])
+        flow.couplings.cut(taken)
     return [labels]
 
 

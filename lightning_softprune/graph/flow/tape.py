@@ -20,15 +20,16 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
 from lightning_softprune.graph.layers import Layout, Port, layer_type
-from lightning_softprune.utilities.frames import users_line
 from lightning_softprune.utilities.hooks import forward_hook, forward_pre_hook, registered
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.nested import innermost, is_transformed, tensors_in
+from lightning_softprune.utilities.ownership import users_line
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class Operation:
     layer: str = ""
     taken: tuple[tuple[Value, str, int, int], ...] = ()
     given: tuple[tuple[Value, str, int, int], ...] = ()
+
+    @property
+    def result(self) -> Value:
+        """The first output, of an operator that gives tensors."""
+        result = self.outputs[0]
+        assert result is not None
+        return result
 
     @property
     def inputs(self) -> list[Value]:
@@ -146,7 +154,7 @@ class Recorder:
         most: int | None = None,
     ) -> None:
         self.tape = Tape()
-        self._most = most
+        self._most_operations = most
         self._model, self._layouts, self._reasons = model, layouts, reasons
         self._known: dict[Any, int] = {}
         self._memory: dict[int, tuple[StorageWeakRef, int]] = {}  # storage -> a hold on its address, alias number
@@ -229,7 +237,7 @@ class Recorder:
         """Run one operator and note it."""
         if self._whole:
             return func(*args, **kwargs)
-        if self._most is not None and len(self.tape.operations) >= self._most:
+        if self._most_operations is not None and len(self.tape.operations) >= self._most_operations:
             raise TooLongError
         if torch._C._current_graph_task_id() != -1:  # inside of a backward pass
             output = func(*args, **kwargs)
@@ -399,5 +407,5 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in model.named_modules():
         kept = ((key, value) for key, value in vars(module).items() if isinstance(value, torch.Tensor))
         for name, tensor in (*module._parameters.items(), *module._buffers.items(), *kept):
-            if tensor is not None and not isinstance(tensor, (UninitializedParameter, UninitializedBuffer)):
-                yield f"{prefix}.{name}".lstrip("."), tensor
+            if tensor is not None and not is_lazy(tensor):
+                yield joined(prefix, name), tensor

@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields as fields_of
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_softprune.graph.geometry import WeightGeometry
@@ -32,6 +31,7 @@ from lightning_softprune.graph.layers import (
     tensor_at,
 )
 from lightning_softprune.utilities import checks
+from lightning_softprune.utilities.checks import near_miss
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
 
 
@@ -74,9 +74,8 @@ def register_layer(type: LayerClass | LayerSpec, **fields: Any) -> None:
     known = [item.name for item in fields_of(LayerSpec) if item.name != "type"]
     for name in fields:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{name}: register_layer has no such argument, only {', '.join(known)}{hint}")
+            only = f"only {', '.join(known)}{near_miss(name, known)}"
+            raise TypeError(f"{name}: register_layer has no such argument, {only}")
     register_layers([LayerSpec(type, **fields)])
 
 
@@ -279,9 +278,9 @@ def _tensor(module: nn.Module, axis: TensorAxis) -> torch.Tensor | str | None:
     owner = attribute_at(module, path) if path else module
     found = getattr(owner, name, None)
     held = isinstance(owner, nn.Module) and (name in owner._parameters or name in owner._buffers)
-    if isinstance(found, (UninitializedBuffer, UninitializedParameter)):
-        return f"this {type(module).__name__} has no shape before it runs"
     if isinstance(found, torch.Tensor):
+        if is_lazy(found):
+            return f"this {type(module).__name__} has no shape before it runs"
         return found if held else _computed(module)
     if held or (isinstance(owner, nn.Module) and hasattr(owner, name) and found is None):
         return None

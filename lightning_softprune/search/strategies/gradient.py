@@ -250,7 +250,7 @@ class GradientSearch(SearchStrategy):
             if self.max_evaluations is not None:
                 budget = min(budget, self.max_evaluations // 2)
             if budget > space.size + 2:
-                found = placed_search(space, (self.known, self.expected), 3, budget, self.keep_curves)
+                found = placed_search(PlacedCurves(space, self.known, self.expected), 3, budget, self.keep_curves)
                 best, _ = yield from _noting(found, noted)
                 starts = [] if best is None else [(best, space.floor)]
                 dense = self._curves[0].losses[0]

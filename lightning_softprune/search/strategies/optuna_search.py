@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -30,7 +29,7 @@ import numpy as np
 from lightning_softprune.search.base import SearchStrategy, StopReason
 from lightning_softprune.search.space import SearchSpace
 from lightning_softprune.utilities.arrays import FloatArray
-from lightning_softprune.utilities.checks import whole_number
+from lightning_softprune.utilities.checks import near_miss, whole_number
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -318,8 +317,7 @@ def _find_sampler(name: str) -> type[BaseSampler]:
             known[_plain(found)] = kind
     plain = _plain(name)
     if plain not in known:
-        near = difflib.get_close_matches(plain, known, n=2)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = near_miss(plain, known, most=2)
         raise ValueError(f"sampler: {name!r} is not one of {', '.join(map(repr, sorted(known)))}{hint}")
     for package in _PACKAGES.get(plain, ()):
         if importlib.util.find_spec(package) is None:

@@ -137,8 +137,7 @@ def exchanges(
 
 
 def placed_search(
-    space: SearchSpace,
-    known: tuple[Sequence[SensitivityCurve], Sequence[SensitivityCurve]],
+    placed: PlacedCurves,
     refine: int,
     budget: int,
     keep: Callable[[tuple[SensitivityCurve, ...]], None],
@@ -146,8 +145,7 @@ def placed_search(
     """Yields points of curves where the solution needs them, the best combinations, and exchanges.
 
     Args:
-        space: What is searched.
-        known: Curves that were measured on the same network before, and those that an earlier round lets expect.
+        placed: The curves, with what is known of them.
         refine: Combinations that are tried.
         budget: Vectors at most.
         keep: Is given the curves once they are measured.
@@ -155,7 +153,7 @@ def placed_search(
     Returns:
         The best vector on target (None: there is none) and its loss.
     """
-    placed = PlacedCurves(space, *known)
+    space = placed.space
     points_at_most = max(min(space.size if space.shapes else 2 * space.size + 2, budget - refine - 1), 0)
     asked = yield from placed.measure(points_at_most)
     curves, expected = placed.curves(), placed.expected if space.shapes else None
@@ -237,7 +235,7 @@ class SensitivitySearch(SearchStrategy):
         if self.levels is None:
             budget = self.planned_evaluations(space) or 0
             best, _ = yield from placed_search(
-                space, (self.known, self.expected), self.refine, budget, self.keep_curves
+                PlacedCurves(space, self.known, self.expected), self.refine, budget, self.keep_curves
             )
             return StopReason.OFF_TARGET if best is None else StopReason.EXHAUSTED
         self._curves = yield from sweep(space, self.levels)

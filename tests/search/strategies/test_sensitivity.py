@@ -16,7 +16,7 @@ from lightning_softprune.search import (
 )
 from lightning_softprune.search import separable as separable_module
 from lightning_softprune.search.curves import explain, follow_errors, modelled_increases
-from lightning_softprune.search.look_ups import Shape
+from lightning_softprune.search.look_ups import ErrorCurve
 from lightning_softprune.search.separable import envelope, increases
 from support.networks import CASES, coupled, mlp_space, plan_loss, quadratic, steep
 
@@ -336,14 +336,14 @@ def test_luck_of_a_few_samples_misleads_less_where_errors_are_expected():
 
 
 def test_the_model_between_points_is_straight_in_logarithms_of_errors_where_they_are_known():
-    shape = Shape((0.0, 0.2, 0.5, 0.8), (0.0, 0.01, 0.04, 0.16))
+    shape = ErrorCurve((0.0, 0.2, 0.5, 0.8), (0.0, 0.01, 0.04, 0.16))
     curve = SensitivityCurve(0, (0.0, 0.2, 0.8), (1.0, 1.1, 1.9), shape)
     (at_half,) = modelled_increases([curve], [np.array([0.5])])
     assert at_half[0] == pytest.approx(math.sqrt(0.1 * 0.9), rel=1e-4)
 
 
 def test_a_coefficient_that_was_not_measured_costs_what_is_usual_for_its_error():
-    shapes = [Shape((0.0, 0.5), (0.0, 0.1)), Shape((0.0, 0.5), (0.0, 0.4))]
+    shapes = [ErrorCurve((0.0, 0.5), (0.0, 0.1)), ErrorCurve((0.0, 0.5), (0.0, 0.4))]
     curves = [SensitivityCurve(0, (0.0, 0.5), (1.0, 1.3), shapes[0]), SensitivityCurve(1, (0.0,), (1.0,), shapes[1])]
     measured, expected = modelled_increases(curves, [np.array([0.5])] * 2)
     assert measured[0] == pytest.approx(0.3, rel=1e-4)
@@ -352,7 +352,7 @@ def test_a_coefficient_that_was_not_measured_costs_what_is_usual_for_its_error()
 
 def test_what_may_be_luck_is_drawn_to_what_is_usual():
     """One group seems better than the whole model by 0.02: an increase of 0.03 where 0.06 is usual may be luck."""
-    shapes = [Shape((0.0, 0.5), (0.0, error)) for error in (0.1, 0.1, 0.05, 0.1)]
+    shapes = [ErrorCurve((0.0, 0.5), (0.0, error)) for error in (0.1, 0.1, 0.05, 0.1)]
     losses = [1.2, 1.3, 1.03, 0.98]
     curves = [
         SensitivityCurve(n, (0.0, 0.5), (1.0, loss), shape)
@@ -446,7 +446,7 @@ def test_a_metric_that_cares_for_some_outputs_alone_is_measured_everywhere(seed)
 
 
 def test_it_tells_three_that_scatter_from_three_that_differ():
-    shapes = [Shape((0.0, 0.5), (0.0, 0.1))] * 4
+    shapes = [ErrorCurve((0.0, 0.5), (0.0, 0.1))] * 4
     bare = SensitivityCurve(3, (0.0,), (1.0,), shapes[3])
 
     def curves(*increases):
@@ -463,7 +463,7 @@ def test_it_tells_three_that_scatter_from_three_that_differ():
 
 
 def test_a_plan_may_lose_ten_times_what_its_coefficients_lose_alone_and_a_third_of_it_at_least():
-    shapes = [Shape((0.0, 0.5), (0.0, 0.1))] * 3
+    shapes = [ErrorCurve((0.0, 0.5), (0.0, 0.1))] * 3
     curves = [SensitivityCurve(n, (0.0, 0.5), (1.0, 1.1), shape) for n, shape in enumerate(shapes)]
     x = np.full(3, 0.5)  # 0.3 in all
     assert [explain(curves, x, 1.0 + lost) for lost in (0.09, 0.11, 2.9, 3.1)] == [False, True, True, False]

@@ -102,5 +102,5 @@ def test_observations_beside_statistics_keep_within_their_room():
     assert dense.bytes_taken == 50 * size
     torch.testing.assert_close(dense.rows["0"], [model[0](x), model[0](x + 1)])
     torch.testing.assert_close(dense.rows["2"], [F.relu(model[0](x)), F.relu(model[0](x + 1))])
-    assert dense.ready(4096.0 * size, dense.steady).room == 4046 * size
-    assert list(dense.ready(4096.0 * size - 1, dense.steady).rows) == ["0"], "both are as large, and one fits"
+    assert dense.fit_into(4096.0 * size, dense.steady).room == 4046 * size
+    assert list(dense.fit_into(4096.0 * size - 1, dense.steady).rows) == ["0"], "both are as large, and one fits"

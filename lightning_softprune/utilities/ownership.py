@@ -1,0 +1,119 @@
+"""Whose code something is of: the user's, or a library's. The one place that lists libraries.
+
+There are two questions, and a library of models, such as `transformers`, is where they differ:
+
+- Is it of a *framework*, PyTorch, Lightning or this package (`is_of_a_framework`, `is_users_frame`)? Code that is not
+  is the user's, or it is a library of models, which is as good as the user's: it may ask whether it is training, and
+  a message may point to a line of it.
+- Is a class the user's *own* (`is_own`)? It is neither a framework's, nor Python's, nor installed (`site-packages`):
+  only then is it ours to look into its instances and to write their attributes.
+
+Instances of some classes are *alive*: loaders, optimizers, callbacks, loggers, threads, files and their like, and
+whatever inherits from them, have their own ways, and their attributes are nobody else's to write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import UserDict, UserList
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePath
+from types import FrameType, FunctionType, MemberDescriptorType, SimpleNamespace, TracebackType
+
+FRAMEWORKS = frozenset(
+    {"lightning", "lightning_fabric", "lightning_softprune", "lightning_utilities", "numpy", "pytorch_lightning"}
+    | {"torch", "torchmetrics"}
+)
+
+_ALIVE = (
+    *("lightning", "lightning_fabric", "lightning_softprune", "pytorch_lightning"),
+    *("torch.optim", "torch.profiler", "torch.utils.data", "torch.utils.tensorboard"),
+    *("_io", "_thread", "asyncio", "concurrent", "enum", "io", "logging", "multiprocessing", "queue", "socket"),
+    *("sqlite3", "subprocess", "tempfile", "threading"),
+)
+
+_RECORDS = (SimpleNamespace, argparse.Namespace, UserDict, UserList)  # Python's, but data are all they are for
+
+
+# ----------------------------------------------------------------------------------------------- classes and functions
+
+
+def package_of(thing: object) -> str:
+    """The top package that a class or a function is of; empty where it does not say."""
+    return str(getattr(thing, "__module__", "")).partition(".")[0]  # a hook may be anything, even None
+
+
+def is_of_a_framework(thing: object) -> bool:
+    """Whether a class or a function is PyTorch's, Lightning's, or of this package."""
+    return package_of(thing) in FRAMEWORKS
+
+
+def packages_of(kind: type) -> frozenset[str]:
+    """The packages that a class and those it inherits from are of, without Python's and the frameworks'."""
+    return frozenset(map(package_of, kind.__mro__)) - FRAMEWORKS - sys.stdlib_module_names
+
+
+@lru_cache(maxsize=4096)
+def is_alive(kind: type) -> bool:
+    """Whether instances have a life of their own."""
+    return any(f"{base.__module__}.".startswith(f"{name}.") for base in kind.__mro__ for name in _ALIVE)
+
+
+@lru_cache(maxsize=4096)
+def is_own(kind: type, packages: frozenset[str] = frozenset()) -> bool:
+    """Whether a class is the user's own.
+
+    Args:
+        kind: The class.
+        packages: The user's own, even where they are installed.
+    """
+    return issubclass(kind, _RECORDS) or package_of(kind) in packages or not _is_installed(kind)
+
+
+def is_own_function(function: FunctionType, packages: frozenset[str] = frozenset()) -> bool:
+    """Whether a function is the user's own; see `is_own`."""
+    return package_of(function) in packages or not _is_installed(function)
+
+
+@lru_cache(maxsize=4096)
+def slots(kind: type) -> tuple[MemberDescriptorType, ...]:
+    """The descriptors of `__slots__`, which read and write past whatever a class has made of attribute access."""
+    bases = (base for base in kind.__mro__ if not {package_of(base)} & (FRAMEWORKS | sys.stdlib_module_names))
+    return tuple(item for base in bases for item in vars(base).values() if isinstance(item, MemberDescriptorType))
+
+
+def _is_installed(kind: type | FunctionType) -> bool:
+    if package_of(kind) in FRAMEWORKS | sys.stdlib_module_names:
+        return True
+    file = getattr(sys.modules.get(str(kind.__module__)), "__file__", None)
+    return isinstance(file, str) and not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+
+
+# -------------------------------------------------------------------------------------------------------------- frames
+
+
+def is_users_frame(frame: FrameType) -> bool:
+    """Whether a frame runs code of the user's, or of a library of models."""
+    package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+    return package not in FRAMEWORKS and package != "contextlib"  # which enters what the frameworks decorate
+
+
+def line_of(frame: FrameType | None, line: int | None = None) -> str:
+    """File and line, as in ``"model.py:12"``; empty without a frame."""
+    return "" if frame is None else f"{Path(frame.f_code.co_filename).name}:{line or frame.f_lineno}"
+
+
+def users_line(frame: FrameType | None) -> str:
+    """The line of the user's code that led to a frame; empty where there is none."""
+    while frame is not None and not is_users_frame(frame):
+        frame = frame.f_back
+    return line_of(frame)
+
+
+def frames_of(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]]:
+    """The frames of an exception with the lines that they had come to, from the outermost to the innermost."""
+    while traceback is not None:
+        yield traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
