@@ -147,7 +147,7 @@ def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup]
     """
     given, result = [] if step is None else trace.given_by(step), []
     for group in groups:
-        owners = {(member.module, member.slot): member.owner for member in group.members}
+        owners = {(member.module, member.slot): member.owner for member in group.members if group.num_channels}
         widths = {w: None for place, held, w in given if place in owners and (owners[place][held] >= 0).any()}
         result.append(replace(group, outputs=(*group.outputs, *((name, width) for width in widths))))
     return result

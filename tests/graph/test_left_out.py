@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_softprune import find_groups
+from lightning_softprune.graph import nothing_prunable, refuse_unseen_readers
 from lightning_softprune.surgery import probe_groups
 from support.groups import Attending, Wide, by_name, groups_of, slots
 from support.zoo import find
@@ -90,6 +91,32 @@ def test_weights_of_which_slices_cannot_be_computed_are_refused_by_name(norm):
     found = by_name(find(Wide(layer), torch.randn(3, 5)))
     assert {"spectral_norm": "SpectralNorm", "orthogonal": "Orthogonal"}[norm] in found["between"].reason
     assert "feeds between" in found["body"].reason
+
+
+def sphere(inputs, outputs):
+    """A layer whose only parameter is what its weight is computed from."""
+    return nn.utils.parametrizations.orthogonal(nn.Linear(inputs, outputs, bias=False))
+
+
+def test_layers_all_of_whose_parameters_are_behind_a_computed_weight_are_listed():
+    model = nn.Sequential(nn.Linear(5, 6), sphere(6, 9), nn.ReLU(), sphere(9, 4))
+    groups = find_groups(model, torch.randn(3, 5))
+    found = by_name(groups)
+    assert list(found) == ["0", "1", "3"]
+    assert all("computed by Orthogonal" in found[name].reason for name in "13")
+    assert groups.coverage.largest == "1"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_without_parameters_of_its_own_is_listed_once():
+    inner = torch.jit.trace(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.randn(3, 6))
+    found = by_name(find_groups(nn.Sequential(nn.Linear(5, 6), inner), torch.randn(3, 5)))
+    assert list(found) == ["0", "1"]
+    assert "TorchScript" in found["1"].reason
+
+
+def test_that_nothing_can_be_pruned_is_never_said_without_a_reason():
+    assert nothing_prunable([]).endswith("this model. It has no parameters outside of twins.")
 
 
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 1)])
