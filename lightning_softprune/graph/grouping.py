@@ -9,13 +9,13 @@ constant, a width that is written down) is found later by a probe: remove some c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
 
-from lightning_softprune.graph.components import match_modules, self_and_parents
+from lightning_softprune.graph.components import is_inside, match_modules, self_and_parents
 from lightning_softprune.graph.flow import CROSSED, Couplings
 from lightning_softprune.graph.groups import Count, Member, PruningGroup, crossed_parts, is_even
 from lightning_softprune.graph.layers import layer_type, linked_parts
@@ -89,6 +89,7 @@ def groups_of(
     ignore: Sequence[str] = (),
     choices: Mapping[str, int] | None = None,
     united: Sequence[tuple[Place, Place]] = (),
+    twins: Collection[str] = (),
 ) -> Grouping:
     """Sort what a trace tells into groups.
 
@@ -97,6 +98,7 @@ def groups_of(
         ignore: Patterns of modules that must keep their outputs and inputs.
         choices: Place in the code -> which alternative is tried there.
         united: Pairs of slots of one size that are to lose the same of it.
+        twins: Modules that only follow others: no group is named after what is in them that another layer leads too.
 
     Raises:
         ValueError: A pattern of ``ignore`` matches nothing.
@@ -109,7 +111,7 @@ def groups_of(
     groups: list[PruningGroup] = []
     classes: list[IntArray] = []
     seen: set[tuple[str, str]] = set()
-    for name, slot, label in _roots(trace, table):
+    for name, slot, label in _roots(trace, table, twins):
         if (name, slot) in seen:
             continue
         found = table.classes_of(name, slot)
@@ -172,8 +174,8 @@ def groups_of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Pl
     return united
 
 
-def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
-    """Slots that produce channels, and the name of the group that starts there: layers first, in order."""
+def _roots(trace: Trace, table: _Table, twins: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Slots that produce channels, and the name of the group that starts there: layers first, in order, twins last."""
     slots: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # by layer, or by the module that holds them
     parameters = dict(trace.model.named_parameters())
     parts = {part for _, _, part, _ in linked_parts(trace.model)}  # groups are named after the layer
@@ -186,7 +188,8 @@ def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
         elif name in parameters:
             owner = name.rpartition(".")[0]
             slots[owner].append((name, slot, owner or name))
-    for owner in dict.fromkeys([*trace.tape.order, *slots]):
+    owners = dict.fromkeys([*trace.tape.order, *slots])
+    for owner in sorted(owners, key=lambda owner: any(is_inside(owner, twin) for twin in twins)):
         yield from slots[owner]
 
 
