@@ -179,3 +179,27 @@ def test_a_model_without_layers_has_no_groups():
 
     (group,) = find(Scale(), torch.randn(2, 3))
     assert (group.name, group.prunable) == ("scale", False)
+
+
+class Critic(nn.Module):
+    """A network that is run, and one that is not, whose first weight may be computed."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.critic = nn.Sequential(norm(nn.Linear(3, 16)), nn.ReLU(), norm(nn.Linear(16, 1)))
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+@pytest.mark.parametrize("norm", ["spectral_norm", "orthogonal", "weight_norm", "", "of old"])
+def test_an_unseen_layer_takes_and_gives_the_same_whatever_its_weight_is_computed_from(norm):
+    kinds = {"": lambda layer: layer, "of old": nn.utils.spectral_norm}
+    model = Critic(kinds[norm] if norm in kinds else getattr(nn.utils.parametrizations, norm))
+    groups = find(model, torch.randn(2, 5))
+    seen = {name for name, _ in model.named_parameters() if not name.startswith("critic")}
+    assert all(group.prunable for group in refuse_unseen_readers(model, groups, seen) if group.name == "body")
+    model.critic[0] = kinds[norm](nn.Linear(16, 8)) if norm in kinds else sphere(16, 8)
+    body = by_name(refuse_unseen_readers(model, groups, seen))["body"]
+    assert "critic.0, which no traced batch ran, may be coupled to its channels (it takes 16)" in body.reason
