@@ -22,6 +22,8 @@ from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
 from lightning_softprune.utilities.names import is_inside, no_match, without_digits
 
+_APART = "have it read those of the module that is mirrored, or take the twin out"
+
 Form = tuple[tuple[str, Shape], ...]
 """Names and shapes of a module's parameters."""
 
@@ -131,7 +133,8 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
         twins: Module name -> the module it mirrors (target networks, EMA teachers, momentum encoders).
 
     Returns:
-        The groups without those of the twins; every member inside a mirrored module has its twin beside it.
+        The groups without those of the twins alone; every member inside a mirrored module has its twin beside it. Where
+        others read channels that only a twin makes, these stay.
 
     Raises:
         ValueError: A name matches no module, or a twin's parameters are not those of the module it mirrors.
@@ -150,8 +153,12 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
     mirrored = []
     for group in groups:
         own = [member for member in group.members if not any(is_inside(member.module, twin) for twin in twins)]
-        if not own or any(is_inside(group.name.partition("#")[0], twin) for twin in twins):
+        if not own:
             continue
+        if group.prunable and any(is_inside(group.name.partition("#")[0], twin) for twin in twins):
+            group = group.refuse(
+                f"{own[0].module} reads channels that only {group.name} makes, which twins names; {_APART}"
+            )
         added = [
             replace(member, module=twin + member.module[len(original) :])
             for member in own

@@ -9,7 +9,7 @@ constant, a width that is written down) is found later by a probe: remove some c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from lightning_softprune.graph.layers import layer_type, linked_parts
 from lightning_softprune.graph.left_out import left_alone
 from lightning_softprune.graph.trace import Step, Trace, trace_model
 from lightning_softprune.utilities.arrays import IntArray
+from lightning_softprune.utilities.names import is_inside
 
 Place = tuple[str, str]
 """Layer or tensor, and slot."""
@@ -87,6 +88,7 @@ def groups_of(
     ignore: Sequence[str] = (),
     choices: Mapping[str, int] | None = None,
     united: Sequence[tuple[Place, Place]] = (),
+    twins: Collection[str] = (),
 ) -> Grouping:
     """Sort what a trace tells into groups.
 
@@ -95,6 +97,7 @@ def groups_of(
         ignore: Patterns of modules that must keep their outputs and inputs.
         choices: Place in the code -> which alternative is tried there.
         united: Pairs of slots of one size that are to lose the same of it.
+        twins: Modules that only follow others: no group is named after what is in them that another layer leads too.
 
     Raises:
         ValueError: A pattern of ``ignore`` matches nothing.
@@ -107,7 +110,7 @@ def groups_of(
     groups: list[PruningGroup] = []
     classes: list[IntArray] = []
     seen: set[tuple[str, str]] = set()
-    for name, slot, label in _roots(trace, table):
+    for name, slot, label in _roots(trace, table, twins):
         if (name, slot) in seen:
             continue
         found = table.classes_of(name, slot)
@@ -145,7 +148,7 @@ def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup]
     """
     given, result = [] if step is None else trace.given_by(step), []
     for group in groups:
-        owners = {(member.module, member.slot): member.owner for member in group.members}
+        owners = {(member.module, member.slot): member.owner for member in group.members if group.num_channels}
         widths = {w: None for place, held, w in given if place in owners and (owners[place][held] >= 0).any()}
         result.append(replace(group, outputs=(*group.outputs, *((name, width) for width in widths))))
     return result
@@ -170,8 +173,8 @@ def groups_of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Pl
     return united
 
 
-def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
-    """Slots that produce channels, and the name of the group that starts there: layers first, in order."""
+def _roots(trace: Trace, table: _Table, twins: Collection[str]) -> Iterator[tuple[str, str, str]]:
+    """Slots that produce channels, and the name of the group that starts there: layers first, in order, twins last."""
     slots: dict[str, list[tuple[str, str, str]]] = defaultdict(list)  # by layer, or by the module that holds them
     parameters = dict(trace.model.named_parameters())
     parts = {part for _, _, part, _ in linked_parts(trace.model)}  # groups are named after the layer
@@ -184,7 +187,8 @@ def _roots(trace: Trace, table: _Table) -> Iterator[tuple[str, str, str]]:
         elif name in parameters:
             owner = name.rpartition(".")[0]
             slots[owner].append((name, slot, owner or name))
-    for owner in dict.fromkeys([*trace.tape.order, *slots]):
+    owners = dict.fromkeys([*trace.tape.order, *slots])
+    for owner in sorted(owners, key=lambda owner: any(is_inside(owner, twin) for twin in twins)):
         yield from slots[owner]
 
 

@@ -13,6 +13,8 @@ from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.trace import Trace
 from lightning_softprune.utilities.names import joined
 
+_NOTHING = "It has no parameters outside of twins."
+
 
 def left_alone(
     model: nn.Module, groups: Sequence[PruningGroup], trace: Trace, reason_of: Callable[[str], str]
@@ -28,14 +30,16 @@ def left_alone(
     covered = {member.module for group in groups for member in group.members}
     for name, module in model.named_modules():
         own = [n for n, _ in module.named_parameters(recurse=False)]
-        if not own or name in covered or _is_part(name, model):
+        is_layer = name in trace.layouts or name in trace.reasons  # its parameters may be those of what computes them
+        if not (own or (is_layer and any(True for _ in module.parameters()))):
+            continue
+        if name in covered or _is_part(name, model):
             continue
         if any(parent in trace.reasons for parent in self_and_parents(name)[:-1]):
             continue  # said of the layer it belongs to
         if name.rpartition(".parametrizations.")[0] in trace.layouts:
             continue  # what the layer's weight is computed from
-        layout = trace.layouts.get(name)
-        if layout is not None or name in trace.reasons:
+        if is_layer:
             if name in trace.reasons:
                 reason = trace.reasons[name]
             elif name not in trace.tape.ran:
@@ -70,6 +74,6 @@ def _is_part(name: str, model: nn.Module) -> bool:
 
 def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
     """Word the error for a model in which every group is refused."""
-    reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8])
+    reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8]) or _NOTHING
     more = f"; and {len(groups) - 8} more" if len(groups) > 8 else ""
     return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"

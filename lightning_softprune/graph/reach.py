@@ -101,7 +101,7 @@ def _tensors_of(modules: dict[str, nn.Module], group: PruningGroup) -> set[int]:
         if isinstance(layout, Layout) and module is not None and member.slot in layout.slots:
             tensors = [tensor_at(module, axis.tensor) for axis in layout.axes if axis.slot == member.slot]
         elif module is not None:
-            tensors = list(module.parameters(recurse=False))
+            tensors = list(module.parameters())
         else:
             owner, _, attribute = member.module.rpartition(".")
             tensors = [getattr(modules.get(owner), attribute, None)]

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence, Set
 from torch import nn
 
 from lightning_softprune.graph.groups import PruningGroup
-from lightning_softprune.graph.layers import Layout, layout_of, tensor_at
+from lightning_softprune.graph.layers import Layout, layer_type, layout_of, tensor_at
 from lightning_softprune.utilities.names import is_inside
 
 _Need = tuple[str, str, int, bool]
@@ -85,9 +85,9 @@ def _needs_of(name: str, module: nn.Module) -> Iterator[_Need]:
     found: list[tuple[str, int | None, int | None, bool]] = []
     for inner, layer in module.named_modules():
         full = f"{name}.{inner}".rstrip(".")
-        layout = layout_of(layer)
+        layout = _sized(layer)
         outer, computed, _ = f".{inner}".rpartition(".parametrizations.")
-        if computed and isinstance(layout_of(module.get_submodule(outer.lstrip("."))), Layout):
+        if computed and isinstance(_sized(module.get_submodule(outer.lstrip("."))), Layout):
             continue  # the layer has told its needs
         if isinstance(layout, Layout):
             both = layout.slots.get("both")
@@ -107,6 +107,12 @@ def _needs_of(name: str, module: nn.Module) -> Iterator[_Need]:
         if gives is not None and not any(size == gives or (gives > 1 and size % gives == 0) for size in taken):
             yield full, "gives", gives, False
         taken |= {takes} if takes is not None else set()
+
+
+def _sized(layer: nn.Module) -> Layout | str | None:
+    """A layer's layout; what its weights are computed from does not change what it takes and gives."""
+    layout, entry = layout_of(layer), layer_type(layer)
+    return entry.describe(layer) if isinstance(layout, str) and entry is not None else layout
 
 
 def _is_flat(layer: nn.Module) -> bool:

@@ -359,7 +359,7 @@ def prepare_groups(
             return run_steps(probing, seed)
 
     def read(choices: Mapping[str, int], united: Sequence[tuple[Place, Place]]) -> tuple[list[PruningGroup], Grouping]:
-        grouping = groups_of(trace, ignore, choices, united)
+        grouping = groups_of(trace, ignore, choices, united, tuple(twins))
         groups = refuse_unjudged(mirror_twins(model, grouping.groups, twins), how.judged)
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
         groups = assign_components(model, groups, components, twins)

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_softprune.graph.components import equal_parts, match_modules
+from lightning_softprune.graph import groups_of as grouped
+from lightning_softprune.graph import trace_model
+from lightning_softprune.graph.components import equal_parts, match_modules, mirror_twins
 from support import zoo
-from support.groups import by_name, groups_of
+from support.groups import by_name, groups_of, slots
 from support.zoo import BY_NAME, find
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,6 +78,44 @@ def test_patterns_match_modules_and_bare_parameters():
         "layer.norm*": ["layer.norm1", "layer.norm2"],
         "pos*": ["position"],
     }
+
+
+class Targets(nn.Module):
+    """A network and its copy, which are held together; either may run first."""
+
+    def __init__(self, first, reads="nothing"):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+        self.target = copy.deepcopy(self.net)
+        self.first, self.reads, self.other = first, reads, nn.Linear(8, 2)
+
+    def forward(self, x):
+        own, target = (self.net, self.target) if self.first == "net" else (self.target, self.net)
+        if self.reads == "nothing":
+            self.target.load_state_dict(self.net.state_dict())
+            return own(x) - target(x)
+        return own(x) - target(x) + self.other(self.target[:2](x))
+
+
+def mirrored(model):
+    trace = trace_model(model, [lambda: model(torch.randn(3, 5))])
+    twins = {"target": "net"}
+    return by_name(mirror_twins(model, grouped(trace, twins=tuple(twins)).groups, twins))
+
+
+@pytest.mark.parametrize("first", ["net", "target"])
+def test_a_group_of_a_module_and_its_twin_is_named_after_the_module_whichever_runs_first(first):
+    found = mirrored(Targets(first))
+    assert found["net.0"].prunable
+    assert slots(found["net.0"]) == {f"{part}.{side}" for part in ("net", "target") for side in ("0 (out)", "2 (in)")}
+
+
+def test_what_reads_channels_of_a_twin_alone_is_listed():
+    found = mirrored(Targets("net", reads="the twin"))
+    assert found["net.0"].prunable
+    assert "target.0 (out)" in slots(found["net.0"])
+    reason = found["target.0"].reason
+    assert reason.startswith("other reads channels that only target.0 makes, which twins names; ")
 
 
 def copies():

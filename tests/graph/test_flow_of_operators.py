@@ -538,6 +538,43 @@ def test_what_is_written_in_place_through_a_view_is_followed(operation, channels
     check(net, x, {"body": channels})
 
 
+def many_in_place(net, x):
+    pair = [x * 1.0, x.tanh()]
+    torch._foreach_mul_(pair, 0.5)
+    torch._foreach_add_(pair, [x.sin(), x.cos()], alpha=0.1)
+    torch._foreach_lerp_(pair, [x, x], 0.3)
+    return pair[0] + pair[1]
+
+
+def many(net, x):
+    pair = torch._foreach_sqrt(torch._foreach_exp([x, -x]))
+    pair = torch._foreach_addcmul(pair, [x, x], [x, x], [0.5, 2.0])
+    sizes = torch._foreach_norm(torch._foreach_mul(pair, torch.tensor(2.0)))
+    return sum(torch._foreach_div(pair, 3.0)) + 0.0 * sizes[0]
+
+
+def copied(net, x):
+    pair = [torch.zeros_like(x), torch.zeros_like(x)]
+    torch._foreach_copy_(pair, [x, x.tanh()])
+    torch._foreach_zero_(pair[1:])
+    return pair[0] - pair[1]
+
+
+@pytest.mark.parametrize("operation", [many_in_place, many, copied])
+def test_operators_on_lists_of_tensors_do_to_each_what_they_do_to_one(operation):
+    net, x = between(operation, 8)
+    check(net, x, {"body": 8})
+
+
+def test_tensors_of_one_list_do_not_meet_each_other():
+    def forward(net, x):
+        one, other = torch._foreach_neg([net.body(x), net.other(x)])
+        return net.head(one), net.tail(other)
+
+    parts = {"body": nn.Linear(5, 8), "head": nn.Linear(8, 2), "other": nn.Linear(5, 8), "tail": nn.Linear(8, 2)}
+    check(Net(forward, **parts), torch.randn(3, 5), {"body": 8, "other": 8})
+
+
 def test_zeros_made_to_fit_and_filled_piece_by_piece():
     def fill(net, x):
         result = torch.zeros(len(x), x.shape[1] * 2)

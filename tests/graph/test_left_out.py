@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_softprune import find_groups
+from lightning_softprune.graph import nothing_prunable, refuse_unseen_readers
 from lightning_softprune.surgery import probe_groups
 from support.groups import Attending, Wide, by_name, groups_of, slots
 from support.zoo import find
@@ -92,6 +93,32 @@ def test_weights_of_which_slices_cannot_be_computed_are_refused_by_name(norm):
     assert "feeds between" in found["body"].reason
 
 
+def sphere(inputs, outputs):
+    """A layer whose only parameter is what its weight is computed from."""
+    return nn.utils.parametrizations.orthogonal(nn.Linear(inputs, outputs, bias=False))
+
+
+def test_layers_all_of_whose_parameters_are_behind_a_computed_weight_are_listed():
+    model = nn.Sequential(nn.Linear(5, 6), sphere(6, 9), nn.ReLU(), sphere(9, 4))
+    groups = find_groups(model, torch.randn(3, 5))
+    found = by_name(groups)
+    assert list(found) == ["0", "1", "3"]
+    assert all("computed by Orthogonal" in found[name].reason for name in "13")
+    assert groups.coverage.largest == "1"
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_without_parameters_of_its_own_is_listed_once():
+    inner = torch.jit.trace(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), torch.randn(3, 6))
+    found = by_name(find_groups(nn.Sequential(nn.Linear(5, 6), inner), torch.randn(3, 5)))
+    assert list(found) == ["0", "1"]
+    assert "TorchScript" in found["1"].reason
+
+
+def test_that_nothing_can_be_pruned_is_never_said_without_a_reason():
+    assert nothing_prunable([]).endswith("this model. It has no parameters outside of twins.")
+
+
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 1)])
 def test_a_parameter_of_one_element_has_no_channels(numbers):
     class Scaled(nn.Module):
@@ -152,3 +179,27 @@ def test_a_model_without_layers_has_no_groups():
 
     (group,) = find(Scale(), torch.randn(2, 3))
     assert (group.name, group.prunable) == ("scale", False)
+
+
+class Critic(nn.Module):
+    """A network that is run, and one that is not, whose first weight may be computed."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 16), nn.Linear(16, 3)
+        self.critic = nn.Sequential(norm(nn.Linear(3, 16)), nn.ReLU(), norm(nn.Linear(16, 1)))
+
+    def forward(self, x):
+        return self.head(self.body(x).relu())
+
+
+@pytest.mark.parametrize("norm", ["spectral_norm", "orthogonal", "weight_norm", "", "of old"])
+def test_an_unseen_layer_takes_and_gives_the_same_whatever_its_weight_is_computed_from(norm):
+    kinds = {"": lambda layer: layer, "of old": nn.utils.spectral_norm}
+    model = Critic(kinds[norm] if norm in kinds else getattr(nn.utils.parametrizations, norm))
+    groups = find(model, torch.randn(2, 5))
+    seen = {name for name, _ in model.named_parameters() if not name.startswith("critic")}
+    assert all(group.prunable for group in refuse_unseen_readers(model, groups, seen) if group.name == "body")
+    model.critic[0] = kinds[norm](nn.Linear(16, 8)) if norm in kinds else sphere(16, 8)
+    body = by_name(refuse_unseen_readers(model, groups, seen))["body"]
+    assert "critic.0, which no traced batch ran, may be coupled to its channels (it takes 16)" in body.reason

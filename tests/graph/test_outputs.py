@@ -116,6 +116,15 @@ def test_what_predict_step_gives_is_known_and_pins_nothing(kind):
     assert [g.name for g in groups if g.prunable] == ["net.0", "net.2"]
 
 
+def test_groups_without_channels_give_none_to_predict_step():
+    module = Predicting(lambda net, x: net(x) * module.scale)
+    module.net[4] = nn.utils.parametrizations.orthogonal(nn.Linear(4, 2))
+    module.scale = nn.Parameter(torch.ones(2))
+    found = {g.name: g for g in find_groups(module, torch.randn(3, 6))}
+    assert found["net.0"].prunable
+    assert (found["scale"].num_channels, found["scale"].outputs) == (0, ())
+
+
 def test_a_round_says_what_predict_step_now_gives():
     module = Predicting(PREDICTIONS["hidden features"][0])
     loader = DataLoader(torch.randn(16, 6), batch_size=8)

@@ -260,8 +260,11 @@ class Momentum(Plain):
             x = batch[0].clone().requires_grad_()
             torch.autograd.grad(self(x).sum(), x)
         with torch.no_grad():
+            if self.way == "lists":
+                torch._foreach_mul_([*self.target.parameters()], 0.7)
+                torch._foreach_add_([*self.target.parameters()], [*self.encoder.parameters()], alpha=0.3)
             for own, other in zip(self.target.parameters(), self.encoder.parameters(), strict=True):
-                if self.way == "in training" and not self.training:
+                if self.way == "lists" or (self.way == "in training" and not self.training):
                     break
                 if self.way in ("lerp", "in training", "with gradients"):
                     own.lerp_(other, 0.3)
@@ -278,7 +281,7 @@ class Momentum(Plain):
         self.log("val_loss", self.apart(batch))
 
 
-@pytest.mark.parametrize("way", ["lerp", "data", "new data", "in training", "with gradients"])
+@pytest.mark.parametrize("way", ["lerp", "data", "new data", "in training", "with gradients", "lists"])
 def test_what_training_moves_by_itself_is_put_back_while_a_round_looks_at_the_module(way, tmp_path):
     module = made(Momentum)
     module.way = way

@@ -250,6 +250,9 @@ class Recorder:
         name = func._schema.name.partition("::")[2]
         if not func._schema.name.startswith(("aten::", "prims::")):
             name = func._schema.name
+        if name.startswith(_EACH):
+            self._note_each(func, name[len(_EACH) :].rstrip("_"), arguments, args[0] if output is None else output)
+            return output
         pointwise = torch.Tag.pointwise in func.tags
         fresh = not any(True for _ in _values_in(arguments.values()))
         flat = output if isinstance(output, (list, tuple)) else [output]
@@ -260,6 +263,19 @@ class Recorder:
         if (not outputs or outputs == (None,)) and name not in _OF_SHAPES:
             self.tape.shown.update(value.number for value in _values_in(arguments.values()))
         return output
+
+    def _note_each(self, func: Any, name: str, arguments: Mapping[str, Any], results: Sequence[torch.Tensor]) -> None:
+        """Note an operator on lists of tensors as one on each of these."""
+        schema = {one.name: one.type for one in func._schema.arguments}
+        lists = {key for key in arguments if isinstance(schema[key], torch.ListType)}
+        packed = {key for key in arguments.keys() - lists if key == "scalars"}  # one tensor with a number for each
+        self.tape.shown.update(arguments[key].number for key in packed)
+        packet = getattr(torch.ops.aten, name, None)
+        kinds = [getattr(packet, kind) for kind in packet.overloads()] if packet is not None else []
+        pointwise = any(torch.Tag.pointwise in kind.tags for kind in kinds)
+        for place, result in enumerate(results):
+            one = {_ONE.get(k, k): v[place] if k in lists else v for k, v in arguments.items() if k not in packed}
+            self.tape.operations.append(Operation(name, one, (self.made(result),), self.site(), pointwise))
 
     def read(self, tensors: Sequence[torch.Tensor]) -> None:
         """Note that Python code has looked into tensors."""
@@ -367,6 +383,12 @@ _READS = {
     torch.Tensor.data_ptr,
 }
 
+
+_EACH = "_foreach_"
+"""Begins the names of operators that do the same to every tensor of a list."""
+
+_ONE = {"scalar": "other", "scalars": "other"}
+"""Names of their arguments -> those of the operators that they are many of."""
 
 _OF_SHAPES = {"is_same_size", "_has_same_storage_numel", "prim::layout"}
 """Operators that tell something of shapes alone, which forward derivatives and nested tensors ask for."""
