@@ -943,6 +943,35 @@ def test_a_cell_by_hand_that_reads_its_input_beside_its_state_loses_both(gates, 
     assert groups["cell"].counts == ((Count("", "units", 1),) if written_down else ())
 
 
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("made", [torch.zeros, torch.randn])
+def test_a_layer_that_takes_a_constant_of_a_groups_width_goes_with_the_group(made, state):
+    def forward(net, x):
+        x = net.body(x)
+        batch, _, width = x.shape
+        inner = (net.inner(x) + net.context(made(batch, width)).unsqueeze(1)).relu()
+        first = made(1, batch, width)
+        return net.head(net.core(inner, first if state else None)[0])
+
+    parts = {"body": nn.Linear(5, 6), "inner": nn.Linear(6, 7), "core": nn.GRU(7, 6, batch_first=True)}
+    net = Net(forward, **parts, context=nn.Linear(6, 7), head=nn.Linear(6, 2))
+    x, steady = torch.randn(2, 3, 5), made is torch.zeros
+    groups = {g.name: g.slots() for g in find_groups(net, x) if g.prunable}
+    assert ("context", "in") in groups["body"]
+    assert groups.keys() == ({"body", "inner"} if state else {"body", "inner", "core"})
+    if steady:
+        check(net, x, {"body": 6, "inner": 7} if state else {"body": 6, "inner": 7, "core": 6})
+
+
+def test_a_layer_that_takes_a_constant_of_a_width_that_is_written_down_keeps_it():
+    def forward(net, x):
+        x = net.body(x)
+        return net.head(x.view(-1, 6) + net.context(torch.zeros(6)))
+
+    net = Net(forward, body=nn.Linear(5, 6), context=nn.Linear(6, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {}, {"body": "does not run with fewer channels"})
+
+
 def test_a_cell_by_hand_whose_first_state_has_a_constant_width_is_listed_with_that_reason():
     def forward(net, x):
         x, h = net.body(x).relu(), x.new_zeros(len(x), 7)
