@@ -884,6 +884,23 @@ def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
     check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_with_a_forward_of_its_own_around_the_known_one_loses_the_same(kind):
+    class Own(kind):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    net = Net(
+        lambda net, x: net.head(net.core(net.body(x))),
+        body=nn.Linear(5, 6),
+        core=Own(6, 7, num_layers=2, batch_first=True),
+        head=nn.Linear(7, 2),
+    )
+    before = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
+    assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == before
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("first", [True, False])
