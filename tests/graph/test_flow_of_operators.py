@@ -848,6 +848,37 @@ def test_the_largest_channel_and_a_mean_over_channels_leave_them_free():
     check(net, x, {"body": 6})
 
 
+SUMMARIES = {
+    "max": lambda net, x: x.max(-1, keepdim=True).values,
+    "min": lambda net, x: x.min(-1, keepdim=True)[0].detach(),
+    "median": lambda net, x: x.median(-1, keepdim=True).values,
+    "nanmedian": lambda net, x: x.nanmedian(-1, keepdim=True).values,
+    "mode": lambda net, x: x.mode(-1, keepdim=True).values,
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_value_over_channels_whose_place_nobody_reads_leaves_them_free(name):
+    net, x = between(lambda net, x: (x - SUMMARIES[name](net, x)).exp(), 6)
+    check(net, x, {"body": 6}, masked=False)
+
+
+@pytest.mark.parametrize("kind", ["max", "min", "median", "nanmedian", "mode"])
+def test_the_place_of_a_value_over_channels_is_their_number(kind):
+    net, x = between(lambda net, x: x + sum(getattr(x, kind)(-1, keepdim=True)), 6)
+    check(net, x, {}, {"body": "by number"})
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_distribution_that_checks_its_arguments_leaves_its_channels_free(checked):
+    def sampled(net, x):
+        found = torch.distributions.Normal(x, net.scale(x).exp(), validate_args=checked)
+        return found.loc * found.scale
+
+    net, x = between(sampled, 6, scale=nn.Linear(6, 6))
+    check(net, x, {"body": 6}, masked=False)
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
