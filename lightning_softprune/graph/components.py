@@ -272,5 +272,11 @@ def form_of(module: nn.Module) -> Form:
 
 
 def _same_values(one: nn.Module, other: nn.Module) -> bool:
+    """Whether one has the values of the other, as its copy has, and not those that any layer begins with."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return all(a.device == b.device and not a.is_meta and torch.equal(a, b) for a, b in pairs)
+    return all(a.device == b.device and not a.is_meta and torch.equal(a, b) for a, b in pairs) and _says_something(one)
+
+
+def _says_something(module: nn.Module) -> bool:
+    """Whether a parameter was drawn at random or trained: ones and zeros are what fresh layers begin with."""
+    return any(p.numel() > 1 and bool((p != p.flatten()[0]).any()) for p in module.parameters())

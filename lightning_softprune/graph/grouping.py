@@ -52,6 +52,7 @@ class Grouping:
         chosen: Names of the groups of which such a choice may have been wrong.
         averaged: Names of the groups over whose channels something is computed that misses those that go.
         counts: Name of a group -> integer attributes of modules that may count its channels.
+        loose: Slots of layers that read nothing of a known width (`torch.zeros`), and their sizes.
     """
 
     groups: list[PruningGroup]
@@ -59,6 +60,7 @@ class Grouping:
     counts: dict[str, tuple[Count, ...]]
     averaged: set[str]
     chosen: set[str]
+    loose: dict[Place, int]
 
 
 def trace_groups(
@@ -134,7 +136,7 @@ def groups_of(
     alone = left_alone(trace.model, named, trace, table.reason_of)
     averaged = {g.name for g, own in zip(named, classes, strict=True) if table.is_averaged(own)}
     chosen = {g.name for g, own in zip(named, classes, strict=True) if table.is_chosen(own)}
-    return Grouping([*named, *alone], splits, counts, averaged, chosen)
+    return Grouping([*named, *alone], splits, counts, averaged, chosen, table.loose())
 
 
 def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup], trace: Trace) -> list[PruningGroup]:
@@ -154,8 +156,15 @@ def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup]
     return result
 
 
-def groups_of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Place]]:
-    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members."""
+def groups_of_one_width(
+    failing: Sequence[PruningGroup], loose: Mapping[Place, int] | None = None
+) -> list[tuple[Place, Place]]:
+    """Slots of groups that do not run alone, and that have one size: each with that of the group with most members.
+
+    Args:
+        failing: The groups.
+        loose: Slots that are in no group, and their sizes: they go along with groups of their size.
+    """
     united: list[tuple[Place, Place]] = []
     done: set[str] = set()
     for lead in sorted(failing, key=lambda g: -len(g.members)):
@@ -169,6 +178,8 @@ def groups_of_one_width(failing: Sequence[PruningGroup]) -> list[tuple[Place, Pl
             if other.name != lead.name and other.name not in done and places:
                 united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
                 done.add(other.name)
+        united += [(widths[size], place) for place, size in (loose or {}).items() if size in widths and size > 1]
+        loose = {place: size for place, size in (loose or {}).items() if size not in widths}
         done.add(lead.name)
     return united
 
@@ -289,6 +300,16 @@ class _Table:
         """Whether indices of a slot go with those of other slots alone."""
         first, size = self.couplings.slots[name, slot]
         return any(number in self.crossed for number in self.all[first : first + size].tolist())
+
+    def loose(self) -> dict[Place, int]:
+        """Slots of layers, with their sizes, that take what meets no other slot and has no place of its own."""
+        found = {}
+        for (name, slot), (first, size) in self.couplings.slots.items():
+            own = self.all[first : first + size]
+            alone = (self.bounds[own + 1] - self.bounds[own] == 1).all()
+            if slot.startswith("in") and name in self.trace.layouts and alone and self.pins.keys().isdisjoint(own):
+                found[name, slot] = size
+        return found
 
     def splits(self, own: IntArray) -> dict[str, int]:
         """Places in the code at which these classes were laid out over several dimensions -> alternatives."""

@@ -221,7 +221,8 @@ class _DoesNotFollowError(Exception):
 
 
 def _holds_many(tensor: torch.Tensor) -> bool:
-    return tensor.numel() > 1
+    """Not a number for the whole parameter; a matrix without rows has columns."""
+    return tensor.numel() > 1 or (not tensor.numel() and tensor.ndim > 1)
 
 
 def _fitting_forms(tensor: torch.Tensor, parameter: torch.Tensor) -> set[tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """Readings of what was traced: alternatives that are tried where groups do not work.
 
 These are other dimensions of a reshape; and groups of one width together, which code that gives the output of one the
-shape of another couples without a trace (``y.view(x.shape)``).
+shape of another couples without a trace (``y.view(x.shape)``). With these may go what takes tensors that were made to
+fit (``layer(torch.zeros(len(x), x.shape[-1]))``).
 """
 
 from __future__ import annotations
@@ -38,8 +39,11 @@ def best_reading(read: Read) -> list[PruningGroup]:
         found, other = read({**choices, **failing}, ())
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    united = groups_of_one_width([g for g in best if g.crashed])
-    if united:
+    stuck = [g for g in best if g.crashed]
+    together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
+    for united in (together, along if along != together else ()):
+        if not united or not any(g.crashed for g in best):
+            continue
         found, _ = read(choices, united)
         if _reached(found) > _reached(best):
             best = found

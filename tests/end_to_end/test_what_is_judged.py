@@ -231,6 +231,18 @@ def test_a_branch_that_no_batch_takes_pins_what_it_could_read(tmp_path):
     assert module.encoder[0].out_features < 16
 
 
+def test_a_head_that_nothing_runs_pins_what_it_could_read_until_it_is_deleted():
+    def latent(**arguments):
+        groups = find_groups(module, next(iter(loaders(module)["val_dataloaders"])), **arguments)
+        return next(group for group in groups if group.name == "encoder.2")
+
+    module = made(Tasks, late=True)
+    assert "or delete it (None in its place)" in latent().reason
+    assert "other.0, which no traced batch ran" in latent(ignore=["other"]).reason  # whose inputs stay
+    module.other = None
+    assert latent().prunable
+
+
 class TwoLoaders(Tasks):
     """Each validation loader has a head of its own."""
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_softprune.graph import groups_of as grouped
 from lightning_softprune.graph import trace_model
-from lightning_softprune.graph.components import equal_parts, match_modules, mirror_twins
+from lightning_softprune.graph.components import equal_parts, match_modules, mirror_twins, undeclared_twins
 from support import zoo
 from support.groups import by_name, groups_of, slots
 from support.zoo import BY_NAME, find
@@ -136,3 +136,15 @@ def test_parts_of_equal_values_are_found_once_in_both_orders():
 def test_blocks_that_have_begun_alike_are_no_pair():
     model = nn.ModuleDict({"experts0": copies()["net"], "experts1": copies()["net"]})
     assert equal_parts(model, {id(parameter) for parameter in model.parameters()}) == []
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_values_that_fresh_layers_begin_with_make_no_pair(trained):
+    model = nn.ModuleDict({"main": nn.BatchNorm1d(4), "aux": nn.BatchNorm1d(4)})
+    if trained:
+        with torch.no_grad():
+            for norm in model.values():
+                norm.weight.copy_(torch.arange(4.0))
+    parameters = {id(parameter) for parameter in model.parameters()}
+    assert bool(equal_parts(model, parameters)) == trained
+    assert bool(undeclared_twins(model, {id(parameter) for parameter in model["main"].parameters()})) == trained

@@ -885,6 +885,37 @@ def test_the_largest_channel_and_a_mean_over_channels_leave_them_free():
     check(net, x, {"body": 6})
 
 
+SUMMARIES = {
+    "max": lambda net, x: x.max(-1, keepdim=True).values,
+    "min": lambda net, x: x.min(-1, keepdim=True)[0].detach(),
+    "median": lambda net, x: x.median(-1, keepdim=True).values,
+    "nanmedian": lambda net, x: x.nanmedian(-1, keepdim=True).values,
+    "mode": lambda net, x: x.mode(-1, keepdim=True).values,
+}
+
+
+@pytest.mark.parametrize("name", SUMMARIES)
+def test_a_value_over_channels_whose_place_nobody_reads_leaves_them_free(name):
+    net, x = between(lambda net, x: (x - SUMMARIES[name](net, x)).exp(), 6)
+    check(net, x, {"body": 6}, masked=False)
+
+
+@pytest.mark.parametrize("kind", ["max", "min", "median", "nanmedian", "mode"])
+def test_the_place_of_a_value_over_channels_is_their_number(kind):
+    net, x = between(lambda net, x: x + sum(getattr(x, kind)(-1, keepdim=True)), 6)
+    check(net, x, {}, {"body": "by number"})
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_distribution_that_checks_its_arguments_leaves_its_channels_free(checked):
+    def sampled(net, x):
+        found = torch.distributions.Normal(x, net.scale(x).exp(), validate_args=checked)
+        return found.loc * found.scale
+
+    net, x = between(sampled, 6, scale=nn.Linear(6, 6))
+    check(net, x, {"body": 6}, masked=False)
+
+
 # ------------------------------------------------------------------------------------------------------------- layers
 
 
@@ -919,6 +950,23 @@ def test_recurrent_layers_lose_inputs_and_hidden_channels(kind):
 
     net = Net(forward, body=nn.Linear(5, 6), core=kind(6, 7, batch_first=True), head=nn.Linear(7, 2))
     check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_with_a_forward_of_its_own_around_the_known_one_loses_the_same(kind):
+    class Own(kind):
+        def forward(self, x):
+            return super().forward(x)[0]
+
+    net = Net(
+        lambda net, x: net.head(net.core(net.body(x))),
+        body=nn.Linear(5, 6),
+        core=Own(6, 7, num_layers=2, batch_first=True),
+        head=nn.Linear(7, 2),
+    )
+    before = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    check(net, torch.randn(2, 4, 5), {"body": 6, "core": 7})
+    assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == before
 
 
 @pytest.mark.parametrize("in_order", [True, False])
@@ -978,6 +1026,35 @@ def test_a_cell_by_hand_that_reads_its_input_beside_its_state_loses_both(gates, 
     net = Net(forward, body=nn.Linear(5, 6), cell=nn.Linear(13, 7 * gates), head=nn.Linear(7, 2), units=7)
     groups = check(net, torch.randn(2, 3, 5), {"body": 6, "cell": 7})
     assert groups["cell"].counts == ((Count("", "units", 1),) if written_down else ())
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("made", [torch.zeros, torch.randn])
+def test_a_layer_that_takes_a_constant_of_a_groups_width_goes_with_the_group(made, state):
+    def forward(net, x):
+        x = net.body(x)
+        batch, _, width = x.shape
+        inner = (net.inner(x) + net.context(made(batch, width)).unsqueeze(1)).relu()
+        first = made(1, batch, width)
+        return net.head(net.core(inner, first if state else None)[0])
+
+    parts = {"body": nn.Linear(5, 6), "inner": nn.Linear(6, 7), "core": nn.GRU(7, 6, batch_first=True)}
+    net = Net(forward, **parts, context=nn.Linear(6, 7), head=nn.Linear(6, 2))
+    x, steady = torch.randn(2, 3, 5), made is torch.zeros
+    groups = {g.name: g.slots() for g in find_groups(net, x) if g.prunable}
+    assert ("context", "in") in groups["body"]
+    assert groups.keys() == ({"body", "inner"} if state else {"body", "inner", "core"})
+    if steady:
+        check(net, x, {"body": 6, "inner": 7} if state else {"body": 6, "inner": 7, "core": 6})
+
+
+def test_a_layer_that_takes_a_constant_of_a_width_that_is_written_down_keeps_it():
+    def forward(net, x):
+        x = net.body(x)
+        return net.head(x.view(-1, 6) + net.context(torch.zeros(6)))
+
+    net = Net(forward, body=nn.Linear(5, 6), context=nn.Linear(6, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {}, {"body": "does not run with fewer channels"})
 
 
 def test_a_cell_by_hand_whose_first_state_has_a_constant_width_is_listed_with_that_reason():

@@ -27,6 +27,7 @@ from lightning_softprune.search.coefficients import build_rounding
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import References, apply_plan, repair_optimizers
 from lightning_softprune.surgery.apply import select_channels
+from support.masked import Net
 from support.plans import ELEMENTWISE, assert_same, live, snapshot
 from support.zoo import find, prunable
 
@@ -591,6 +592,17 @@ class Projected(nn.Module):
 
     def forward(self, x):
         return self.head(self.lstm(x)[0])
+
+
+@pytest.mark.parametrize("shown", ["steps", "memory"])
+def test_projections_that_are_the_output_leave_the_units_free_unless_the_memory_is_shown_too(shown):
+    def forward(net, x):
+        steps, (_, memory) = net.lstm(x)
+        return steps if shown == "steps" else (steps, memory)
+
+    model = Net(forward, lstm=nn.LSTM(IN, HIDDEN, proj_size=PROJECTED))
+    groups = find(model, torch.randn(3, 4, IN))
+    assert {group.name: group.prunable for group in groups} == {"lstm": False, "lstm.hidden": shown == "steps"}
 
 
 def test_an_lstm_keeps_more_units_than_projections_whatever_a_search_asks_for():

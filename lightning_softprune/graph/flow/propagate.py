@@ -54,6 +54,7 @@ class Flow:
 
     def __post_init__(self) -> None:
         self._labels: dict[int, Labels] = {}
+        self._needed: set[int] | None = None  # aliases that something shown depends on; None: of all, or not known yet
         self._makers = {v.number: o for o in self.tape.operations for v in o.outputs if v is not None}
         self._modules = dict(self.model.named_modules())
         self._slots: dict[tuple[str, str], IntArray] = {}
@@ -80,6 +81,10 @@ class Flow:
     def shape(self, value: Value) -> tuple[int, ...]:
         """A value's shape."""
         return self.tape.shapes[value.number]
+
+    def is_read(self, value: Value) -> bool:
+        """Whether something shown depends on a value, as far as is known; not on others that were made with it."""
+        return self._needed is None or self.tape.aliases[value.number] in self._needed
 
     def describe(self, value: Value) -> str:
         """A tensor in words: its name or what made it, and its shape."""
@@ -274,9 +279,11 @@ class Flow:
         return found
 
     def _made_labels(self, operation: Operation) -> list[Label]:
+        """The labels of what is read of an operation's outputs."""
         if operation.layer:
-            return [self.labels(value)[dim] for value, _, dim, _ in operation.given]
-        return [label for value in operation.outputs if value is not None for label in self.labels(value)]
+            return [self.labels(value)[dim] for value, _, dim, _ in operation.given if self.is_read(value)]
+        made = [value for value in operation.outputs if value is not None and self.is_read(value)]
+        return [label for value in made for label in self.labels(value)]
 
     def _live(self) -> tuple[list[bool], list[bool]]:
         """For each operation: whether anything shown depends on it, and whether a later layer does."""
@@ -303,6 +310,7 @@ class Flow:
                     read |= inputs
             live.append(alive)
             feeding.append(feeds)
+        self._needed = None if everything else needed
         return live[::-1], feeding[::-1]
 
     def _through_layer(self, operation: Operation) -> list[Labels]:

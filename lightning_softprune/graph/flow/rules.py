@@ -25,6 +25,9 @@ class Flow(Protocol):
     def shape(self, value: Value) -> tuple[int, ...]:
         """Its shape."""
 
+    def is_read(self, value: Value) -> bool:
+        """Whether something that is shown depends on it."""
+
     def describe(self, value: Value) -> str:
         """The tensor in words."""
 

@@ -48,9 +48,13 @@ def _mul(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
 
 
+_TELL_PLACES = {"max", "min", "median", "nanmedian", "mode"}
+"""Operators that along a dimension give values, and where these are."""
+
+
 @rule("sum", "mean", "amax", "amin", "var", "std", "var_mean", "std_mean", "logsumexp", "norm", "linalg_vector_norm")
 @rule("prod", "any", "all", "nansum", "count_nonzero", "median", "nanmedian", "aminmax", "max", "min", "mode")
-@rule("argmax", "argmin")
+@rule("argmax", "argmin", "_is_all_true", "_is_any_true")
 def _reduction(flow: Flow, operation: Operation) -> list[Labels]:
     source = operation.inputs[0]
     if operation.name in ("max", "min") and "other" in operation.arguments:
@@ -59,7 +63,8 @@ def _reduction(flow: Flow, operation: Operation) -> list[Labels]:
     dims = operation.arguments.get("dim", operation.arguments.get("dims"))
     dims = (dims,) if isinstance(dims, int) else dims
     over = {int(dim) % max(len(labels), 1) for dim in dims} if dims else set(range(len(labels)))
-    numbers = operation.name in ("argmax", "argmin") or (dims and operation.name in ("max", "min", "median", "mode"))
+    places = operation.outputs[1] if dims and operation.name in _TELL_PLACES else None
+    numbers = operation.name in ("argmax", "argmin") or (places is not None and flow.is_read(places))
     for dim in over if numbers else ():
         flow.couplings.pin(
             labels[dim], said(operation, "tells which of its channels is the largest, by number", BY_NUMBER)

@@ -277,6 +277,18 @@ class Recorder:
             one = {_ONE.get(k, k): v[place] if k in lists else v for k, v in arguments.items() if k not in packed}
             self.tape.operations.append(Operation(name, one, (self.made(result),), self.site(), pointwise))
 
+    def unfused(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Run what a recurrent layer computes with products that the rules know, if it is not taken as a whole."""
+        backends: tuple[Any, ...] = () if self._whole else (torch.backends.mkldnn, torch.backends.cudnn)
+        before = [backend.enabled for backend in backends]
+        try:
+            for backend in backends:
+                backend.enabled = False
+            return func(*args, **kwargs)
+        finally:
+            for backend, enabled in zip(backends, before, strict=True):
+                backend.enabled = enabled
+
     def read(self, tensors: Sequence[torch.Tensor]) -> None:
         """Note that Python code has looked into tensors."""
         if not self._whole:
@@ -360,7 +372,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Reads(TorchFunctionMode):
-    """Notes what leaves for Python or NumPy: no operator tells of it."""
+    """Notes what leaves for Python or NumPy: no operator tells of it. And has recurrent layers run in operators."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -369,6 +381,8 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
             self._recorder.read([argument for argument in args if isinstance(argument, torch.Tensor)])
+        if func in _RECURRENT:
+            return self._recorder.unfused(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
 
@@ -389,6 +403,8 @@ _EACH = "_foreach_"
 
 _ONE = {"scalar": "other", "scalars": "other"}
 """Names of their arguments -> those of the operators that they are many of."""
+
+_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 
 _OF_SHAPES = {"is_same_size", "_has_same_storage_numel", "prim::layout"}
 """Operators that tell something of shapes alone, which forward derivatives and nested tensors ask for."""
