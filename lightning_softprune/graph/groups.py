@@ -70,6 +70,7 @@ class PruningGroup:
         least: How many channels have to stay.
         outputs: Who gives its channels to other code, the model itself being the empty name, and the width of what it
             gives. These are modules until components are assigned, and components then.
+        step: Kept channels are a multiple of it: what code of the model's asks for, whatever the user does.
     """
 
     name: str
@@ -82,6 +83,7 @@ class PruningGroup:
     counts: tuple[Count, ...] = ()
     least: int = 1
     outputs: tuple[tuple[str, int], ...] = ()
+    step: int = 1
 
     def refuse(self, reason: str) -> PruningGroup:
         """Return this group as not prunable."""
