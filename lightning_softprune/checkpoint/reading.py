@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,6 +76,24 @@ def read_record(record: Any, checkpoint: Mapping[str, Any]) -> Record:
             )
     _check_optimizers(record, {*form.shapes, *(state if isinstance(state, Mapping) else ())}, checkpoint)
     return Record(form, dense, list(record["results"]), list(record.get("earlier", ())))
+
+
+def read_source(source: Any) -> tuple[Record | None, Mapping[str, Any]]:
+    """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict."""
+    wrong = ValueError('neither a checkpoint, nor its "softprune" record, nor a state dict of tensors')
+    if isinstance(source, (str, Path)):
+        raise ValueError(f"{str(source)!r} is a path and {wrong}; load it first, as in torch.load(path)")
+    if not isinstance(source, Mapping):
+        raise wrong
+    state = source.get("state_dict", source)
+    state = state if isinstance(state, Mapping) else {}
+    if RECORD in source and not isinstance(source[RECORD], torch.Tensor):  # a parameter may have this name
+        return read_record(source[RECORD], source), {} if state is source else state
+    if "state_dict" not in source and is_record(source):
+        return read_record(source, {}), {}
+    if not tensor_shapes(state):
+        raise wrong
+    return None, state
 
 
 def recorded_rounds(record: Any, field: str = "results") -> list[PruningResult]:

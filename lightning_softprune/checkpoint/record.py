@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, tensor_sites
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, tensor_sites
 from lightning_softprune.graph import layer_type
 from lightning_softprune.results import PruningResult
+from lightning_softprune.utilities.plain_types import LARGEST_INTEGER
 
 FORMAT = 2
 """Version of the record: 2 where it has what older versions do not know: counts, tensors, heads; else 1."""
@@ -86,13 +87,39 @@ class SaveHook(InstanceHook):
 def mark(state: Any) -> None:
     """Let a state dict say that it is of a pruned module, where no tensor is: beside the versions of its modules."""
     if isinstance(versions := getattr(state, "_metadata", None), dict):
-        versions.setdefault("", {})[RECORD] = True
+        versions.setdefault("", {}).setdefault(RECORD, True)
 
 
 def is_marked(state: Any) -> bool:
     """Whether a state dict says so."""
     versions = getattr(state, "_metadata", None)
     return isinstance(versions, dict) and RECORD in versions.get("", {})
+
+
+class CountsHook:
+    """Writes the attributes of a pruned module that count channels into its state dicts, where no tensor is.
+
+    It stays on the module, which is copied and pickled with it. Copies of a state dict in other types lose what it
+    writes.
+    """
+
+    def __call__(self, module: nn.Module, _: Any, __: str, versions: dict[str, Any]) -> None:
+        """Called by the module's `state_dict`."""
+        hook = save_hook(module)
+        counts = {} if hook is None else counts_of(module, hook.dense.counts)
+        if counts:
+            versions[RECORD] = counts
+
+
+def counts_in(state: Any) -> dict[str, int]:
+    """The attributes that a state dict knows, by name, and their values."""
+    versions = getattr(state, "_metadata", None)
+    return {
+        f"{prefix}.{name}".lstrip("."): value
+        for prefix, held in (versions.items() if isinstance(versions, dict) else ())
+        for name, value in (held[RECORD].items() if isinstance(held.get(RECORD), dict) else ())
+        if type(value) is int and 0 < value <= LARGEST_INTEGER
+    }
 
 
 def keep_dense(
@@ -106,9 +133,7 @@ def keep_dense(
         counts: The attributes that the round has changed, and the values before.
         unsaved: The tensors of no state dict that the round has changed, before it.
     """
-    hook = save_hook(module)
-    if hook is None:
-        hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
+    hook = save_hook(module) or _hooked(module, dense)
     before = hook.dense
     hook.dense = replace(before, counts={**counts, **before.counts}, unsaved={**copied(unsaved), **before.unsaved})
 
@@ -127,10 +152,16 @@ def keep_record(
         results: The rounds so far.
         earlier: The rounds of the fits before.
     """
-    hook = save_hook(module)
-    if hook is None:
-        hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
+    hook = save_hook(module) or _hooked(module, dense)
     hook.results, hook.earlier = _plain(results), _plain(earlier)
+
+
+def _hooked(module: pl.LightningModule, dense: ModelShapes) -> SaveHook:
+    """Give a module the hooks of a pruned one."""
+    hook = module.__dict__[SaveHook.name] = SaveHook(module, dense, [])
+    if not any(isinstance(other, CountsHook) for other in module._state_dict_hooks.values()):
+        module._register_state_dict_hook(CountsHook())  # type: ignore[no-untyped-call]
+    return hook
 
 
 def _left_out(module: nn.Module, form: ModelShapes, dense: ModelShapes, state: Any) -> dict[str, torch.Tensor]:

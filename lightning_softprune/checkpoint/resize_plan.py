@@ -6,20 +6,22 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_softprune.checkpoint.reading import Record, is_record, read_record, tensor_shapes
-from lightning_softprune.checkpoint.record import keep_record, save_hook
+from lightning_softprune.checkpoint.doubts import doubtful_counts
+from lightning_softprune.checkpoint.reading import read_source, tensor_shapes
+from lightning_softprune.checkpoint.record import counts_in, keep_record, save_hook
 from lightning_softprune.checkpoint.shapes import (
     RECORD,
     ModelShapes,
     TensorSite,
+    counts_of,
     damaged,
     number_of_elements,
     owner_of,
@@ -47,7 +49,7 @@ def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
     Args:
         model: A module of the architecture that was saved.
         checkpoint_or_record: A checkpoint, its ``"softprune"`` record, or a state dict. Without a record, sizes are
-            taken from the tensors' shapes.
+            taken from the tensors' shapes, and a warning names what they leave in doubt, such as a number of heads.
 
     Raises:
         ValueError: The model is not of this architecture, or the shapes alone do not tell the size of a layer; the
@@ -102,7 +104,7 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     Raises:
         ValueError: See :func:`resize`.
     """
-    record, state = _read(source)
+    record, state = read_source(source)
     hook = save_hook(model)
     live = ModelShapes.of(model)
     shapes = tensor_shapes(state)
@@ -115,7 +117,8 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     elif hook is not None and not live.has(shapes) and hook.dense.has(shapes):
         target = dense = hook.dense
     else:
-        target, dense, exact = ModelShapes({}, shapes), live, False
+        counts = {name: value for name, value in counts_in(state).items() if counts_of(model, [name])}
+        target, dense, exact = ModelShapes({}, shapes, counts), live, False
     if exact and hook is not None:  # what this file does not know of was never pruned there
         target = target.completed(hook.dense)
     if strict:
@@ -123,8 +126,13 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     plan = _ResizePlan(model, live, target, dense, exact)
     _check_amount(plan, state, "the state dict" if record is None else f"the {RECORD!r} record")
 
+    doubtful = [] if exact else doubtful_counts(model, plan.places, plan.wanted)
+    doubtful = [name for name in doubtful if name.partition(" ")[0] not in target.counts]
+
     def do() -> None:
         plan.apply()
+        if doubtful:
+            rank_zero_warn(_DOUBTFUL.format(", ".join(doubtful)))
         if isinstance(model, counterparts(pl.LightningModule)):
             if hook is not None and exact:
                 hook.remove()  # what it knows of rounds is not this file's history
@@ -132,6 +140,12 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
                 keep_record(model, record.dense, record.results, record.earlier)
 
     return PlannedResize(model, do, target.left_out)
+
+
+_DOUBTFUL = (
+    "SoftPruning: {}: the shapes alone do not tell whether this counts what the file has fewer of (as heads are "
+    "counted); it stays as it is: pass the whole checkpoint, or its 'softprune' record, or set it after this"
+)
 
 
 @contextmanager
@@ -150,24 +164,6 @@ def _all_or_nothing(model: nn.Module) -> Iterator[None]:
         for module, kind in classes:
             module.__class__ = kind
         raise
-
-
-def _read(source: Any) -> tuple[Record | None, Mapping[str, Any]]:
-    """Tell a checkpoint, a record and a state dict apart: the record, if there is one, and the state dict."""
-    wrong = ValueError('neither a checkpoint, nor its "softprune" record, nor a state dict of tensors')
-    if isinstance(source, (str, Path)):
-        raise ValueError(f"{str(source)!r} is a path and {wrong}; load it first, as in torch.load(path)")
-    if not isinstance(source, Mapping):
-        raise wrong
-    state = source.get("state_dict", source)
-    state = state if isinstance(state, Mapping) else {}
-    if RECORD in source and not isinstance(source[RECORD], torch.Tensor):  # a parameter may have this name
-        return read_record(source[RECORD], source), {} if state is source else state
-    if "state_dict" not in source and is_record(source):
-        return read_record(source, {}), {}
-    if not tensor_shapes(state):
-        raise wrong
-    return None, state
 
 
 _BELIEVED = 2**22

@@ -60,8 +60,7 @@ class ModelShapes:
         shapes = {place.name: tuple(place.tensor.shape) for place in tensor_sites(model) if not place.lazy}
         if like is None:
             return cls(layers, shapes)
-        found = {name: integer_of(*owner_of(model, name)) for name in like.counts}
-        counts = {name: value for name, value in found.items() if value is not None}
+        counts = counts_of(model, like.counts)
         tensors = {
             place.name: place.tensor for place in tensor_sites(model, like.unsaved) if place.name in like.unsaved
         }
@@ -269,6 +268,12 @@ def owner_of(model: nn.Module, name: str) -> tuple[nn.Module | None, str]:
         return model.get_submodule(path), attribute
     except AttributeError:
         return None, attribute
+
+
+def counts_of(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """The integer attributes of these names that a module has, and their values."""
+    found = {name: integer_of(*owner_of(model, name)) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def recorded_sizes(module: nn.Module) -> Sizes:

@@ -6,8 +6,9 @@ Such a reader gets a bias, unless
   training it subtracts the batch's mean, to which ``b`` does not matter. So its running mean takes the constant, and
   the network keeps its parameters and the names in its state dict. Only where this BatchNorm alone reads the outputs,
   and nothing else; that is found by watching every function that is called with them while the steps run.
-- no optimizer could train a bias there (`surgery/optimizers.py`), or the layer computes with none: the reader gets no
-  constant, and its regressions have no intercept.
+- code of its owner's computes with its weight by itself, as the merging of low-rank factors does, which would leave the
+  bias out: the reader gets no constant, and its regressions have no intercept.
+- no optimizer could train a bias there (`surgery/optimizers.py`), or the layer computes with none: the same.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from lightning_softprune.surgery import weights_without_bias
 from lightning_softprune.utilities.distributed import same_over_processes
 from lightning_softprune.utilities.hooks import registered
 from lightning_softprune.utilities.nested import attribute_at, tensors_in
+from lightning_softprune.utilities.ownership import is_framework_name, names_by_function
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ def find_intercepts(
     }
     refused = weights_without_bias(optimizers, weights)
     refused |= {name for name, layer in layers.items() if name not in norms and not takes_bias(layer)}
+    refused |= {name for name in layers if name not in norms and _is_read_apart(model, name)}
     for twin, original, *_ in pairs:
         refused |= {twin, original} if refused & {twin, original} else set()
     return Intercepts(norms, frozenset(refused))
@@ -102,6 +105,35 @@ def find_intercepts(
 def _lacks_bias(layer: nn.Module) -> bool:
     geometry = weight_geometry(layer)
     return geometry.is_whole and layer._parameters.get(geometry.bias) is None
+
+
+_PREPARES = ("init", "reset", "tie")
+"""In the names of functions that only give weights their values."""
+
+
+def _is_read_apart(model: nn.Module, name: str) -> bool:
+    """Whether code of a module around a layer names the layer and its weight, outside of what training runs.
+
+    What PyTorch and Lightning call (`forward`, steps, hooks) is left out: there the layer itself is called as well.
+    """
+    weight = weight_geometry(model.get_submodule(name)).weight
+    above, parts = [""], name.split(".")
+    above += [".".join(parts[:end]) for end in range(1, len(parts))]
+    for place, path in enumerate(above):
+        keyed = [isinstance(model.get_submodule(other), _CONTAINERS) for other in above[place:]]
+        if keyed[0]:
+            continue
+        wanted = {weight, *(part for part, key in zip(parts[place:], keyed, strict=True) if not key)}
+        kind = type(model.get_submodule(path))
+        for function, names in names_by_function(kind):
+            prepares = "init" in names or any(word in function for word in _PREPARES)
+            if wanted <= names and not prepares and not is_framework_name(kind, function):
+                return True
+    return False
+
+
+_CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.Sequential)
+"""Their layers have keys, which no code names."""
 
 
 def _pairs(names: Mapping[str, Any], twins: Mapping[str, str]) -> Iterator[tuple[str, str, str, str]]:

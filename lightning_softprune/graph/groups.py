@@ -71,6 +71,7 @@ class PruningGroup:
         outputs: Who gives its channels to other code, the model itself being the empty name, and the width of what it
             gives. These are modules until components are assigned, and components then.
         crashed: Whether the reason is that the user's own code fails with fewer channels.
+        step: Kept channels are a multiple of it: what code of the model's asks for, whatever the user does.
     """
 
     name: str
@@ -84,6 +85,7 @@ class PruningGroup:
     least: int = 1
     outputs: tuple[tuple[str, int], ...] = ()
     crashed: bool = False
+    step: int = 1
 
     def refuse(self, reason: str, *, crashed: bool = False) -> PruningGroup:
         """Return this group as not prunable."""

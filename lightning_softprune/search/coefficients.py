@@ -47,6 +47,11 @@ class Named(Protocol):
         """How many of them have to stay."""
         ...
 
+    @property
+    def step(self) -> int:
+        """What those that stay are a multiple of."""
+        ...
+
 
 class Counting(Protocol):
     """What this module has to know of a cost model."""
@@ -75,7 +80,8 @@ def build_rounding(groups: Sequence[Named], bounds: Mapping[str, Sequence[float]
             raise ValueError(no_match("bounds", pattern, names, "prunable group or component"))
         low[hits], high[hits] = smallest, largest
     channels = np.array([group.num_channels for group in groups], dtype=np.int64)
-    return Rounding(channels, low, high, round_to, np.array([group.least for group in groups], dtype=np.int64))
+    least, steps = (np.array([getattr(g, name) for g in groups], dtype=np.int64) for name in ("least", "step"))
+    return Rounding(channels, low, high, round_to, least, steps)
 
 
 def _names(group: Named) -> tuple[str, ...]:
@@ -241,7 +247,7 @@ def build_space(
         target=budgets.target,
         tolerance=budgets.tolerance,
         norms=np.array([norms[groups].mean() for groups in members]),
-        unit=np.full(len(members), rounding.round_to, dtype=np.int64),
+        unit=np.array([rounding.step[groups].max() for groups in members], dtype=np.int64),
         limits=tuple(budgets.limits.values()),
         shares=shares if budgets.limits else None,
         errors=errors,

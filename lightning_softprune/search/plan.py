@@ -52,6 +52,7 @@ class Rounding:
         high: Largest coefficient of each group, shape ``(m,)``.
         round_to: Kept channels are a multiple of it, unless the group is left whole.
         stay: How many channels of each group have to stay, shape ``(m,)``; ``None``: one.
+        steps: Kept channels are a multiple of this too, shape ``(m,)``; ``None``: of one.
     """
 
     channels: IntArray
@@ -59,6 +60,12 @@ class Rounding:
     high: FloatArray
     round_to: int = 1
     stay: IntArray | None = None
+    steps: IntArray | None = None
+
+    @property
+    def step(self) -> IntArray:
+        """What the kept channels of each group are a multiple of, shape ``(m,)``."""
+        return np.lcm(self.round_to, np.ones_like(self.channels) if self.steps is None else self.steps)
 
     def counts(self, coefficients: FloatArray) -> IntArray:
         """Round to removed channels: the nearest allowed number, and never the whole group.
@@ -78,9 +85,9 @@ class Rounding:
         least = np.ceil(np.minimum(self.low, self.high) * n - _EPS).astype(np.int64)
         most = np.minimum(np.floor(self.high * n + _EPS).astype(np.int64), n - (1 if self.stay is None else self.stay))
         wanted = np.clip(np.floor(np.asarray(coefficients) * n + 0.5).astype(np.int64), 0, n - 1)
-        if self.round_to == 1:
+        step = self.step
+        if (step == 1).all():
             return np.clip(wanted, np.minimum(least, most), most)
-        step = self.round_to
         fewest = np.maximum(-(-(n - most) // step), 1) * step  # smallest multiple that the upper bound allows
         largest = np.maximum((n - least) // step * step, fewest)
         kept = np.clip(np.floor((n - wanted) / step + 0.5).astype(np.int64) * step, fewest, largest)

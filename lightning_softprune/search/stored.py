@@ -137,6 +137,7 @@ class StoredGroup:
         low: Its smallest coefficient.
         high: Its largest one.
         owner: Number of the coefficient that it follows.
+        step: What those that stay are a multiple of.
     """
 
     name: str
@@ -147,6 +148,7 @@ class StoredGroup:
     low: float
     high: float
     owner: int
+    step: int = 1
 
 
 def _require(fits: bool, what: str) -> None:
@@ -183,8 +185,8 @@ class SearchNumbers:
         number = len(self.groups)
         _require({group.owner for group in self.groups} == set(range(len(self.coefficients))), "owners of the groups")
         for group in self.groups:
-            fits = 0 <= group.least <= group.num_channels and 0.0 <= group.low <= group.high <= 1.0
-            _require(fits, f"least, low and high of group {group.name!r}")
+            fits = 0 <= group.least <= group.num_channels and 0.0 <= group.low <= group.high <= 1.0 and group.step >= 1
+            _require(fits, f"least, low, high and step of group {group.name!r}")
         for place, slot in enumerate(self.costs.slots):
             fits = len(slot.groups) == len(slot.removed) and set(slot.groups) <= set(range(number))
             _require(
@@ -209,7 +211,9 @@ class SearchNumbers:
         """What a realisation and its groups say; `more` are `dense`, `samples` and `errors`."""
         rounding, coefficients = realisation.rounding, realisation.coefficients
         stored = (
-            StoredGroup(group.name, group.component, group.kind, group.num_channels, group.least, low, high, owner)
+            StoredGroup(
+                group.name, group.component, group.kind, group.num_channels, group.least, low, high, owner, group.step
+            )
             for group, low, high, owner in zip(
                 groups, rounding.low.tolist(), rounding.high.tolist(), coefficients.owners.tolist(), strict=True
             )

@@ -9,6 +9,7 @@ kept; groups alike (the heads of all blocks) share it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,44 @@ def probe_with_counts(
         run()  # where the whole model does not run any more either, that is not the groups' fault
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
-    return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+    found = [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+    return _in_steps(counted, found, counts, round_to, probed, unlike)
+
+
+def _in_steps(
+    groups: Sequence[PruningGroup],
+    found: Sequence[PruningGroup],
+    counts: Mapping[str, Sequence[Count]],
+    round_to: int,
+    probed: _Probing,
+    unlike: _Probing,
+) -> list[PruningGroup]:
+    """What was found; groups that run with fewer channels by two, four, ... at a time take the smallest such step."""
+    failed = [i for i, g in enumerate(groups) if g.prunable and found[i].crashed]
+    largest: dict[int, PruningGroup] = {}
+    for i in failed:
+        steps = [step for step in _STEPS if 2 * math.lcm(step, round_to) <= groups[i].num_channels]
+        if steps:
+            largest[i] = replace(groups[i], step=steps[-1])
+
+    def running(tried: Mapping[int, PruningGroup]) -> dict[int, PruningGroup]:
+        after = dict(zip(tried, probed(list(tried.values())), strict=True)) if tried else {}
+        return {i: group for i, group in after.items() if group.prunable and not unlike([group])}
+
+    if largest:  # what fails with these fails with smaller ones
+        stepped = list(largest.values())
+        stepped = _counted(stepped, probed(stepped), counts, probed, unlike)
+        largest = running(dict(zip(largest, stepped, strict=True)))
+    result, left = list(found), largest
+    for step in _STEPS:
+        fits = running({i: replace(group, step=step) for i, group in left.items() if step <= group.step})
+        result = [fits.get(i, group) for i, group in enumerate(result)]
+        left = {i: group for i, group in left.items() if i not in fits}
+    return result
+
+
+_STEPS = (2, 4, 8, 16)
+"""Channels of 16 bytes, in numbers of eight bytes to one."""
 
 
 def _is_a_pair_of_blocks(group: PruningGroup) -> bool:

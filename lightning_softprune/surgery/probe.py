@@ -12,6 +12,7 @@ Groups are probed together, each with a pattern of its own, and apart where some
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -83,7 +84,9 @@ def probe_groups(
         return list(groups)
     probe = _Probe(model, groups, run, dense or look_at_dense(model, run, run_otherwise))
     numbers = [i for i, group in enumerate(groups) if group.prunable]
-    patterns = {i: _patterns(groups[i].num_channels, round_to, groups[i].least) for i in numbers}
+    patterns = {
+        i: _patterns(groups[i].num_channels, math.lcm(round_to, groups[i].step), groups[i].least) for i in numbers
+    }
     problems: dict[int, _Problem] = {}
     crashes: dict[int, list[_Problem]] = {i: [] for i in numbers}
     most = max((len(found) for found in patterns.values()), default=0)
@@ -152,8 +155,14 @@ def unlike_masked(
     if not compared:
         return []
     probe = _Probe(model, compared, run, dense or look_at_dense(model, run, run_otherwise))
-    cuts = {i: tuple(range(0, g.num_channels, 2))[: g.num_channels - 1] for i, g in enumerate(compared)}
+    cuts = {i: _every_second(group) for i, group in enumerate(compared)}
     return [compared[i] for i in _unlike_masked(model, probe, cuts)]
+
+
+def _every_second(group: PruningGroup) -> tuple[int, ...]:
+    """Half of a group's channels, or so many less that what stays is a multiple of its step."""
+    half = tuple(range(0, group.num_channels, 2))[: group.num_channels - 1]
+    return half[: len(half) - (len(half) - group.num_channels) % group.step]
 
 
 def _unlike_masked(model: nn.Module, probe: _Probe, cuts: Mapping[int, tuple[int, ...]]) -> list[int]:

@@ -26,11 +26,11 @@ def best_reading(read: Read) -> list[PruningGroup]:
     best, grouping = read({}, ())
     choices: dict[str, int] = {}
     for attempt in range(1, _MOST_READINGS):
-        working = {site for g in best if g.prunable for site in grouping.splits.get(g.name, ())}
+        working = {site for g in best if _is_fine(g) for site in grouping.splits.get(g.name, ())}
         failing = {
             site: attempt
             for g in best
-            if not g.prunable
+            if not _is_fine(g)
             for site, alternatives in grouping.splits.get(g.name, {}).items()
             if site not in working and attempt < alternatives
         }
@@ -39,10 +39,10 @@ def best_reading(read: Read) -> list[PruningGroup]:
         found, other = read({**choices, **failing}, ())
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    stuck = [g for g in best if g.crashed]
+    stuck = [g for g in best if g.step > 1 or g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
     for united in (together, along if along != together else ()):
-        if not united or not any(g.crashed for g in best):
+        if not united or not any(g.step > 1 or g.crashed for g in best):
             continue
         found, _ = read(choices, united)
         if _reached(found) > _reached(best):
@@ -50,6 +50,12 @@ def best_reading(read: Read) -> list[PruningGroup]:
     return best
 
 
-def _reached(groups: Sequence[PruningGroup]) -> int:
-    """How many slots of layers can lose something."""
-    return len(set().union(*(group.slots() for group in groups if group.prunable)))
+def _is_fine(group: PruningGroup) -> bool:
+    """Whether single channels of a group can go."""
+    return group.prunable and group.step == 1
+
+
+def _reached(groups: Sequence[PruningGroup]) -> tuple[int, int]:
+    """How many slots of layers can lose single channels, and how many anything."""
+    fine = set().union(*(group.slots() for group in groups if _is_fine(group)))
+    return len(fine), len(fine.union(*(group.slots() for group in groups if group.prunable)))

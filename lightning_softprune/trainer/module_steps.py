@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from inspect import unwrap
-from types import CodeType
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from lightning_softprune.graph import record_usage
 from lightning_softprune.trainer.isolation import isolated_rng
 from lightning_softprune.utilities.hooks import forward_hook, is_about_gradients, registered
 from lightning_softprune.utilities.nested import is_container, rebuild, tensors_in
-from lightning_softprune.utilities.ownership import is_of_a_framework
+from lightning_softprune.utilities.ownership import codes_of, is_of_a_framework
 
 Step = Callable[[], Any]
 Steps = list[Step]
@@ -283,7 +281,7 @@ def reads_its_mode(module: nn.Module) -> bool:
     """Whether code of the user's own, in a module or below it, asks whether it is training."""
     kinds = {kind for child in module.modules() for kind in type(child).__mro__ if not is_of_a_framework(kind)}
     functions = [value for kind in kinds for value in vars(kind).values()]
-    return any("training" in code.co_names for code in _codes_of(functions))
+    return any("training" in code.co_names for code in codes_of(functions))
 
 
 def code_in_training(module: nn.Module) -> None:
@@ -296,15 +294,6 @@ def code_in_training(module: nn.Module) -> None:
         child.training = not is_of_a_framework(type(child)) and (child.training or not trains)
 
 
-def _codes_of(functions: Iterable[Any]) -> Iterator[CodeType]:
-    """The code of functions, and of what is defined inside of them."""
-    codes = [code for function in functions if (code := getattr(unwrap(function), "__code__", None)) is not None]
-    while codes:
-        code = codes.pop()
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        yield code
-
-
 def may_log(module: nn.Module, name: str) -> bool:
     """Whether a module's own code has a name in it, as a whole or in two pieces, that it may log at other times.
 
@@ -314,7 +303,7 @@ def may_log(module: nn.Module, name: str) -> bool:
     """
     pieces: set[str] = set()
     functions = [value for kind in type(module).__mro__ if not is_of_a_framework(kind) for value in vars(kind).values()]
-    for code in _codes_of(functions):
+    for code in codes_of(functions):
         for constant in code.co_consts:
             found = constant if isinstance(constant, tuple) else (constant,)
             pieces |= {text for text in found if isinstance(text, str) and len(text) > 1}

@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import UserDict, UserList
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from inspect import unwrap
 from pathlib import Path, PurePath
-from types import FrameType, FunctionType, MemberDescriptorType, SimpleNamespace, TracebackType
+from types import CodeType, FrameType, FunctionType, MemberDescriptorType, SimpleNamespace, TracebackType
+from typing import Any
 
 FRAMEWORKS = frozenset(
     {"lightning", "lightning_fabric", "lightning_softprune", "lightning_utilities", "numpy", "pytorch_lightning"}
@@ -89,6 +91,38 @@ def _is_installed(kind: type | FunctionType) -> bool:
         return True
     file = getattr(sys.modules.get(str(kind.__module__)), "__file__", None)
     return isinstance(file, str) and not {"site-packages", "dist-packages"}.isdisjoint(PurePath(file).parts)
+
+
+# ------------------------------------------------------------------------------------------------------ what code reads
+
+
+def codes_of(functions: Iterable[Any]) -> Iterator[CodeType]:
+    """The code of functions, and of what is defined inside of them."""
+    codes = [code for function in functions if (code := getattr(unwrap(function), "__code__", None)) is not None]
+    while codes:
+        code = codes.pop()
+        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+        yield code
+
+
+def is_framework_name(kind: type, name: str) -> bool:
+    """Whether a framework's class, which this one inherits from, has a function of this name: `forward`, steps, hooks.
+
+    >>> import torch
+    >>> is_framework_name(torch.nn.Linear, "forward"), is_framework_name(torch.nn.Linear, "merged")
+    (True, False)
+    """
+    return any(name in vars(base) for base in kind.__mro__ if is_of_a_framework(base))
+
+
+def names_by_function(kind: type) -> Iterator[tuple[str, set[str]]]:
+    """The functions of a class and those it inherits from, without the frameworks', and what each reads by name."""
+    for base in kind.__mro__:
+        own = {} if package_of(base) in FRAMEWORKS | sys.stdlib_module_names else vars(base)
+        for name, function in own.items():
+            names = {read for code in codes_of([function]) for read in code.co_names}
+            if names:
+                yield name, names
 
 
 # -------------------------------------------------------------------------------------------------------------- frames

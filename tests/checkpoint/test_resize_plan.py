@@ -116,6 +116,35 @@ def test_a_state_dict_alone_is_enough_where_shapes_tell(case):
     assert_like(grown, dense, x)
 
 
+class Heads(nn.Module):
+    """Reads some of its numbers where it lays tensors out, and others elsewhere or not at all."""
+
+    def __init__(self, heads=4, width=32, repeats=2):
+        super().__init__()
+        self.heads, self.width, self.repeats, self.head_dim = heads, width, repeats, width // heads
+        self.qkv, self.out = nn.Linear(6, 3 * width, bias=False), nn.Linear(width, 6)
+
+    def split(self, x):
+        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1)]
+
+    def forward(self, x):
+        for _ in range(self.repeats):
+            x = self.out(nn.functional.scaled_dot_product_attention(*self.split(x)).transpose(1, 2).flatten(2))
+        return x
+
+
+def test_a_number_that_shapes_leave_in_doubt_is_named_in_a_warning():
+    model, pruned = nn.Sequential(Heads()), nn.Sequential(Heads(3, 24)).state_dict()
+    with pytest.warns(UserWarning, match=r"SoftPruning: 0\.heads \(4\): the shapes alone do not tell") as caught:
+        resize(model, pruned)
+    model.load_state_dict(pruned)
+    assert (len(caught), model[0].heads) == (1, 4)
+    for told in (Heads(4, 20), Heads()):  # no four wide heads less, and nothing that changes
+        resize(nn.Sequential(Heads()), nn.Sequential(told).state_dict())
+    record = {"format": 1, **ModelShapes.of(model).to_dict(), "created_biases": [], "results": []}
+    resize(nn.Sequential(Heads()), {**record, "dense": ModelShapes.of(nn.Sequential(Heads())).to_dict()})
+
+
 class NoAffine(nn.Module):
     """Normalisations that have no tensor of their own."""
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import UniformBaseline, load_from_checkpoint, resize
@@ -63,6 +64,28 @@ def assert_equal(model, other):
     assert counts(model) == counts(other)
     assert torch.equal(model.pos.pe, other.pos.pe)
     assert torch.equal(model(x), other(x))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_state_dict_alone_has_the_counts_with_it(copied, tmp_path):
+    model = prune(made_reader(), ONLY_HEADS)
+    torch.save((copy.deepcopy(model) if copied else model).state_dict(), tmp_path / "weights.pt")
+    fresh = made_reader(seed=5)
+    resize(fresh, in_memory(tmp_path / "weights.pt"))
+    fresh.load_state_dict(model.state_dict())
+    assert_equal(fresh, model)
+    averaged = AveragedModel(made_reader(seed=5))
+    resize(averaged, AveragedModel(model).state_dict())
+    assert counts(averaged.module) == counts(model)
+
+
+def test_counts_of_a_state_dict_that_names_other_modules_do_not_matter():
+    state = prune(made_reader(), ONLY_HEADS).state_dict()
+    state._metadata["elsewhere"] = {"softprune": {"num_heads": 2, "attn": "x"}}
+    state._metadata[""]["softprune"] |= {"attn.nothing": 1, "attn.num_heads": 10**30}
+    fresh = made_reader(seed=5)
+    resize(fresh, state)
+    assert (fresh.attn.num_heads, fresh.attn.all_head_size) == (4, 9)
 
 
 @EVERY_KIND

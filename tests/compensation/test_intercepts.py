@@ -323,3 +323,63 @@ def test_means_alone_cannot_make_up_for_anything_without_a_bias():
         kept = kept.index_select(dim, indices)
     assert model.conv.bias is None
     assert torch.equal(model.conv.weight, kept)
+
+
+class LowRank(nn.Module):
+    """A layer with low-rank factors beside it, which may be merged into its weight."""
+
+    def __init__(self, keyed=False):
+        super().__init__()
+        self.base, rank = nn.Linear(6, 5), 4
+        self.down, self.up = nn.Linear(6, rank, bias=False), nn.Linear(rank, 5, bias=False)
+        if keyed:
+            self.down, self.up = nn.ModuleDict({"a": self.down}), nn.ModuleDict({"a": self.up})
+        self.keyed = keyed
+
+    def reset(self):
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + (self.up["a"](self.down["a"](x)) if self.keyed else self.up(self.down(x)))
+
+
+class Merging(LowRank):
+    def merged(self):
+        return self.base.weight + self.up.weight @ self.down.weight
+
+
+class MergingByKey(LowRank):
+    def __init__(self):
+        super().__init__(keyed=True)
+
+    def merged(self, key="a"):
+        return self.base.weight + self.up[key].weight @ self.down[key].weight
+
+
+class Read(LowRank):
+    """Its weights are read where that says nothing of biases."""
+
+    def tie_weights(self):
+        self.base.weight = self.up.weight
+
+    def forward(self, x):
+        return super().forward(x).to(self.up.weight.dtype)
+
+
+@pytest.mark.parametrize(
+    ("build", "refused"),
+    [(LowRank, set()), (Read, set()), (Merging, {"1.down", "1.up"}), (MergingByKey, {"1.down.a", "1.up.a"})],
+)
+def test_weights_that_are_merged_into_others_get_no_bias(build, refused):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        net = Prepared(nn.Sequential(nn.Linear(3, 6), build()).eval(), torch.randn(24, 3) + 0.4)
+    intercepts = find_intercepts(net.model, net.groups, net.steps)
+    assert intercepts == Intercepts(refused=frozenset(refused))
+    model, surgery, _ = pruned(net, intercepts)
+    assert bool(surgery.created) is not bool(refused)
+    if build is Merging:
+        x = model[0](net.inputs[0])
+        assert torch.allclose(
+            model(*net.inputs), nn.functional.linear(x, model[1].merged(), model[1].base.bias), atol=1e-6
+        )

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from lightning_softprune import find_groups
+from lightning_softprune.utilities.nested import attribute_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -79,6 +80,26 @@ def test_the_raw_input_is_called_an_input():
     groups = {group.name: group for group in find_groups(Residual(), torch.randn(3, 5))}
     assert "an input of shape (3, 5)" in groups["back"].reason
     assert groups["body"].prunable
+
+
+class Swapping(nn.Module):
+    """Computes with other weights than its own, or fills a buffer."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.body, self.head = name, nn.Linear(5, 8), nn.Linear(8, 2)
+        self.register_buffer("seen", torch.zeros(8))
+        self.held = [torch.ones(8)]
+
+    def forward(self, x):
+        attribute_at(self, self.name).data.copy_(self.held[0])
+        return self.head(self.body(x) + self.seen)
+
+
+def test_weights_that_are_swapped_in_are_called_so():
+    words = "writes a tensor of fixed width into body.bias of shape (8,); let Lightning's WeightAveraging"
+    assert words in {g.name: g for g in find_groups(Swapping("body.bias"), torch.randn(3, 5))}["body"].reason
+    assert "writes" not in {g.name: g for g in find_groups(Swapping("seen"), torch.randn(3, 5))}["body"].reason
 
 
 class Inner(nn.Module):

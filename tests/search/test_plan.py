@@ -68,6 +68,13 @@ def test_a_vector_and_a_matrix_of_coefficients_agree():
     assert [both.counts(row).tolist() for row in values] == both.counts(values).tolist()
 
 
+def test_a_group_may_have_a_step_of_its_own():
+    three = Rounding(np.array([24, 24, 24]), np.zeros(3), np.ones(3), 2, steps=np.array([1, 4, 3]))
+    alone = [rounding(24, step).counts(GRID[:, None]) for step in (2, 4, 6)]
+    assert np.array_equal(three.counts(np.repeat(GRID[:, None], 3, axis=1)), np.concatenate(alone, axis=1))
+    assert three.step.tolist() == [2, 4, 6]
+
+
 @pytest.mark.parametrize("round_to", [1, 3, 4])
 def test_reported_coefficients_are_at_most_one_channel_away(round_to):
     r = Rounding(np.array([5, 16]), np.array([0.0, 0.2]), np.array([1.0, 0.7]), round_to)

@@ -70,6 +70,36 @@ def test_two_blocks_of_channels_that_change_places_within_are_found_though_one_i
     assert_same(model, before)
 
 
+class Lanes(nn.Module):
+    """Takes widths that are multiples of a number, and of one it knows by itself."""
+
+    def __init__(self, multiple, width=24):
+        super().__init__()
+        self.multiple, self.body, self.head = multiple, nn.Linear(6, width), nn.Linear(width, 2)
+
+    def forward(self, x):
+        x = self.body(x)
+        if x.shape[1] % self.multiple:
+            raise RuntimeError("a stride")
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "width", "round_to", "step"),
+    [
+        *((1, 24, 1, 1), (2, 24, 1, 2), (4, 24, 1, 4), (8, 48, 3, 8), (16, 48, 1, 16), (4, 24, 4, 1), (8, 24, 16, 1)),
+        *((3, 24, 1, 0), (8, 24, 12, 0), (8, 24, 3, 0), (8, 8, 1, 0), (24, 24, 1, 0)),
+    ],
+)
+def test_groups_that_run_with_multiples_of_channels_alone_go_in_such_steps(multiple, width, round_to, step):
+    model, x = Lanes(multiple, width), torch.randn(5, 6)
+    groups = zoo.trace_groups(model, [lambda: Lanes.forward(model, x)])
+    before = snapshot(model)
+    body = probe_with_counts(model, groups, Candidates(), lambda: model(x), round_to=round_to)[0]
+    assert (body.name, body.prunable, body.step if body.prunable else 0) == ("body", step > 0, step)
+    assert_same(model, before)
+
+
 def test_blocks_alike_are_counted_by_the_first_and_each_keeps_its_own_verdict():
     """One is tried before the others; one of another make is refused all the same, and no attribute changes for it."""
 

@@ -89,10 +89,8 @@ class Flow:
     def describe(self, value: Value) -> str:
         """A tensor in words: its name or what made it, and its shape."""
         shape = self.shape(value)
+        value = self._origin(value)
         maker = self._makers.get(value.number)
-        while maker is not None and maker.name in _RESHAPED:
-            value = maker.inputs[0]
-            maker = self._makers.get(value.number)
         name = self.tape.sources.get(value.number, "an input" if maker is None else "")
         if maker is not None:
             made = f"the output of {maker.layer}" if maker.layer else f"what {maker.name} gives"
@@ -114,6 +112,19 @@ class Flow:
             for label in known:
                 self.couplings.pin(label, f"goes through {custom}, an autograd function of the model's own; {OWN_CODE}")
         return known
+
+    def is_parameter(self, value: Value) -> bool:
+        """Whether it is a parameter, or looks at one."""
+        name = self.tape.sources.get(self._origin(value).number, "")
+        return isinstance(self._tensors.get(name), nn.Parameter)
+
+    def _origin(self, value: Value) -> Value:
+        """What a tensor was before it was laid out otherwise."""
+        maker = self._makers.get(value.number)
+        while maker is not None and maker.name in _RESHAPED:
+            value = maker.inputs[0]
+            maker = self._makers.get(value.number)
+        return value
 
     def atoms(self, layer: str, slot: str) -> IntArray:
         """The atoms of a layer's slot; equal parts of it lose the same channels."""

@@ -31,6 +31,9 @@ class Flow(Protocol):
     def describe(self, value: Value) -> str:
         """The tensor in words."""
 
+    def is_parameter(self, value: Value) -> bool:
+        """Whether it is a parameter, or looks at one."""
+
     def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
         """Which of some dimensions the code around counts as heads."""
 

@@ -22,7 +22,6 @@ def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     "lerp",
     "addcmul",
     "addcdiv",
-    "copy",
     "clamp",
     "maximum",
     "minimum",
@@ -30,6 +29,21 @@ def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     "_prelu_kernel",
 )
 def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
+    return pointwise(flow, operation)
+
+
+_SWAPPED = "let Lightning's WeightAveraging keep averaged weights and validate with them"
+
+
+@rule("copy")
+def _copy(flow: Flow, operation: Operation) -> list[Labels]:
+    """Weights that are written over while steps run are of the width of what is written."""
+    target, source = operation.inputs[0], operation.arguments.get("src")
+    fixed = isinstance(source, Value) and any(isinstance(n, str) and n == FIXED for n in flow.labels(source))
+    if fixed and flow.is_parameter(target):
+        text = f"writes a tensor of fixed width into {flow.describe(target)}"
+        for label in flow.labels(target):
+            flow.couplings.pin(label, said(operation, text, _SWAPPED))
     return pointwise(flow, operation)
 
 

@@ -211,7 +211,6 @@ FROM_TRANSFORMERS = (
             config=DECODER,
             num_local_experts=3,
             num_experts_per_tok=2,
-            experts_implementation="eager",
         ),
         SENTENCES,
         head=8,
