@@ -8,6 +8,7 @@ A module is traced by running its own steps (`trace`), its channels are followed
 from lightning_softprune.graph.components import (
     Form,
     assign_components,
+    check_twins,
     equal_parts,
     form_of,
     match_modules,
@@ -55,7 +56,6 @@ from lightning_softprune.graph.layers import (
     weight_of,
     write_weight,
 )
-from lightning_softprune.graph.left_out import nothing_prunable
 from lightning_softprune.graph.reach import Coverage, Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
@@ -89,6 +89,7 @@ __all__ = [
     "add_layer_type",
     "assign_components",
     "check_layers",
+    "check_twins",
     "checked_layers",
     "computed_of",
     "coverage",
@@ -102,7 +103,6 @@ __all__ = [
     "match_modules",
     "mirror_counts",
     "mirror_twins",
-    "nothing_prunable",
     "parts_called",
     "record_macs",
     "record_usage",

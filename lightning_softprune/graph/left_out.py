@@ -65,10 +65,3 @@ def _is_part(name: str, model: nn.Module) -> bool:
     parent = name.rpartition(".")[0]
     entry = layer_type(model.get_submodule(parent)) if parent != name else None
     return entry is not None and entry.owns_children
-
-
-def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
-    """Word the error for a model in which every group is refused."""
-    reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8])
-    more = f"; and {len(groups) - 8} more" if len(groups) > 8 else ""
-    return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"

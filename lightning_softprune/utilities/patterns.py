@@ -1,4 +1,4 @@
-"""Names that a user's pattern may mean."""
+"""Names that a user's pattern, or a name with a mistake, may mean."""
 
 from __future__ import annotations
 
@@ -12,5 +12,18 @@ def no_match(argument: str, pattern: str, names: Sequence[str], what: str) -> st
     >>> no_match("ignore", "decoder.*", ["encoder", "head"], "module")
     "ignore: the pattern 'decoder.*' matches no module; near names: 'encoder'"
     """
-    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5) or list(names[:8])
-    return f"{argument}: the pattern {pattern!r} matches no {what}; near names: {', '.join(map(repr, near)) or 'none'}"
+    return f"{argument}: the pattern {pattern!r} matches no {what}; {_near_names(pattern, names)}"
+
+
+def no_module(argument: str, name: str, names: Sequence[str]) -> str:
+    """Word the error for a name, where no pattern will do, that is not that of a module.
+
+    >>> no_module("twins", "encoder.*", ["encoder", "head"])
+    "twins: 'encoder.*' is not the name of a module; near names: 'encoder'"
+    """
+    return f"{argument}: {name!r} is not the name of a module; {_near_names(name, names)}"
+
+
+def _near_names(given: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(given, names, n=3, cutoff=0.5) or list(names[:8])
+    return f"near names: {', '.join(map(repr, near)) or 'none'}"

@@ -86,7 +86,7 @@ def test_the_index_has_every_reason():
 
 RAISED = {
     *("ArgumentTypeError", "FileError", "FileExistsError", "MisconfigurationException", "ModuleNotFoundError"),
-    *("NotImplementedError", "OutOfReachError", "RuntimeError", "ScoresError", "TypeError", "ValueError"),
+    *("NotImplementedError", "OutOfReachError", "RuntimeError", "TypeError", "ValueError"),
     *("rank_zero_warn", "warn"),
 }
 
