@@ -18,6 +18,11 @@ _TURNS, _LEAST_TURNS, _ENOUGH = 3, 2, 0.5
 """Turns, and how many are enough once they have taken so many seconds: what is slow scatters less."""
 
 
+def seconds_to_compare(step: float) -> float:
+    """About what it takes to time a plan beside the module as it is, whose step takes so long."""
+    return max(2 * _LEAST_TURNS * step, _ENOUGH)
+
+
 class Stopwatch:
     """Times the validation step of plans against that of the module as it is.
 

@@ -37,7 +37,7 @@ from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import SearchOutcome, SearchStrategy
 from lightning_softprune.surgery import Transaction
-from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, averaged_copies, isolated_rng
+from lightning_softprune.trainer import MisconfigurationException, ModuleRunner, averaged_copies, isolated_rng, watched
 
 
 def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSettings, goal: Goal) -> PruningResult:
@@ -64,6 +64,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
     copies, form = averaged_copies(trainer), ModelShapes.of(module)
     with (
         isolated_rng(seed),
+        watched(phases.tick),
         torch.inference_mode(False),
         Transaction(module, *copies, optimizers=all_optimizers(trainer, module)) as transaction,
         _runner(trainer, module, settings, seed) as runner,
