@@ -210,7 +210,7 @@ class Rounds(pl.Callback):
         if self._has_schedule and self.limits is not None:
             goal["limits"] = limits_on_the_way(self.limits, goal["target"] / (self.targets[-1] or 1.0))
         goal["on_the_way"] = any(result.applied for result in self.results)
-        return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(applied), **goal)
+        return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:
         aim = self._goal(**goal)

@@ -86,7 +86,7 @@ def objective_of(settings: RoundSettings, before: Mapping[str, float], direction
 
 def check_prunable(problem: PruningProblem, goal: Goal) -> None:
     """Refuse a model in which nothing can be pruned, unless that is so because a round has pruned it."""
-    if not problem.groups and not goal.pruned_before:
+    if not problem.groups and not (goal.pruned_before or goal.on_the_way):
         raise MisconfigurationException(
             f"SoftPruning found nothing that can be pruned in this model. {problem.why_left_out()}"
         )

@@ -76,8 +76,8 @@ class Goal:
             it may find. Give it with ``commit=False``: all of it is taken back, and no file is written.
         earlier: The round of this fit before this one; where its curves lie, tells where to look first.
         take_teacher: Is given the dense network after a commit, where the settings ask for a teacher.
-        pruned_before: Whether a round has pruned the module: what it has removed is not removed again.
-        on_the_way: Whether that was a round of this fit, which need not have gone as far as this one is to go.
+        pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
+        on_the_way: Whether a round of this fit has.
         limits: What may remain of each cost in this round; ``None``: what the settings say.
         judged: What becomes of modules outside of the model that look like parts of it, by identity.
     """
@@ -100,16 +100,8 @@ class Goal:
         return settings if self.limits is None else replace(settings, limits=self.limits)
 
     def asks_no_more(self, sparsity: float, tolerance: float) -> bool:
-        """Whether a module of this sparsity was pruned before as far as this round is to go.
-
-        >>> Goal(1, 0.5, pruned_before=True).asks_no_more(0.49, tolerance=0.02)
-        True
-        >>> Goal(2, 0.5, pruned_before=True, on_the_way=True).asks_no_more(0.49, tolerance=0.02)
-        False
-        """
-        if not self.pruned_before or self.target is None:
-            return False
-        return sparsity >= self.target - (0.0 if self.on_the_way else tolerance)
+        """Whether an earlier fit has made a module as sparse as this round is to make it."""
+        return self.pruned_before and self.target is not None and sparsity >= self.target - tolerance
 
 
 LIMITS = (*COSTS, "latency")

@@ -19,9 +19,9 @@ def no_module(argument: str, name: str, names: Sequence[str]) -> str:
     """Word the error for a name, where no pattern will do, that is not that of a module.
 
     >>> no_module("twins", "encoder.*", ["encoder", "head"])
-    "twins: 'encoder.*' is not the name of a module; near names: 'encoder'"
+    "twins: 'encoder.*' matches no module; near names: 'encoder' (no patterns: a whole name)"
     """
-    return f"{argument}: {name!r} is not the name of a module; {_near_names(name, names)}"
+    return f"{argument}: {name!r} matches no module; {_near_names(name, names)} (no patterns: a whole name)"
 
 
 def _near_names(given: str, names: Sequence[str]) -> str:

@@ -749,10 +749,10 @@ class Mirrored(AutoEncoder):
     [
         ({"copied": "encoder"}, ["'copied' does not mirror 'encoder'", "'2.bias', '2.weight'"]),
         ({"copied": "copied"}, ["'copied' is given as its own twin"]),
-        ({"copied": "encodr"}, ["'encodr' is not the name of a module", "near names: 'encoder'"]),
-        ({"copied.*": "encoder.*"}, ["'copied.*' is not the name of a module", "'copied.0'"]),
-        ({"copied.0.weight": "encoder.0.weight"}, ["'copied.0.weight' is not the name of a module"]),
-        ({"copied": ""}, ["'' is not the name of a module"]),
+        ({"copied": "encodr"}, ["'encodr' matches no module", "near names: 'encoder'"]),
+        ({"copied.*": "encoder.*"}, ["'copied.*' matches no module", "'copied.0'"]),
+        ({"copied.0.weight": "encoder.0.weight"}, ["'copied.0.weight' matches no module"]),
+        ({"copied": ""}, ["'' matches no module"]),
     ],
     ids=str,
 )
