@@ -18,6 +18,7 @@ channel are summed over everything it touches, so that a group is ranked as a wh
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -46,13 +47,10 @@ _PART = 2**20
 IMPORTANCES = ("magnitude", "activation", "taylor", "reconstruction", "random")
 
 Importance = Callable[[nn.Module, PruningGroup], Any]
-"""A criterion of one's own: ``(model, group) -> scores``, one number per channel; the smallest go first."""
+"""A criterion of one's own: ``(model, group) -> scores``, one real number per channel; the smallest go first, ``-inf``
+before all, ``inf`` after all others. NaN is an error."""
 
 Steps = Sequence[Callable[[], Any]]
-
-
-class ScoresError(ValueError):
-    """A criterion of the user's own does not return one number per channel."""
 
 
 def checked_importance(importance: Any) -> str | Importance | None:
@@ -88,8 +86,8 @@ def rank(
         One permutation of ``range(num_channels)`` per group.
 
     Raises:
-        ValueError: ``taylor``, and a step returns no loss with a gradient; or an unknown criterion.
-        ScoresError: A function of the user's own does not return one number per channel.
+        ValueError: ``taylor``, and a step returns no loss with a gradient; a function of the user's own fails, or does
+            not return one number per channel; or an unknown criterion.
     """
     importance = checked_importance(importance)
     if importance == "random":
@@ -108,21 +106,41 @@ def rank(
 
 
 def _own(importance: Importance, model: nn.Module, group: PruningGroup) -> FloatArray:
-    """The scores of a function of the user's own, as an array."""
-    with torch.no_grad():
-        given = importance(model, group)
+    """The scores of a function of the user's own, as an array.
+
+    Raises:
+        ValueError: The function fails, or what it returns are no scores.
+    """
+    name = getattr(importance, "__qualname__", type(importance).__qualname__)
     try:
-        scores = np.asarray(torch.as_tensor(given).detach().cpu(), dtype=np.float64)
-    except (TypeError, ValueError, RuntimeError):
-        scores = np.empty(())
-    if scores.shape != (group.num_channels,):
-        name = getattr(importance, "__qualname__", type(importance).__qualname__)
-        what = f"{type(given).__name__} of the shape {tuple(np.shape(given))}" if np.ndim(scores) else repr(given)
-        raise ScoresError(
-            f"importance: {name} returns {what} for the group {group.name!r}, not one number for each of its "
-            f"{group.num_channels} channels"
+        with torch.no_grad():
+            given = importance(model, group)
+    except Exception as error:
+        raise ValueError(
+            f"importance: {name} fails for the group {group.name!r}: {type(error).__name__}: {error}"
+        ) from error
+    scores, mistake = _as_scores(given, group.num_channels)
+    if mistake:
+        raise ValueError(
+            f"importance: {name} returns {mistake} for the group {group.name!r}, not one real number for each of its "
+            f"{group.num_channels} channels (inf and -inf are allowed, NaN is not)"
         )
     return scores
+
+
+def _as_scores(given: Any, channels: int) -> tuple[FloatArray, str]:
+    """What was returned as scores, and where these are none, what it is instead."""
+    try:
+        found = torch.as_tensor(given).detach().cpu()
+        scores = found.real.double().numpy()
+    except (TypeError, ValueError, RuntimeError):
+        return np.empty(0), reprlib.repr(given)
+    if found.is_complex():
+        return scores, "complex numbers"
+    if scores.shape != (channels,):
+        return scores, f"{type(given).__name__} of the shape {scores.shape}" if scores.ndim else repr(given)
+    missing = int(np.isnan(scores).sum())
+    return scores, f"{missing} times NaN" if missing else ""
 
 
 def norms(model: nn.Module, groups: Sequence[PruningGroup]) -> FloatArray:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zer
 
 from lightning_softprune.checkpoint import LoadHook, ModelShapes, is_recorded, keep_record, rounds_of
 from lightning_softprune.compensation import Teacher
-from lightning_softprune.graph import LayerSpec, check_layers, match_modules
+from lightning_softprune.graph import LayerSpec, check_layers, check_twins, match_modules
 from lightning_softprune.report import (
     dense_checkpoints_stay,
     log_figures,
@@ -127,7 +127,7 @@ class Rounds(pl.Callback):
         try:
             check_layers(pl_module)
             match_modules(pl_module, self.ignore, "ignore")
-            match_modules(pl_module, [*(self.twins or {}), *(self.twins or {}).values()], "twins")
+            check_twins(pl_module, self.twins or {})
             for name, patterns in (self.components or {}).items():
                 match_modules(pl_module, patterns, f"components[{name!r}]")
         except ValueError as error:
@@ -217,6 +217,7 @@ class Rounds(pl.Callback):
         goal["take_teacher"] = self._take_teacher
         if self._has_schedule and self.limits is not None:
             goal["limits"] = limits_on_the_way(self.limits, goal["target"] / (self.targets[-1] or 1.0))
+        goal["on_the_way"] = any(result.applied for result in self.results)
         return Goal(dense_latency_ratio=1.0 / math.prod(faster), pruned_before=bool(self._earlier), **goal)
 
     def _search(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **goal: Any) -> PruningResult:

@@ -59,9 +59,10 @@ class SoftPruning(PruningHooks):
         bounds: Pattern of group or component names -> ``[low, high]`` of their coefficients.
         importance: Which channels of a group go first: "magnitude", "activation", "taylor", "reconstruction" (one by
             one, that without which the consumers' outputs are still rebuilt best by least squares), "random", or a
-            function ``(model, group) -> scores`` of your own: one number per channel, the smallest go first. ``None``:
-            "reconstruction" with least squares, but "activation" without, for streams to which several layers add, and
-            for consumers of more than 1,536 inputs.
+            function ``(model, group) -> scores`` of your own: one real number per channel, the smallest go first
+            (``inf``: last; NaN is an error); it is called once before training too. ``None``: "reconstruction" with
+            least squares, but "activation" without, for streams to which several layers add, and for consumers of more
+            than 1,536 inputs.
         compensation: How consumers make up for removed channels: "none", "bias" (their means move into the bias) or
             "least_squares" (they are predicted from the kept channels). Closed form, no training.
         healing: Training batches on which the committed plan is trained, inside the round, to compute what the dense

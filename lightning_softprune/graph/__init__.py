@@ -8,6 +8,7 @@ A module is traced by running its own steps (`trace`), its channels are followed
 from lightning_softprune.graph.components import (
     Form,
     assign_components,
+    check_twins,
     equal_parts,
     form_of,
     match_modules,
@@ -54,7 +55,6 @@ from lightning_softprune.graph.layers import (
     weight_of,
     write_weight,
 )
-from lightning_softprune.graph.left_out import nothing_prunable
 from lightning_softprune.graph.reach import Groups, coverage
 from lightning_softprune.graph.trace import trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
@@ -84,6 +84,7 @@ __all__ = [
     "WeightGradients",
     "assign_components",
     "check_layers",
+    "check_twins",
     "checked_layers",
     "computed_of",
     "coverage",
@@ -97,7 +98,6 @@ __all__ = [
     "match_modules",
     "mirror_counts",
     "mirror_twins",
-    "nothing_prunable",
     "parts_called",
     "record_macs",
     "record_usage",

@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
-from lightning_softprune.utilities.names import is_inside, no_match, without_digits
+from lightning_softprune.utilities.names import is_inside, no_match, no_module, without_digits
 
 _APART = "have it read those of the module that is mirrored, or take the twin out"
 
@@ -124,6 +124,27 @@ def assign_components(
     return assigned
 
 
+def check_twins(model: nn.Module, twins: Mapping[str, str]) -> None:
+    """Make sure that twins are modules with the parameters of the modules that they mirror.
+
+    Raises:
+        ValueError: A name is not that of a module, a module is its own twin, or the two have other parameters.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    for twin, original in twins.items():
+        for name in (twin, original):
+            if name not in modules:
+                raise ValueError(no_module("twins", name, list(modules)))
+        if twin == original:
+            raise ValueError(f"twins: {twin!r} is given as its own twin; name the module that it mirrors")
+        forms = [form_of(modules[name]) for name in (twin, original)]
+        differing = sorted(dict({*forms[0]} ^ {*forms[1]}))
+        if differing and not any(map(is_lazy, (*modules[twin].parameters(), *modules[original].parameters()))):
+            raise ValueError(
+                f"twins: {twin!r} does not mirror {original!r}; different are: {', '.join(map(repr, differing))}"
+            )
+
+
 def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mapping[str, str]) -> list[PruningGroup]:
     """Let twins follow the modules they mirror: the same plan, no coefficients of their own.
 
@@ -137,19 +158,9 @@ def mirror_twins(model: nn.Module, groups: Sequence[PruningGroup], twins: Mappin
         others read channels that only a twin makes, these stay.
 
     Raises:
-        ValueError: A name matches no module, or a twin's parameters are not those of the module it mirrors.
+        ValueError: As for `check_twins`.
     """
-    match_modules(model, [*twins, *twins.values()], "twins")
-    for twin, original in twins.items():
-        shapes = [
-            {name: tuple(p.shape) for name, p in model.get_submodule(module).named_parameters()}
-            for module in (twin, original)
-        ]
-        if shapes[0] != shapes[1]:
-            differing = sorted(dict(shapes[0].items() ^ shapes[1].items()))
-            raise ValueError(
-                f"twins: {twin!r} does not mirror {original!r}; different are: {', '.join(map(repr, differing))}"
-            )
+    check_twins(model, twins)
     mirrored = []
     for group in groups:
         own = [member for member in group.members if not any(is_inside(member.module, twin) for twin in twins)]

@@ -13,8 +13,6 @@ from lightning_softprune.graph.layers import layer_type
 from lightning_softprune.graph.trace import Trace
 from lightning_softprune.utilities.names import joined
 
-_NOTHING = "It has no parameters outside of twins."
-
 
 def left_alone(
     model: nn.Module, groups: Sequence[PruningGroup], trace: Trace, reason_of: Callable[[str], str]
@@ -70,10 +68,3 @@ def _is_part(name: str, model: nn.Module) -> bool:
     parent = name.rpartition(".")[0]
     entry = layer_type(model.get_submodule(parent)) if parent != name else None
     return entry is not None and entry.owns_children
-
-
-def nothing_prunable(groups: Sequence[PruningGroup]) -> str:
-    """Word the error for a model in which every group is refused."""
-    reasons = "; ".join(f"{group.name}: {group.reason}" for group in groups[:8]) or _NOTHING
-    more = f"; and {len(groups) - 8} more" if len(groups) > 8 else ""
-    return f"SoftPruning found nothing that can be pruned in this model. {reasons}{more}"

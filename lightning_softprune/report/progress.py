@@ -3,7 +3,7 @@
 Lightning's own bars may be alive while a search runs, and two live displays on one terminal destroy each other. So the
 search's bar follows the Trainer's: with `RichProgressBar` it is one more row of that display, with `TQDMProgressBar`
 one more tqdm bar below it, and where no bar is wanted or the output is not a terminal (a CI log), plain lines: one at
-the start of the search, one at its end, and one every 30 s between them.
+the start of the search, one at its end, and one every 30 s between them and in all other phases.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Style = Literal["auto", "rich", "tqdm", "plain", "none"]
 _STYLES = ("auto", "rich", "tqdm", "plain", "none")
 
 LINE_EVERY = 30.0
-"""Seconds between the lines of a search where no bar moves."""
+"""Seconds between the lines of a round where no bar moves."""
 
 
 def progress_style(trainer: Trainer) -> Literal["rich", "tqdm", "plain"]:
@@ -176,17 +176,23 @@ class SearchProgress:
 
 
 class _PhaseBar(SearchProgress):
-    """A bar of a phase, which may have no known end; nothing where no bar moves."""
+    """A bar of a phase, which may have no known end; where no bar moves, a line when one is due."""
 
-    def __init__(self, name: str, style: Style, trainer: Trainer | None, total: int | None = None) -> None:
-        super().__init__(total, "", "min", style, trainer=trainer)
+    def __init__(self, name: str, phases: Phases, total: int | None = None) -> None:
+        super().__init__(total, "", "min", phases.style, trainer=phases.trainer)
         self.name = f"SoftPruning, {name}"
+        self._pace = phases.pace
+
+    def tick(self) -> None:
+        """Something was done that is no step of the phase."""
+        if isinstance(self._display, _PhaseLines):
+            self._display.update(self.evaluations, self.total, "")
 
     def _best_text(self) -> str:
         return ""
 
-    def _plain_lines(self, console: Console) -> None:
-        return None
+    def _plain_lines(self, console: Console) -> _Display:
+        return _PhaseLines(console, self.name, self._pace)
 
 
 class Phases:
@@ -203,22 +209,44 @@ class Phases:
     def __init__(self, style: Style, trainer: Trainer | None = None) -> None:
         self.style, self.trainer = style, trainer
         self.seconds: dict[str, float] = {}
+        self.pace = _Pace()
+        self._bar: _PhaseBar | None = None
+
+    def tick(self) -> None:
+        """Note that the phase goes on: to be called as often as may be, or there is no line where one is due."""
+        if self._bar is not None:
+            self._bar.tick()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Show the phase while the block runs."""
-        with self.timed(name), _PhaseBar(name, self.style, self.trainer):
+        with self._shown(name):
             yield
 
     @contextmanager
     def counted(self, name: str, total: int) -> Iterator[Callable[[float], None]]:
         """Show a phase of so many steps; yields what to call with each step's error."""
-        with self.timed(name), _PhaseBar(name, self.style, self.trainer, total) as bar:
+        with self._shown(name, total) as bar:
             yield bar.advance
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        """Keep the time of a phase that has a bar of its own."""
+        """Keep the time of a phase that has a bar, and lines, of its own."""
+        with self._kept(name):
+            yield
+        self.pace.last = time.perf_counter()
+
+    @contextmanager
+    def _shown(self, name: str, total: int | None = None) -> Iterator[_PhaseBar]:
+        self._bar = bar = _PhaseBar(name, self, total)
+        try:
+            with self._kept(name), bar:
+                yield bar
+        finally:
+            self._bar = None
+
+    @contextmanager
+    def _kept(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield
@@ -242,6 +270,40 @@ class _Display(Protocol):
     def update(self, evaluations: int, total: int | None, best: str) -> None: ...
 
     def close(self, evaluations: int, best: str, complete: bool) -> None: ...
+
+
+class _Pace:
+    """When lines of a round are due that no bar is drawn of.
+
+    Attributes:
+        began: When the round did.
+        last: When the last line was printed.
+    """
+
+    def __init__(self) -> None:
+        self.began = self.last = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Whether a line is; it counts as printed."""
+        now = time.perf_counter()
+        due = now - self.last >= LINE_EVERY
+        self.last = now if due else self.last
+        return due
+
+
+class _PhaseLines:
+    def __init__(self, console: Console, name: str, pace: _Pace) -> None:
+        self._console, self._name, self._pace = console, name, pace
+
+    def update(self, evaluations: int, total: int | None, best: str) -> None:
+        if self._pace.is_due():
+            count = "" if total is None else f" {evaluations:,} of {total:,},"
+            with Tqdm.external_write_mode(file=self._console.file):
+                passed = self._pace.last - self._pace.began
+                print_line(self._console, f"{self._name}:{count} {passed:.0f} s since the round began")
+
+    def close(self, evaluations: int, best: str, complete: bool) -> None:
+        pass
 
 
 class _PlainLines:

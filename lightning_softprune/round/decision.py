@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from lightning_softprune.round.latency import Stopwatch, worth_timing
 from lightning_softprune.round.prepare import PruningProblem
-from lightning_softprune.round.settings import RoundSettings
+from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
@@ -65,13 +65,16 @@ def decide(
     return decision
 
 
-def pruned_already(problem: PruningProblem, trials: Trials, before: Mapping[str, float]) -> Decision | None:
-    """The decision to leave a module as it is that is as sparse as was asked for; ``None`` where it is not."""
+def pruned_already(problem: PruningProblem, trials: Trials, before: Mapping[str, float], goal: Goal) -> Decision | None:
+    """The decision to leave a module as it is that is as sparse as was asked for, or as can be; else ``None``."""
     sparsity = trials.unpruned(problem.unpruned_plan(), before).trial.sparsity
-    if trials.target is None or sparsity < trials.target - trials.space.tolerance:
+    if goal.asks_no_more(sparsity, trials.space.tolerance):
+        why = f"target_sparsity={goal.target:g} asks for no more"
+    elif problem.groups:
         return None
-    asked = f"target_sparsity={trials.target:g} asks for no more"
-    sentence = f"it was pruned before, {sparsity:.1%} of the first dense model are gone, and {asked}"
+    else:
+        why = f"nothing is left that can be pruned. {problem.why_left_out()}"
+    sentence = f"it was pruned before, {sparsity:.1%} of the first dense model are gone, and {why}"
     return Decision(None, Verdict.PRUNED_ALREADY, sentence)
 
 

@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
-from lightning_softprune.calibration import ScoresError
 from lightning_softprune.graph import record_usage
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.settings import Goal, RoundSettings
@@ -36,6 +35,7 @@ from lightning_softprune.trainer import (
     seed_from,
 )
 from lightning_softprune.utilities.checks import near_miss
+from lightning_softprune.utilities.ownership import is_raised_by_us
 
 
 def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
@@ -82,6 +82,14 @@ def objective_of(settings: RoundSettings, before: Mapping[str, float], direction
     except ValueError as error:
         raise MisconfigurationException(str(error)) from error
     return replace(settings.objective, scale=scale, mode=mode)
+
+
+def check_prunable(problem: PruningProblem, goal: Goal) -> None:
+    """Refuse a model in which nothing can be pruned, unless that is so because a round has pruned it."""
+    if not problem.groups and not (goal.pruned_before or goal.on_the_way):
+        raise MisconfigurationException(
+            f"SoftPruning found nothing that can be pruned in this model. {problem.why_left_out()}"
+        )
 
 
 def check_reachable(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
@@ -174,10 +182,11 @@ class _Look:
                 self._look(runner, whole=batch is None)
         except MisconfigurationException as error:
             self.error = error
-        except ScoresError as error:
+        except Exception as error:
+            if not is_raised_by_us(error):  # the user's own
+                return True
             self.error = MisconfigurationException(str(error))
-        except Exception:  # the user's own
-            return True
+            self.error.__cause__ = error.__cause__ or error
         return self.error is None and not self.doubt
 
     @contextmanager
@@ -211,10 +220,11 @@ class _Look:
             problem = PruningProblem.prepare(runner, settings, rng, judged.parameters)
         else:
             problem = PruningProblem.sketch(runner, settings, judged.parameters)
+        check_prunable(problem, goal)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)
         sparsity = float(space.sparsity(np.array([problem.unpruned_plan().counts]))[0])
-        if goal.pruned_before and goal.target is not None and sparsity >= space.floor:
+        if not problem.groups or goal.asks_no_more(sparsity, space.tolerance):
             return  # it is left as it is
         check_reachable(space, settings, goal.target)
         check_strategy(space, settings, goal.target)

@@ -42,6 +42,11 @@ def worth_timing(ranked: Iterable[ScoredPlan], problem: PruningProblem) -> Itera
             return
 
 
+def seconds_to_compare(step: float) -> float:
+    """About what it takes to time a plan beside the module as it is, whose step takes so long."""
+    return max(2 * _LEAST_TURNS * step, _ENOUGH)
+
+
 class Stopwatch:
     """Times the validation step of plans against that of the module as it is.
 

@@ -50,7 +50,6 @@ from lightning_softprune.graph import (
     groups_of,
     mirror_counts,
     mirror_twins,
-    nothing_prunable,
     record_usage,
     refuse_unjudged,
     refuse_unseen_readers,
@@ -100,7 +99,7 @@ class PruningProblem:
     """What a round knows of the module once it has been traced and ranked.
 
     Attributes:
-        groups: The prunable groups.
+        groups: The prunable groups; there may be none.
         left_out: Everything else, with the reason.
         coverage: How much of the model is in prunable groups, as a sentence.
         realisation: From vectors of coefficients to plans.
@@ -146,13 +145,13 @@ class PruningProblem:
             phases: Shows what is done, and keeps the time.
 
         Raises:
-            MisconfigurationException: Nothing is prunable, or a name in the bounds is unknown.
+            MisconfigurationException: A name in the bounds is unknown.
         """
         module, judged = runner.module, runner.broadcast(judged)
         phases = phases or Phases("none")
         with phases("tracing"):
             found, applications = _traced(runner, settings, judged)
-        groups = _prunable(found)
+        groups = [group for group in found if group.prunable]
         rounding = _rounding(groups, settings)
         readers = readers_that_lose(module, groups, rounding.high)
         calibration, batches = _calibration(runner, settings, readers, applications)
@@ -191,7 +190,7 @@ class PruningProblem:
         found, applications = _traced(runner, settings, judged, probed=False)
         if not one_can_go(runner.module, found, settings.round_to, lambda: run_steps(runner.tracing(PROBE_SAMPLES))):
             found, applications = _traced(runner, settings, judged)
-        groups = _prunable(found)
+        groups = [group for group in found if group.prunable]
         rankings = [np.arange(group.num_channels, dtype=np.int64) for group in groups]
         if callable(settings.importance):  # the user's own, which may be wrong
             rankings = rank(settings.importance, runner.module, groups, (), {}, np.random.default_rng(0))
@@ -234,6 +233,12 @@ class PruningProblem:
     def emptied(self, plan: Plan) -> str:
         """A layer all of whose channels at one side a plan removes, as groups may that share it; empty without one."""
         return self.costs.emptied(np.array([plan.counts]))
+
+    def why_left_out(self) -> str:
+        """The reasons why groups are not prunable, in a sentence that stays short."""
+        reasons = "; ".join(f"{left.name}: {left.reason}" for left in self.left_out[:8])
+        reasons = reasons or "It has no parameters outside of twins."
+        return reasons + (f"; and {len(self.left_out) - 8} more" if len(self.left_out) > 8 else "")
 
     def prune(self, module: nn.Module, plan: Plan) -> Surgery:
         """Apply a plan with its compensation."""
@@ -423,13 +428,6 @@ def _measured(
     if dense is not None:
         dense.finish(few_samples())
     return positions, statistics, dense
-
-
-def _prunable(found: Sequence[PruningGroup]) -> list[PruningGroup]:
-    groups = [group for group in found if group.prunable]
-    if not groups:
-        raise MisconfigurationException(nothing_prunable(found))
-    return groups
 
 
 def _rounding(groups: Sequence[PruningGroup], settings: RoundSettings) -> Rounding:

@@ -27,7 +27,7 @@ from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
 from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, plans_to_be_healed, rehearse_plan
 from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
-from lightning_softprune.round.feasibility import objective_of
+from lightning_softprune.round.feasibility import check_prunable, objective_of
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
@@ -43,6 +43,7 @@ from lightning_softprune.trainer import (
     averaged_copies,
     isolated_rng,
     seed_from,
+    watched,
 )
 
 
@@ -70,6 +71,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
     copies, form = averaged_copies(trainer), ModelShapes.of(module)
     with (
         isolated_rng(seed),
+        watched(phases.tick),
         torch.inference_mode(False),
         Transaction(module, *copies, optimizers=all_optimizers(trainer, module)) as transaction,
         _runner(trainer, module, settings, seed) as runner,
@@ -81,6 +83,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         objective = objective_of(settings, before, runner.directions)
         settings = replace(settings, mode=objective.mode)
         problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
+        check_prunable(problem, goal)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)
         stopwatch = Stopwatch(runner, problem, goal.dense_latency_ratio, settings.latency_batch)
@@ -180,7 +183,7 @@ def _search(
         Exception: The user's own, where their code fails with every plan.
     """
     runner, trials, before = evaluator.runner, evaluator.trials, evaluator.before
-    enough = pruned_already(evaluator.problem, trials, before) if goal.pruned_before else None
+    enough = pruned_already(evaluator.problem, trials, before, goal)
     if enough is not None:
         return settings.search, SearchOutcome(0, 0, "pruned already"), enough
     if not goal.rehearse:

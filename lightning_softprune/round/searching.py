@@ -13,6 +13,7 @@ import numpy as np
 from lightning_softprune.report import SearchProgress, Style
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_reachable, check_strategy, refusals
+from lightning_softprune.round.latency import seconds_to_compare
 from lightning_softprune.round.racing import finalists
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import (
@@ -63,7 +64,7 @@ def search(
     style: Style = "auto" if settings.verbose else "none"
     planned = strategy.max_evaluations if trials.target is None else strategy.planned_evaluations(space)
     progress_bar = SearchProgress(planned, settings.monitor, settings.mode, style, trainer=trainer)
-    progress_bar.say(_announcement(evaluator, planned, settings.healing))
+    progress_bar.say(_announcement(evaluator, planned, settings, goal))
     with progress_bar as bar:
 
         def evaluate(x: FloatArray) -> float:
@@ -100,8 +101,9 @@ _PASSES_OF_A_LESSON = 4
 """A batch of healing takes about as long as so many passes: the dense network's, and a training step."""
 
 
-def _announcement(evaluator: Evaluator, planned: int | None, healing: int) -> str:
+def _announcement(evaluator: Evaluator, planned: int | None, settings: RoundSettings, goal: Goal) -> str:
     """What the round is about to do, and how long that may take, judged by the pass over the module as it is."""
+    healing = settings.healing
     healed = f"; then healing on {healing:,} batches" if healing else ""
     if healing and (sizes := evaluator.runner.sizes()) is not None:
         each = evaluator.baseline_seconds / max(sum(map(sum, sizes)), 1)
@@ -113,9 +115,18 @@ def _announcement(evaluator: Evaluator, planned: int | None, healing: int) -> st
     if planned is None:
         return f"SoftPruning: {names}, about {each:.2g} s for each evaluation{healed}"
     last = min(finalists(evaluator), planned)
-    seconds = planned * each + last * evaluator.baseline_seconds
+    seconds = planned * each + last * evaluator.baseline_seconds + _seconds_of_commit(evaluator, settings, goal)
     on_all = f" and {counted(last, 'finalist')} on all data" if last else ""
     return f"SoftPruning: {names}, up to {planned:,} evaluations{on_all}, about {seconds:.2g} s{healed}"
+
+
+def _seconds_of_commit(evaluator: Evaluator, settings: RoundSettings, goal: Goal) -> float:
+    """What comes after the search: the plan is timed beside the module as it is, refitted, and scored once more."""
+    passes = 1 if goal.commit and settings.compensation == "least_squares" else 0
+    sizes = evaluator.runner.sizes()
+    batches = 0 if sizes is None else sum(map(len, sizes))
+    timed = seconds_to_compare(evaluator.baseline_seconds / batches) if batches else 0.0
+    return passes * evaluator.baseline_seconds + timed
 
 
 def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> tuple[SearchStrategy, SearchOutcome]:

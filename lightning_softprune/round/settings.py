@@ -81,6 +81,7 @@ class Goal:
         earlier: The round of this fit before this one; where its curves lie, tells where to look first.
         take_teacher: Is given the dense network after a commit, where the settings ask for a teacher.
         pruned_before: Whether an earlier fit has pruned the module: what it has removed is not removed again.
+        on_the_way: Whether a round of this fit has.
         limits: What may remain of each cost in this round; ``None``: what the settings say.
         judged: What becomes of modules outside of the model that look like parts of it, by identity.
     """
@@ -92,6 +93,7 @@ class Goal:
     commit: bool = True
     rehearse: bool = False
     pruned_before: bool = False
+    on_the_way: bool = False
     earlier: PruningResult | None = None
     take_teacher: Callable[[Teacher], None] | None = None
     limits: dict[str, float] | None = None
@@ -100,6 +102,10 @@ class Goal:
     def asked(self, settings: RoundSettings) -> RoundSettings:
         """The settings with what this round alone is asked for."""
         return settings if self.limits is None else replace(settings, limits=self.limits)
+
+    def asks_no_more(self, sparsity: float, tolerance: float) -> bool:
+        """Whether an earlier fit has made a module as sparse as this round is to make it."""
+        return self.pruned_before and self.target is not None and sparsity >= self.target - tolerance
 
 
 LIMITS = (*COSTS, "latency")

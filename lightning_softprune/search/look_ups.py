@@ -76,7 +76,7 @@ class PlanLookUps:
     def __post_init__(self) -> None:
         def put(name: str, value: ArrayLike, dtype: type[Any]) -> NDArray[Any]:
             array = np.array(value, dtype=dtype)
-            if array.ndim != 1 or len(array) == 0 or array.shape != np.shape(self.low):
+            if array.ndim != 1 or array.shape != np.shape(self.low):
                 raise ValueError(f"{name}: shape {array.shape} is not one entry per coefficient, {np.shape(self.low)}")
             array.setflags(write=False)
             object.__setattr__(self, name, array)

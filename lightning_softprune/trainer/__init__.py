@@ -47,7 +47,7 @@ from lightning_softprune.trainer.other_callbacks import (
 )
 from lightning_softprune.trainer.processes import mean_over_processes, wrap_again
 from lightning_softprune.trainer.runner import ModuleRunner
-from lightning_softprune.trainer.steps import LoadedBatch, compiler_off
+from lightning_softprune.trainer.steps import LoadedBatch, compiler_off, watched
 from lightning_softprune.trainer.support import (
     UntrainedCopies,
     refuse_schedule,
@@ -106,6 +106,7 @@ __all__ = [
     "take_epoch_back",
     "take_epoch_back_in",
     "users_callbacks",
+    "watched",
     "what_a_step_shows",
     "why_training_ended",
     "wrap_again",

@@ -36,6 +36,7 @@ from lightning_softprune.trainer.lightning_names import MisconfigurationExceptio
 from lightning_softprune.trainer.module_steps import batch_of
 from lightning_softprune.trainer.steps import (
     LoadedBatch,
+    a_batch_is_done,
     compiler_off,
     loggers_silenced,
     moved_already,
@@ -141,7 +142,9 @@ class _LoaderOfPart:
         return len(self._which)
 
     def __iter__(self) -> Iterator[Any]:
-        return self._data.batches(self._number, self._which)
+        for batch in self._data.batches(self._number, self._which):
+            yield batch
+            a_batch_is_done()
 
     def __getattr__(self, name: str) -> Any:
         # `_iterator` belongs to the user's own workers

@@ -56,6 +56,25 @@ class Ran(NamedTuple):
     logged: dict[str, Any]
 
 
+_watchers: list[Callable[[], None]] = []
+
+
+@contextmanager
+def watched(call: Callable[[], None]) -> Iterator[None]:
+    """Call a function after every batch that a step of a module is run on, in validation passes too."""
+    _watchers.append(call)
+    try:
+        yield
+    finally:
+        _watchers.remove(call)
+
+
+def a_batch_is_done() -> None:
+    """Tell those who watch."""
+    for call in _watchers:
+        call()
+
+
 def _stage(trainer: pl.Trainer, step: str) -> RunningStage:
     return counterpart(RunningStage, trainer)(_STAGES[one_of("step", step, tuple(_STAGES))].value)
 
@@ -263,6 +282,7 @@ def ready_to_run(
         elif begin and step == "training_step" and not trainer.fit_loop.epoch_loop.batch_progress.total.ready:
             pl_module.on_train_epoch_start()
         yield lambda: Ran(function(*arguments), logged)
+    a_batch_is_done()
 
 
 def _arguments(trainer: pl.Trainer, function: Callable[..., Any], step: str, batch: LoadedBatch) -> tuple[Any, ...]:

@@ -151,3 +151,10 @@ def frames_of(traceback: TracebackType | None) -> Iterator[tuple[FrameType, int]
     while traceback is not None:
         yield traceback.tb_frame, traceback.tb_lineno
         traceback = traceback.tb_next
+
+
+def is_raised_by_us(error: BaseException) -> bool:
+    """Whether an exception that was caught is a check of ours that has failed, and not the user's own."""
+    *_, (raised_in, _) = frames_of(error.__traceback__)
+    package = str(raised_in.f_globals.get("__name__", "")).partition(".")[0]
+    return isinstance(error, ValueError) and package == __name__.partition(".")[0]

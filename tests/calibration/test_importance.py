@@ -364,6 +364,16 @@ def test_random_depends_on_its_seed_alone():
     assert [r.tolist() for r in one] != [r.tolist() for r in other]
 
 
+def test_channels_of_infinite_scores_of_ones_own_go_first_and_last():
+    model, batches, groups = make(MLP)
+
+    def scores(model, group):
+        return [float("inf"), *range(group.num_channels - 2), -float("inf")]
+
+    for order, group in zip(ranked(scores, model, groups, batches), groups, strict=True):
+        assert order.tolist() == [group.num_channels - 1, *range(1, group.num_channels - 1), 0]
+
+
 def test_an_unknown_importance_names_the_known_ones():
     model, batches, groups = make(MLP)
     with pytest.raises(ValueError, match=r"importance: 'size' is not one of .*'magnitude'"):

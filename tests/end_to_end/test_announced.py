@@ -6,7 +6,7 @@ import time
 import pytest
 from torch.utils.data import DataLoader
 
-from lightning_softprune import SensitivitySearch
+from lightning_softprune import RandomSearch, SensitivitySearch
 from support.modules import fit, loaders, made, softpruning, vectors
 
 
@@ -47,11 +47,28 @@ def test_choosing_a_part_and_finalists_are_announced_and_phases_of_their_own(tmp
     assert sum(result.phases.values()) == result.seconds < len(steps)
     [line] = [line for line in capsys.readouterr().out.splitlines() if "evaluations and " in line]
     planned = int(re.search(r"up to (\d+) evaluations and 5 finalists on all data, about ", line)[1])
-    assert float(re.search(r"about ([\d.e+]+) s", line)[1]) == pytest.approx(20.0 * planned + 80.0 * 5, rel=0.05)
+    assert float(re.search(r"about ([\d.e+]+) s", line)[1]) == pytest.approx(20.0 * planned + 80.0 * 6 + 4, rel=0.05)
 
 
-def _clock_of_steps(module, monkeypatch):
-    """Let time pass by a second whenever a module looks at a validation batch, and not else."""
+def test_a_log_hears_every_half_minute_of_the_phases_and_how_long_the_rest_may_take(tmp_path, monkeypatch, capsys):
+    data = loaders(made())
+    data["val_dataloaders"] = DataLoader(vectors(80, 2), 8)
+    callback, module = softpruning(search=RandomSearch(num_candidates=9), verbose=True), made()
+    steps = _clock_of_steps(module, monkeypatch, seconds=10.0)
+    fit(tmp_path, module, callback, data=data)
+    result, lines = callback.results[0], capsys.readouterr().out.splitlines()
+    said = [re.fullmatch(r"SoftPruning, ([a-z ]+): (\d+) s since the round began", line) for line in lines]
+    said = [(match[1], int(match[2])) for match in said if match]
+    assert {name for name, _ in said} == {"baseline", "tracing", "timing", "refitting"}
+    assert [passed for name, passed in said if name == "baseline"] == [30, 60, 90]
+    announced = next(line for line in lines if "9 evaluations, about" in line)
+    rest = sum(result.phases[name] for name in ("searching", "timing", "refitting"))
+    assert float(re.search(r"about ([\d.e+]+) s", announced)[1]) == pytest.approx(rest, rel=0.05)
+    assert len(steps) * 10 > result.seconds
+
+
+def _clock_of_steps(module, monkeypatch, seconds=1.0):
+    """Let time pass by so many seconds whenever a module looks at a validation batch, and not else."""
     steps, plain = [], module.validation_step
 
     def counted(batch, batch_idx):
@@ -60,5 +77,5 @@ def _clock_of_steps(module, monkeypatch):
 
     module.validation_step = counted
     for name in ("monotonic", "perf_counter"):
-        monkeypatch.setattr(time, name, lambda: float(len(steps)))
+        monkeypatch.setattr(time, name, lambda: seconds * len(steps))
     return steps

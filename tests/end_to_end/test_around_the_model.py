@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from lightning_softprune import load_from_checkpoint, prune
+from lightning_softprune import PruningResult, load_from_checkpoint, prune
 from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -944,6 +944,57 @@ def test_a_second_fit_may_go_on_from_there_against_the_first_dense_model(tmp_pat
         assert result.applied
         assert result.sparsity == pytest.approx(1 - count(again) / dense, abs=1e-6)
         assert abs(result.sparsity - 0.6) <= 0.03
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target_sparsity": None, "constraints": ["val_loss <= 1e9"]},
+        {"target_sparsity": [0.5, 0.99], "limits": {"latency": 0.9}, "on_violation": "error"},
+        {"target_sparsity": [0.8, 0.98]},
+    ],
+    ids=str,
+)
+def test_a_round_that_finds_nothing_left_to_prune_is_skipped_with_its_reason(tmp_path, arguments):
+    everything = {"target_sparsity": 0.94, "tolerance": 0.01}  # one channel of each group is left
+    module, callback = made(), softpruning(**everything)
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert {group.channels_after for group in callback.results[0].groups} == {1}
+    size, again = count(module), softpruning(epochs=[1, 2], report=True, **arguments)
+    fit(tmp_path, module, again)
+    for result in again.results:
+        assert result.outcome == "skipped"
+        assert "pruned before" in result.reason
+        assert PruningResult.from_dict(result.to_dict()) == result
+    assert "nothing is left that can be pruned. encoder.0: it has a single channel" in again.results[-1].reason
+    assert count(module) == size
+    assert len(list(tmp_path.glob("softprune/epoch=*/report.html"))) == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"target_sparsity": None, "constraints": ["val_loss <= 1e9"]},
+        {"target_sparsity": [0.93, 0.94], "tolerance": 0.012},
+        {"target_sparsity": [0.94, 0.94], "tolerance": 0.01},
+    ],
+    ids=str,
+)
+def test_where_a_round_has_left_nothing_the_next_of_the_same_fit_is_skipped(tmp_path, arguments):
+    callback = softpruning(epochs=[1, 2], **arguments)
+    fit(tmp_path, made(), callback)
+    first, second = callback.results
+    assert (first.outcome, second.outcome) == ("applied", "skipped")
+    assert "nothing is left that can be pruned" in second.reason
+    assert second.sparsity == first.sparsity
+
+
+def test_without_a_round_before_it_nothing_prunable_stays_an_error_of_prune(tmp_path):
+    module = made()
+    fit(tmp_path, module, softpruning(target_sparsity=0.94, tolerance=0.01))
+    with pytest.raises(MisconfigurationException, match="nothing that can be pruned"):
+        prune(module, **loaders(module), target_sparsity=0.5, verbose=False, report=False)
 
 
 def test_prune_measures_against_the_module_as_given(tmp_path):

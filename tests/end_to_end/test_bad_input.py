@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 import lightning_softprune.round.commit as round_module
 import lightning_softprune.round.prepare as network_module
-from lightning_softprune import GradientSearch, GridSearch, RandomSearch, SoftPruning, UniformBaseline
+from lightning_softprune import GradientSearch, GridSearch, LayerSpec, RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.trainer import ModuleRunner
 from support.modules import (
@@ -703,7 +703,13 @@ def test_a_score_that_is_missing_for_pruned_networks_only_is_an_error_with_every
 
 @pytest.mark.parametrize(
     ("scores", "told"),
-    [(None, "returns None for"), ("abc", "returns 'abc' for"), ([1.0, 2.0], r"returns list of the shape (2,) for")],
+    [
+        (None, "returns None for"),
+        ("abc", "returns 'abc' for"),
+        ([1.0, 2.0], r"returns list of the shape (2,) for"),
+        ([1.0] * 15 + [float("nan")], "returns 1 times NaN for"),
+        ([1j] * 16, "returns complex numbers for"),
+    ],
 )
 def test_an_importance_of_ones_own_that_does_not_score_channels_is_told_before_training(tmp_path, scores, told):
     def strange(model, group):
@@ -711,6 +717,79 @@ def test_an_importance_of_ones_own_that_does_not_score_channels_is_told_before_t
 
     message = refused(tmp_path, made(), softpruning(epochs=1, importance=strange))
     assert_says(message, "importance: ", "strange", told, "'encoder.0'", "channels")
+
+
+def test_an_importance_of_ones_own_that_fails_is_told_before_training(tmp_path):
+    def crooked(model, group):
+        raise OopsError("no such attribute")
+
+    def short(model):
+        return [1.0] * 16
+
+    message = refused(tmp_path, made(), softpruning(epochs=2, importance=crooked))
+    assert_says(message, "importance: ", "crooked fails", "'encoder.0'", "OopsError: no such attribute")
+    message = refused(tmp_path, made(), softpruning(epochs=2, importance=short))
+    assert_says(message, "importance: ", "short fails", "TypeError", "positional argument")
+
+
+def test_the_exception_of_an_importance_of_ones_own_is_the_cause_of_ours(tmp_path):
+    called = []
+
+    def later(model, group):
+        called.append(group)
+        if len(called) > 3:  # after the look ahead
+            raise OopsError("later")
+        return range(group.num_channels)
+
+    error = fails(tmp_path, made(), softpruning(importance=later), ValueError)
+    assert_says(error, "importance: ", "OopsError: later")
+    assert isinstance(error.__cause__, OopsError)
+
+
+class Mirrored(AutoEncoder):
+    """A frozen copy of the encoder, of the same widths or of others, that validation runs."""
+
+    def __init__(self, latent=8):
+        super().__init__()
+        self.copied = AutoEncoder(latent=latent).encoder.requires_grad_(False)
+
+    def forward(self, x):
+        self.copied(x)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("twins", "parts"),
+    [
+        ({"copied": "encoder"}, ["'copied' does not mirror 'encoder'", "'2.bias', '2.weight'"]),
+        ({"copied": "copied"}, ["'copied' is given as its own twin"]),
+        ({"copied": "encodr"}, ["'encodr' matches no module", "near names: 'encoder'"]),
+        ({"copied.*": "encoder.*"}, ["'copied.*' matches no module", "'copied.0'"]),
+        ({"copied.0.weight": "encoder.0.weight"}, ["'copied.0.weight' matches no module"]),
+        ({"copied": ""}, ["'' matches no module"]),
+    ],
+    ids=str,
+)
+def test_wrong_twins_are_told_before_training(tmp_path, twins, parts):
+    assert_says(refused(tmp_path, made(Mirrored, latent=6), softpruning(epochs=2, twins=twins)), "twins: ", *parts)
+
+
+def test_a_check_of_ours_that_fails_in_the_users_step_is_told_before_training(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8))
+
+        def forward(self, x):
+            return x * self.weight
+
+    class Net(AutoEncoder):
+        def __init__(self):
+            super().__init__()
+            self.encoder.append(Own())
+
+    layer = LayerSpec(Own, channels={"weight": 0}, channel_dim=5)
+    assert_says(refused(tmp_path, made(Net), softpruning(epochs=2, layers=[layer])), "channel_dim: 5", "Own")
 
 
 def test_a_loss_without_gradient_for_taylor(tmp_path):

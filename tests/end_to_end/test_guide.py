@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from lightning_softprune import register_layer
+from lightning_softprune.cli import main
 from lightning_softprune.graph import layer_type, layout_of
 from support.snippets import SnippetAutoencoder, taken_for_granted
 
@@ -67,6 +68,17 @@ def test_links_lead_to_files(page):
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.stem)
+def test_commands_are_commands(page, capsys):
+    code = re.findall(r"^```.*?^```|`[^`\n]+`", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    words = {word for text in code for word in re.findall(r"lightning-softprune ([a-z]+)", text)}
+    assert words or page.stem != "command_line"
+    for word in words:
+        with pytest.raises(SystemExit) as ended:
+            main([word, "--help"])
+        assert ended.value.code == 0, capsys.readouterr().err
+
+
 def said_in_the_graph():
     """The texts of reasons that name an operation: the second argument of `said`."""
     for path in (ROOT / "lightning_softprune" / "graph" / "flow").glob("*.py"):
@@ -86,7 +98,7 @@ def test_the_index_has_every_reason():
 
 RAISED = {
     *("ArgumentTypeError", "FileError", "FileExistsError", "MisconfigurationException", "ModuleNotFoundError"),
-    *("NotImplementedError", "OutOfReachError", "RuntimeError", "ScoresError", "TypeError", "ValueError"),
+    *("NotImplementedError", "OutOfReachError", "RuntimeError", "TypeError", "ValueError"),
     *("rank_zero_warn", "warn"),
 }
 

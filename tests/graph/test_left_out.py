@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lightning_softprune import find_groups
-from lightning_softprune.graph import nothing_prunable, refuse_unseen_readers
+from lightning_softprune.graph import refuse_unseen_readers
 from lightning_softprune.surgery import probe_groups
 from support.groups import Attending, Wide, by_name, groups_of, slots
 from support.zoo import find
@@ -113,10 +113,6 @@ def test_torchscript_without_parameters_of_its_own_is_listed_once():
     found = by_name(find_groups(nn.Sequential(nn.Linear(5, 6), inner), torch.randn(3, 5)))
     assert list(found) == ["0", "1"]
     assert "TorchScript" in found["1"].reason
-
-
-def test_that_nothing_can_be_pruned_is_never_said_without_a_reason():
-    assert nothing_prunable([]).endswith("this model. It has no parameters outside of twins.")
 
 
 @pytest.mark.parametrize("numbers", [(), (1,), (1, 1)])

@@ -2,6 +2,7 @@ import io
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +407,39 @@ def test_phases_have_bars_of_their_own_on_a_terminal_and_no_lines_elsewhere() ->
                 pass
         assert ("SoftPruning, tracing" in visible(output_of(console))) == terminal
         assert list(phases.seconds) == ["tracing"]
+
+
+def test_a_phase_has_a_line_in_a_log_where_half_a_minute_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("lightning_softprune.report.progress.time.perf_counter", lambda: now)
+    console = make_console(terminal=False)
+    monkeypatch.setattr("rich.get_console", lambda: console)
+    phases = Phases("plain")
+
+    def work(*done: Callable[[], None]) -> None:
+        nonlocal now
+        for step in done:
+            now += 10.0
+            step()
+
+    tick = phases.tick
+    with phases("baseline"):
+        work(tick, tick)
+    with phases("tracing"):
+        work(tick, tick)  # half a minute is over with the first
+    with phases.timed("searching"):
+        work(tick, tick, tick, tick)  # has lines of its own
+    with phases("timing"):
+        work(tick, tick)
+    with phases.counted("healing", 4) as advance:
+        work(tick, lambda: advance(0.5), lambda: advance(0.4), tick, tick)
+    assert output_of(console).splitlines() == [
+        "SoftPruning, tracing: 30 s since the round began",
+        "SoftPruning, healing: 0 of 4, 110 s since the round began",
+        "SoftPruning, healing: 2 of 4, 140 s since the round began",
+    ]
+    work(tick)  # after the phases there is nothing to say
+    assert len(output_of(console).splitlines()) == 3
 
 
 def test_what_is_said_before_a_search_is_one_line_above_it() -> None:
