@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -64,9 +65,10 @@ def probe_groups(
 ) -> list[PruningGroup]:
     """Find the groups that the graph takes for prunable and the code does not.
 
-    Each prunable group loses its first, its last and a middle channel, then a quarter and half of them. A constant in a
-    ``view``, an addition to the raw input or an assumption about the width shows now, not in the middle of a search. A
-    group that runs with single channels gone, but at some larger widths not, stays prunable: its trials will tell.
+    Each prunable group loses its first, its last and a middle channel, then about a quarter and half of them. A
+    constant in a ``view``, an addition to the raw input or an assumption about the width shows now, not in the middle
+    of a search. A group that runs with single channels gone, but at some larger widths not, stays prunable: its trials
+    will tell.
 
     Args:
         model: The model; unchanged afterwards.
@@ -84,9 +86,12 @@ def probe_groups(
         return list(groups)
     probe = _Probe(model, groups, run, dense or look_at_dense(model, run, run_otherwise))
     numbers = [i for i, group in enumerate(groups) if group.prunable]
-    patterns = {
-        i: _patterns(groups[i].num_channels, math.lcm(round_to, groups[i].step), groups[i].least) for i in numbers
-    }
+    earlier: Counter[int] = Counter()  # groups of the same width
+    patterns = {}
+    for i in numbers:
+        width = groups[i].num_channels
+        patterns[i] = _patterns(width, math.lcm(round_to, groups[i].step), groups[i].least, more=earlier[width])
+        earlier[width] += 1
     problems: dict[int, _Problem] = {}
     crashes: dict[int, list[_Problem]] = {i: [] for i in numbers}
     most = max((len(found) for found in patterns.values()), default=0)
@@ -95,7 +100,8 @@ def probe_groups(
         for position, i in enumerate(numbers):
             if i in problems or not patterns[i]:
                 continue
-            # of groups of one width, each loses others at a time: a coupling that the graph missed does not fit then
+            # of groups of one width, each loses others at a time, and then so many: a coupling of channels that the
+            # graph missed, or one of widths, does not fit then
             narrow = min(_NARROW, len(patterns[i]))
             place = (turn + position) % narrow if turn < narrow else turn
             cuts[i] = () if turn == most else patterns[i][min(place, len(patterns[i]) - 1)]
@@ -235,15 +241,16 @@ def _held(
             yield tensor, axis.dim, axis.expand(gone, len(member.owner))
 
 
-def _patterns(channels: int, round_to: int, stay: int = 1) -> list[tuple[int, ...]]:
-    """Which channels go, pattern by pattern: first the narrow ones."""
+def _patterns(channels: int, round_to: int, stay: int = 1, more: int = 0) -> list[tuple[int, ...]]:
+    """Which channels go, pattern by pattern: first the narrow ones, then wide ones, in which so many steps more go."""
     least = channels % round_to or round_to
     if channels - least < round_to:
         return []  # left whole whatever happens
     middle = (channels - least) // 2
     found = [tuple(range(start, start + least)) for start in (0, channels - least, middle)]
+    more = more % max(channels // 4 // round_to, 2) * round_to
     for share in (4, 2):
-        count = channels - (channels - channels // share) // round_to * round_to
+        count = channels - (channels - channels // share - more) // round_to * round_to
         if least < count <= channels - max(round_to, stay):
             found.append(tuple(int(n) for n in np.linspace(0, channels - 1, count).round()))
     return found

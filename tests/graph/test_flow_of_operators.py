@@ -1048,6 +1048,18 @@ def test_a_layer_that_takes_a_constant_of_a_groups_width_goes_with_the_group(mad
         check(net, x, {"body": 6, "inner": 7} if state else {"body": 6, "inner": 7, "core": 6})
 
 
+@pytest.mark.parametrize("width", [6, 24])
+def test_groups_whose_widths_code_takes_for_equal_go_together(width):
+    def forward(net, x):
+        first = torch.zeros(1, len(x), net.body(x).shape[-1])
+        return net.head(net.core(net.inner(net.body(x)), first)[0])
+
+    parts = {"body": nn.Linear(5, width), "inner": nn.Linear(width, 7)}
+    net = Net(forward, **parts, core=nn.GRU(7, width, batch_first=True), head=nn.Linear(width, 2))
+    check(net, torch.randn(2, 3, 5), {"body": width, "inner": 7})
+    assert ("core", "out") in {g.name: g.slots() for g in find_groups(net, torch.randn(2, 3, 5))}["body"]
+
+
 def test_a_layer_that_takes_a_constant_of_a_width_that_is_written_down_keeps_it():
     def forward(net, x):
         x = net.body(x)
