@@ -111,7 +111,7 @@ def probe_groups(
             else:
                 problems[i] = problem
     for i, found in crashes.items():
-        if found and len(found) == len(patterns[i]) - _NARROW:
+        if found and len(found) == most - _NARROW:
             problems.setdefault(i, found[0])
     return [problems[i].refuse(group) if i in problems else group for i, group in enumerate(groups)]
 
