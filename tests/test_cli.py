@@ -641,7 +641,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "numbers.round_to": (0, "round_to and samples"),
     "numbers.coefficients": ([], "owners of the groups"),
     "numbers.groups.0.owner": (7, "owners of the groups"),
-    "numbers.groups.0.least": (10**6, "least, low and high of group"),
+    "numbers.groups.0.least": (10**6, "least, low, high and step of group"),
     "numbers.groups.0.name": ("renamed", "groups are not those of the result"),
     "numbers.costs.slots.0.groups.0": (9, "groups and removed of slot 0"),
     "numbers.costs.slots.0.groups": ([-1], "groups and removed of slot 0"),
