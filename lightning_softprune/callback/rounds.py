@@ -148,7 +148,8 @@ class Rounds(pl.Callback):
             else:
                 self._run_round(trainer, pl_module, epoch, target)
             if epoch == max(self.epochs) and self.finetune_epochs == 0 and self._untrained is None:
-                if not may_stop(trainer):  # not before `on_train_epoch_end` says so either
+                # what `on_train_epoch_end` asks before it ends the training, so that an epoch is not half left out
+                if not may_stop(trainer):
                     rank_zero_warn(
                         f"SoftPruning: finetune_epochs=0 would stop training at step {trainer.global_step}, which "
                         f"min_steps={trainer.min_steps} forbids; it stops once these are reached"

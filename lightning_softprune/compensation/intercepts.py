@@ -124,7 +124,7 @@ def _is_read_apart(model: nn.Module, name: str) -> bool:
         if keyed[0]:
             continue
         wanted = {weight, *(part for part, key in zip(parts[place:], keyed, strict=True) if not key)}
-        kind = type(model.get_submodule(path))
+        kind: type = type(model.get_submodule(path))
         for function, names in names_by_function(kind):
             prepares = "init" in names or any(word in function for word in _PREPARES)
             if wanted <= names and not prepares and not is_framework_name(kind, function):

@@ -363,7 +363,9 @@ def prepare_groups(
         with how.steady():
             return run_steps(probing, seed)
 
-    def read(choices: Mapping[str, int], united: Sequence[tuple[Place, Place]]) -> tuple[list[PruningGroup], Grouping]:
+    def read(
+        choices: Mapping[str, int], united: Sequence[tuple[Place, Place]], in_steps: bool
+    ) -> tuple[list[PruningGroup], Grouping]:
         grouping = groups_of(trace, ignore, choices, united, tuple(twins))
         groups = refuse_unjudged(mirror_twins(model, grouping.groups, twins), how.judged)
         groups = refuse_unseen_readers(model, groups, used.parameters, (*twins, *how.outside))
@@ -371,7 +373,7 @@ def prepare_groups(
         if not how.probed:
             return groups, grouping
         counts = {name: mirror_counts(model, found, twins) for name, found in grouping.counts.items()}
-        candidates = Candidates(counts, grouping.chosen, grouping.averaged)
+        candidates = Candidates(counts, grouping.chosen, grouping.averaged, in_steps)
         return probe_with_counts(model, groups, candidates, run, lambda: run(1), how.round_to), grouping
 
     with one_thread(are_tiny(trace.tape.shapes)):

@@ -42,11 +42,13 @@ class Candidates:
         counts: Attributes that could count a group's channels.
         averaged: Groups that cannot be compared with a masked network: something averages over their channels.
         chosen_dims: Groups whose channels are one of several dimensions that a reshape has made of them.
+        in_steps: Whether groups that do not run with single channels gone are tried with two, four, ... at a time.
     """
 
     counts: Mapping[str, Sequence[Count]] = field(default_factory=dict)
     chosen_dims: Collection[str] = ()
     averaged: Collection[str] = ()
+    in_steps: bool = True
 
 
 def probe_with_counts(
@@ -94,7 +96,7 @@ def probe_with_counts(
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
     found = [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
-    return _in_steps(counted, found, counts, round_to, probed, unlike)
+    return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
 
 
 def _in_steps(

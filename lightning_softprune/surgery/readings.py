@@ -2,7 +2,7 @@
 
 These are other dimensions of a reshape; and groups of one width together, which code that gives the output of one the
 shape of another couples without a trace (``y.view(x.shape)``). With these may go what takes tensors that were made to
-fit (``layer(torch.zeros(len(x), x.shape[-1]))``).
+fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from lightning_softprune.graph import Grouping, Place, PruningGroup, groups_of_one_width
 
-Read = Callable[[Mapping[str, int], Sequence[tuple[Place, Place]]], tuple[list[PruningGroup], Grouping]]
-"""From choices of dimensions, by reshape, and from places that are coupled: the groups, probed."""
+Read = Callable[[Mapping[str, int], Sequence[tuple[Place, Place]], bool], tuple[list[PruningGroup], Grouping]]
+"""From choices of dimensions, by reshape, places that are coupled, and whether to try steps: the groups, probed."""
 
 _MOST_READINGS = 3  # ways to take a reshape that are tried where the first does not work
 
@@ -23,7 +23,7 @@ def best_reading(read: Read) -> list[PruningGroup]:
     Args:
         read: Makes groups of what was traced, and probes them.
     """
-    best, grouping = read({}, ())
+    best, grouping = read({}, (), False)
     choices: dict[str, int] = {}
     for attempt in range(1, _MOST_READINGS):
         working = {site for g in best if _is_fine(g) for site in grouping.splits.get(g.name, ())}
@@ -36,15 +36,16 @@ def best_reading(read: Read) -> list[PruningGroup]:
         }
         if not failing:
             break
-        found, other = read({**choices, **failing}, ())
+        found, other = read({**choices, **failing}, (), False)
         if _reached(found) > _reached(best):
             best, grouping, choices = found, other, {**choices, **failing}
-    stuck = [g for g in best if g.step > 1 or g.crashed]
+    stuck = [g for g in best if g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
-    for united in (together, along if along != together else ()):
-        if not united or not any(g.step > 1 or g.crashed for g in best):
-            continue
-        found, _ = read(choices, united)
+    coupled = [united for united in (together, along if along != together else ()) if united]
+    for united, in_steps in (*((united, False) for united in coupled), *((united, True) for united in ((), *coupled))):
+        if not any(g.crashed for g in best):
+            break
+        found, _ = read(choices, united, in_steps)
         if _reached(found) > _reached(best):
             best = found
     return best

@@ -115,14 +115,17 @@ def is_framework_name(kind: type, name: str) -> bool:
     return any(name in vars(base) for base in kind.__mro__ if is_of_a_framework(base))
 
 
-def names_by_function(kind: type) -> Iterator[tuple[str, set[str]]]:
+@lru_cache(maxsize=4096)
+def names_by_function(kind: type) -> tuple[tuple[str, frozenset[str]], ...]:
     """The functions of a class and those it inherits from, without the frameworks', and what each reads by name."""
+    found = []
     for base in kind.__mro__:
         own = {} if package_of(base) in FRAMEWORKS | sys.stdlib_module_names else vars(base)
         for name, function in own.items():
-            names = {read for code in codes_of([function]) for read in code.co_names}
+            names = frozenset(read for code in codes_of([function]) for read in code.co_names)
             if names:
-                yield name, names
+                found.append((name, names))
+    return tuple(found)
 
 
 # -------------------------------------------------------------------------------------------------------------- frames
