@@ -59,7 +59,7 @@ from lightning_softprune.graph import (
 )
 from lightning_softprune.report import Phases
 from lightning_softprune.results import Costs, GroupResult, LeftOut
-from lightning_softprune.round.fingerprint import digest
+from lightning_softprune.round.journal import digest
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import (
     COSTS,

@@ -1,14 +1,16 @@
 """Surgery: make a plan true on the live model, undo it without a trace, or commit it with its optimizers."""
 
 from lightning_softprune.surgery.apply import Surgery, apply_plan
-from lightning_softprune.surgery.attempts import Candidates, probe_with_counts
-from lightning_softprune.surgery.fingerprints import forget_weights
-from lightning_softprune.surgery.judgement import Judgement
+from lightning_softprune.surgery.following import Judgement, References, Sightings
 from lightning_softprune.surgery.optimizers import inner_optimizers, repair_optimizers, weights_without_bias
-from lightning_softprune.surgery.probe import one_can_go, probe_groups
-from lightning_softprune.surgery.readings import best_reading
-from lightning_softprune.surgery.references import References
-from lightning_softprune.surgery.sightings import Sightings
+from lightning_softprune.surgery.probing import (
+    Candidates,
+    best_reading,
+    forget_weights,
+    one_can_go,
+    probe_groups,
+    probe_with_counts,
+)
 from lightning_softprune.surgery.transaction import Transaction
 
 __all__ = [

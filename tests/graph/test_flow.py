@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from lightning_softprune import find_groups
 from lightning_softprune.search import Plan
 from lightning_softprune.surgery import apply_plan
-from lightning_softprune.surgery.probe import mask_channels
+from lightning_softprune.surgery.probing import mask_channels
 from support.groups import by_name
 
 pytestmark = pytest.mark.usefixtures("one_thread")

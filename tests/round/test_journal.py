@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_softprune.round.prepare as prepare
 from lightning_softprune import GradientSearch, OptunaSearch, RandomSearch
-from lightning_softprune.round.fingerprint import digest, fingerprint
 from lightning_softprune.round.journal import BASELINE, Journal, Key, journal_path
+from lightning_softprune.round.journal.fingerprint import digest, fingerprint
 from support.modules import AutoEncoder, fit, loaders, made, softpruning, trainer_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

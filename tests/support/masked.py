@@ -9,7 +9,7 @@ from torch import nn
 from lightning_softprune import find_groups
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
-from lightning_softprune.surgery.probe import mask_channels
+from lightning_softprune.surgery.probing import mask_channels
 from support.plans import assert_same, outputs, snapshot
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_softprune.round.fingerprint import digest
+from lightning_softprune.round.journal.fingerprint import digest
 from lightning_softprune.trainer import ALL, BatchesReadAgain, Part
 from lightning_softprune.trainer.scorer import ValidationScorer
 from lightning_softprune.trainer.validation_data import bytes_of, free_memory

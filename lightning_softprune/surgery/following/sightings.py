@@ -21,8 +21,8 @@ from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph import Form, form_of
 from lightning_softprune.surgery.apply import Surgery
-from lightning_softprune.surgery.judgement import Judgement
-from lightning_softprune.surgery.references import References
+from lightning_softprune.surgery.following.judgement import Judgement
+from lightning_softprune.surgery.following.references import References
 
 _FAR = 0.25
 """Cosine of the angle between weights: 0 for networks trained apart, near 1 for an average and what it averages."""

@@ -33,13 +33,11 @@ from typing import Any, BinaryIO
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_softprune.round.fingerprint import digest, fingerprint
-from lightning_softprune.round.passes import BASELINE, Key, Pass, lines_of, near, parse_pass, read_json, told
+from lightning_softprune.round.journal.fingerprint import digest, fingerprint
+from lightning_softprune.round.journal.passes import BASELINE, Key, Pass, lines_of, near, parse_pass, read_json, told
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.search import AUTO, mode_of_name
 from lightning_softprune.utilities.files import being_replaced, open_to_append, remove_leftovers, sync_file
-
-__all__ = ["BASELINE", "Journal", "Key", "Pass", "journal_path", "open_journal"]
 
 FORMAT = 1
 """Version of the format; other versions are not read."""

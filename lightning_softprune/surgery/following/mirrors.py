@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_softprune.graph import Shape, layer_type
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
-from lightning_softprune.surgery.hooked import hooks_of
+from lightning_softprune.surgery.following.hooked import hooks_of
 from lightning_softprune.utilities.names import joined
 
 _JOINTS = ("", "_", "__", "-")

@@ -30,10 +30,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
-from lightning_softprune.surgery.hooked import HeldByHooks, held_by_hooks
-from lightning_softprune.surgery.judgement import Judgement
-from lightning_softprune.surgery.mirrors import Mirrors
-from lightning_softprune.surgery.places import hidden_places, is_foreign
+from lightning_softprune.surgery.following.hooked import HeldByHooks, held_by_hooks
+from lightning_softprune.surgery.following.judgement import Judgement
+from lightning_softprune.surgery.following.mirrors import Mirrors
+from lightning_softprune.surgery.following.places import hidden_places, is_foreign
 from lightning_softprune.utilities.names import is_inside, joined
 from lightning_softprune.utilities.ownership import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS

@@ -36,7 +36,7 @@ from lightning_softprune.graph import (
 )
 from lightning_softprune.search import Plan
 from lightning_softprune.surgery.apply import Surgery, apply_plan, counts_after, select_channels
-from lightning_softprune.surgery.fingerprints import Dense, Seen, is_alike, look_at, look_at_dense
+from lightning_softprune.surgery.probing.fingerprints import Dense, Seen, is_alike, look_at, look_at_dense
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.ownership import frames_of, is_users_frame, line_of
 

@@ -18,8 +18,8 @@ from typing import Any
 from torch import nn
 
 from lightning_softprune.graph import Count, PruningGroup
-from lightning_softprune.surgery.fingerprints import look_at_dense
-from lightning_softprune.surgery.probe import probe_groups, unlike_masked
+from lightning_softprune.surgery.probing.fingerprints import look_at_dense
+from lightning_softprune.surgery.probing.probe import probe_groups, unlike_masked
 from lightning_softprune.utilities.names import without_digits
 
 _UNLIKE = (
