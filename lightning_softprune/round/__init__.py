@@ -1,7 +1,7 @@
 """One round: from a trained module to a smaller one with its score, or to the module as it was."""
 
-from lightning_softprune.round.commit import look_outside
 from lightning_softprune.round.feasibility import check_ahead
+from lightning_softprune.round.holders import look_outside
 from lightning_softprune.round.prepare import StepsToTrace, prepare_groups
 from lightning_softprune.round.run import run_round
 from lightning_softprune.round.settings import (

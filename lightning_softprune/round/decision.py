@@ -1,18 +1,19 @@
 """The decision: which plan is to be committed, and what is wrong with it; or none, and why.
 
 Only plans that were scored on all validation data are chosen from. The reason is data (:class:`Verdict`), with a
-sentence for people beside it.
+sentence for people beside it. Plans that will meet the constraints once they are healed are told by trial.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from lightning_softprune.round.latency import Stopwatch, worth_timing
 from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.rehearsal import Rehearsed
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
 from lightning_softprune.search import Plan
@@ -89,6 +90,61 @@ def check_agreement(runner: ModuleRunner, plan: Plan | None) -> None:
             "the processes found different plans, so nothing was pruned; a metric or a hook that depends on the rank "
             "in an unsynchronised way may be the cause"
         )
+
+
+_HEALED_ON_TRIAL = 4
+"""Plans that are healed to see whether they will meet the constraints, at most."""
+
+_SHARE_ON_TRIAL = 4
+"""Each of them gets one part in so many of the batches of healing."""
+
+
+def plans_to_be_healed(
+    trials: Trials,
+    settings: RoundSettings,
+    chosen: ScoredPlan | None,
+    rehearse: Callable[[ScoredPlan, RoundSettings], Rehearsed],
+) -> list[ScoredPlan]:
+    """Plans that miss the constraints, and meet them once healed for a few batches; the best first.
+
+    Looked for among the trials: without a target by bisection among those of smaller models than the chosen one's, and
+    otherwise, where none was chosen, at the nearest to feasible. What a few batches reach, all of them are expected to.
+    Together that costs at most the batches of one healing, and a refit and two passes for each plan.
+
+    Args:
+        trials: What was scored.
+        settings: What the user asked for.
+        chosen: The best plan that meets the constraints as it is; ``None``: there is none.
+        rehearse: Makes the module what a plan says, with the batches of healing that the settings ask for.
+    """
+    if not settings.healing or not settings.constraints or "latency" in (settings.limits or {}):
+        return []
+    if trials.target is not None and chosen is not None:
+        return []
+    least = -math.inf if chosen is None else chosen.trial.sparsity
+    candidates = [s for s in trials.done if _misses_constraints_alone(s) and s.trial.sparsity > least]
+    few = replace(settings, healing=max(settings.healing // _SHARE_ON_TRIAL, 1), teacher=0.0)
+    if trials.target is not None:
+        return sorted(candidates, key=lambda scored: scored.violation)[:1]
+    front: list[ScoredPlan] = []  # the more goes, the more is missed
+    for scored in sorted(candidates, key=lambda scored: (-scored.trial.sparsity, scored.violation)):
+        if not front or scored.violation < front[-1].violation:
+            front.append(scored)
+    found: list[ScoredPlan] = []
+    for _ in range(_HEALED_ON_TRIAL):
+        if not front:
+            break
+        middle = len(front) // 2
+        if rehearse(front[middle], few).plan.violation == 0.0:
+            found.insert(0, front[middle])
+            front = front[:middle]
+        else:
+            front = front[middle + 1 :]
+    return found
+
+
+def _misses_constraints_alone(scored: ScoredPlan) -> bool:
+    return scored.budget_gap == 0.0 < scored.violation < math.inf and not scored.plan.is_empty()
 
 
 def _first_within(

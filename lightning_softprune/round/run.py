@@ -24,14 +24,16 @@ from lightning_softprune.checkpoint import ModelShapes
 from lightning_softprune.graph import record_usage
 from lightning_softprune.report import Phases
 from lightning_softprune.results import DRY_RUN, Costs, Outcome, PruningResult
-from lightning_softprune.round.commit import Rehearsed, all_optimizers, commit, plans_to_be_healed, rehearse_plan
-from lightning_softprune.round.decision import Decision, Verdict, decide, pruned_already
+from lightning_softprune.round.commit import commit
+from lightning_softprune.round.decision import Decision, Verdict, decide, plans_to_be_healed, pruned_already
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.round.feasibility import check_prunable, objective_of
+from lightning_softprune.round.holders import all_optimizers
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
 from lightning_softprune.round.prepare import PruningProblem
 from lightning_softprune.round.racing import choose_part, race
+from lightning_softprune.round.rehearsal import Rehearsed, rehearse_plan
 from lightning_softprune.round.searching import search, try_one_plan
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials
@@ -144,7 +146,7 @@ def _carry_out(
     """Make the module what was decided, or smaller where it meets the constraints because it is healed."""
     if goal.commit and decision.verdict in (Verdict.FEASIBLE, Verdict.UNMET_CONSTRAINTS):
         chosen = decision.plan if decision.verdict is Verdict.FEASIBLE else None
-        for scored in plans_to_be_healed(committing.evaluator, settings, chosen, committing.rehearse):
+        for scored in plans_to_be_healed(committing.evaluator.trials, settings, chosen, committing.rehearse):
             committing.compare(scored)
             rehearsed = committing.rehearse(scored, settings)
             if rehearsed.plan.violation == 0.0:

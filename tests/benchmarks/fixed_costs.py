@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.callback.rounds as callback
-import lightning_softprune.round.commit as commit
 import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.trainer import ModuleRunner
 
@@ -46,8 +46,8 @@ PHASES = {
     "costs": [(prepare.CostModel, "build"), (prepare, "norms")],
     SCORING: [(ModuleRunner, "metrics")],
     "applying plans": [(prepare.PruningProblem, "prune")],
-    "refit: dense run": [(commit, "run_dense")],
-    "refit: readers": [(commit, "refit_readers")],
+    "refit: dense run": [(rehearsal, "run_dense")],
+    "refit: readers": [(rehearsal, "refit_readers")],
     "rehearsal": [(ModuleRunner, "rehearse")],
     "latency": [(ModuleRunner, "time")],
     "the rest": [(callback, "run_round")],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_softprune.round.commit as commit
+import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import prune
 from lightning_softprune.compensation.healing import DenseNetwork
 from lightning_softprune.compensation.healing.points import mismatch, watch_outputs
@@ -116,7 +116,7 @@ def test_what_the_dense_networks_steps_do_to_its_buffers_does_not_last():
 
 def test_both_networks_steps_begin_with_the_same(tmp_path, monkeypatch):
     """What a step of the one has changed around the parameters, the step of the other does not find."""
-    seen, healing, original = [], [], commit.teach
+    seen, healing, original = [], [], rehearsal.teach
 
     class Counting(AutoEncoder):
         counter = 0
@@ -133,7 +133,7 @@ def test_both_networks_steps_begin_with_the_same(tmp_path, monkeypatch):
         healing.clear()
         return errors
 
-    monkeypatch.setattr(commit, "teach", teach)
+    monkeypatch.setattr(rehearsal, "teach", teach)
     rounds(tmp_path, Counting, 3)
     assert len(seen) == 6
     assert len({size for size, _ in seen}) == 2

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import Callback, ModelPruning
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round.commit as round_module
 import lightning_softprune.round.prepare as network_module
+import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import GradientSearch, GridSearch, LayerSpec, RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.round.evaluation import Evaluator
 from lightning_softprune.trainer import ModuleRunner
@@ -612,7 +612,7 @@ def test_an_exception_in_the_rehearsal_rolls_the_committed_prune_back(tmp_path):
 
 @pytest.mark.parametrize("where", ["repair_optimizers", "rehearse"])
 def test_a_failure_inside_the_commit_rolls_back_weights_and_optimizers(tmp_path, where, monkeypatch):
-    owner = ModuleRunner if where == "rehearse" else round_module
+    owner = ModuleRunner if where == "rehearse" else rehearsal
     original = getattr(owner, where)
 
     def failing(*arguments, **named):

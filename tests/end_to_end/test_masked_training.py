@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.round.commit as round_module
+import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import RandomSearch
 from support.modules import (
     AtEpochStart,
@@ -318,7 +318,7 @@ def test_pending_gradients_survive_a_round_for_the_channels_that_do(tmp_path):
 
 @pytest.mark.parametrize("kind", [AdamTwoGroups, FusedAdamW, Momentum, PerStepScheduler])
 def test_without_the_optimizer_repair_the_comparison_fails(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(round_module, "repair_optimizers", lambda optimizers, surgery: None)
+    monkeypatch.setattr(rehearsal, "repair_optimizers", lambda optimizers, surgery: None)
     pruned, masked = both(tmp_path, made(kind))
     assert (pruned - masked).abs().max() > 1e-3
 
@@ -329,8 +329,8 @@ def test_with_a_state_that_starts_afresh_the_comparison_fails(tmp_path, monkeypa
         for optimizer in optimizers:
             optimizer.state.clear()
 
-    repair = round_module.repair_optimizers
-    monkeypatch.setattr(round_module, "repair_optimizers", forget)
+    repair = rehearsal.repair_optimizers
+    monkeypatch.setattr(rehearsal, "repair_optimizers", forget)
     pruned, masked = both(tmp_path, made(AdamTwoGroups))
     assert (pruned - masked).abs().max() > 1e-3
 

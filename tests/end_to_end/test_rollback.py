@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.commit as commit
 import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.rehearsal as rehearsal
 import lightning_softprune.trainer.runner as runner
 from lightning_softprune import SensitivitySearch, SoftPruning
 from lightning_softprune.compensation import Compensation, DenseRun
@@ -34,10 +35,10 @@ STEPS = [
     (runner, "time_validation_step"),
     (DenseRun, "finish"),
     (prepare, "apply_plan"),
-    (commit, "repair_optimizers"),
-    (commit, "refit_readers"),
+    (rehearsal, "repair_optimizers"),
+    (rehearsal, "refit_readers"),
     (ModuleRunner, "rehearse"),
-    (commit, "teach"),
+    (rehearsal, "teach"),
     (commit, "forget_compiled"),
     (commit, "wrap_again"),
     (Compensation, "apply"),
@@ -119,7 +120,7 @@ FAULTS = [
     (ModuleRunner, "rehearse", KeyboardInterrupt),
     *(
         (owner, name, torch.OutOfMemoryError)
-        for owner, name in ((prepare, "probe_with_counts"), (commit, "refit_readers"))
+        for owner, name in ((prepare, "probe_with_counts"), (rehearsal, "refit_readers"))
     ),
 ]
 

@@ -23,7 +23,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.round.commit as rounds
+import lightning_softprune.round.commit as commit
+import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import RandomSearch
 from lightning_softprune.report import log_values
 from support.modules import made
@@ -142,8 +143,8 @@ def test_averaged_weights_are_refitted_and_healed_as_the_module_is(tmp_path, mon
 
     averaging, after = EMAWeightAveraging(decay=0.0, use_buffers=False), AfterTheRound()
     callback, refitted = pruning(epochs=3, healing=healing), []
-    original = rounds.refit_readers
-    monkeypatch.setattr(rounds, "refit_readers", lambda *given: refitted.append(original(*given)))
+    original = rehearsal.refit_readers
+    monkeypatch.setattr(rehearsal, "refit_readers", lambda *given: refitted.append(original(*given)))
     fit(made(kind), tmp_path, averaging, callback, after)
     assert refitted
     assert (callback.results[0].healing is not None) == (healing > 0)
@@ -341,7 +342,7 @@ def test_the_loss_scaler_goes_on_as_without_a_round_and_is_resumed(tmp_path, mon
     def fail(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(rounds, "wrap_again", fail)
+    monkeypatch.setattr(commit, "wrap_again", fail)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "failed", pruning(epochs=2))
     failed, _ = scales[-1]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import lightning_softprune.round.commit as commit
+import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune.calibration import ReadPositions
 from lightning_softprune.compensation import DenseRun
 from lightning_softprune.round.trials import ScoredPlan
@@ -67,8 +67,8 @@ def test_what_the_refit_moves_is_not_put_back_with_what_steps_change(tmp_path, m
         yield lambda tensor: None
 
     refitted = []
-    real = commit.refit_readers
-    monkeypatch.setattr(commit, "refit_readers", lambda *args: refitted.append(args[1]) or real(*args))
+    real = rehearsal.refit_readers
+    monkeypatch.setattr(rehearsal, "refit_readers", lambda *args: refitted.append(args[1]) or real(*args))
     monkeypatch.setattr(ModuleRunner, "steady", anew)
     expected, _ = pruned(tmp_path)
     assert result.applied
@@ -77,8 +77,8 @@ def test_what_the_refit_moves_is_not_put_back_with_what_steps_change(tmp_path, m
 
 
 def test_the_dense_network_is_watched_while_it_is_measured_if_there_is_room(tmp_path, monkeypatch):
-    runs, real = [], commit.run_dense
-    monkeypatch.setattr(commit, "run_dense", lambda *args: runs.append(args) or real(*args))
+    runs, real = [], rehearsal.run_dense
+    monkeypatch.setattr(rehearsal, "run_dense", lambda *args: runs.append(args) or real(*args))
     state, result = pruned(tmp_path)
     assert result.applied
     assert not runs, "the pass of the statistics has been enough"
