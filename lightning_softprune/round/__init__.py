@@ -2,7 +2,7 @@
 
 from lightning_softprune.round.feasibility import check_ahead
 from lightning_softprune.round.holders import look_outside
-from lightning_softprune.round.prepare import StepsToTrace, prepare_groups
+from lightning_softprune.round.preparing import StepsToTrace, prepare_groups
 from lightning_softprune.round.run import run_round
 from lightning_softprune.round.settings import (
     Goal,

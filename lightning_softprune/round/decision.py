@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lightning_softprune.round.latency import Stopwatch, worth_timing
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem
 from lightning_softprune.round.rehearsal import Rehearsed
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.round.trials import ScoredPlan, Trials

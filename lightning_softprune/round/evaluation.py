@@ -11,7 +11,7 @@ import torch
 
 from lightning_softprune.results import Sensitivity
 from lightning_softprune.round.journal import Journal, Key
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem
 from lightning_softprune.round.trials import WHOLE, ScoredOn, ScoredPlan, Trials
 from lightning_softprune.search import Plan, SensitivityCurve
 from lightning_softprune.trainer import ALL, ModuleRunner, Part

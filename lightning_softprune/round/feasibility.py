@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph import record_usage
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem, prepare_problem, sketch_problem
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import Objective, SearchSpace, mode_of
 from lightning_softprune.surgery import Transaction
@@ -217,9 +217,9 @@ class _Look:
             objective_of(settings, metrics, runner.directions)
         if whole:
             rng = np.random.default_rng(settings.seed)
-            problem = PruningProblem.prepare(runner, settings, rng, judged.parameters)
+            problem = prepare_problem(runner, settings, rng, judged.parameters)
         else:
-            problem = PruningProblem.sketch(runner, settings, judged.parameters)
+            problem = sketch_problem(runner, settings, judged.parameters)
         check_prunable(problem, goal)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_softprune.results import LayerShapes
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem
 from lightning_softprune.round.trials import ScoredPlan
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner

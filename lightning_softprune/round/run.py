@@ -31,7 +31,7 @@ from lightning_softprune.round.feasibility import check_prunable, objective_of
 from lightning_softprune.round.holders import all_optimizers
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import prepare_problem
 from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.rehearsal import Rehearsed, rehearse_plan
 from lightning_softprune.round.searching import search, try_one_plan
@@ -84,7 +84,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
             before, baseline_seconds = journal.scored(BASELINE, runner.metrics)
         objective = objective_of(settings, before, runner.directions)
         settings = replace(settings, mode=objective.mode)
-        problem = PruningProblem.prepare(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
+        problem = prepare_problem(runner, settings, np.random.default_rng(seed), judged.parameters, phases)
         check_prunable(problem, goal)
         dense = goal.dense or problem.costs_of(problem.unpruned_plan())
         space = problem.space(settings, dense, goal.target)

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.callback.rounds as callback
-import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.preparing.prepare as prepare
+import lightning_softprune.round.preparing.problem as problem
+import lightning_softprune.round.preparing.tracing as tracing
 import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import SoftPruning, UniformBaseline
 from lightning_softprune.trainer import ModuleRunner
@@ -35,17 +37,17 @@ IMAGES, BATCH, SIZE = 512, 64, 32
 SCORING = "scoring: dense, candidate, refitted"
 
 PHASES = {
-    "tracing": [(prepare, "trace_model")],
-    "grouping": [(prepare, "groups_of"), (prepare, "refuse_unjudged"), (prepare, "refuse_unseen_readers")],
-    "probing": [(prepare, "probe_with_counts"), (ModuleRunner, "probing")],
+    "tracing": [(tracing, "trace_model")],
+    "grouping": [(tracing, "groups_of"), (tracing, "refuse_unjudged"), (tracing, "refuse_unseen_readers")],
+    "probing": [(tracing, "probe_with_counts"), (ModuleRunner, "probing")],
     "statistics": [(prepare, "_measured")],
-    "expected errors": [(prepare.PruningProblem, "expected_errors")],
+    "expected errors": [(problem.PruningProblem, "expected_errors")],
     "ranking": [(prepare, "rank")],
     "intercepts": [(prepare, "find_intercepts")],
     "regressions": [(prepare, "Compensation")],
-    "costs": [(prepare.CostModel, "build"), (prepare, "norms")],
+    "costs": [(problem.CostModel, "build"), (problem, "norms")],
     SCORING: [(ModuleRunner, "metrics")],
-    "applying plans": [(prepare.PruningProblem, "prune")],
+    "applying plans": [(problem.PruningProblem, "prune")],
     "refit: dense run": [(rehearsal, "run_dense")],
     "refit: readers": [(rehearsal, "refit_readers")],
     "rehearsal": [(ModuleRunner, "rehearse")],

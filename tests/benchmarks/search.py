@@ -47,7 +47,7 @@ from torch import nn
 import lightning_softprune.callback.rounds as callback
 import lightning_softprune.round.run as run
 from lightning_softprune import RandomSearch, SoftPruning
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem
 from lightning_softprune.surgery import Surgery, apply_plan
 
 CANDIDATES = 30

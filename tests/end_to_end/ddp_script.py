@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import OptunaSearch, RandomSearch, SoftPruning
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem
 
 
 class Classifier(L.LightningModule):

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelPruning
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round.prepare as network_module
+import lightning_softprune.round.preparing.tracing as tracing
 import lightning_softprune.round.rehearsal as rehearsal
 from lightning_softprune import GradientSearch, GridSearch, LayerSpec, RandomSearch, SoftPruning, UniformBaseline
 from lightning_softprune.round.evaluation import Evaluator
@@ -566,7 +566,7 @@ def trap(monkeypatch, tmp_path):
         monkeypatch.setattr(Trap, "where", step)
         return found
 
-    noted(network_module, "probe_with_counts", "probing")
+    noted(tracing, "probe_with_counts", "probing")
     noted(ModuleRunner, "few", "probing")  # what fails on a few samples is tried on whole batches
     noted(ModuleRunner, "probing", "probing")  # so are the steps to probe by
     noted(Evaluator, "score", "trial")

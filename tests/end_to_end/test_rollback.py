@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_softprune.round.commit as commit
-import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.preparing.prepare as prepare
+import lightning_softprune.round.preparing.problem as problem
+import lightning_softprune.round.preparing.tracing as tracing
 import lightning_softprune.round.rehearsal as rehearsal
 import lightning_softprune.trainer.runner as runner
 from lightning_softprune import SensitivitySearch, SoftPruning
@@ -21,20 +23,20 @@ from lightning_softprune.trainer import ModuleRunner
 pytestmark = pytest.mark.slow
 
 STEPS = [
-    (prepare, "trace_model"),
-    (prepare, "mirror_twins"),
-    (prepare, "probe_with_counts"),
+    (tracing, "trace_model"),
+    (tracing, "mirror_twins"),
+    (tracing, "probe_with_counts"),
     (prepare, "collect_statistics"),
     (prepare, "rank"),
-    (prepare, "norms"),
+    (problem, "norms"),
     (prepare, "build_rounding"),
-    (prepare, "errors_of_readers"),
-    (prepare, "watch_outputs"),
-    (prepare, "build_space"),
+    (problem, "errors_of_readers"),
+    (problem, "watch_outputs"),
+    (problem, "build_space"),
     (SearchLoop, "run"),
     (runner, "time_validation_step"),
     (DenseRun, "finish"),
-    (prepare, "apply_plan"),
+    (problem, "apply_plan"),
     (rehearsal, "repair_optimizers"),
     (rehearsal, "refit_readers"),
     (ModuleRunner, "rehearse"),
@@ -120,7 +122,7 @@ FAULTS = [
     (ModuleRunner, "rehearse", KeyboardInterrupt),
     *(
         (owner, name, torch.OutOfMemoryError)
-        for owner, name in ((prepare, "probe_with_counts"), (rehearsal, "refit_readers"))
+        for owner, name in ((tracing, "probe_with_counts"), (rehearsal, "refit_readers"))
     ),
 ]
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.preparing.prepare as prepare
 from lightning_softprune import GradientSearch, OptunaSearch, RandomSearch
 from lightning_softprune.round.journal import BASELINE, Journal, Key, journal_path
 from lightning_softprune.round.journal.fingerprint import digest, fingerprint

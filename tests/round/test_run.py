@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader
 
-import lightning_softprune.round.prepare as prepare
+import lightning_softprune.round.preparing.prepare as prepare
 import lightning_softprune.round.searching as searching
 from lightning_softprune import (
     GradientSearch,
@@ -28,7 +28,7 @@ from lightning_softprune import (
 from lightning_softprune.calibration import IMPORTANCES, collect_statistics, sum_over_channels
 from lightning_softprune.round import Goal, run_round
 from lightning_softprune.round.decision import check_agreement
-from lightning_softprune.round.prepare import PruningProblem
+from lightning_softprune.round.preparing import PruningProblem
 from lightning_softprune.search import Plan
 from lightning_softprune.trainer import ModuleRunner
 from support.modules import (

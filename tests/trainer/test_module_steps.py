@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import lightning_softprune.round.prepare as network
+import lightning_softprune.round.preparing.prepare as prepare
+import lightning_softprune.round.preparing.problem as problem
+import lightning_softprune.round.preparing.tracing as tracing
 from lightning_softprune import UniformBaseline, find_groups, prune
 from lightning_softprune.graph.layer_types.pruned_attention import PrunedMultiheadAttention
-from lightning_softprune.round.prepare import PROBE_SAMPLES
+from lightning_softprune.round.preparing.tracing import PROBE_SAMPLES
 from lightning_softprune.trainer import ModuleRunner
 from lightning_softprune.trainer.module_steps import (
     StepsOfAllKinds,
@@ -107,7 +109,7 @@ def round_of(module, **more):
 
 def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
     seen = {}
-    original = network.probe_with_counts
+    original = tracing.probe_with_counts
 
     def probe_with_counts(*given):
         model = given[0]
@@ -116,7 +118,7 @@ def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
         seen[model.whole, model.more] = set(GIVEN)
         return found
 
-    monkeypatch.setattr(network, "probe_with_counts", probe_with_counts)
+    monkeypatch.setattr(tracing, "probe_with_counts", probe_with_counts)
     results = {}
     for whole, more in ((False, False), (True, False), (False, True)):
         module = made(Counting, whole=whole, more=more)
@@ -131,7 +133,7 @@ def test_probing_on_a_few_samples_finds_what_whole_batches_find(monkeypatch):
 
 def test_a_round_runs_whole_batches_once_to_trace_and_counts_their_calls_meanwhile(monkeypatch):
     """What probing is compared with is what tracing has run."""
-    given, original = [], network.trace_model
+    given, original = [], tracing.trace_model
 
     def trace_model(*args):
         GIVEN.clear()
@@ -144,9 +146,9 @@ def test_a_round_runs_whole_batches_once_to_trace_and_counts_their_calls_meanwhi
         given.append(list(GIVEN))
         return probe(*args)
 
-    probe = network.probe_with_counts
-    monkeypatch.setattr(network, "trace_model", trace_model)
-    monkeypatch.setattr(network, "probe_with_counts", probe_with_counts)
+    probe = tracing.probe_with_counts
+    monkeypatch.setattr(tracing, "trace_model", trace_model)
+    monkeypatch.setattr(tracing, "probe_with_counts", probe_with_counts)
     round_of(made(Counting))
     assert given == [[48], [PROBE_SAMPLES]]  # of the training step, which notes them
 
@@ -168,7 +170,7 @@ def test_the_rehearsal_trains_the_pruned_network_and_does_not_validate_it_again(
 
 
 def test_costs_are_counted_while_the_validation_step_is_traced(monkeypatch):
-    counted, original = [], network.CostModel.build
+    counted, original = [], problem.CostModel.build
 
     def build(*args):
         counted.append(Counting.validated)
@@ -178,9 +180,9 @@ def test_costs_are_counted_while_the_validation_step_is_traced(monkeypatch):
         counted.append(Counting.validated)
         return ranked(*args)
 
-    ranked = network.rank
-    monkeypatch.setattr(network.CostModel, "build", build)
-    monkeypatch.setattr(network, "rank", rank)
+    ranked = prepare.rank
+    monkeypatch.setattr(problem.CostModel, "build", build)
+    monkeypatch.setattr(prepare, "rank", rank)
     result, _ = round_of(made(Counting))
     assert len(set(counted)) == 1, "no step of its own"
     assert result.costs_before.macs == sum(
@@ -189,7 +191,7 @@ def test_costs_are_counted_while_the_validation_step_is_traced(monkeypatch):
 
 
 def test_a_round_looks_for_positions_on_a_few_samples_first(monkeypatch):
-    given, original = [], network.find_read_positions
+    given, original = [], prepare.find_read_positions
 
     def find_read_positions(*args):
         GIVEN.clear()
@@ -197,7 +199,7 @@ def test_a_round_looks_for_positions_on_a_few_samples_first(monkeypatch):
         given.append(set(GIVEN))
         return found
 
-    monkeypatch.setattr(network, "find_read_positions", find_read_positions)
+    monkeypatch.setattr(prepare, "find_read_positions", find_read_positions)
     round_of(made(Counting))
     assert given == [{PROBE_SAMPLES}]
 
