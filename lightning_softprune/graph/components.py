@@ -128,7 +128,8 @@ def check_twins(model: nn.Module, twins: Mapping[str, str]) -> None:
     """Make sure that twins are modules with the parameters of the modules that they mirror.
 
     Raises:
-        ValueError: A name is not that of a module, a module is its own twin, or the two have other parameters.
+        ValueError: A name is not that of a module, a module is its own twin or mirrors a twin, or the two have other
+            parameters.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     for twin, original in twins.items():
@@ -137,6 +138,10 @@ def check_twins(model: nn.Module, twins: Mapping[str, str]) -> None:
                 raise ValueError(no_module("twins", name, list(modules)))
         if twin == original:
             raise ValueError(f"twins: {twin!r} is given as its own twin; name the module that it mirrors")
+        if original in twins:
+            raise ValueError(
+                f"twins: {twin!r} mirrors {original!r}, which is a twin itself; name the module that both mirror"
+            )
         forms = [form_of(modules[name]) for name in (twin, original)]
         differing = sorted(dict({*forms[0]} ^ {*forms[1]}))
         if differing and not any(map(is_lazy, (*modules[twin].parameters(), *modules[original].parameters()))):

@@ -763,6 +763,7 @@ class Mirrored(AutoEncoder):
     [
         ({"copied": "encoder"}, ["'copied' does not mirror 'encoder'", "'2.bias', '2.weight'"]),
         ({"copied": "copied"}, ["'copied' is given as its own twin"]),
+        ({"encoder.0": "decoder.2", "decoder.2": "encoder.0"}, ["'encoder.0' mirrors 'decoder.2', which is a twin"]),
         ({"copied": "encodr"}, ["'encodr' matches no module", "near names: 'encoder'"]),
         ({"copied.*": "encoder.*"}, ["'copied.*' matches no module", "'copied.0'"]),
         ({"copied.0.weight": "encoder.0.weight"}, ["'copied.0.weight' matches no module"]),
