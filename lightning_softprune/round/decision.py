@@ -47,16 +47,29 @@ class Decision:
 
 
 def decide(
-    runner: ModuleRunner, settings: RoundSettings, problem: PruningProblem, trials: Trials, stopwatch: Stopwatch
+    runner: ModuleRunner,
+    settings: RoundSettings,
+    problem: PruningProblem,
+    trials: Trials,
+    before: Mapping[str, float],
+    stopwatch: Stopwatch,
 ) -> Decision:
     """Choose the best feasible plan; where there is none, what `on_violation` says.
+
+    Args:
+        runner: Knows the other processes.
+        settings: What the user asked for.
+        problem: What plans cost.
+        trials: What was scored.
+        before: The metrics of the module as it is.
+        stopwatch: Times plans, where there is a limit on latency.
 
     Raises:
         RuntimeError: The processes have found different plans.
     """
     limit = (settings.limits or {}).get("latency")
     ranked = trials.ranked()
-    decision = Decision(ranked[0], Verdict.FEASIBLE) if ranked else _explain_infeasible(trials)
+    decision = Decision(ranked[0], Verdict.FEASIBLE) if ranked else _explain_infeasible(trials, before)
     if decision.plan is not None and limit is not None:
         decision = _first_within(limit, ranked, problem, stopwatch)
     if decision.plan is None and settings.on_violation == "prune":
@@ -163,7 +176,7 @@ def _first_within(
     return Decision(None, Verdict.TOO_SLOW, sentence)
 
 
-def _explain_infeasible(trials: Trials) -> Decision:
+def _explain_infeasible(trials: Trials, before: Mapping[str, float]) -> Decision:
     """Say why no trial is feasible."""
     if not trials.done:
         sentence = "there was no plan to score: within bounds and limits, nothing was found that removes channels"
@@ -171,7 +184,8 @@ def _explain_infeasible(trials: Trials) -> Decision:
     monitor, number = trials.objective.monitor, f"the {trials.plans()} scored plans"
     at = "" if trials.target is None else f" at {trials.target:.1%}"
     if all(math.isnan(scored.trial.score) for scored in trials.done):
-        return Decision(None, Verdict.NOT_A_NUMBER, f"{monitor} is nan for each of {number}")
+        so_before = ", and was so before anything was pruned" if math.isnan(before[monitor]) else ""
+        return Decision(None, Verdict.NOT_A_NUMBER, f"{monitor} is nan for each of {number}{so_before}")
     nearest = trials.least_violating()
     if nearest is not None and nearest.violation:
         missed = ", ".join(trials.objective.shortfalls(nearest.trial.metrics))

@@ -202,7 +202,7 @@ def _search(
         with phases("finalists"):
             race(evaluator, settings)
     with phases("timing") if "latency" in (settings.limits or {}) else nullcontext():
-        decision = decide(runner, settings, evaluator.problem, trials, stopwatch)
+        decision = decide(runner, settings, evaluator.problem, trials, before, stopwatch)
     if trials.failure is not None and decision.verdict is Verdict.NOT_A_NUMBER:
         raise trials.failure  # the user's own, which is why there is no score
     return strategy, outcome, decision

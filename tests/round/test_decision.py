@@ -39,7 +39,7 @@ class Counted:
         return self
 
 
-def decided(*scores, on_violation="skip", constraints=(), limits=None):
+def decided(*scores, before=0.9, on_violation="skip", constraints=(), limits=None):
     parsed = tuple(parse_constraint(text, "constraints") for text in constraints)
     trials = Trials(Objective("acc", "max", parsed), mlp_space([8, 10, 12, 4], target=0.7, tolerance=0.1), 0.7)
     for plan, score in zip(PLANS, scores, strict=False):
@@ -48,7 +48,7 @@ def decided(*scores, on_violation="skip", constraints=(), limits=None):
         "acc", "max", 0.1, UniformBaseline(), None, (), None, None, "random", "none", 1, None, 1, 0, False,
         limits=limits, constraints=parsed, on_violation=on_violation,
     )  # fmt: skip
-    return decide(Alone(), settings, Counted(), trials, Timed()), trials
+    return decide(Alone(), settings, Counted(), trials, {"acc": before}, Timed()), trials
 
 
 def test_the_best_feasible_plan_is_chosen():
@@ -61,7 +61,8 @@ def test_the_best_feasible_plan_is_chosen():
     ("scores", "options", "verdict", "sentence"),
     [
         ((), {}, Verdict.NOTHING_SCORED, "there was no plan to score"),
-        ((math.nan, math.nan), {}, Verdict.NOT_A_NUMBER, "acc is nan for each of the 2 scored plans"),
+        ((math.nan, math.nan), {}, Verdict.NOT_A_NUMBER, "acc is nan for each of the 2 scored plans$"),
+        ((math.nan,), {"before": math.nan}, Verdict.NOT_A_NUMBER, "the 1 scored plans, and was so before anything was"),
         ((math.nan, -math.inf), {}, Verdict.NOT_A_NUMBER, "none of the 2 scored plans has a finite acc at 70.0%"),
         ((0.8, 0.7), {"constraints": ["acc >= 0.95"]}, Verdict.UNMET_CONSTRAINTS, r"misses acc >= 0.95 \(it is 0.8\)"),
         ((0.8, 0.7), {"limits": {"latency": 0.5}}, Verdict.TOO_SLOW, "limits\\['latency'\\]=0.5: the fastest of"),

@@ -101,7 +101,7 @@ def searched(samples, settings):
     dense = samples.space.key(np.zeros(samples.space.size))
     SearchLoop(evaluate, 0, {dense: objective.loss(before)}).run(settings.search, samples.space)
     race(evaluator, settings)
-    return decide(samples, settings, samples, evaluator.trials, None), evaluator
+    return decide(samples, settings, samples, evaluator.trials, {}, None), evaluator
 
 
 def best_of_all(evaluator, samples):
@@ -234,7 +234,7 @@ def highest(samples, settings):
     )
     MaxSparsitySearch(settings.search, samples.space, evaluate, progress, 0, {(0, 0, 0): before["loss"]}).run()
     race(evaluator, settings)
-    return decide(samples, settings, samples, trials, None).plan
+    return decide(samples, settings, samples, trials, {}, None).plan
 
 
 @pytest.mark.slow
