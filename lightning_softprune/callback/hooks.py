@@ -21,7 +21,6 @@ from lightning_softprune.trainer import (
     UntrainedCopies,
     averaged_copies,
     callbacks_of,
-    copy_batch,
     end_epoch_at_this_batch,
     refuse_schedule,
     refuse_sharded_optimizers,
@@ -34,6 +33,7 @@ from lightning_softprune.trainer import (
     take_epoch_back_in,
     why_training_ended,
 )
+from lightning_softprune.utilities.nested import copy_batch
 
 
 class PruningHooks(Rounds):

@@ -241,6 +241,7 @@ class _ResizePlan:
         self.places = [place for place in tensor_sites(model, target.unsaved) if not place.lazy]
         self.shapes = self._with_aliases()
         self.resized: list[tuple[LayerType, nn.Module, Sizes]] = []
+        self.changes: set[tuple[int, int]] = set()  # sizes of layers, before and after
         self.created: list[tuple[nn.Module, int]] = []
         self.removed: list[nn.Module] = []
         self.counted: list[tuple[nn.Module, str, int]] = []
@@ -271,7 +272,7 @@ class _ResizePlan:
         return shapes
 
     def _plan_layers(self, model: nn.Module) -> None:
-        unknown, changed = [], set()
+        unknown = []
         for name, module in model.named_modules(remove_duplicate=False):
             layout = layout_of(module)
             if isinstance(layout, str):
@@ -290,10 +291,10 @@ class _ResizePlan:
             except ValueError as error:
                 raise ValueError(f"{name or 'the model'}: {error}") from None
             if sizes != now:
-                changed |= {now[slot] for slot in now if now[slot] != sizes[slot]}
+                self.changes |= {(now[slot], sizes[slot]) for slot in now if now[slot] != sizes[slot]}
                 self.resized.append((entry, module, sizes))
         for name, module, now in unknown:
-            if changed & set(now.values()):
+            if {size for size, _ in self.changes} & set(now.values()):
                 raise ValueError(
                     f"{name}: no tensor of this {type(module).__name__} tells its size, so a state dict alone is not "
                     "enough; pass the whole checkpoint, or its 'softprune' record"
@@ -350,8 +351,9 @@ class _ResizePlan:
             for name, reason in self.refused.items():
                 if is_inside(owner, name):
                     raise ValueError(f"{name}: {shape_mismatch(shape, now)}; {reason}")
-            if not self.exact and not place.is_parameter:
-                continue  # a buffer of the user's own; no round changes its shape
+            dims = {pair for pair in zip(now, shape, strict=False) if pair[0] != pair[1]}
+            if not (self.exact or place.is_parameter or (len(shape) == len(now) and dims <= self.changes)):
+                continue  # a buffer of the user's own that no round has changed: what it holds has sizes of its own
             if len(shape) != len(now) or (id(place.module) in layers and not self.exact):
                 raise ValueError(f"{owner}: {shape_mismatch(shape, now)}")
             self.wanted[place.name] = shape

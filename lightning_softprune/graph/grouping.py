@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import nn
@@ -53,6 +53,7 @@ class Grouping:
         averaged: Names of the groups over whose channels something is computed that misses those that go.
         counts: Name of a group -> integer attributes of modules that may count its channels.
         loose: Slots of layers that read nothing of a known width (`torch.zeros`), and their sizes.
+        given: Names of the groups that are outputs of the network.
     """
 
     groups: list[PruningGroup]
@@ -61,6 +62,7 @@ class Grouping:
     averaged: set[str]
     chosen: set[str]
     loose: dict[Place, int]
+    given: set[str] = field(default_factory=set)
 
 
 def trace_groups(
@@ -136,7 +138,8 @@ def groups_of(
     alone = left_alone(trace.model, named, trace, table.reason_of)
     averaged = {g.name for g, own in zip(named, classes, strict=True) if table.is_averaged(own)}
     chosen = {g.name for g, own in zip(named, classes, strict=True) if table.is_chosen(own)}
-    return Grouping([*named, *alone], splits, counts, averaged, chosen, table.loose())
+    given = {g.name for g, own in zip(named, classes, strict=True) if table.is_given(own)}
+    return Grouping([*named, *alone], splits, counts, averaged, chosen, table.loose(), given)
 
 
 def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup], trace: Trace) -> list[PruningGroup]:
@@ -326,6 +329,10 @@ class _Table:
     def is_chosen(self, own: IntArray) -> bool:
         """Whether which dimension carries these classes, or what they are shares of, was a choice."""
         return not self._chosen.isdisjoint(own.tolist())
+
+    def is_given(self, own: IntArray) -> bool:
+        """Whether some of these classes are an output of the network."""
+        return any(number in self.pins and bool(self.pins[number].output) for number in own.tolist())
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""

@@ -4,7 +4,6 @@ Everything this library takes from Lightning's private interface is in this fold
 fails by name when a release of Lightning moves any of it.
 """
 
-from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.ending import why_training_ended
 from lightning_softprune.trainer.fit_loop import (
     as_if_at_epoch,
@@ -78,7 +77,6 @@ __all__ = [
     "clone_inference_tensors_and_reset_metrics",
     "code_in_training",
     "compiler_off",
-    "copy_batch",
     "end_epoch_at_this_batch",
     "ends_with_average",
     "finish_epoch_without_training",

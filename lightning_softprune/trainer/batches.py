@@ -1,4 +1,4 @@
-"""Batches: copied, and read from the training loaders beside the running epoch."""
+"""Batches read from the training loaders beside the running epoch."""
 
 from __future__ import annotations
 
@@ -6,63 +6,23 @@ import itertools
 import math
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import copy, deepcopy
-from dataclasses import fields, is_dataclass
+from copy import copy
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.connectors.data_connector import _request_dataloader
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
 
 from lightning_softprune.trainer.isolation import OwnRandomness
 from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.utilities.libraries import counterpart
-from lightning_softprune.utilities.snapshot import ATOMS
+from lightning_softprune.utilities.nested import copy_batch
 
 _NONE = object()
-
-
-def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
-    """A copy of a batch: what a step does in place (`x.sub_(mean)`, `batch.pop("y")`) does not reach the original.
-
-    `copy.deepcopy` would copy the whole storage behind a view, so only objects of unknown type are left to it.
-    """
-    memo = {} if memo is None else memo
-    if type(batch) in ATOMS:
-        return batch
-    if id(batch) in memo:  # an input that is also the target stays one tensor
-        return memo[id(batch)]
-    result: Any
-    if isinstance(batch, Tensor):
-        result = batch.detach().clone().requires_grad_(batch.requires_grad)
-    elif isinstance(batch, np.ndarray):
-        result = batch.copy()
-    elif type(batch) in (list, tuple):
-        result = type(batch)([copy_batch(item, memo) for item in batch])
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        result = type(batch)(*(copy_batch(item, memo) for item in batch))
-    elif isinstance(batch, dict):
-        result = copy(batch)  # keeps the type and its extras (a default factory)
-        for key, value in batch.items():
-            result[key] = copy_batch(value, memo)
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        result = copy(batch)
-        for field in fields(batch):
-            if hasattr(batch, field.name):  # past a frozen dataclass's guard
-                object.__setattr__(result, field.name, copy_batch(getattr(batch, field.name), memo))
-    else:
-        try:
-            result = deepcopy(batch)
-        except Exception:  # a handle or another thing that cannot be copied: as it is
-            result = batch
-    memo[id(batch)] = result
-    return result
 
 
 class FirstBatches:
@@ -118,7 +78,7 @@ def _one_epoch(trainer: pl.Trainer) -> Iterator[tuple[Iterator[Any], int | None]
     if combined is None:
         yield iter(()), 0
         return
-    with loaders_beside(trainer, list(combined.flattened), "train_dataloaders") as loaders:
+    with loaders_beside(trainer, list(combined.flattened), "train_dataloaders", reads_ahead=True) as loaders:
         beside = copy(combined)
         beside.flattened = loaders
         if beside.limits is None:  # outside of a fit

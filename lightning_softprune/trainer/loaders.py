@@ -1,12 +1,15 @@
 """Loaders read beside the run: their order, iterators, workers and random states stay as they are.
 
-*One-shot* is what can be read only once: reading takes away from whoever else reads it (a generator).
+*One-shot* is what can be read only once: reading takes away from whoever else reads it (a generator). A training loader
+may hold such a thing, and go on with it from epoch to epoch, as endless streams do: what is read *ahead* of the run is
+kept for the run.
 """
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -25,7 +28,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from lightning_softprune.trainer.isolation import attributes_replaced, opaque
 from lightning_softprune.trainer.lightning_names import MisconfigurationException
 from lightning_softprune.utilities.libraries import counterparts
-from lightning_softprune.utilities.nested import rebuild
+from lightning_softprune.utilities.nested import copy_batch, rebuild
 from lightning_softprune.utilities.snapshot import ATOMS, RNGS, Snapshot
 
 _FEW = 64
@@ -36,7 +39,9 @@ _DEPTH = 6
 
 
 @contextmanager
-def loaders_beside(trainer: pl.Trainer, loaders: list[Any], argument: str) -> Iterator[list[Any]]:
+def loaders_beside(
+    trainer: pl.Trainer, loaders: list[Any], argument: str, *, reads_ahead: bool = False
+) -> Iterator[list[Any]]:
     """Copies of loaders, to be read inside the block while the loaders themselves go on.
 
     The workers that the copies start end with the block, also after an exception, whoever holds its traceback. What is
@@ -46,6 +51,8 @@ def loaders_beside(trainer: pl.Trainer, loaders: list[Any], argument: str) -> It
         trainer: The trainer in charge; within a fit, samplers hear of its epoch.
         loaders: The loaders.
         argument: What the user calls them, for errors.
+        reads_ahead: Whether of one-shot things that loaders hold the run may get what is read here, later; else, as for
+            what has to be the same each time it is read, these are refused.
 
     Yields:
         The copies, in order.
@@ -53,8 +60,8 @@ def loaders_beside(trainer: pl.Trainer, loaders: list[Any], argument: str) -> It
     Raises:
         MisconfigurationException: A loader is one-shot, at once, or reads from something that is, when it is read.
     """
-    with loaders_undisturbed(loaders), ExitStack() as replaced:
-        copies = _Copies(argument, replaced)
+    with ExitStack() as kept, loaders_undisturbed(loaders), ExitStack() as replaced:
+        copies = _Copies(argument, replaced, kept if reads_ahead else None)
         try:
             beside = [copies.loader(loader) for loader in loaders]
             if trainer.state.fn == TrainerFn.FITTING:
@@ -70,12 +77,19 @@ class _Copies:
 
     A copy of a DataLoader starts workers of its own where the original has some: `worker_init_fn` is honoured, and the
     dataset is changed in their processes and not in this one.
+
+    Args:
+        argument: What the user calls the loaders.
+        replaced: Ends what lasts as long as the copies do.
+        kept: Is closed when all is put back, and then leaves what was read ahead with the loaders; `None` where nothing
+            may be read so.
     """
 
-    def __init__(self, argument: str, replaced: ExitStack) -> None:
+    def __init__(self, argument: str, replaced: ExitStack, kept: ExitStack | None = None) -> None:
         self._argument = argument
-        self._replaced = replaced
+        self._replaced, self._kept = replaced, kept
         self._made: dict[int, Any] = {}
+        self._shared: dict[int, _ReadAhead] = {}
         self._data_loaders: list[DataLoader[Any]] = []
         self._iterators: list[weakref.ref[_BaseDataLoaderIter]] = []
 
@@ -95,7 +109,7 @@ class _Copies:
             return self._data_loader(loader)
         if not isinstance(getattr(loader, "__dict__", None), dict):
             return loader
-        return self._object(loader, {**self._inside(loader, _DEPTH), **self._refusals(loader)})
+        return self._object(loader, {**self._in_place(loader), **self._inside(loader, _DEPTH)})
 
     def _data_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         if id(loader) in self._made:
@@ -106,12 +120,12 @@ class _Copies:
         self._data_loaders.append(result)
         own: dict[str, Any] = {"persistent_workers": False, "pin_memory": False, "_iterator": None}
         own["_get_iterator"] = partial(self._start, result)
-        vars(result).update({**vars(loader), **self._inside(loader, _DEPTH), **self._refusals(loader), **own})
+        vars(result).update({**vars(loader), **self._in_place(loader), **self._inside(loader, _DEPTH), **own})
         for name, value in vars(loader).items():
             if name != "_iterator" and isinstance(value, _BaseDataLoaderIter):  # it goes on and on through one iterator
                 vars(result)[name] = DataLoader.__iter__(result)
         if loader.num_workers == 0 and isinstance(loader.dataset, IterableDataset):
-            self._replaced.enter_context(attributes_replaced(loader.dataset, **self._refusals(loader.dataset)))
+            self._replaced.enter_context(attributes_replaced(loader.dataset, **self._in_place(loader.dataset)))
         return result
 
     def _start(self, loader: DataLoader[Any]) -> _BaseDataLoaderIter:
@@ -119,13 +133,30 @@ class _Copies:
         self._iterators.append(weakref.ref(iterator))
         return iterator
 
-    def _refusals(self, owner: Any) -> dict[str, Any]:
+    def _in_place(self, owner: Any) -> dict[str, Any]:
         """In place of what a loader holds that is one-shot. Most loaders make a new one whenever they are iterated."""
-        return {
-            name: _Refusal(self._argument, value)
+        one_shot = {
+            name: value
             for name, value in vars(owner).items()
-            if name != "_iterator" and _is_one_shot(value)
+            if name != "_iterator" and (_is_one_shot(value) or isinstance(value, _ReadAhead))
         }
+        ahead = {name: self._ahead(owner, name, value) for name, value in one_shot.items()}
+        if not any(ahead.values()):
+            return {name: _Refusal(self._argument, value) for name, value in one_shot.items()}
+        # what the owner notes of what it has read is the run's
+        noted = {name: copy(value) for name, value in vars(owner).items() if type(value) in (list, dict, set, deque)}
+        return noted | {name: found or _Refusal(self._argument, one_shot[name]) for name, found in ahead.items()}
+
+    def _ahead(self, owner: Any, name: str, value: Any) -> Iterator[Any] | None:
+        """What an attribute is going to yield, from now on kept for the run; `None` where that may not be."""
+        if self._kept is None or isinstance(value, _BaseDataLoaderIter):
+            return None
+        if isinstance(value, _ReadAhead):
+            return value.beside()
+        ahead = self._shared.setdefault(id(value), _ReadAhead(value))
+        vars(owner)[name] = ahead
+        self._kept.callback(vars(owner).__setitem__, name, ahead)  # what the owner had is put back before
+        return ahead.beside()
 
     def _inside(self, owner: Any, depth: int) -> dict[str, Any]:
         """The attributes that are DataLoaders or hold some, with copies of these."""
@@ -136,7 +167,7 @@ class _Copies:
         """The value itself; where DataLoaders hang on it, a copy with copies of these."""
         if isinstance(value, DataLoader):
             return self._data_loader(value)
-        if depth == 0 or type(value) in ATOMS or isinstance(value, (*opaque(), _BaseDataLoaderIter, Tensor, nn.Module)):
+        if depth == 0 or type(value) in ATOMS or isinstance(value, _NOT_COPIED + opaque()):
             return value
         if id(value) not in self._made:
             self._made[id(value)] = value  # met again on the way down
@@ -148,7 +179,7 @@ class _Copies:
             elif isinstance(getattr(value, "__dict__", None), dict):
                 changes = self._inside(value, depth)
                 if isinstance(value, Iterable):
-                    changes.update(self._refusals(value))
+                    changes = {**self._in_place(value), **changes}
                 if changes:
                     self._made[id(value)] = self._object(value, changes)
         return self._made[id(value)]
@@ -178,6 +209,33 @@ def _refuse(argument: str, one_shot: object) -> NoReturn:
         f"{argument}: a {type(one_shot).__name__} can be read only once, so the search would take batches away "
         "from the run; pass an object that can be iterated again: a DataLoader, a list, a class with `__iter__`"
     )
+
+
+class _ReadAhead:
+    """A one-shot iterator for whom it belongs to, who gets all of it, in order, whatever others read ahead.
+
+    What else is asked of it is asked of the iterator (a generator is closed).
+    """
+
+    def __init__(self, one_shot: Iterator[Any]) -> None:
+        self._one_shot = one_shot
+        (self._own,) = itertools.tee(one_shot, 1)
+
+    def __iter__(self) -> _ReadAhead:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._own)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["_one_shot"], name)
+
+    def beside(self) -> Iterator[Any]:
+        """Copies of what its owner is going to get."""
+        return map(copy_batch, copy(self._own))
+
+
+_NOT_COPIED = (_BaseDataLoaderIter, _ReadAhead, Tensor, nn.Module)
 
 
 class _Refusal:

@@ -16,7 +16,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from lightning_softprune.trainer.batches import FirstBatches, copy_batch, read_training_batches
+from lightning_softprune.trainer.batches import FirstBatches, read_training_batches
 from lightning_softprune.trainer.isolation import (
     StillParameters,
     clone_inference_tensors_and_reset_metrics,
@@ -47,6 +47,7 @@ from lightning_softprune.trainer.processes import mean_over_processes
 from lightning_softprune.trainer.scorer import ValidationScorer, time_validation_step
 from lightning_softprune.trainer.steps import LoadedBatch, run_step, transfer
 from lightning_softprune.trainer.validation_data import ALL, GIB, Part, samples_of
+from lightning_softprune.utilities.nested import copy_batch
 from lightning_softprune.utilities.snapshot import Snapshot
 
 Value = TypeVar("Value")

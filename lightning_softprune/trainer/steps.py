@@ -17,11 +17,11 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
-from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.isolation import attributes_replaced
 from lightning_softprune.trainer.lightning_names import is_overridden
 from lightning_softprune.utilities.checks import one_of
 from lightning_softprune.utilities.libraries import counterpart, counterparts, of_both_libraries
+from lightning_softprune.utilities.nested import copy_batch
 
 _STAGES = {
     "validation_step": RunningStage.VALIDATING,

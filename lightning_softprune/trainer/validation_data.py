@@ -28,10 +28,10 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.data import _extract_batch_size
 from torch import Tensor
 
-from lightning_softprune.trainer.batches import copy_batch
 from lightning_softprune.trainer.isolation import OwnRandomness, isolated_rng
 from lightning_softprune.trainer.loaders import loaders_beside
 from lightning_softprune.trainer.steps import is_moved_once, move
+from lightning_softprune.utilities.nested import copy_batch
 from lightning_softprune.utilities.snapshot import ATOMS
 
 GIB = 2**30

@@ -1,17 +1,22 @@
-"""Nested data: dotted attributes, and the containers that batches are made of."""
+"""Nested data: dotted attributes, batches, and the containers that they are made of."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from copy import copy
+from copy import copy, deepcopy
+from dataclasses import fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from lightning_softprune.utilities.snapshot import ATOMS
 
 __all__ = [
     "attribute_at",
+    "copy_batch",
     "innermost",
     "integer_of",
     "is_container",
@@ -123,3 +128,40 @@ def tensors_in(tree: Any) -> list[torch.Tensor]:
         return []
     items = tree.values() if isinstance(tree, Mapping) else tree
     return [tensor for item in items for tensor in tensors_in(item)]
+
+
+def copy_batch(batch: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A copy of a batch: what a step does in place (`x.sub_(mean)`, `batch.pop("y")`) does not reach the original.
+
+    `copy.deepcopy` would copy the whole storage behind a view, so only objects of unknown type are left to it.
+    """
+    memo = {} if memo is None else memo
+    if type(batch) in ATOMS:
+        return batch
+    if id(batch) in memo:  # an input that is also the target stays one tensor
+        return memo[id(batch)]
+    result: Any
+    if isinstance(batch, Tensor):
+        result = batch.detach().clone().requires_grad_(batch.requires_grad)
+    elif isinstance(batch, np.ndarray):
+        result = batch.copy()
+    elif type(batch) in (list, tuple):
+        result = type(batch)([copy_batch(item, memo) for item in batch])
+    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        result = type(batch)(*(copy_batch(item, memo) for item in batch))
+    elif isinstance(batch, dict):
+        result = copy(batch)  # keeps the type and its extras (a default factory)
+        for key, value in batch.items():
+            result[key] = copy_batch(value, memo)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        result = copy(batch)
+        for field in fields(batch):
+            if hasattr(batch, field.name):  # past a frozen dataclass's guard
+                object.__setattr__(result, field.name, copy_batch(getattr(batch, field.name), memo))
+    else:
+        try:
+            result = deepcopy(batch)
+        except Exception:  # a handle or another thing that cannot be copied: as it is
+            result = batch
+    memo[id(batch)] = result
+    return result

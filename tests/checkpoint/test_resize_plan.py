@@ -133,6 +133,35 @@ class Heads(nn.Module):
         return x
 
 
+class Placed(nn.Module):
+    """Buffers in the state dict: one as wide as the layers, and one that holds as much as was put into it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.register_buffer("positions", torch.randn(5, 8))
+        self.register_buffer("seen", torch.zeros(0, 8))
+
+    def _load_from_state_dict(self, state, prefix, *args):
+        self.seen = state[f"{prefix}seen"].clone()
+        super()._load_from_state_dict(state, prefix, *args)
+
+    def forward(self, x):
+        return self.down(self.up(x) + self.positions)
+
+
+def test_buffers_as_wide_as_pruned_layers_take_the_shape_that_a_state_dict_alone_tells():
+    x = torch.randn(5, 3)
+    pruned, fresh = prune(Placed(), x), Placed()
+    pruned.seen = torch.ones(7, 8)
+    expected = pruned(x)
+    resize(fresh, pruned.state_dict())
+    assert (fresh.positions.shape, fresh.seen.shape) == ((5, 4), (0, 8))
+    fresh.load_state_dict(pruned.state_dict())
+    assert fresh.seen.shape == (7, 8)
+    assert torch.equal(fresh(x), expected)
+
+
 def test_a_number_that_shapes_leave_in_doubt_is_named_in_a_warning():
     model, pruned = nn.Sequential(Heads()), nn.Sequential(Heads(3, 24)).state_dict()
     with pytest.warns(UserWarning, match=r"SoftPruning: 0\.heads \(4\): the shapes alone do not tell") as caught:

@@ -9,7 +9,7 @@ from lightning_softprune import find_groups
 from lightning_softprune.surgery import Candidates, one_can_go, probe_groups, probe_with_counts
 from support import zoo
 from support.attending import group
-from support.masked import Net
+from support.masked import Net, assert_pruned_is_masked, plans
 from support.plans import assert_same, snapshot
 from support.zoo import BY_NAME
 
@@ -122,3 +122,27 @@ def test_blocks_alike_are_counted_by_the_first_and_each_keeps_its_own_verdict():
         assert group.prunable == (number != 2)
         assert [count.attribute for count in group.counts] == ([] if number == 2 else ["num_heads"])
     assert "with fewer channels: RuntimeError" in groups["1.2.up"].reason
+
+
+class Written(nn.Module):
+    """Writes both of its widths down, and reads its inputs by the one and lays its outputs out by the other."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) / 2)
+
+    def forward(self, x):
+        return (x.reshape(-1, self.inputs) @ self.weight).view(len(x), self.outputs)
+
+
+def test_layers_of_one_width_that_write_it_down_lose_their_channels_apart():
+    """Attributes of one name and value count the outputs of each layer by itself, and the inputs of the next."""
+    torch.manual_seed(0)
+    layers = [Written(5, 8), nn.Tanh(), Written(8, 8), nn.Tanh(), Written(8, 8), nn.Tanh(), nn.Linear(8, 2)]
+    model, x = nn.Sequential(*layers), torch.randn(3, 5)
+    groups = [group for group in find_groups(model, x) if group.prunable]
+    counted = {group.name: {(count.module, count.attribute) for count in group.counts} for group in groups}
+    first, second = {("0", "outputs"), ("2", "inputs")}, {("2", "outputs"), ("4", "inputs")}
+    assert counted == {"0": first, "2": second, "4": {("4", "outputs")}}
+    assert_pruned_is_masked(model, x, groups, plans(groups))

@@ -1,10 +1,14 @@
 """Which readings of a trace are tried, in which order, and which of them wins: what is read is given by a script."""
 
 import pytest
+import torch
+from torch import nn
 
+from lightning_softprune import find_groups
 from lightning_softprune.graph import Grouping
 from lightning_softprune.surgery import best_reading
 from support.attending import group
+from support.masked import Net, assert_pruned_is_masked, plans
 
 
 def pair(first="fine", second="fine"):
@@ -17,7 +21,7 @@ def pair(first="fine", second="fine"):
     return [found("a", first), found("b", second)]
 
 
-def tried(answers, *, splits=None, loose=None):
+def tried(answers, *, splits=None, loose=None, given=()):
     """The best of the readings, and which were tried: choices, places that are coupled, whether in steps.
 
     The answers are states of the two groups by what is read; what is not listed is as the first reading.
@@ -27,7 +31,7 @@ def tried(answers, *, splits=None, loose=None):
     def read(choices, united, in_steps):
         what = (*choices.values(), "coupled" * bool(united) + "+" * max(0, len(united) - 1), in_steps)
         asked.append(what)
-        grouping = Grouping(pair(), splits or {}, {}, set(), set(), loose or {})
+        grouping = Grouping(pair(), splits or {}, {}, set(), set(), loose or {}, set(given))
         return pair(*answers.get(what, answers[("", False)])), grouping
 
     return best_reading(read), asked
@@ -89,3 +93,51 @@ def test_another_dimension_of_a_reshape_is_tried_first_and_kept_by_what_follows(
     best, asked = tried(answers, splits={"b": {"model.py:3": 3}})
     assert states(best) == [(True, 1), (True, 1)]
     assert asked == [("", False), (1, "", False), (2, "", False)]
+
+
+def test_where_groups_fail_those_beside_them_are_read_otherwise_as_well():
+    answers = {("", False): ("fine", "wrong"), (1, "", False): ("fine", "fine")}
+    splits = {"a": {"model.py:3": 2}}
+    best, asked = tried(answers, splits=splits)
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == [("", False), (1, "", False)]
+    _, asked = tried({("", False): ("fine", "wrong")}, splits=splits, given=["b"])
+    assert asked == [("", False)]  # an output is one however it is read
+
+
+def averaged_heads(net, x):
+    heads = net.body(x).view(len(x), net.heads, net.body.out_features // net.heads)
+    return net.head(net.norm(heads.tanh().mean(1)))
+
+
+def test_heads_that_are_averaged_leave_their_dimensions_to_be_pruned():
+    """Heads can go by themselves; what reads their mean then keeps its width, so their dimensions are tried."""
+    torch.manual_seed(0)
+    parts = {"body": nn.Linear(4, 16), "norm": nn.BatchNorm1d(8), "head": nn.Linear(8, 2), "heads": 2}
+    model, x = Net(averaged_heads, **parts).eval(), torch.randn(5, 4)
+    groups = [group for group in find_groups(model, x) if group.prunable]
+    assert [(g.name, g.num_channels, len(g.members)) for g in groups] == [("body", 8, 3)]
+    assert_pruned_is_masked(model, x, groups, plans(groups))
+
+
+class TwoHeads(nn.Module):
+    """Attention whose width of a head is what is left of the tensor: with half of it gone, two narrow heads are."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = 2
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (part(x).view(*x.shape[:2], self.heads, -1).transpose(1, 2) for part in (self.q, self.k, self.v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_one_of_two_heads_goes_with_their_number():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 12), TwoHeads(), nn.Linear(12, 2)), torch.randn(2, 5, 3)
+    groups = [group for group in find_groups(model, x) if group.prunable]
+    found = {group.name: (group.num_channels, [count.attribute for count in group.counts]) for group in groups}
+    assert found == {"0": (12, []), "1.q": (2, ["heads"]), "1.out": (12, [])}
+    assert_pruned_is_masked(model, x, groups, plans(groups))

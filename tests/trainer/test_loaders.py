@@ -261,18 +261,45 @@ class HoldsGeneratorInDataset(IterableDataset):
         return self.source
 
 
+class Caches:
+    """Notes what it has read of its source, and gives that again before it goes on."""
+
+    def __init__(self):
+        self.source, self.noted = endless_generator(), []
+
+    def __iter__(self):
+        yield from list(self.noted)
+        for batch in self.source:
+            self.noted.append(batch)
+            yield batch
+
+
+class HoldsRunningLoader(HoldsGenerator):
+    def __init__(self):
+        self.source = iter(endless())
+
+
 ONE_SHOT = {
     "generator": endless_generator,
     "map": lambda: map(list, endless_generator()),
     "running DataLoader": lambda: iter(endless()),
+    "held running DataLoader": HoldsRunningLoader,
+}
+HELD = {
     "held generator": HoldsGenerator,
     "wrapped": lambda: Nested(HoldsGenerator()),
     "in a dataset": lambda: DataLoader(HoldsGeneratorInDataset(), SIZE),
+    "cached": Caches,
 }
 
 
-@pytest.mark.parametrize("name", ONE_SHOT)
-@pytest.mark.parametrize("which", ["train_dataloaders", "val_dataloaders"])
+@pytest.mark.parametrize(
+    ("which", "name"),
+    [
+        *(("train_dataloaders", name) for name in ONE_SHOT),
+        *(("val_dataloaders", name) for name in ONE_SHOT | HELD if name != "cached"),  # of which it has a batch
+    ],
+)
 def test_what_can_be_read_only_once_is_refused_before_a_batch_is_taken(tmp_path, name, which):
     seen = []
 
@@ -288,7 +315,7 @@ def test_what_can_be_read_only_once_is_refused_before_a_batch_is_taken(tmp_path,
             runner.training_batches(2)
         return True
 
-    data = {"train_dataloaders": endless(), "val_dataloaders": mapped(20, 2), which: ONE_SHOT[name]()}
+    data = {"train_dataloaders": endless(), "val_dataloaders": mapped(20, 2), which: (ONE_SHOT | HELD)[name]()}
     probe = Probe(attempt, 1)
     limits = {"limit_train_batches": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0}
     plain_trainer(tmp_path, probe, Watch(), max_epochs=2, **limits).fit(made(Mean), **data)
@@ -299,6 +326,37 @@ def test_what_can_be_read_only_once_is_refused_before_a_batch_is_taken(tmp_path,
         # a fetcher that looks ahead drops a batch between epochs, where it begins anew
         assert_equal(seen[:3], wanted[:3], "first epoch")
         assert any(torch.equal(seen[3], batch) for batch in wanted[3:5])
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_of_a_stream_that_a_training_loader_holds_the_run_gets_what_was_read_ahead(tmp_path, name):
+    """Twice in a fit, with what was read changed in place."""
+
+    def seen_by(*callbacks):
+        seen = []
+
+        class Watch(Callback):
+            def on_train_batch_start(self, trainer, module, batch, batch_idx):
+                seen.append(batch[0].clone())
+
+        limits = {"limit_train_batches": 3, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+        plain_trainer(tmp_path, *callbacks, Watch(), max_epochs=4, **limits).fit(
+            made(Mean), HELD[name](), mapped(20, 2)
+        )
+        return seen
+
+    def ahead(trainer, module):
+        with ModuleRunner(trainer, module, calibration_batches=n) as runner:
+            found = [batch[0].clone() for batch in runner.training_batches(n)]
+            for batch in runner.training_batches(n):
+                batch[0].zero_()
+        return found
+
+    n = 3
+    without, first, second = seen_by(), Probe(ahead, 1), Probe(ahead, 2)
+    assert_equal(seen_by(first, second), without, "the run")
+    assert_equal(first.result, without[3:6], "before the second epoch")
+    assert_equal(second.result, without[6:9], "before the third epoch")
 
 
 # ----------------------------------------------------------------------------------------------- kinds of DataLoaders

@@ -2,8 +2,10 @@
 
 A model may write its widths down: as attributes of its modules, which its forward puts into a ``view``. A group that
 fails a probe is probed again with such attributes changed along with its channels, first one name at a time, then two,
-then all that could count it. The first choice with which the model computes the same as the masked dense network is
-kept; groups alike (the heads of all blocks) share it.
+then all that could count it. Then those that no later group may claim are changed apart from those that one does: a
+layer's ``out_channels`` have the value that those of the layer behind it have, which counts its own. The first choice
+with which the model computes the same as the masked dense network is kept; groups alike (the heads of all blocks) share
+it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -78,7 +81,7 @@ def probe_with_counts(
     if not any(group.prunable for group in groups):
         return list(groups)
     dense = look_at_dense(model, run, run_otherwise)
-    counts, chosen_dims = candidates.counts, candidates.chosen_dims
+    counts, chosen_dims = _claimed(groups, candidates.counts), candidates.chosen_dims
 
     def probed(chosen: Sequence[PruningGroup]) -> list[PruningGroup]:
         return probe_groups(model, chosen, run, run_otherwise, round_to, dense)
@@ -87,22 +90,25 @@ def probe_with_counts(
         compared = [g for g in chosen if g.name not in candidates.averaged]
         return unlike_masked(model, compared, run, run_otherwise, dense)
 
+    def checked(found: Sequence[PruningGroup]) -> list[PruningGroup]:
+        sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
+        wrong = {group.name for group in unlike(sized)}
+        return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+
     groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
+    found = checked(found)
     counted = _counted(groups, found, counts, probed, unlike)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
-        found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
+        found = checked(probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)]))
     if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
-    sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
-    wrong = {group.name for group in unlike(sized)}
-    found = [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
     return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
 
 
 def _in_steps(
     groups: Sequence[PruningGroup],
     found: Sequence[PruningGroup],
-    counts: Mapping[str, Sequence[Count]],
+    counts: _Claims,
     round_to: int,
     probed: _Probing,
     unlike: _Probing,
@@ -146,12 +152,12 @@ _Probing = Callable[[Sequence[PruningGroup]], list[PruningGroup]]
 def _counted(
     groups: Sequence[PruningGroup],
     found: Sequence[PruningGroup],
-    counts: Mapping[str, Sequence[Count]],
+    counts: _Claims,
     probed: _Probing,
     unlike: _Probing,
 ) -> list[PruningGroup]:
     """The groups, those that fail with the attributes they run with, where there are such."""
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    alike: dict[_Names, list[int]] = defaultdict(list)
     for i, (group, one) in enumerate(zip(groups, found, strict=True)):
         names = _names(counts.get(group.name, ()))
         if group.prunable and not one.prunable and names:
@@ -176,7 +182,7 @@ def _counted(
 
 
 def _probed_by_kind(
-    groups: Sequence[PruningGroup], counts: Mapping[str, Sequence[Count]], probed: _Probing, unlike: _Probing
+    groups: Sequence[PruningGroup], counts: _Claims, probed: _Probing, unlike: _Probing
 ) -> tuple[list[PruningGroup], list[PruningGroup], bool]:
     """The groups with what their kind needs, how they do, and whether some were probed without it, apart."""
     counted = _as_the_first_of_their_kind(groups, counts, probed, unlike)
@@ -188,7 +194,7 @@ def _probed_by_kind(
 
 
 def _as_the_first_of_their_kind(
-    groups: Sequence[PruningGroup], counts: Mapping[str, Sequence[Count]], probed: _Probing, unlike: _Probing
+    groups: Sequence[PruningGroup], counts: _Claims, probed: _Probing, unlike: _Probing
 ) -> list[PruningGroup]:
     """The groups, with those attributes that the first of many blocks alike needs: else each would fail alone first."""
     kinds: dict[object, list[int]] = defaultdict(list)
@@ -210,24 +216,65 @@ def _as_the_first_of_their_kind(
     return result
 
 
-def _kind(group: PruningGroup, counts: Sequence[Count]) -> object:
+def _kind(group: PruningGroup, claims: Sequence[_Claim]) -> object:
     """What groups of blocks alike have in common: all but the numbers in their names."""
     members = tuple((without_digits(member.module), member.slot, len(member.owner)) for member in group.members)
-    found = tuple((without_digits(count.module), count.attribute, count.per_channel) for count in counts)
+    found = tuple((without_digits(c.count.module), c.count.attribute, c.count.per_channel, c.side) for c in claims)
     return group.num_channels, members, found
 
 
-def _names(counts: Sequence[Count]) -> tuple[str, ...]:
-    return tuple(sorted({count.attribute for count in counts}))
+class _Side(Enum):
+    """Which attributes of a name are meant."""
+
+    ANY = "all"
+    OWN = "those that no later group may claim"
+    SHARED = "the others"
 
 
-def _choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Claim:
+    """An attribute that could count a group's channels, and whether it could count those of a later group as well."""
+
+    count: Count
+    side: _Side
+
+
+_Claims = Mapping[str, Sequence[_Claim]]
+
+_Names = tuple[tuple[str, tuple[_Side, ...]], ...]
+"""Attributes that could count a group's channels, and the sides on which there are such."""
+
+_Choice = tuple[tuple[str, _Side], ...]
+
+
+def _claimed(groups: Sequence[PruningGroup], counts: Mapping[str, Sequence[Count]]) -> _Claims:
+    last = {(c.module, c.attribute): group.name for group in groups for c in counts.get(group.name, ())}
+    return {
+        name: [_Claim(c, _Side.OWN if last.get((c.module, c.attribute)) == name else _Side.SHARED) for c in found]
+        for name, found in counts.items()
+    }
+
+
+def _names(claims: Sequence[_Claim]) -> _Names:
+    sides: dict[str, set[_Side]] = defaultdict(set)
+    for claim in claims:
+        sides[claim.count.attribute].add(claim.side)
+    return tuple((name, tuple(side for side in _Side if side in found)) for name, found in sorted(sides.items()))
+
+
+def _choices(names: _Names) -> Iterator[_Choice]:
     names = names[:_MOST_NAMES]
+    everywhere = [(name, _Side.ANY) for name, _ in names]
     for size in (1, 2):
-        yield from itertools.combinations(names, size)
+        yield from itertools.combinations(everywhere, size)
     if len(names) > 2:
-        yield tuple(names)
+        yield tuple(everywhere)
+    own = [(name, _Side.OWN) for name, sides in names if len(sides) == 2]
+    yield from ((one,) for one in own)
+    for one in own:
+        yield from ((one, (name, side)) for name, sides in names for side in sides if name != one[0])
 
 
-def _with_counts(group: PruningGroup, candidates: Sequence[Count], names: Sequence[str]) -> PruningGroup:
-    return replace(group, counts=tuple(count for count in candidates if count.attribute in names))
+def _with_counts(group: PruningGroup, claims: Sequence[_Claim], chosen: _Choice) -> PruningGroup:
+    wanted = {(name, side) for name, one in chosen for side in (_Side if one is _Side.ANY else (one,))}
+    return replace(group, counts=tuple(c.count for c in claims if (c.count.attribute, c.side) in wanted))

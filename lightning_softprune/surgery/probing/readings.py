@@ -1,8 +1,9 @@
 """Readings of what was traced: alternatives that are tried where groups do not work.
 
-These are other dimensions of a reshape; and groups of one width together, which code that gives the output of one the
-shape of another couples without a trace (``y.view(x.shape)``). With these may go what takes tensors that were made to
-fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
+These are other dimensions of a reshape, first where groups do not work, then also where those beside them do; and
+groups of one width together, which code that gives the output of one the shape of another couples without a trace
+(``y.view(x.shape)``). With these may go what takes tensors that were made to fit (``layer(torch.zeros(len(x),
+x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
 """
 
 from __future__ import annotations
@@ -25,20 +26,14 @@ def best_reading(read: Read) -> list[PruningGroup]:
     """
     best, grouping = read({}, (), False)
     choices: dict[str, int] = {}
-    for attempt in range(1, _MOST_READINGS):
-        working = {site for g in best if _is_fine(g) for site in grouping.splits.get(g.name, ())}
-        failing = {
-            site: attempt
-            for g in best
-            if not _is_fine(g)
-            for site, alternatives in grouping.splits.get(g.name, {}).items()
-            if site not in working and attempt < alternatives
-        }
-        if not failing:
-            break
-        found, other = read({**choices, **failing}, (), False)
-        if _reached(found) > _reached(best):
-            best, grouping, choices = found, other, {**choices, **failing}
+    for beside in (False, True):
+        for attempt in range(1, _MOST_READINGS):
+            others = _other_dimensions(best, grouping, attempt, beside)
+            if not others:
+                break
+            found, other = read({**choices, **others}, (), False)
+            if _reached(found) > _reached(best):
+                best, grouping, choices = found, other, {**choices, **others}
     stuck = [g for g in best if g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
     coupled = [united for united in (together, along if along != together else ()) if united]
@@ -49,6 +44,32 @@ def best_reading(read: Read) -> list[PruningGroup]:
         if _reached(found) > _reached(best):
             best = found
     return best
+
+
+def _other_dimensions(groups: Sequence[PruningGroup], grouping: Grouping, attempt: int, beside: bool) -> dict[str, int]:
+    """An alternative for the reshapes that groups which do not work went through, and none that works.
+
+    Args:
+        groups: As they were probed.
+        grouping: What was probed.
+        attempt: Which alternative.
+        beside: Whether groups that work are read otherwise too, where they lie in the modules of those that do not and
+            are no outputs: heads, where what reads their mean would keep its width.
+    """
+    failing = [g for g in groups if not _is_fine(g)]
+    working = [g for g in groups if _is_fine(g)]
+    if beside:
+        owners = set().union(*(_owners(group) for group in failing if group.name not in grouping.given))
+        failing += [group for group in working if not owners.isdisjoint(_owners(group))]
+        working = []
+    kept = {site for g in working for site in grouping.splits.get(g.name, ())}
+    sites = {site: n for g in failing for site, n in grouping.splits.get(g.name, {}).items() if site not in kept}
+    return {site: attempt for site, alternatives in sites.items() if attempt < alternatives}
+
+
+def _owners(group: PruningGroup) -> set[str]:
+    """The modules that hold a group's layers and tensors themselves."""
+    return {member.module.rpartition(".")[0] for member in group.members}
 
 
 def _is_fine(group: PruningGroup) -> bool:
