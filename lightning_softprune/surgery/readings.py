@@ -15,6 +15,7 @@ Read = Callable[[Mapping[str, int], Sequence[tuple[Place, Place]], bool], tuple[
 """From choices of dimensions, by reshape, places that are coupled, and whether to try steps: the groups, probed."""
 
 _MOST_READINGS = 3  # ways to take a reshape that are tried where the first does not work
+_MOST_APART = 4  # reshapes that are taken otherwise one at a time, after all of them together
 
 
 def best_reading(read: Read) -> list[PruningGroup]:
@@ -26,19 +27,17 @@ def best_reading(read: Read) -> list[PruningGroup]:
     best, grouping = read({}, (), False)
     choices: dict[str, int] = {}
     for attempt in range(1, _MOST_READINGS):
-        working = {site for g in best if _is_fine(g) for site in grouping.splits.get(g.name, ())}
-        failing = {
-            site: attempt
-            for g in best
-            if not _is_fine(g)
-            for site, alternatives in grouping.splits.get(g.name, {}).items()
-            if site not in working and attempt < alternatives
-        }
+        failing = _failing(best, grouping, attempt)
         if not failing:
             break
-        found, other = read({**choices, **failing}, (), False)
-        if _reached(found) > _reached(best):
-            best, grouping, choices = found, other, {**choices, **failing}
+        refused = list(_failing([g for g in best if not g.crashed], grouping, attempt))
+        apart = [{site: attempt} for site in refused[:_MOST_APART]] if len(failing) > 1 else []
+        for tried in (failing, *apart):  # of two reshapes whose results meet, one may be right
+            if not tried.keys() <= _failing(best, grouping, attempt).keys():
+                continue
+            found, other = read({**choices, **tried}, (), False)
+            if _reached(found) > _reached(best):
+                best, grouping, choices = found, other, {**choices, **tried}
     stuck = [g for g in best if g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
     coupled = [united for united in (together, along if along != together else ()) if united]
@@ -49,6 +48,18 @@ def best_reading(read: Read) -> list[PruningGroup]:
         if _reached(found) > _reached(best):
             best = found
     return best
+
+
+def _failing(groups: Sequence[PruningGroup], grouping: Grouping, attempt: int) -> dict[str, int]:
+    """The reshapes that no working group goes through and some other does, each with the alternative to try next."""
+    working = {site for g in groups if _is_fine(g) for site in grouping.splits.get(g.name, ())}
+    return {
+        site: attempt
+        for g in groups
+        if not _is_fine(g)
+        for site, alternatives in grouping.splits.get(g.name, {}).items()
+        if site not in working and attempt < alternatives
+    }
 
 
 def _is_fine(group: PruningGroup) -> bool:

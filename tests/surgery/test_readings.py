@@ -89,3 +89,16 @@ def test_another_dimension_of_a_reshape_is_tried_first_and_kept_by_what_follows(
     best, asked = tried(answers, splits={"b": {"model.py:3": 3}})
     assert states(best) == [(True, 1), (True, 1)]
     assert asked == [("", False), (1, "", False), (2, "", False)]
+
+
+def test_reshapes_that_are_refused_without_a_crash_are_also_taken_otherwise_one_at_a_time():
+    wrong = ("wrong", "wrong")
+    splits = {"a": {"model.py:3": 2}, "b": {"model.py:8": 2}}
+    asked_before = [("", False), (1, 1, "", False), (1, "", False)]
+    best, asked = tried({("", False): wrong, (1, "", False): ("fine", "fine")}, splits=splits)
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == asked_before
+    _, asked = tried({("", False): wrong}, splits=splits)
+    assert asked == [*asked_before, (1, "", False)]
+    _, asked = tried({("", False): ("crashed", "crashed")}, splits=splits)
+    assert (1, "", False) not in asked
