@@ -129,7 +129,7 @@ class LayerType:
         types: The classes that the entry is for, with their subclasses. Where that is for :meth:`is_for` to say, none.
         produces: Whether its outputs are channels of its own; otherwise it passes on those of another layer.
         owns_children: Whether modules inside it are parts of it, which are not looked at by themselves.
-        mixes_positions: Whether it does more with the dimensions beside the channels than go through them.
+        mixes_positions: Whether it does more with the dimensions beside the channels than go through them, mostly.
         averages_channels: Whether it misses channels that go, by a mean, a norm or a scale: masking is another thing.
         takes_bias: Whether it computes with an attribute ``bias`` that may be ``None``, and can be given one.
         own_forward: Whether each class has a forward of its own that is not known: what it does is looked into.
@@ -169,6 +169,10 @@ class LayerType:
     def calling_parts(self, module: Any) -> AbstractContextManager[None]:
         """While this lasts, it calls the parts of :meth:`linked` as modules, so that their hooks fire."""
         return nullcontext()
+
+    def goes_through(self, module: Any, dim: int, rank: int) -> bool:
+        """Whether it does the same at each index of a dimension of what it takes, beside the channels."""
+        return not self.mixes_positions
 
     def channel_dim(self, module: Any, tensor: torch.Tensor) -> int:
         """Which dimension of what the layer takes and gives holds the channels; not negative."""

@@ -55,6 +55,18 @@ def in_place_after_a_view(m, h):
     return h.relu_()
 
 
+def choosing_between_two_kinds():
+    """Split attention: two reshapes say that channels come in two kinds, and only one by their places looks like it."""
+
+    def code(m, h):
+        kinds = h.reshape(len(h), 2, h.shape[1] // 2, *h.shape[2:])
+        gate = m.gate(kinds.sum(1).mean((2, 3), keepdim=True))
+        gate = gate.view(len(h), 1, 2, -1).transpose(1, 2).softmax(1).reshape(len(h), -1)
+        return (kinds * gate.reshape(len(h), 2, h.shape[1] // 2, 1, 1)).sum(1)
+
+    return maps(code, reads=6, gate=nn.Conv2d(6, 12, 1))
+
+
 CASES = {
     "glu": (tokens(lambda m, h: F.glu(h, -1), gives=24), 12),
     "glu of a map": (maps(lambda m, h: F.glu(h, 1), width=24), 12),
@@ -110,6 +122,41 @@ CASES = {
         maps(lambda m, h: F.conv2d(h, m.kernel, groups=3), kernel=parameter(12, 4, 1, 1)),
         4,
     ),
+    "a blur of each channel": (
+        maps(lambda m, h: F.conv2d(h, m.blur, groups=m.channels), blur=torch.randn(12, 1, 3, 3), channels=12),
+        12,
+    ),
+    "one blur of all channels": (
+        maps(
+            lambda m, h: F.conv2d(h, m.blur.expand(h.shape[1], -1, -1, -1), groups=h.shape[1]),
+            blur=parameter(1, 1, 3, 3),
+        ),
+        12,
+    ),
+    "two filters of each channel": (
+        maps(lambda m, h: F.conv2d(h, m.kernel, groups=h.shape[1]), reads=24, kernel=parameter(24, 1, 3, 3)),
+        12,
+    ),
+    "each channel enlarged": (
+        maps(
+            lambda m, h: F.conv_transpose2d(h, m.kernel, None, 2, groups=len(m.kernel)), kernel=parameter(12, 1, 2, 2)
+        ),
+        12,
+    ),
+    "each channel enlarged to two": (
+        maps(lambda m, h: F.conv_transpose2d(h, m.kernel, groups=h.shape[1]), reads=24, kernel=parameter(12, 2, 2, 2)),
+        12,
+    ),
+    "a convolution over tokens": (tokens(lambda m, h: h + m.mix(h), mix=nn.Conv1d(6, 6, 1)), 12),
+    "a convolution over neighbouring tokens": (
+        tokens(lambda m, h: m.mix(h[:, None]).squeeze(1), mix=nn.Conv2d(1, 1, (3, 1), padding=(1, 0))),
+        12,
+    ),
+    "channels in the batch of a convolution": (
+        maps(lambda m, h: m.blur(h.flatten(0, 1)[:, None]).reshape(h.shape), blur=nn.Conv2d(1, 1, 3, padding=1)),
+        12,
+    ),
+    "a choice between two kinds of channels": (choosing_between_two_kinds(), 6),
     "repeat": (tokens(lambda m, h: h.repeat(1, 1, 2), reads=24), 12),
     "interpolated": (maps(lambda m, h: F.interpolate(F.max_pool2d(h, 2), scale_factor=2.0)), 12),
     "what is dropped": (
@@ -326,6 +373,35 @@ def test_a_width_that_follows_the_stream_takes_the_heads_with_it():
     assert (group.prunable, group.num_channels) == (True, 4)
     with torch.no_grad():
         assert_as_masked(model, x, [group], lambda n: [1, 2])
+
+
+def test_an_attribute_that_counts_the_heads_of_a_block_does_not_count_those_of_others():
+    class Pool(nn.Module):
+        """Attention of one query, as wide as what it reads."""
+
+        def __init__(self):
+            super().__init__()
+            self.query, self.num_heads, self.head_dim = nn.Parameter(torch.randn(1, 1, 32)), 4, 8
+            self.q, self.kv, self.out = nn.Linear(32, 32), nn.Linear(32, 64), nn.Linear(32, 3)
+
+        def forward(self, x):
+            b, t, c = x.shape
+            q = self.q(self.query.expand(b, -1, -1)).reshape(b, 1, self.num_heads, self.head_dim).transpose(1, 2)
+            k, v = self.kv(x).reshape(b, t, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, 1, c))
+
+    torch.manual_seed(0)
+    block = Attention(chunked)
+    block.embed, block.qkv, block.head = nn.Linear(32, 20), nn.Linear(20, 96), nn.Linear(16, 32)
+    model, x = nn.Sequential(nn.Linear(5, 32), block, Pool()).eval(), torch.randn(4, 6, 5)
+    found = by_name(find_groups(model, x))
+    heads = found["1.qkv"]
+    stream = next(group for group in found.values() if any(member.module == "2.q" for member in group.members))
+    for group, place in ((heads, "1"), (stream, "2")):
+        assert (group.prunable, group.num_channels) == (True, 4), group.reason
+        assert {count.module for count in group.counts} == {place}
+    with torch.no_grad():
+        assert_as_masked(model, x, [heads, stream], lambda n: [1, 2])
 
 
 def test_a_scale_that_depends_on_what_goes_is_no_reason_for_a_wrong_result():

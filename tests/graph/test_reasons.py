@@ -236,6 +236,23 @@ def test_a_layer_that_takes_channels_as_time_names_the_tensor_its_shape_and_the_
     assert said in groups["first"].reason
 
 
+@pytest.mark.parametrize("settings", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "padding": 1}])
+def test_a_convolution_that_moves_along_channels_takes_them_where_it_expects_none(settings):
+    class Along(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mix, self.head = nn.Linear(4, 6), nn.Conv1d(5, 5, **settings), nn.LazyLinear(2)
+
+        def forward(self, x):
+            return self.head(self.mix(self.first(x)))
+
+    model, x = Along(), torch.randn(2, 5, 4)
+    model(x)
+    groups = {group.name: group for group in find_groups(model, x)}
+    said = "mix takes the output of first of shape (2, 5, 6) where it expects no channels (dimension 2)"
+    assert said in groups["first"].reason
+
+
 HINTS = {
     "argmax": (lambda m, h, x: h * h.argmax(1, keepdim=True), "which of its channels is the largest"),
     "steps": (lambda m, h, x: h * h[:, ::3].mean(1, keepdim=True), "in steps of 3"),

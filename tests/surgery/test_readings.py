@@ -141,3 +141,16 @@ def test_one_of_two_heads_goes_with_their_number():
     found = {group.name: (group.num_channels, [count.attribute for count in group.counts]) for group in groups}
     assert found == {"0": (12, []), "1.q": (2, ["heads"]), "1.out": (12, [])}
     assert_pruned_is_masked(model, x, groups, plans(groups))
+
+
+def test_reshapes_that_are_refused_without_a_crash_are_also_taken_otherwise_one_at_a_time():
+    wrong = ("wrong", "wrong")
+    splits = {"a": {"model.py:3": 2}, "b": {"model.py:8": 2}}
+    asked_before = [("", False), (1, 1, "", False), (1, "", False)]
+    best, asked = tried({("", False): wrong, (1, "", False): ("fine", "fine")}, splits=splits)
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == asked_before
+    _, asked = tried({("", False): wrong}, splits=splits)
+    assert asked == [*asked_before, (1, "", False)]
+    _, asked = tried({("", False): ("crashed", "crashed")}, splits=splits)
+    assert (1, "", False) not in asked

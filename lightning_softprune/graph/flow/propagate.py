@@ -348,7 +348,7 @@ class Flow:
             for dim, label in enumerate(self.labels(value)):
                 if (value.number, dim) in ports:
                     continue
-                if passes and first is not None and value.number == first[0].number:
+                if self._goes_through(operation, value, dim):
                     leading[dim] = label
                 elif is_atoms(label):
                     said = f"{name} takes {self.describe(value)} where it expects no channels (dimension {dim})"
@@ -364,6 +364,14 @@ class Flow:
             atoms = self.atoms(name, slot)
             labels[value.number][dim] = np.tile(atoms, repeat) if repeat > 1 else atoms
         return [labels[value.number] for value in operation.outputs if value is not None]
+
+    def _goes_through(self, operation: Operation, value: Value, dim: int) -> bool:
+        """Whether a layer does the same at each index of a dimension of the first tensor that it takes."""
+        module = self._modules[operation.layer]
+        entry, first = layer_type(module), next(iter(operation.taken), None)
+        if entry is None or first is None or first[0].number != value.number:
+            return False
+        return entry.goes_through(module, dim, len(self.shape(value)))
 
     def _into_cut(self, operation: Operation) -> list[Labels]:
         apart = self.tape.apart.get(operation.layer)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Label, Labels, is_atoms
-from lightning_softprune.graph.flow.rules import Flow, argument, rule, said, unknown
+from lightning_softprune.graph.flow.rules import BY_NUMBER, Flow, argument, rule, said, unknown
 from lightning_softprune.graph.flow.rules_of_shape import alike
 from lightning_softprune.graph.flow.tape import Operation, Value
+from lightning_softprune.utilities.arrays import IntArray
 
 
 def _contract(flow: Flow, operation: Operation, one: Label, other: Label) -> None:
@@ -105,7 +106,9 @@ def _convolution(flow: Flow, operation: Operation) -> list[Labels]:
     rank = len(flow.shape(arguments["weight"])) - 2
     channel = len(source) - rank - 1
     inputs = source[channel]
-    if groups > 1:
+    if groups > 1 and is_atoms(inputs) and len(inputs) == groups:
+        makes = _made_depthwise(flow, operation, inputs, reads, makes)
+    elif groups > 1:
         if is_atoms(inputs):
             alike(flow, inputs, len(inputs) // groups)
         part = inputs[: len(inputs) // groups] if is_atoms(inputs) else inputs
@@ -116,9 +119,6 @@ def _convolution(flow: Flow, operation: Operation) -> list[Labels]:
             _contract(flow, operation, part, reads)
             if is_atoms(makes):
                 alike(flow, makes, len(makes) // groups)
-                if is_atoms(inputs) and len(inputs) == groups == len(makes):  # depthwise
-                    flow.couplings.unite(inputs, makes)
-                    flow.couplings.extents.append((inputs, operation.site.module))
     else:
         _contract(flow, operation, inputs, reads)
     for label in source[channel + 1 :]:
@@ -130,6 +130,18 @@ def _convolution(flow: Flow, operation: Operation) -> list[Labels]:
             labels[channel], flow.labels(bias)[0], said(operation, "adds a fixed bias")
         )
     return [labels]
+
+
+def _made_depthwise(flow: Flow, operation: Operation, inputs: IntArray, reads: Label, makes: Label) -> Label:
+    """What is made of each channel by itself, which goes with it; the number of groups is that of the channels."""
+    weight = flow.shape(operation.arguments["weight"])
+    fixed = said(operation, "multiplies it by a tensor whose width is fixed")
+    flow.couplings.extents.append((inputs, operation.site.module))
+    if not argument(operation, "transposed", False):
+        return flow.couplings.merge(np.repeat(inputs, weight[0] // len(inputs)), makes, fixed)
+    flow.couplings.merge(inputs, reads, fixed)
+    flow.couplings.pin(makes, said(operation, f"makes {weight[1]} channels of each, by their numbers", BY_NUMBER))
+    return np.repeat(inputs, weight[1])
 
 
 @rule("embedding")

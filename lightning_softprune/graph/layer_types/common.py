@@ -107,6 +107,15 @@ class ConvolutionType(LayerType):
         """In front of the positions."""
         return tensor.ndim - len(module.kernel_size) - 1
 
+    def goes_through(self, module: _ConvNd, dim: int, rank: int) -> bool:
+        """The batch, and positions along which the kernel is a single one and moves by one."""
+        place = dim - (rank - len(module.kernel_size))
+        if place < 0:
+            return True
+        around: Any = module._reversed_padding_repeated_twice
+        padded = any((*around[::-1][2 * place : 2 * place + 2], module.output_padding[place]))
+        return module.kernel_size[place] == module.stride[place] == 1 and not padded
+
     def geometry(self, module: _ConvNd) -> WeightGeometry:
         """See `LayerType`."""
         transposed = isinstance(module, _ConvTransposeNd)

@@ -93,7 +93,10 @@ def probe_with_counts(
     def checked(found: Sequence[PruningGroup]) -> list[PruningGroup]:
         sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
         wrong = {group.name for group in unlike(sized)}
-        return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+        if not wrong:
+            return list(found)
+        # others may have run only because these lost channels beside them
+        return probed([group.refuse(_UNLIKE) if group.name in wrong else group for group in found])
 
     groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
     found = checked(found)
@@ -156,7 +159,28 @@ def _counted(
     probed: _Probing,
     unlike: _Probing,
 ) -> list[PruningGroup]:
-    """The groups, those that fail with the attributes they run with, where there are such."""
+    """The groups, those that fail with the attributes they run with, where there are such.
+
+    An attribute counts one group: those that some are found to need are no choice for others that still fail then.
+    """
+    counted = _counted_at_once(groups, found, counts, probed, unlike)
+    taken = {(count.module, count.attribute) for group in counted for count in group.counts}
+    left = {
+        group.name: [one for one in own if (one.count.module, one.count.attribute) not in taken]
+        for group, own in ((group, counts.get(group.name, ())) for group in counted if not group.counts)
+    }
+    left = {name: own for name, own in left.items() if len(own) < len(counts.get(name, ()))}
+    return _counted_at_once(counted, found, left, probed, unlike) if left else counted
+
+
+def _counted_at_once(
+    groups: Sequence[PruningGroup],
+    found: Sequence[PruningGroup],
+    counts: _Claims,
+    probed: _Probing,
+    unlike: _Probing,
+) -> list[PruningGroup]:
+    """The same, as far as they do not depend on each other."""
     alike: dict[_Names, list[int]] = defaultdict(list)
     for i, (group, one) in enumerate(zip(groups, found, strict=True)):
         names = _names(counts.get(group.name, ()))
@@ -168,7 +192,7 @@ def _counted(
         for chosen in _choices(names):
             for i in (left[0], *left[1:2]):  # where the first has a reason of its own, another may not
                 trial = _with_counts(groups[i], counts[groups[i].name], chosen)
-                if probed([trial])[0].prunable and not unlike([trial]):
+                if not unlike([trial]) and probed([trial])[0].prunable:  # the cheaper first
                     for other in left:
                         counted[other] = _with_counts(groups[other], counts[groups[other].name], chosen)
                     after = probed([counted[other] for other in left])  # together: they are many blocks alike
@@ -209,7 +233,7 @@ def _as_the_first_of_their_kind(
         lead = groups[members[0]]
         for chosen in _choices(_names(counts[lead.name])):
             trial = _with_counts(lead, counts[lead.name], chosen)
-            if probed([trial])[0].prunable and not unlike([trial]):
+            if not unlike([trial]) and probed([trial])[0].prunable:  # the cheaper first
                 for i in members:
                     result[i] = _with_counts(groups[i], counts[groups[i].name], chosen)
                 break

@@ -16,6 +16,7 @@ Read = Callable[[Mapping[str, int], Sequence[tuple[Place, Place]], bool], tuple[
 """From choices of dimensions, by reshape, places that are coupled, and whether to try steps: the groups, probed."""
 
 _MOST_READINGS = 3  # ways to take a reshape that are tried where the first does not work
+_MOST_APART = 4  # reshapes that are taken otherwise one at a time, after all of them together
 
 
 def best_reading(read: Read) -> list[PruningGroup]:
@@ -26,14 +27,23 @@ def best_reading(read: Read) -> list[PruningGroup]:
     """
     best, grouping = read({}, (), False)
     choices: dict[str, int] = {}
+    read_before: list[dict[str, int]] = [choices]
     for beside in (False, True):
         for attempt in range(1, _MOST_READINGS):
             others = _other_dimensions(best, grouping, attempt, beside)
             if not others:
                 break
-            found, other = read({**choices, **others}, (), False)
-            if _reached(found) > _reached(best):
-                best, grouping, choices = found, other, {**choices, **others}
+            refused = [] if beside else list(_other_dimensions(_refused(best), grouping, attempt, beside))
+            apart = [{site: attempt} for site in refused[:_MOST_APART]] if len(others) > 1 else []
+            for some in (others, *apart):  # of two reshapes whose results meet, one may be right
+                if not some.keys() <= _other_dimensions(best, grouping, attempt, beside).keys():
+                    continue
+                if (tried := {**choices, **some}) in read_before:
+                    continue
+                read_before.append(tried)
+                found, other = read(tried, (), False)
+                if _reached(found) > _reached(best):
+                    best, grouping, choices = found, other, tried
     stuck = [g for g in best if g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
     coupled = [united for united in (together, along if along != together else ()) if united]
@@ -65,6 +75,11 @@ def _other_dimensions(groups: Sequence[PruningGroup], grouping: Grouping, attemp
     kept = {site for g in working for site in grouping.splits.get(g.name, ())}
     sites = {site: n for g in failing for site, n in grouping.splits.get(g.name, {}).items() if site not in kept}
     return {site: attempt for site, alternatives in sites.items() if attempt < alternatives}
+
+
+def _refused(groups: Sequence[PruningGroup]) -> list[PruningGroup]:
+    """Without those that the user's own code fails with: what one reshape alone does is no better then."""
+    return [group for group in groups if not group.crashed]
 
 
 def _owners(group: PruningGroup) -> set[str]:
