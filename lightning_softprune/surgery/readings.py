@@ -2,8 +2,8 @@
 
 These are other dimensions of a reshape, first where groups do not work, then also where those beside them do; and
 groups of one width together, which code that gives the output of one the shape of another couples without a trace
-(``y.view(x.shape)``), those of such an alternative as well. With these may go what takes tensors that were made to fit (``layer(torch.zeros(len(x),
-x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
+(``y.view(x.shape)``), those of such an alternative as well. With these may go what takes tensors that were made to
+fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
 """
 
 from __future__ import annotations
