@@ -1,6 +1,7 @@
 """Reshapes, slices, products, buffers, norms and what is refused: as in `test_flow_rules`, one network each."""
 
 import copy
+import ctypes
 import math
 
 import numpy as np
@@ -1121,9 +1122,37 @@ class Doubled(torch.autograd.Function):
         return grad * 2
 
 
-def test_an_autograd_function_of_the_users_own_is_refused_by_its_name():
+class Filled(Doubled):
+    """What it returns is filled step by step."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = torch.empty(2, *x.shape)
+        for place in range(2):
+            result[place] = x * (place + 1)
+        return result
+
+
+class Unseen(Doubled):
+    """As kernels do that are no operators of PyTorch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = torch.empty_like(x)
+        ctypes.memmove(result.data_ptr(), x.contiguous().data_ptr(), 4 * x.numel())
+        return result
+
+
+def test_an_autograd_function_of_the_users_own_is_looked_into():
     net, x = between(lambda net, x: Doubled.apply(x), 6)
-    check(net, x, {}, {"body": "Doubled"})
+    check(net, x, {"body": 6})
+    net, x = between(lambda net, x: Filled.apply(x).sum(0), 6)
+    check(net, x, {"body": 6})
+
+
+def test_one_that_fills_memory_unseen_is_refused_by_its_name():
+    net, x = between(lambda net, x: Unseen.apply(x), 6)
+    check(net, x, {}, {"body": "Unseen"})
 
 
 def derivative(net, x):

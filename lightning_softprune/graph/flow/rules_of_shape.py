@@ -389,50 +389,6 @@ def _unpack(flow: Flow, operation: Operation) -> list[Labels]:
     return [[FIXED, FIXED, *labels[1:]], [FIXED]]
 
 
-@rule("pixel_shuffle")
-def _pixel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
-    labels, factor = list(flow.labels(operation.inputs[0])), int(argument(operation, "upscale_factor"))
-    _pin_dims(flow, operation, labels, (len(labels) - 1, len(labels) - 2))
-    return [[*labels[:-3], _one_of_each(flow, labels[-3], factor * factor), FIXED, FIXED]]
-
-
-@rule("pixel_unshuffle")
-def _pixel_unshuffle(flow: Flow, operation: Operation) -> list[Labels]:
-    labels, factor = list(flow.labels(operation.inputs[0])), int(argument(operation, "downscale_factor"))
-    _pin_dims(flow, operation, labels, (len(labels) - 1, len(labels) - 2))
-    return [[*labels[:-3], _several_of_each(labels[-3], factor * factor), FIXED, FIXED]]
-
-
-@rule("im2col")
-def _im2col(flow: Flow, operation: Operation) -> list[Labels]:
-    """`F.unfold`: every channel at each place of the kernel."""
-    labels, places = list(flow.labels(operation.inputs[0])), math.prod(argument(operation, "kernel_size"))
-    _pin_dims(flow, operation, labels, (len(labels) - 1, len(labels) - 2))
-    return [[*labels[:-3], _several_of_each(labels[-3], places), FIXED]]
-
-
-@rule("col2im")
-def _col2im(flow: Flow, operation: Operation) -> list[Labels]:
-    """`F.fold`: what lies at each place of the kernel becomes one channel."""
-    labels, places = list(flow.labels(operation.inputs[0])), math.prod(argument(operation, "kernel_size"))
-    _pin_dims(flow, operation, labels, (len(labels) - 1,))
-    return [[*labels[:-2], _one_of_each(flow, labels[-2], places), FIXED, FIXED]]
-
-
-def _several_of_each(label: Label, number: int) -> Label:
-    return np.repeat(label, number) if is_atoms(label) else label
-
-
-def _one_of_each(flow: Flow, label: Label, number: int) -> Label:
-    """What is left of a dimension of which so many indices at a time become one: these go together."""
-    if not is_atoms(label):
-        return label
-    rows = label.reshape(-1, number)
-    for column in range(1, number):
-        flow.couplings.unite(np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, column]))
-    return np.ascontiguousarray(rows[:, 0])
-
-
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
     labels, groups = list(flow.labels(operation.inputs[0])), int(argument(operation, "groups"))
@@ -443,16 +399,6 @@ def _channel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
-@rule("unfold", "unfold_copy")
-def _unfold(flow: Flow, operation: Operation) -> list[Labels]:
-    """`Tensor.unfold`: windows along a dimension, which stand in a new one."""
-    labels = list(flow.labels(operation.inputs[0]))
-    dim = dim_of(operation, len(labels), "dimension")
-    _pin_dims(flow, operation, labels, (dim,))
-    labels[dim] = FIXED
-    return [[*labels, FIXED]]
-
-
 @rule("as_strided", "as_strided_copy", "diagonal", "diag_embed", "masked_select", "nonzero", "take", "rot90")
 def _unfollowed(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.outputs[0]
@@ -460,11 +406,6 @@ def _unfollowed(flow: Flow, operation: Operation) -> list[Labels]:
         return [list(flow.labels(source))]
     _pin_all(flow, operation, source, f"picks elements of {flow.shape(source)} by their place", OWN_CODE)
     return [[FIXED] * len(flow.shape(value)) for value in operation.outputs if value is not None]
-
-
-def _pin_dims(flow: Flow, operation: Operation, labels: Labels, dims: Sequence[int]) -> None:
-    for dim in dims:
-        flow.couplings.pin(labels[dim], said(operation, "tells its channels apart by their place"))
 
 
 def _pin_all(flow: Flow, operation: Operation, value: Value, text: str, hint: str = IN_FRONT) -> None:
