@@ -135,7 +135,7 @@ def groups_of(
     named = _unique_names(_even(groups))
     splits = {g.name: table.splits(own) for g, own in zip(named, classes, strict=True)}
     counts = {g.name: table.counts(g, own) for g, own in zip(named, classes, strict=True)}
-    alone = left_alone(trace.model, named, trace, table.reason_of)
+    alone = left_alone(trace.model, named, trace, {name for name, _ in table.keys}, table.reason_of)
     averaged = {g.name for g, own in zip(named, classes, strict=True) if table.is_averaged(own)}
     chosen = {g.name for g, own in zip(named, classes, strict=True) if table.is_chosen(own)}
     given = {g.name for g, own in zip(named, classes, strict=True) if table.is_given(own)}

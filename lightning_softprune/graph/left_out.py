@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from torch import nn
@@ -15,7 +15,11 @@ from lightning_softprune.utilities.names import joined
 
 
 def left_alone(
-    model: nn.Module, groups: Sequence[PruningGroup], trace: Trace, reason_of: Callable[[str], str]
+    model: nn.Module,
+    groups: Sequence[PruningGroup],
+    trace: Trace,
+    used: Collection[str],
+    reason_of: Callable[[str], str],
 ) -> Iterator[PruningGroup]:
     """Entries for layers and bare parameters that are in no group, so that nothing is left out in silence.
 
@@ -23,6 +27,7 @@ def left_alone(
         model: The model.
         groups: Its groups.
         trace: Its trace.
+        used: Names of the layers and tensors that ran.
         reason_of: Why a layer or tensor that ran is pinned; empty where it is not.
     """
     covered = {member.module for group in groups for member in group.members}
@@ -45,6 +50,8 @@ def left_alone(
                     f"{name} was run by neither validation_step nor training_step; "
                     "if it mirrors a module, name it in twins"
                 )
+            elif own and all(module.get_parameter(parameter).numel() == 1 for parameter in own):
+                reason = f"{name} has no channels: its {own[0]} is a single number"
             else:
                 reason = reason_of(name) or f"no sliceable layer produces the channels of {name}"
             yield PruningGroup(name, "", "intra", 0, (Member(name, "out", np.empty(0, np.int64)),), False, reason)
@@ -52,13 +59,15 @@ def left_alone(
         for parameter in own:
             full = joined(name, parameter)
             if full not in covered:
-                reason = reason_of(full) or _why_left(full, parameter, module)
+                reason = reason_of(full) or _why_left(full, parameter, module, full in used)
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)
 
 
-def _why_left(name: str, parameter: str, owner: nn.Module) -> str:
+def _why_left(name: str, parameter: str, owner: nn.Module, is_used: bool) -> str:
     if owner.get_parameter(parameter).numel() == 1:
         return f"{name} is a single number: it has no channels"
+    if not is_used:
+        return f"{name} is used by neither validation_step nor training_step"
     kind = type(owner).__name__
     return f"{name} is a parameter of {kind}, which is no layer that can be sliced; describe it with register_layer"
 

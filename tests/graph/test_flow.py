@@ -422,18 +422,6 @@ def test_a_scale_that_depends_on_what_goes_is_no_reason_for_a_wrong_result():
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-class Squared(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (x,) = ctx.saved_tensors
-        return 2 * x * gradient
-
-
 @library.custom_op("softprune_tests::turned", mutates_args=())
 def turned(x: torch.Tensor) -> torch.Tensor:
     return x.flip(-1).clone()
@@ -442,7 +430,6 @@ def turned(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("code", "word"),
     [
-        (lambda m, h: Squared.apply(h), "Squared"),
         (lambda m, h: turned(h), "turned"),
         (lambda m, h: h * torch.randn(4, 6, 12).detach().clone().to(h), "the model does not run"),
         (lambda m, h: h.gather(-1, torch.arange(12).expand(4, 6, 12)), "by their numbers"),
@@ -450,7 +437,7 @@ def turned(x: torch.Tensor) -> torch.Tensor:
         (lambda m, h: h.cumsum(-1), "by their place"),
         (lambda m, h: torch.cat([h[..., 0:1], h[..., 1:]], -1) * h[..., 3:4], ""),
     ],
-    ids=["autograd function", "operator", "fixed width", "gather", "index", "cumsum", "one channel"],
+    ids=["operator", "fixed width", "gather", "index", "cumsum", "one channel"],
 )
 def test_what_tells_channels_apart_is_refused_by_name(code, word):
     torch.manual_seed(0)

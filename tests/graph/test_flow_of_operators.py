@@ -1,6 +1,7 @@
 """Reshapes, slices, products, buffers, norms and what is refused: as in `test_flow_rules`, one network each."""
 
 import copy
+import ctypes
 import math
 
 import numpy as np
@@ -306,10 +307,38 @@ def test_patch_merging_joins_four_neighbours():
     check(net, torch.randn(2, 4, 4, 3), {"body": 5, "reduction": 6}, masked=False)
 
 
-def test_unfold_and_fold_are_refused_or_right():
-    net, x = between_maps(lambda net, x: F.unfold(x, 2).transpose(1, 2), 4, 16)
-    net.head = nn.Linear(16, 2)
-    check(net, x, {})
+def test_unfold_makes_several_of_each_channel_and_fold_takes_them_together():
+    net, x = between_maps(lambda net, x: F.unfold(x, 2).transpose(1, 2), 5, 20)
+    net.head = nn.Linear(20, 2)
+    groups = check(net, x, {"body": 5})
+    assert {str(m): m.owner.tolist() for m in groups["body"].members}["head (in)"] == np.arange(5).repeat(4).tolist()
+    net, x = between_maps(lambda net, x: F.fold(x.flatten(2), (5, 5), 2), 12, 3)
+    groups = check(net, x, {"body": 3})
+    assert groups["body"].members[0].owner.tolist() == np.arange(3).repeat(4).tolist()
+
+
+def test_chunks_of_a_sequence_that_are_cut_out_and_added_again_keep_its_channels():
+    """As in dual-path networks: windows over time of a kernel as wide as one channel."""
+
+    def chunked(net, x):
+        batch, channels, length = x.shape
+        cut = F.unfold(x[..., None], (4, 1), padding=(4, 0), stride=(2, 1)).reshape(batch, channels, 4, -1)
+        cut = net.mix(cut.tanh().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.fold(cut.reshape(batch, channels * 4, -1), (length, 1), (4, 1), padding=(4, 0), stride=(2, 1))
+
+    def forward(net, x):
+        return net.head(chunked(net, net.body(x)).squeeze(-1))
+
+    net = Net(forward, body=nn.Conv1d(2, 6, 3), mix=nn.Linear(6, 6), head=nn.Conv1d(6, 2, 1))
+    groups = check(net, torch.randn(2, 2, 12), {"body": 6})
+    assert {member.module for member in groups["body"].members} == {"body", "mix", "head"}  # the code has one width
+
+
+def test_windows_over_a_dimension_leave_the_others_alone():
+    net, x = between(lambda net, x: x.unfold(1, 3, 2).mean(-1), 6, shape=(2, 7, 5))
+    check(net, x, {"body": 6})
+    net, x = between(lambda net, x: x.unfold(-1, 3, 3).mean(-1), 6, 2)
+    check(net, x, {}, {"body": "unfold"})
 
 
 # ------------------------------------------------------------------------------------------- joining and broadcasting
@@ -1093,9 +1122,37 @@ class Doubled(torch.autograd.Function):
         return grad * 2
 
 
-def test_an_autograd_function_of_the_users_own_is_refused_by_its_name():
+class Filled(Doubled):
+    """What it returns is filled step by step."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = torch.empty(2, *x.shape)
+        for place in range(2):
+            result[place] = x * (place + 1)
+        return result
+
+
+class Unseen(Doubled):
+    """As kernels do that are no operators of PyTorch."""
+
+    @staticmethod
+    def forward(ctx, x):
+        result = torch.empty_like(x)
+        ctypes.memmove(result.data_ptr(), x.contiguous().data_ptr(), 4 * x.numel())
+        return result
+
+
+def test_an_autograd_function_of_the_users_own_is_looked_into():
     net, x = between(lambda net, x: Doubled.apply(x), 6)
-    check(net, x, {}, {"body": "Doubled"})
+    check(net, x, {"body": 6})
+    net, x = between(lambda net, x: Filled.apply(x).sum(0), 6)
+    check(net, x, {"body": 6})
+
+
+def test_one_that_fills_memory_unseen_is_refused_by_its_name():
+    net, x = between(lambda net, x: Unseen.apply(x), 6)
+    check(net, x, {}, {"body": "Unseen"})
 
 
 def derivative(net, x):

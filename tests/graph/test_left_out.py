@@ -128,7 +128,13 @@ def test_a_parameter_of_one_element_has_no_channels(numbers):
 
     found = by_name(find_groups(Scaled(), torch.randn(3, 5)))
     assert found["scale"].reason == "scale is a single number: it has no channels"
-    assert "single number" not in found["table"].reason
+    assert found["table"].reason == "table is used by neither validation_step nor training_step"
+
+
+def test_a_layer_with_one_number_for_all_channels_has_none():
+    found = by_name(find_groups(Wide(nn.PReLU()), torch.randn(3, 5)))
+    assert found["between"].reason == "between has no channels: its weight is a single number"
+    assert found["body"].prunable
 
 
 def test_tied_weights_that_two_groups_would_tear_are_refused():

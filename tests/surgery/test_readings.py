@@ -105,6 +105,14 @@ def test_where_groups_fail_those_beside_them_are_read_otherwise_as_well():
     assert asked == [("", False)]  # an output is one however it is read
 
 
+def test_groups_of_another_choice_of_dimensions_are_coupled_too_where_more_fail_then():
+    first, other = ("crashed", "wrong"), ("crashed", "crashed")
+    answers = {("", False): first, (1, "", False): other, (1, "coupled", False): ("fine", "fine")}
+    best, asked = tried(answers, splits={"b": {"model.py:3": 2}})
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == [("", False), (1, "", False), (1, "coupled", False)]
+
+
 def averaged_heads(net, x):
     heads = net.body(x).view(len(x), net.heads, net.body.out_features // net.heads)
     return net.head(net.norm(heads.tanh().mean(1)))

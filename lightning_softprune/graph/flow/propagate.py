@@ -13,7 +13,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import nn
 
-from lightning_softprune.graph.flow import rules_of_numbers, rules_of_products, rules_of_shape
+from lightning_softprune.graph.flow import (
+    rules_of_numbers,
+    rules_of_products,
+    rules_of_shape,
+    rules_of_windows,  # noqa: F401 - it enters its rules
+)
 from lightning_softprune.graph.flow.contracted import Outputs
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Couplings, Label, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import FIXED_WIDTH, IN_FRONT, OWN_CODE, RULES, dim_of, unknown
@@ -27,6 +32,9 @@ _RESHAPED = {"view", "_unsafe_view", "detach", "alias", "permute", "transpose", 
 _HEADS = ("head", "group", "expert")
 _VIEWS = {"select", "slice", "narrow", "unbind", "split", "split_with_sizes", "chunk", "diagonal", "unfold"}
 """Operators that look at a part of a tensor, and compute nothing."""
+
+_ALLOCATE = ("empty", "new_", "zeros", "ones", "full")
+"""How the names of operators begin that make tensors for others to fill."""
 
 _PARTS = {"slice", "narrow", "select"}
 """Those of them through which tensors are filled."""
@@ -59,6 +67,7 @@ class Flow:
         self._modules = dict(self.model.named_modules())
         self._slots: dict[tuple[str, str], IntArray] = {}
         self._parts: dict[int, tuple[Value, int, bool]] = {}  # of what, along which dimension, and whether that is gone
+        self._filled: set[int] = set()  # tensors into parts of which something was written
         self._owned: dict[int, list[tuple[str, TensorAxis]]] = defaultdict(list)
         for name, layout in self.layouts.items():
             for axis in layout.axes:
@@ -108,10 +117,17 @@ class Flow:
                 known = [FREE if value.number in self.tape.fresh or n == 1 else FIXED for n in self.shape(value)]
             self._labels[value.number] = known
         custom = self.tape.custom.get(value.number)
-        if custom is not None:
+        if custom is not None and not self._is_seen(value):
+            said = f"goes through {custom}, an autograd function of the model's own that fills it unseen; {OWN_CODE}"
             for label in known:
-                self.couplings.pin(label, f"goes through {custom}, an autograd function of the model's own; {OWN_CODE}")
+                self.couplings.pin(label, said)
         return known
+
+    def _is_seen(self, value: Value) -> bool:
+        """Whether a tensor is what operators have computed or written, and no memory that other code has filled."""
+        maker = self._makers.get(value.number)
+        computed = maker is not None and bool(maker.inputs) and not maker.name.startswith(_ALLOCATE)
+        return computed or value.number in self._filled
 
     def is_parameter(self, value: Value) -> bool:
         """Whether it is a parameter, or looks at one."""
@@ -270,6 +286,7 @@ class Flow:
                 if shape[other] > 1 and not (cut and other == dim):
                     known[other] = self.couplings.merge(known[other], label, said)
             self._labels[whole.number] = labels = known
+            self._filled.add(whole.number)
             part = whole
 
     def _mixes(self, operation: Operation) -> bool:

@@ -166,15 +166,12 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
 @rule("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d")
 @rule("fractional_max_pool2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
-@rule("grid_sampler_2d", "grid_sampler_3d", "im2col", "max_unpool2d")
+@rule("grid_sampler_2d", "grid_sampler_3d", "max_unpool2d")
 def _pool(flow: Flow, operation: Operation) -> list[Labels]:
     labels = flow.labels(operation.inputs[0])
     dims = next((n for name, n in _SPATIAL.items() if name in operation.name.replace("_", "")), 2)
     for label in labels[len(labels) - dims :]:
         flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
-    if operation.name == "im2col":
-        flow.couplings.pin(labels[1], said(operation, "unfolds its channels"))
-        return [[FIXED] * 3]
     kept = [*labels[: len(labels) - dims], *[FIXED] * dims]
     return [list(kept) for _ in operation.outputs]
 

@@ -389,29 +389,6 @@ def _unpack(flow: Flow, operation: Operation) -> list[Labels]:
     return [[FIXED, FIXED, *labels[1:]], [FIXED]]
 
 
-@rule("pixel_shuffle")
-def _pixel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
-    labels, factor = list(flow.labels(operation.inputs[0])), int(argument(operation, "upscale_factor"))
-    _pin_dims(flow, operation, labels, (len(labels) - 1, len(labels) - 2))
-    channels = labels[-3]
-    if is_atoms(channels):
-        rows = channels.reshape(-1, factor * factor)
-        for column in range(1, rows.shape[1]):
-            flow.couplings.unite(np.ascontiguousarray(rows[:, 0]), np.ascontiguousarray(rows[:, column]))
-        channels = np.ascontiguousarray(rows[:, 0])
-    return [[*labels[:-3], channels, FIXED, FIXED]]
-
-
-@rule("pixel_unshuffle")
-def _pixel_unshuffle(flow: Flow, operation: Operation) -> list[Labels]:
-    labels, factor = list(flow.labels(operation.inputs[0])), int(argument(operation, "downscale_factor"))
-    _pin_dims(flow, operation, labels, (len(labels) - 1, len(labels) - 2))
-    channels = labels[-3]
-    if is_atoms(channels):
-        channels = np.repeat(channels, factor * factor)
-    return [[*labels[:-3], channels, FIXED, FIXED]]
-
-
 @rule("channel_shuffle", "native_channel_shuffle")
 def _channel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
     labels, groups = list(flow.labels(operation.inputs[0])), int(argument(operation, "groups"))
@@ -422,18 +399,13 @@ def _channel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
-@rule("as_strided", "as_strided_copy", "unfold", "diagonal", "diag_embed", "masked_select", "nonzero", "take", "rot90")
+@rule("as_strided", "as_strided_copy", "diagonal", "diag_embed", "masked_select", "nonzero", "take", "rot90")
 def _unfollowed(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.outputs[0]
     if result is not None and flow.shape(source) == flow.shape(result) and operation.name.startswith("as_strided"):
         return [list(flow.labels(source))]
     _pin_all(flow, operation, source, f"picks elements of {flow.shape(source)} by their place", OWN_CODE)
     return [[FIXED] * len(flow.shape(value)) for value in operation.outputs if value is not None]
-
-
-def _pin_dims(flow: Flow, operation: Operation, labels: Labels, dims: Sequence[int]) -> None:
-    for dim in dims:
-        flow.couplings.pin(labels[dim], said(operation, "tells its channels apart by their place"))
 
 
 def _pin_all(flow: Flow, operation: Operation, value: Value, text: str, hint: str = IN_FRONT) -> None:

@@ -6,6 +6,7 @@ A *fingerprint* of a tensor changes with the order of its elements; a *sum* does
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph import Layout, layout_of
 from lightning_softprune.utilities.hooks import forward_hook, registered
@@ -39,7 +41,11 @@ class Seen:
         return (self.layers, 1e-3), (self.shown, 1e-4), (self.sums, 1e-3)
 
 
-@dataclass(frozen=True)
+_LITTLE = 30
+"""A change by such a fraction of what is tolerated is much for one of the last digits alone."""
+
+
+@dataclass
 class Dense:
     """What the runs of a model compute before anything goes.
 
@@ -50,6 +56,39 @@ class Dense:
 
     seen: Seen
     steady: tuple[set[str], ...]
+    _wavering: set[str] | None = None
+
+    def wavering(self, model: nn.Module, run: Callable[[], Any]) -> set[str]:
+        """The modules whose outputs change by more than they may where parameters change by no more than rounding.
+
+        That is so inside of a solver with steps of its own choice: what it computes at the end is the same.
+        """
+        if self._wavering is None:
+            with _rounded_otherwise(model):
+                other = look_at(model, run)
+            pairs = zip(self.seen.parts(), other.parts(), strict=True)
+            layers, _, sums = (
+                {name for name in ours if not is_alike(ours[name], theirs.get(name, []), tolerance / _LITTLE)}
+                for (ours, tolerance), (theirs, _) in pairs
+            )
+            self._wavering = layers | sums
+        return self._wavering
+
+
+@contextmanager
+def _rounded_otherwise(model: nn.Module) -> Iterator[None]:
+    """While this lasts, parameters differ in their last digits; not those of half precision, where that is much."""
+    found = [p for p in model.parameters() if not is_lazy(p) and p.dtype in (torch.float32, torch.float64)]
+    values = [parameter.detach().clone() for parameter in found]
+    try:
+        with torch.no_grad():
+            for number, parameter in enumerate(found):
+                parameter.mul_(1 + (-1) ** number * 2 * torch.finfo(parameter.dtype).eps)
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(found, values, strict=True):
+                parameter.copy_(before)
 
 
 def look_at_dense(model: nn.Module, run: Callable[[], Any], run_otherwise: Callable[[], Any] | None = None) -> Dense:

@@ -2,13 +2,14 @@
 
 These are other dimensions of a reshape, first where groups do not work, then also where those beside them do; and
 groups of one width together, which code that gives the output of one the shape of another couples without a trace
-(``y.view(x.shape)``). With these may go what takes tensors that were made to fit (``layer(torch.zeros(len(x),
-x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
+(``y.view(x.shape)``), those of such an alternative as well. With these may go what takes tensors that were made to
+fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from lightning_softprune.graph import Grouping, Place, PruningGroup, groups_of_one_width
 
@@ -27,33 +28,53 @@ def best_reading(read: Read) -> list[PruningGroup]:
     """
     best, grouping = read({}, (), False)
     choices: dict[str, int] = {}
-    read_before: list[dict[str, int]] = [choices]
+    otherwise: list[_Reading] = []  # the alternatives that are no better
     for beside in (False, True):
         for attempt in range(1, _MOST_READINGS):
             others = _other_dimensions(best, grouping, attempt, beside)
             if not others:
                 break
-            refused = [] if beside else list(_other_dimensions(_refused(best), grouping, attempt, beside))
-            apart = [{site: attempt} for site in refused[:_MOST_APART]] if len(others) > 1 else []
-            for some in (others, *apart):  # of two reshapes whose results meet, one may be right
-                if not some.keys() <= _other_dimensions(best, grouping, attempt, beside).keys():
+            apart = [{site: attempt} for site in _refused(best, grouping, attempt)] if len(others) > 1 else []
+            for some in (others, *apart[: 0 if beside else _MOST_APART]):  # where results of two meet, one may be right
+                tried = {**choices, **some}
+                left = _other_dimensions(best, grouping, attempt, beside)
+                if not some.keys() <= left.keys() or tried in [choices, *(reading.choices for reading in otherwise)]:
                     continue
-                if (tried := {**choices, **some}) in read_before:
-                    continue
-                read_before.append(tried)
                 found, other = read(tried, (), False)
                 if _reached(found) > _reached(best):
                     best, grouping, choices = found, other, tried
-    stuck = [g for g in best if g.crashed]
-    together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
-    coupled = [united for united in (together, along if along != together else ()) if united]
-    for united, in_steps in (*((united, False) for united in coupled), *((united, True) for united in ((), *coupled))):
+                else:
+                    otherwise.append(_Reading(found, other, tried))
+    first = _Reading(best, grouping, choices)
+    more = [one for one in otherwise if one.crashes() > first.crashes()]  # they have couplings of their own
+    coupled = [(choices, united, False) for united in first.couplings()]
+    coupled += [(reading.choices, united, False) for reading in more[:1] for united in reading.couplings()]
+    for tried, united, in_steps in (*coupled, *((choices, united, True) for united in ((), *first.couplings()))):
         if not any(g.crashed for g in best):
             break
-        found, _ = read(choices, united, in_steps)
+        found, _ = read(tried, united, in_steps)
         if _reached(found) > _reached(best):
             best = found
     return best
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """The groups of some choices of dimensions."""
+
+    groups: list[PruningGroup]
+    grouping: Grouping
+    choices: dict[str, int]
+
+    def crashes(self) -> int:
+        """How many groups the code does not run without channels of."""
+        return sum(group.crashed for group in self.groups)
+
+    def couplings(self) -> list[list[tuple[Place, Place]]]:
+        """What such groups may go together with: each other, and then what is made to fit too."""
+        stuck = [group for group in self.groups if group.crashed]
+        together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, self.grouping.loose)
+        return [united for united in (together, along if along != together else []) if united]
 
 
 def _other_dimensions(groups: Sequence[PruningGroup], grouping: Grouping, attempt: int, beside: bool) -> dict[str, int]:
@@ -77,9 +98,9 @@ def _other_dimensions(groups: Sequence[PruningGroup], grouping: Grouping, attemp
     return {site: attempt for site, alternatives in sites.items() if attempt < alternatives}
 
 
-def _refused(groups: Sequence[PruningGroup]) -> list[PruningGroup]:
-    """Without those that the user's own code fails with: what one reshape alone does is no better then."""
-    return [group for group in groups if not group.crashed]
+def _refused(groups: Sequence[PruningGroup], grouping: Grouping, attempt: int) -> list[str]:
+    """The reshapes of groups that do not work though the code runs: of the others, one alone does no better."""
+    return list(_other_dimensions([g for g in groups if not g.crashed], grouping, attempt, beside=False))
 
 
 def _owners(group: PruningGroup) -> set[str]:
