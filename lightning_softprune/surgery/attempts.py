@@ -95,7 +95,8 @@ def probe_with_counts(
         run()  # where the whole model does not run any more either, that is not the groups' fault
     sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
     wrong = {group.name for group in unlike(sized)}
-    found = [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+    if wrong:  # others may have run only because these lost channels beside them
+        found = probed([group.refuse(_UNLIKE) if group.name in wrong else group for group in found])
     return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import BY_NUMBER, Flow, aligned, argument, dim_of, rule, said, sized
 from lightning_softprune.graph.flow.rules_of_shape import alike
@@ -27,9 +31,20 @@ def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     "minimum",
     "prelu",
     "_prelu_kernel",
+    "hardswish",
+    "rrelu_with_noise",
+    "complex",
+    "polar",
 )
 def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
+
+
+@rule("log_sigmoid_forward")
+def _log_sigmoid(flow: Flow, operation: Operation) -> list[Labels]:
+    """Element by element; what it keeps for its gradient is nobody's."""
+    kept: list[Labels] = [[FIXED] * len(flow.shape(value)) for value in operation.outputs[1:] if value is not None]
+    return [list(flow.labels(operation.inputs[0])), *kept]
 
 
 _SWAPPED = "let Lightning's WeightAveraging keep averaged weights and validate with them"
@@ -166,17 +181,36 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
 @rule("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d")
 @rule("fractional_max_pool2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
-@rule("grid_sampler_2d", "grid_sampler_3d", "im2col", "max_unpool2d")
+@rule("grid_sampler_2d", "grid_sampler_3d", "max_unpool2d")
 def _pool(flow: Flow, operation: Operation) -> list[Labels]:
     labels = flow.labels(operation.inputs[0])
     dims = next((n for name, n in _SPATIAL.items() if name in operation.name.replace("_", "")), 2)
     for label in labels[len(labels) - dims :]:
         flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
-    if operation.name == "im2col":
-        flow.couplings.pin(labels[1], said(operation, "unfolds its channels"))
-        return [[FIXED] * 3]
     kept = [*labels[: len(labels) - dims], *[FIXED] * dims]
     return [list(kept) for _ in operation.outputs]
+
+
+@rule("im2col")
+def _unfold(flow: Flow, operation: Operation) -> list[Labels]:
+    """Each channel becomes one for each place of the kernel, one after another."""
+    *batch, channels, height, width = flow.labels(operation.inputs[0])
+    for label in (height, width):
+        flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
+    places = math.prod(argument(operation, "kernel_size"))
+    return [[*batch, np.repeat(channels, places) if is_atoms(channels) else FIXED, FIXED]]
+
+
+@rule("col2im")
+def _fold(flow: Flow, operation: Operation) -> list[Labels]:
+    """The other way round."""
+    *batch, channels, positions = flow.labels(operation.inputs[0])
+    flow.couplings.pin(positions, said(operation, "pools or resizes along its channels"))
+    places = math.prod(argument(operation, "kernel_size"))
+    if is_atoms(channels):
+        flow.couplings.unite(channels, np.repeat(channels[::places], places))
+        channels = channels[::places]
+    return [[*batch, channels, FIXED, FIXED]]
 
 
 @rule("index", "_unsafe_index")
