@@ -404,6 +404,25 @@ def test_an_attribute_that_counts_the_heads_of_a_block_does_not_count_those_of_o
         assert_as_masked(model, x, [heads, stream], lambda n: [1, 2])
 
 
+def test_a_width_that_runs_only_beside_another_that_is_refused_is_read_otherwise():
+    class Halved(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.mix, self.second = nn.Linear(5, 24), nn.Linear(24, 24), nn.Linear(24, 3)
+
+        def forward(self, x):
+            h = self.first(x)
+            return self.second(self.mix(h).view(*h.shape[:2], 2, h.shape[-1] // 2).tanh().flatten(2))
+
+    torch.manual_seed(0)
+    model, x = Halved().eval(), torch.randn(4, 6, 5)
+    found = by_name(find_groups(model, x))
+    assert {name: group.num_channels for name, group in found.items() if group.prunable} == {"first": 2}
+    assert {member.module for member in found["first"].members} == {"first", "mix", "second"}
+    with torch.no_grad():
+        assert_as_masked(model, x, [found["first"]], lambda n: [0])
+
+
 def test_a_scale_that_depends_on_what_goes_is_no_reason_for_a_wrong_result():
     def scaled(m, h):
         q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in m.qkv(h).chunk(3, -1))

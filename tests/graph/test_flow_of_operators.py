@@ -341,6 +341,35 @@ def test_windows_over_a_dimension_leave_the_others_alone():
     check(net, x, {}, {"body": "unfold"})
 
 
+def test_unfold_gives_every_channel_once_for_each_place_of_the_kernel():
+    net, x = between_maps(lambda net, x: F.unfold(x, (1, 2)).transpose(1, 2), 4, 8)
+    net.head = nn.Linear(8, 2)
+    groups = check(net, x, {"body": 4})
+    assert {str(m): m.owner.tolist() for m in groups["body"].members}["head (in)"] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_fold_adds_up_what_a_layer_makes_for_each_place_of_the_kernel():
+    net, x = between_maps(lambda net, x: F.fold(net.places(F.unfold(x, 2).mT).mT, 4, 2), 4, 3, places=nn.Linear(16, 12))
+    groups = check(net, x, {"body": 4, "places": 3})
+    assert {str(m): m.owner.tolist() for m in groups["places"].members}["places (out)"] == np.repeat(
+        range(3), 4
+    ).tolist()
+
+
+@pytest.mark.parametrize(
+    ("move", "reads"), [(lambda x: F.unfold(x[:, None], 2), 60), (lambda x: F.fold(x, (2, 7), 2), 14)]
+)
+def test_what_is_unfolded_or_folded_along_its_channels_is_refused(move, reads):
+    net = Net(lambda net, x: net.head(move(net.body(x)).flatten(1)), body=nn.Linear(3, 6), head=nn.Linear(reads, 2))
+    check(net, torch.randn(2, 4, 3), {}, {"body": "tells its channels apart by their place"})
+
+
+@pytest.mark.parametrize("function", [F.hardswish, F.logsigmoid, F.rrelu, nn.Hardswish(inplace=True)])
+def test_activations_without_the_tag_of_their_kind_are_known(function):
+    net, x = between_maps(lambda net, x: function(x + 0), 6)
+    check(net, x, {"body": 6})
+
+
 # ------------------------------------------------------------------------------------------- joining and broadcasting
 
 

@@ -27,9 +27,20 @@ def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     "minimum",
     "prelu",
     "_prelu_kernel",
+    "hardswish",
+    "rrelu_with_noise",
+    "complex",
+    "polar",
 )
 def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
+
+
+@rule("log_sigmoid_forward")
+def _log_sigmoid(flow: Flow, operation: Operation) -> list[Labels]:
+    """Element by element; what it keeps for its gradient is nobody's."""
+    kept: list[Labels] = [[FIXED] * len(flow.shape(value)) for value in operation.outputs[1:] if value is not None]
+    return [list(flow.labels(operation.inputs[0])), *kept]
 
 
 _SWAPPED = "let Lightning's WeightAveraging keep averaged weights and validate with them"
