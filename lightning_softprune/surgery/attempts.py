@@ -1,9 +1,10 @@
 """Attributes that count channels (``num_heads``), found by trying.
 
-A model may write its widths down: as attributes of its modules, which its forward puts into a ``view``. A group that
-fails a probe is probed again with such attributes changed along with its channels, first one name at a time, then two,
-then all that could count it. The first choice with which the model computes the same as the masked dense network is
-kept; groups alike (the heads of all blocks) share it.
+A model may write its widths down: as attributes of its modules, or as numbers in these (``sizes["heads"]``), which its
+forward puts into a ``view``. A group that fails a probe is probed again with such numbers changed along with its
+channels: first one name at a time, then two, then all that could count it, then one name in modules of one kind. The
+first choice with which the model computes the same as the masked dense network is kept; groups alike (the heads of all
+blocks) share it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -151,15 +152,15 @@ def _counted(
     unlike: _Probing,
 ) -> list[PruningGroup]:
     """The groups, those that fail with the attributes they run with, where there are such."""
-    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    alike: dict[tuple[tuple[str, ...], ...], list[int]] = defaultdict(list)
     for i, (group, one) in enumerate(zip(groups, found, strict=True)):
-        names = _names(counts.get(group.name, ()))
-        if group.prunable and not one.prunable and names:
-            alike[names].append(i)
+        choices = _choices(counts.get(group.name, ()))
+        if group.prunable and not one.prunable and choices:
+            alike[choices].append(i)
     counted = list(groups)
-    for names, members in alike.items():
+    for choices, members in alike.items():
         left = list(members)
-        for chosen in _choices(names):
+        for chosen in choices:
             for i in (left[0], *left[1:2]):  # where the first has a reason of its own, another may not
                 trial = _with_counts(groups[i], counts[groups[i].name], chosen)
                 if probed([trial])[0].prunable and not unlike([trial]):
@@ -201,7 +202,7 @@ def _as_the_first_of_their_kind(
         if first.prunable:
             continue
         lead = groups[members[0]]
-        for chosen in _choices(_names(counts[lead.name])):
+        for chosen in _choices(counts[lead.name]):
             trial = _with_counts(lead, counts[lead.name], chosen)
             if probed([trial])[0].prunable and not unlike([trial]):
                 for i in members:
@@ -217,17 +218,31 @@ def _kind(group: PruningGroup, counts: Sequence[Count]) -> object:
     return group.num_channels, members, found
 
 
-def _names(counts: Sequence[Count]) -> tuple[str, ...]:
-    return tuple(sorted({count.attribute for count in counts}))
+def _name(count: Count) -> str:
+    """An attribute's name; a private copy goes with what it is a copy of."""
+    return count.attribute.lstrip("_")
 
 
-def _choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    names = names[:_MOST_NAMES]
-    for size in (1, 2):
-        yield from itertools.combinations(names, size)
-    if len(names) > 2:
-        yield tuple(names)
+def _name_in_kind(count: Count) -> str:
+    """An attribute's name, with the kind of module that has it: all but the numbers in its name."""
+    return f"{without_digits(count.module)}.{_name(count)}"
+
+
+def _choices(counts: Sequence[Count]) -> tuple[tuple[str, ...], ...]:
+    """Names of attributes that are tried together, in this order: those in the innermost modules first."""
+    depths: dict[str, int] = {}
+    kinds: dict[str, set[str]] = defaultdict(set)
+    for count in counts:
+        name = _name(count)
+        depths[name] = max(depths.get(name, 0), len(f".{count.module}".rstrip(".").split(".")))
+        kinds[name].add(_name_in_kind(count))
+    names = sorted(depths, key=lambda name: (-depths[name], name))[:_MOST_NAMES]
+    together = [chosen for size in (1, 2) for chosen in itertools.combinations(names, size)]
+    apart = [(one,) for name in names if len(kinds[name]) > 1 for one in sorted(kinds[name])]
+    return (*together, *([tuple(names)] if len(names) > 2 else []), *apart)
 
 
 def _with_counts(group: PruningGroup, candidates: Sequence[Count], names: Sequence[str]) -> PruningGroup:
-    return replace(group, counts=tuple(count for count in candidates if count.attribute in names))
+    return replace(
+        group, counts=tuple(count for count in candidates if not {_name(count), _name_in_kind(count)}.isdisjoint(names))
+    )

@@ -32,6 +32,16 @@ def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
 
 
+@rule("log_sigmoid_forward")
+def _log_sigmoid(flow: Flow, operation: Operation) -> list[Labels]:
+    """Element by element; beside the result, what a backward pass wants."""
+    return [
+        [FREE] * len(flow.shape(value)) if n else flow.labels(operation.inputs[0])
+        for n, value in enumerate(operation.outputs)
+        if value is not None
+    ]
+
+
 _SWAPPED = "let Lightning's WeightAveraging keep averaged weights and validate with them"
 
 
