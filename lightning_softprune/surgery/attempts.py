@@ -88,15 +88,20 @@ def probe_with_counts(
         compared = [g for g in chosen if g.name not in candidates.averaged]
         return unlike_masked(model, compared, run, run_otherwise, dense)
 
+    def as_masked(found: Sequence[PruningGroup]) -> list[PruningGroup]:
+        """The groups; those that run, and not as the masked network does, are refused."""
+        sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
+        wrong = {group.name for group in unlike(sized)}
+        return [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+
     groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
+    found = as_masked(found)
     counted = _counted(groups, found, counts, probed, unlike)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
         found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
     if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
-    sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
-    wrong = {group.name for group in unlike(sized)}
-    found = [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+    found = as_masked(found)
     return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
 
 

@@ -37,7 +37,7 @@ def best_reading(read: Read) -> list[PruningGroup]:
         if not failing:
             break
         found, other = read({**choices, **failing}, (), False)
-        if _reached(found) > _reached(best):
+        if (_reached(found), _left(found)) > (_reached(best), _left(best)):
             best, grouping, choices = found, other, {**choices, **failing}
     stuck = [g for g in best if g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
@@ -54,6 +54,11 @@ def best_reading(read: Read) -> list[PruningGroup]:
 def _is_fine(group: PruningGroup) -> bool:
     """Whether single channels of a group can go."""
     return group.prunable and group.step == 1
+
+
+def _left(groups: Sequence[PruningGroup]) -> int:
+    """How many slots of layers are in groups that fail in the user's code: these may go with others, or in steps."""
+    return len(set().union(*(group.slots() for group in groups if group.crashed)))
 
 
 def _reached(groups: Sequence[PruningGroup]) -> tuple[int, int]:

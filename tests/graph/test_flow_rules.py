@@ -205,6 +205,41 @@ def test_which_attention_of_pytorch_is_asked_for_does_not_matter():
     check(net, x, {"stem": C, "q": H})
 
 
+def test_of_two_heads_one_can_go_where_the_number_of_heads_is_written_down_and_their_width_is_not():
+    """It runs without the number following: as two heads of half the width, which is another network."""
+
+    def split(net, x):
+        return x.view(len(x), T, net.num_heads, -1).transpose(1, 2)
+
+    net, x = attention(split, fused, num_heads=2)
+    groups = check(net, x, {"stem": C, "q": 2})
+    assert [count.attribute for count in groups["q"].counts] == ["num_heads"]
+
+
+class InDouble(nn.LayerNorm):
+    """Calculates in another type, in a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x.double()).to(x.dtype)
+
+
+class Literal(nn.LayerNorm):
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.double()
+        return F.layer_norm(x.double(), self.normalized_shape, weight, None, self.eps).to(x.dtype)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [InDouble, Literal])
+def test_a_norm_with_a_forward_of_its_own_is_resized_also_without_weights(kind, affine):
+    net, x = between(
+        lambda net, x: net.norm(x.double()).float(), 6, norm=kind(6, elementwise_affine=affine, bias=False)
+    )
+    net.norm.double()
+    groups = check(net, x, {"body": 6}, masked=False)
+    assert "norm (both)" in {str(member) for member in groups["body"].members}
+
+
 def test_an_activation_that_keeps_something_for_its_gradient_works_element_by_element():
     check(*between(lambda net, x: F.logsigmoid(x), 6), {"body": 6})
 

@@ -89,3 +89,11 @@ def test_another_dimension_of_a_reshape_is_tried_first_and_kept_by_what_follows(
     best, asked = tried(answers, splits={"b": {"model.py:3": 3}})
     assert states(best) == [(True, 1), (True, 1)]
     assert asked == [("", False), (1, "", False), (2, "", False)]
+
+
+def test_another_dimension_in_which_more_fail_in_code_is_kept_and_coupled():
+    """What the code refuses may go with others; what meets a fixed width may not."""
+    answers = {("", False): ("crashed", "wrong"), (1, "", False): ("crashed", "crashed")}
+    best, asked = tried({**answers, (1, "coupled", False): ("fine", "fine")}, splits={"b": {"model.py:3": 2}})
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == [("", False), (1, "", False), (1, "coupled", False)]
