@@ -34,7 +34,7 @@ from lightning_softprune.checkpoint.shapes import (
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
 from lightning_softprune.utilities.names import is_inside
-from lightning_softprune.utilities.nested import integer_of, laid_out_like
+from lightning_softprune.utilities.nested import integer_of, laid_out_like, with_integer
 
 
 def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
@@ -419,7 +419,8 @@ class _ResizePlan:
             holder = module._buffers if attribute in module._buffers else module.__dict__
             holder[attribute] = unsaved[id(value)]
         for module, attribute, count in self.counted:
-            module.__dict__[attribute] = count
+            name = attribute.partition("[")[0]
+            module.__dict__[name] = with_integer(module.__dict__.get(name), attribute, count)
         for layer, bias in biases:
             layer._parameters["bias"] = bias
         for layer in self.removed:

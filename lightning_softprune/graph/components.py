@@ -21,6 +21,7 @@ from torch.nn.parameter import is_lazy
 from lightning_softprune.graph.geometry import Shape
 from lightning_softprune.graph.groups import Count, PruningGroup
 from lightning_softprune.utilities.names import is_inside, no_match, no_module, without_digits
+from lightning_softprune.utilities.nested import integer_of
 
 _APART = "have it read those of the module that is mirrored, or take the twin out"
 
@@ -194,7 +195,7 @@ def mirror_counts(model: nn.Module, counts: Sequence[Count], twins: Mapping[str,
         if is_inside(count.module, original)
     )
     modules = dict(model.named_modules())
-    return (*counts, *(count for count in added if hasattr(modules.get(count.module), count.attribute)))
+    return (*counts, *(count for count in added if integer_of(modules.get(count.module), count.attribute)))
 
 
 def self_and_parents(name: str) -> list[str]:

@@ -23,11 +23,14 @@ from lightning_softprune.graph.left_out import left_alone
 from lightning_softprune.graph.trace import Step, Trace, trace_model
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.names import is_inside
+from lightning_softprune.utilities.nested import integers_in
 
 Place = tuple[str, str]
 """Layer or tensor, and slot."""
 
 _BEHIND = "put a layer behind it, which keeps its width, to prune what shares its channels:"
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 _MOST_NAMES = 3
 """So many layers are named in a reason."""
@@ -349,8 +352,9 @@ class _Table:
         return tuple(
             Count(module, key, sizes[value])
             for module in sorted(modules & self._modules.keys() - self.trace.layouts.keys())
-            for key, value in vars(self._modules[module]).items()
-            if type(value) is int and value in sizes and not key.startswith("_")
+            for key, kept in vars(self._modules[module]).items()
+            for key, value in (integers_in(key, kept) if key not in _OF_EVERY_MODULE else ())
+            if value in sizes and (type(kept) is not int or not key.startswith("_"))
         )
 
 

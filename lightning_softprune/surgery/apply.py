@@ -17,7 +17,7 @@ from torch import nn
 from lightning_softprune.graph import ComputedWeight, Layout, PruningGroup, computed_of, layout_of, refresh, set_sizes
 from lightning_softprune.search import Plan
 from lightning_softprune.utilities.names import joined
-from lightning_softprune.utilities.nested import integer_of, laid_out_like
+from lightning_softprune.utilities.nested import integer_of, integers_in, laid_out_like, with_integer
 
 KeptByDim = dict[int, torch.Tensor]
 _Site = tuple[nn.Module, str, str]  # who holds a tensor, as which attribute, under which full name
@@ -64,9 +64,16 @@ class Surgery:
 
     def count(self, module: nn.Module, attribute: str, value: int) -> None:
         """Give an attribute that counts channels a new value; of its module, nothing else is remembered for that."""
-        held = module.__dict__
-        self._counted.append((held, attribute, held.get(attribute, _OF_THE_CLASS)))
-        held[attribute] = value
+        held, name = module.__dict__, attribute.partition("[")[0]
+        self._counted.append((held, name, held.get(name, _OF_THE_CLASS)))
+        held[name] = with_integer(held.get(name), attribute, value)
+
+    def recounted(self, name: str, value: Any) -> Any:
+        """An attribute's value in a copy of its module, with the integers in it that count channels as they are now."""
+        for place, _ in integers_in(name, value):
+            if place in self.counts:
+                value = with_integer(value, place, self.counts[place][1])
+        return value
 
     def before(self, parameter: nn.Parameter) -> nn.Parameter | None:
         """The parameter whose place this one has taken; ``None`` if it is none of the new ones."""
@@ -84,7 +91,7 @@ class Surgery:
     def undo(self) -> None:
         """Put the layers back: the same tensor objects, the same attributes. Values are nobody's business here."""
         # what was noted first is how it was
-        _put_back(self._counted, self._contents[::-1], self._classes[::-1])
+        _put_back(self._counted[::-1], self._contents[::-1], self._classes[::-1])
 
     @contextmanager
     def undone(self) -> Iterator[None]:

@@ -1,9 +1,9 @@
-"""Nested data: dotted attributes, batches, and the containers that they are made of."""
+"""Nested data: dotted attributes, integers in containers, batches, and the containers that they are made of."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy, deepcopy
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -19,12 +19,14 @@ __all__ = [
     "copy_batch",
     "innermost",
     "integer_of",
+    "integers_in",
     "is_container",
     "is_transformed",
     "laid_out_like",
     "map_tensors",
     "rebuild",
     "tensors_in",
+    "with_integer",
 ]
 
 
@@ -42,11 +44,76 @@ def attribute_at(owner: Any, path: str) -> Any:
 def integer_of(owner: object, name: str) -> int | None:
     """An integer that an object or its class has as this attribute; ``None`` for anything else, also if computed.
 
+    It may lie in a container: a name says where, as :func:`integers_in` does.
+
     >>> integer_of(torch.nn.Linear(2, 3), "in_features"), integer_of(torch.nn.Linear(2, 3), "training")
     (2, None)
+    >>> integer_of(torch.nn.Conv2d(2, 3, 5), "kernel_size[1]")
+    5
     """
-    value = inspect.getattr_static(owner, name, None)  # a property computes, and takes no new value
+    attribute, *keys = _path(name)
+    value = inspect.getattr_static(owner, attribute, None)  # a property computes, and takes no new value
+    for key in keys:
+        items = _items(value)
+        if key not in items:
+            return None
+        value = items[key]
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def integers_in(name: str, value: Any) -> Iterator[tuple[str, int]]:
+    """The integers in an attribute's value, with a name for each: also in plain containers, small ones in small ones.
+
+    >>> dict(integers_in("heads", 8)), dict(integers_in("sizes", {"heads": 8, "window": (2, 3)}))
+    ({'heads': 8}, {'sizes[heads]': 8, 'sizes[window][0]': 2, 'sizes[window][1]': 3})
+    """
+    if type(value) is int:
+        yield name, value
+    if name.count("[") < _MOST_LEVELS:
+        for key, item in _items(value).items():
+            yield from integers_in(f"{name}[{key}]", item)
+
+
+def with_integer(value: Any, name: str, number: int) -> Any:
+    """An attribute's value, with another number in the place that a name says; containers are copied.
+
+    >>> with_integer(8, "heads", 7), with_integer({"heads": 8}, "sizes[heads]", 7)
+    (7, {'heads': 7})
+    >>> with_integer((("heads", 8), ("window", 2)), "sizes[heads]", 7)
+    (('heads', 7), ('window', 2))
+    """
+    _, *keys = _path(name)
+    if not keys:
+        return number
+    items = _items(value)
+    items[keys[0]] = with_integer(items[keys[0]], "[".join(keys), number)
+    if type(value) is dict:
+        return items
+    return type(value)(items.items() if _are_named(value) else items.values())
+
+
+def _path(name: str) -> list[str]:
+    """An attribute and keys in its value, of a name such as ``sizes[window][0]``."""
+    return name.replace("]", "").split("[")
+
+
+def _items(value: Any) -> dict[str, Any]:
+    """What is in a plain container, by its key or place; nothing for large ones, and where keys are no words."""
+    if type(value) not in (dict, list, tuple) or len(value) > _MOST_ITEMS:
+        return {}
+    named = type(value) is dict or _are_named(value)
+    items = dict(value if named else ((str(place), item) for place, item in enumerate(value)))
+    return items if all(isinstance(key, str) and key.replace("_", "").isalnum() for key in items) else {}
+
+
+def _are_named(value: Any) -> bool:
+    """Whether these are the pairs of a dictionary, which can be hashed."""
+    pairs = [item for item in value if type(item) is tuple and len(item) == 2 and isinstance(item[0], str)]
+    return 0 < len(value) == len(dict(pairs)) == len(pairs)
+
+
+_MOST_LEVELS, _MOST_ITEMS = 2, 16
+"""A table of words, or a list of all samples, holds no sizes."""
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_softprune import UniformBaseline, load_from_checkpoint, resize
 from lightning_softprune.checkpoint import ModelShapes, keep_dense, keep_record
+from lightning_softprune.graph import Count
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 from support.attending import KINDS, Position, Reader, groups_of_reader, made_reader, sequences
@@ -77,6 +78,24 @@ def test_a_state_dict_alone_has_the_counts_with_it(copied, tmp_path):
     averaged = AveragedModel(made_reader(seed=5))
     resize(averaged, AveragedModel(model).state_dict())
     assert counts(averaged.module) == counts(model)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_numbers_in_containers_come_with_a_state_dict_and_with_the_record(alone, tmp_path):
+    def made_with_numbers(seed=0):
+        model = made_reader(seed=seed)
+        model.attn.numbers, model.attn.pairs = {"heads": 4, "window": 3}, [("heads", 4), ("window", 3)]
+        return model
+
+    width, heads = groups_of_reader()
+    counts = (*heads.counts, Count("attn", "numbers[heads]", 1), Count("attn", "pairs[heads]", 1))
+    model = prune(made_with_numbers(), ONLY_HEADS, [width, replace(heads, counts=counts)])
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    fresh = made_with_numbers(seed=5)
+    resize(fresh, in_memory(tmp_path / "weights.pt" if alone else saved(model, tmp_path)))
+    assert (fresh.attn.numbers, fresh.attn.pairs) == ({"heads": 3, "window": 3}, [("heads", 3), ("window", 3)])
+    fresh.load_state_dict(model.state_dict())
+    assert_equal(fresh, model)
 
 
 def test_counts_of_a_state_dict_that_names_other_modules_do_not_matter():

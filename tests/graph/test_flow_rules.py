@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from support.masked import Net, check
 
@@ -128,6 +129,119 @@ def test_literal_attributes_of_all_kinds_follow_the_heads():
 
     net.function = forward
     check(net, x, {"stem": C, "q": H})
+
+
+class Split(nn.Module):
+    """Splits heads by numbers that it keeps as libraries of layers do: in a dictionary, its pairs, or a list."""
+
+    def __init__(self, kept, **numbers):
+        super().__init__()
+        self.kept = kept
+        self.numbers = {"dictionary": numbers, "pairs": (), "list": [2, *numbers.values()], "nested": {"of": numbers}}[
+            kept
+        ]
+        self._numbers = tuple(numbers.items())
+
+    def forward(self, x):
+        numbers = self.numbers
+        if self.kept == "pairs":
+            numbers = dict(self._numbers)
+        if self.kept == "list":
+            numbers = {"heads": numbers[1]}
+        numbers = numbers.get("of", numbers)
+        return x.view(*x.shape[:2], numbers.get("heads", -1), numbers.get("width", D)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("kept", ["dictionary", "pairs", "list", "nested"])
+def test_numbers_in_containers_follow_the_heads(kept):
+    net, x = attention(lambda net, x: net.parts(x), parts=Split(kept, heads=H))
+    before = {name: value for name, value in vars(net.parts).items() if "numbers" in name}
+    groups = check(net, x, {"stem": C, "q": H})
+    assert {count.per_channel for count in groups["q"].counts} == {1}
+    assert all(vars(net.parts)[name] is value for name, value in before.items())
+
+
+def test_attributes_in_the_innermost_modules_are_tried_first():
+    """Many others have the same value by accident."""
+    others = {f"a{number}": H for number in range(8)}
+    net, x = attention(lambda net, x: net.parts(x), parts=Split("dictionary", heads=H), **others)
+    groups = check(net, x, {"stem": C, "q": H})
+    assert {count.module for count in groups["q"].counts} == {"parts"}
+
+
+class Checked(nn.Module):
+    """Convolves, and knows how many channels it is given."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.channels = channels
+        self.conv = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        assert x.shape[1] == self.channels
+        return self.conv(x).tanh()
+
+
+def test_an_attribute_counts_the_inputs_of_one_module_and_the_outputs_of_another():
+    """So what is named alike counts two groups, each in modules of one kind."""
+
+    def forward(net, x):
+        x = net.stem(x)
+        y = net.down(x)
+        return net.head(x + net.up(y))
+
+    net = Net(forward, stem=nn.Conv2d(2, 6, 1), down=Checked(6), up=Checked(6), head=nn.Conv2d(6, 2, 1))
+    groups = check(net, torch.randn(3, 2, 4, 4), {"stem": 6, "down.conv": 6})
+    assert [count.module for count in groups["stem"].counts] == ["down"]
+    assert [count.module for count in groups["down.conv"].counts] == ["up"]
+
+
+def test_which_attention_of_pytorch_is_asked_for_does_not_matter():
+    def chosen(q, k, v):
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    net, x = attention(heads_attribute, chosen, num_heads=H)
+    check(net, x, {"stem": C, "q": H})
+
+
+def test_of_two_heads_one_can_go_where_the_number_of_heads_is_written_down_and_their_width_is_not():
+    """It runs without the number following: as two heads of half the width, which is another network."""
+
+    def split(net, x):
+        return x.view(len(x), T, net.num_heads, -1).transpose(1, 2)
+
+    net, x = attention(split, fused, num_heads=2)
+    groups = check(net, x, {"stem": C, "q": 2})
+    assert [count.attribute for count in groups["q"].counts] == ["num_heads"]
+
+
+class InDouble(nn.LayerNorm):
+    """Calculates in another type, in a forward of its own."""
+
+    def forward(self, x):
+        return super().forward(x.double()).to(x.dtype)
+
+
+class Literal(nn.LayerNorm):
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.double()
+        return F.layer_norm(x.double(), self.normalized_shape, weight, None, self.eps).to(x.dtype)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("kind", [InDouble, Literal])
+def test_a_norm_with_a_forward_of_its_own_is_resized_also_without_weights(kind, affine):
+    net, x = between(
+        lambda net, x: net.norm(x.double()).float(), 6, norm=kind(6, elementwise_affine=affine, bias=False)
+    )
+    net.norm.double()
+    groups = check(net, x, {"body": 6}, masked=False)
+    assert "norm (both)" in {str(member) for member in groups["body"].members}
+
+
+def test_an_activation_that_keeps_something_for_its_gradient_works_element_by_element():
+    check(*between(lambda net, x: F.logsigmoid(x), 6), {"body": 6})
 
 
 def test_a_width_per_head_that_is_divided_out_of_the_total_follows_the_heads():

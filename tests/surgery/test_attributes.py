@@ -1,6 +1,7 @@
 """Buffers, tensors in plain attributes, and attributes that count channels: they follow the plan as layers do."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -165,13 +166,47 @@ def test_a_copy_follows_with_its_counts_and_tensors():
     assert average.pos.pe.shape[-1] == 12
 
 
+SHARED = {"heads": 4, "all": 12, "window": 3}
+
+
+def with_numbers_in_containers():
+    """The reader, which also keeps its counts in a dictionary of everybody's, and as pairs."""
+    model, (width, heads) = made_reader("plain attribute"), groups_of_reader()
+    model.attn.numbers, model.attn._pairs = SHARED, tuple(SHARED.items())
+    more = Count("attn", "numbers[heads]", 1), Count("attn", "numbers[all]", 3), Count("attn", "_pairs[all]", 3)
+    return model, [width, replace(heads, counts=(*heads.counts, *more))]
+
+
+def test_numbers_in_containers_are_counts_too_and_the_containers_are_the_modules_own():
+    model, found = with_numbers_in_containers()
+    before, average = snapshot(model), copy.deepcopy(model)
+    model.others, shapes = [average], ModelShapes.of(model).shapes
+    surgery = apply_plan(model, found, PLAN)
+    references = References(model, surgery, shapes)
+    references.carry("self", model)
+    for attn in (model.attn, average.attn):
+        assert attn.numbers == {"heads": 2, "all": 6, "window": 3}
+        assert attn._pairs == (("heads", 4), ("all", 6), ("window", 3))
+    assert SHARED == {"heads": 4, "all": 12, "window": 3}
+    assert surgery.counts["attn.numbers[all]"] == (12, 6)
+    references.undo()
+    assert average.attn.numbers == SHARED
+    with surgery.undone():
+        assert model.attn.numbers is SHARED
+    assert model.attn.numbers == {"heads": 2, "all": 6, "window": 3}
+    surgery.undo()
+    del model.others
+    assert_same(model, before)
+    assert model.attn.numbers is SHARED
+
+
 class Odd(nn.Module):
     flag, name, empty = True, "four", None
 
     def __init__(self):
         super().__init__()
         self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
-        self.width, self.table = 4, torch.zeros(4, 3)
+        self.width, self.table, self.sizes = 4, torch.zeros(4, 3), {"width": 4}
 
     @property
     def computed(self):
@@ -184,6 +219,7 @@ MISFITS = {
     "text": (BODY, Count("", "name", 1), r"name: .* no integer attribute"),
     "nothing": (BODY, Count("head", "gone", 1), r"head\.gone: .* no integer attribute"),
     "computed": (BODY, Count("", "computed", 1), r"computed: .* no integer attribute"),
+    "no key": (BODY, Count("", "sizes[heads]", 1), r"sizes\[heads\]: .* no integer attribute"),
     "no module": (BODY, Count("tail", "width", 1), r"tail\.width: .* no module 'tail'"),
     "below one": (BODY, Count("", "width", 4), r"width: it counts channels, and would fall from 4 to 0"),
     "no tensor": ((*BODY, ("gone", "dim0")), None, r"gone: the group expects a tensor here"),

@@ -201,6 +201,11 @@ class Flow:
                 said = f"{layer} shares its {axis.tensor} with {others[0]}, which needs all {len(along)} of it"
                 self.couplings.pin(along, f"{said}; give each a tensor of its own to prune them apart")
 
+    def of_the_layer(self, operation: Operation, size: int) -> Label:
+        """The channels of the layer whose code runs an operation, if it has one slot of this size; else free."""
+        layout = self.layouts.get(operation.site.module)
+        return self.atoms(operation.site.module, "both") if layout and layout.slots == {"both": size} else FREE
+
     def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
         """Which of some dimensions the modules around count as heads."""
         name = operation.site.module

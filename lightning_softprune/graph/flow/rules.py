@@ -34,6 +34,9 @@ class Flow(Protocol):
     def is_parameter(self, value: Value) -> bool:
         """Whether it is a parameter, or looks at one."""
 
+    def of_the_layer(self, operation: Operation, size: int) -> Label:
+        """The channels of the layer whose code runs an operation, if it has one slot of this size; else free."""
+
     def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
         """Which of some dimensions the code around counts as heads."""
 

@@ -139,6 +139,9 @@ def _layer_norm(flow: Flow, operation: Operation) -> list[Labels]:
     values = [source, *(operation.arguments[n] for n in ("weight", "bias") if operation.arguments.get(n) is not None)]
     labels = aligned(flow, values, len(flow.shape(source)), operation)
     inner = len(argument(operation, "normalized_shape"))
+    if inner == 1 and is_atoms(labels[-1]):  # a layer without weights has its size in an attribute alone
+        own = flow.of_the_layer(operation, flow.shape(source)[-1])
+        labels[-1] = flow.couplings.merge(labels[-1], own, said(operation, "meets a tensor whose width is fixed"))
     for label in labels[len(labels) - inner :]:
         flow.couplings.average(label)
         if is_atoms(label):

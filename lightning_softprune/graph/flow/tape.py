@@ -278,13 +278,14 @@ class Recorder:
             self.tape.operations.append(Operation(name, one, (self.made(result),), self.site(), pointwise))
 
     def unfused(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run what a recurrent layer computes with products that the rules know, if it is not taken as a whole."""
+        """Run what a recurrent layer or attention computes with products that the rules know, whatever is asked for."""
         backends: tuple[Any, ...] = () if self._whole else (torch.backends.mkldnn, torch.backends.cudnn)
         before = [backend.enabled for backend in backends]
         try:
             for backend in backends:
                 backend.enabled = False
-            return func(*args, **kwargs)
+            with sdpa_kernel(SDPBackend.MATH):
+                return func(*args, **kwargs)
         finally:
             for backend, enabled in zip(backends, before, strict=True):
                 backend.enabled = enabled
@@ -372,7 +373,7 @@ class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Reads(TorchFunctionMode):
-    """Notes what leaves for Python or NumPy: no operator tells of it. And has recurrent layers run in operators."""
+    """Notes what leaves for Python or NumPy: no operator tells of it. And has layers run in operators."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -381,7 +382,7 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS:
             self._recorder.read([argument for argument in args if isinstance(argument, torch.Tensor)])
-        if func in _RECURRENT:
+        if func in _FUSED:
             return self._recorder.unfused(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
@@ -397,14 +398,13 @@ _READS = {
     torch.Tensor.data_ptr,
 }
 
-
 _EACH = "_foreach_"
 """Begins the names of operators that do the same to every tensor of a list."""
 
 _ONE = {"scalar": "other", "scalars": "other"}
 """Names of their arguments -> those of the operators that they are many of."""
 
-_RECURRENT = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
+_FUSED = {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu, torch.nn.functional.scaled_dot_product_attention}
 
 _OF_SHAPES = {"is_same_size", "_has_same_storage_numel", "prim::layout"}
 """Operators that tell something of shapes alone, which forward derivatives and nested tensors ask for."""

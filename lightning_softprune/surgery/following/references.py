@@ -383,8 +383,8 @@ class References:
             for held in (module._parameters, module._buffers, module.__dict__):
                 for key, tensor in list(held.items()):
                     name = f"{prefix}{path}.{key}".replace("..", ".").lstrip(".")
-                    if name in self.surgery.counts and held is module.__dict__:
-                        held[key] = self.surgery.counts[name][1]
+                    if held is module.__dict__:
+                        held[key] = self.surgery.recounted(name, tensor)
                     if not isinstance(tensor, torch.Tensor):
                         continue
                     sliced = self._sliced_as(name, tensor)

@@ -1,11 +1,11 @@
 """Attributes that count channels (``num_heads``), found by trying.
 
-A model may write its widths down: as attributes of its modules, which its forward puts into a ``view``. A group that
-fails a probe is probed again with such attributes changed along with its channels, first one name at a time, then two,
-then all that could count it. Then those that no later group may claim are changed apart from those that one does: a
-layer's ``out_channels`` have the value that those of the layer behind it have, which counts its own. The first choice
-with which the model computes the same as the masked dense network is kept; groups alike (the heads of all blocks) share
-it.
+A model may write its widths down: as attributes of its modules, or as numbers in these (``sizes["heads"]``), which its
+forward puts into a ``view``. A group that fails a probe is probed again with such numbers changed along with its
+channels: first one name at a time, in the innermost modules first, then two, then all that could count it. Then those
+that no later group may claim are changed apart from those that one does (a layer's ``out_channels`` have the value that
+those of the layer behind it have, which counts its own), and those of one kind of module. The first choice with which
+the model computes the same as the masked dense network is kept; groups alike (the heads of all blocks) share it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -33,8 +32,8 @@ _UNLIKE = (
 _MANY = 3
 """From so many blocks alike, one is tried before the others."""
 
-_MOST_NAMES = 6
-"""More attributes than that would make more than twenty choices."""
+_MOST_NAMES, _MOST_APART = 6, 24
+"""More names than that would make more than twenty choices; of attributes of one name apart, as many again."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,8 @@ def probe_with_counts(
         compared = [g for g in chosen if g.name not in candidates.averaged]
         return unlike_masked(model, compared, run, run_otherwise, dense)
 
-    def checked(found: Sequence[PruningGroup]) -> list[PruningGroup]:
+    def as_masked(found: Sequence[PruningGroup]) -> list[PruningGroup]:
+        """The groups; those that run, and not as the masked network does, are refused."""
         sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
         wrong = {group.name for group in unlike(sized)}
         if not wrong:
@@ -99,10 +99,12 @@ def probe_with_counts(
         return probed([group.refuse(_UNLIKE) if group.name in wrong else group for group in found])
 
     groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
-    found = checked(found)
+    found = as_masked(found)
     counted = _counted(groups, found, counts, probed, unlike)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
-        found = checked(probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)]))
+        found = as_masked(
+            probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
+        )
     if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
     return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
@@ -181,15 +183,15 @@ def _counted_at_once(
     unlike: _Probing,
 ) -> list[PruningGroup]:
     """The same, as far as they do not depend on each other."""
-    alike: dict[_Names, list[int]] = defaultdict(list)
+    alike: dict[_Choices, list[int]] = defaultdict(list)
     for i, (group, one) in enumerate(zip(groups, found, strict=True)):
-        names = _names(counts.get(group.name, ()))
-        if group.prunable and not one.prunable and names:
-            alike[names].append(i)
+        choices = _choices(counts.get(group.name, ()))
+        if group.prunable and not one.prunable and choices:
+            alike[choices].append(i)
     counted = list(groups)
-    for names, members in alike.items():
+    for choices, members in alike.items():
         left = list(members)
-        for chosen in _choices(names):
+        for chosen in choices:
             for i in (left[0], *left[1:2]):  # where the first has a reason of its own, another may not
                 trial = _with_counts(groups[i], counts[groups[i].name], chosen)
                 if not unlike([trial]) and probed([trial])[0].prunable:  # the cheaper first
@@ -231,7 +233,7 @@ def _as_the_first_of_their_kind(
         if first.prunable:
             continue
         lead = groups[members[0]]
-        for chosen in _choices(_names(counts[lead.name])):
+        for chosen in _choices(counts[lead.name]):
             trial = _with_counts(lead, counts[lead.name], chosen)
             if not unlike([trial]) and probed([trial])[0].prunable:  # the cheaper first
                 for i in members:
@@ -243,62 +245,71 @@ def _as_the_first_of_their_kind(
 def _kind(group: PruningGroup, claims: Sequence[_Claim]) -> object:
     """What groups of blocks alike have in common: all but the numbers in their names."""
     members = tuple((without_digits(member.module), member.slot, len(member.owner)) for member in group.members)
-    found = tuple((without_digits(c.count.module), c.count.attribute, c.count.per_channel, c.side) for c in claims)
+    found = tuple((without_digits(c.count.module), c.count.attribute, c.count.per_channel, c.is_own) for c in claims)
     return group.num_channels, members, found
-
-
-class _Side(Enum):
-    """Which attributes of a name are meant."""
-
-    ANY = "all"
-    OWN = "those that no later group may claim"
-    SHARED = "the others"
 
 
 @dataclass(frozen=True)
 class _Claim:
-    """An attribute that could count a group's channels, and whether it could count those of a later group as well."""
+    """An attribute that could count a group's channels, and whether no later group could be counted by it.
+
+    Attributes:
+        count: The attribute.
+        is_own: Whether it is this group's, if it is anyone's.
+    """
 
     count: Count
-    side: _Side
+    is_own: bool
+
+    @property
+    def name(self) -> str:
+        """The attribute's name; a private copy goes with what it is a copy of."""
+        return self.count.attribute.lstrip("_")
+
+    @property
+    def in_kind(self) -> str:
+        """The name, with the kind of module that has it: all but the numbers in its name."""
+        return f"{without_digits(self.count.module)}.{self.name}"
+
+    @property
+    def on_its_side(self) -> str:
+        """The name, and which of the attributes of this name are meant."""
+        return f"{self.name}: {'own' if self.is_own else 'shared'}"
 
 
 _Claims = Mapping[str, Sequence[_Claim]]
 
-_Names = tuple[tuple[str, tuple[_Side, ...]], ...]
-"""Attributes that could count a group's channels, and the sides on which there are such."""
-
-_Choice = tuple[tuple[str, _Side], ...]
+_Choices = tuple[tuple[str, ...], ...]
+"""What attributes are tried by, together: names, names in a kind of module, names on a side."""
 
 
 def _claimed(groups: Sequence[PruningGroup], counts: Mapping[str, Sequence[Count]]) -> _Claims:
     last = {(c.module, c.attribute): group.name for group in groups for c in counts.get(group.name, ())}
     return {
-        name: [_Claim(c, _Side.OWN if last.get((c.module, c.attribute)) == name else _Side.SHARED) for c in found]
-        for name, found in counts.items()
+        name: [_Claim(c, last.get((c.module, c.attribute)) == name) for c in found] for name, found in counts.items()
     }
 
 
-def _names(claims: Sequence[_Claim]) -> _Names:
-    sides: dict[str, set[_Side]] = defaultdict(set)
+def _choices(claims: Sequence[_Claim]) -> _Choices:
+    """The attributes that are tried together, in this order."""
+    depths: dict[str, int] = {}
+    kinds: dict[str, set[str]] = defaultdict(set)
+    sides: dict[str, set[str]] = defaultdict(set)
     for claim in claims:
-        sides[claim.count.attribute].add(claim.side)
-    return tuple((name, tuple(side for side in _Side if side in found)) for name, found in sorted(sides.items()))
+        depth = len(f".{claim.count.module}".rstrip(".").split("."))
+        depths[claim.name] = max(depths.get(claim.name, 0), depth)
+        kinds[claim.name].add(claim.in_kind)
+        sides[claim.name].add(claim.on_its_side)
+    names = sorted(depths, key=lambda name: (-depths[name], name))[:_MOST_NAMES]
+    everywhere = [chosen for size in (1, 2) for chosen in itertools.combinations(names, size)]
+    everywhere += [tuple(names)] if len(names) > 2 else []
+    own = [(name, f"{name}: own") for name in names if len(sides[name]) == 2]
+    apart: list[tuple[str, ...]] = [(one,) for _, one in own]
+    apart += [(one, side) for name, one in own for other in names if other != name for side in sorted(sides[other])]
+    apart += [(one,) for name in names if len(kinds[name]) > 1 for one in sorted(kinds[name])]
+    return (*everywhere, *apart[:_MOST_APART])
 
 
-def _choices(names: _Names) -> Iterator[_Choice]:
-    names = names[:_MOST_NAMES]
-    everywhere = [(name, _Side.ANY) for name, _ in names]
-    for size in (1, 2):
-        yield from itertools.combinations(everywhere, size)
-    if len(names) > 2:
-        yield tuple(everywhere)
-    own = [(name, _Side.OWN) for name, sides in names if len(sides) == 2]
-    yield from ((one,) for one in own)
-    for one in own:
-        yield from ((one, (name, side)) for name, sides in names for side in sides if name != one[0])
-
-
-def _with_counts(group: PruningGroup, claims: Sequence[_Claim], chosen: _Choice) -> PruningGroup:
-    wanted = {(name, side) for name, one in chosen for side in (_Side if one is _Side.ANY else (one,))}
-    return replace(group, counts=tuple(c.count for c in claims if (c.count.attribute, c.side) in wanted))
+def _with_counts(group: PruningGroup, claims: Sequence[_Claim], chosen: Sequence[str]) -> PruningGroup:
+    wanted = [one for one in claims if not {one.name, one.in_kind, one.on_its_side}.isdisjoint(chosen)]
+    return replace(group, counts=tuple(one.count for one in wanted))
