@@ -172,3 +172,29 @@ def test_inner_layers_whose_outputs_rounding_alone_changes_are_not_compared():
     assert_same(model, before)
     assert_pruned_is_masked(model, x, [groups["up"]], plans([groups["up"]]))
     assert not {group.name: group for group in find_groups(Stepping(by_number=True), x)}["up"].prunable
+
+
+class Spaced(nn.Module):
+    """Divides by a table of distances, as splines do, and says where the result is no number; its width is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("distances", torch.rand(8) + 1)
+
+    def forward(self, x):
+        result = self.head((self.body(x) / self.distances).view(len(x), self.width))
+        if result.isnan().any():
+            raise ValueError("no number")
+        return result
+
+
+def test_a_network_that_does_not_take_zeros_is_compared_with_its_tables_as_they_are():
+    torch.manual_seed(0)
+    model, x = Spaced(), torch.randn(5, 4)
+    before = snapshot(model)
+    body = find_groups(model, x)[0]
+    assert (body.name, body.prunable) == ("body", True)
+    assert [count.attribute for count in body.counts] == ["width"]
+    assert_same(model, before)
