@@ -198,7 +198,7 @@ def _roots(trace: Trace, table: _Table, twins: Collection[str]) -> Iterator[tupl
     for name, slot in table.couplings.slots:
         if name in trace.layouts:
             entry = layer_type(trace.model.get_submodule(name))
-            made = slot != "both" or (entry is not None and entry.produces)
+            made = not slot.startswith("both") or (entry is not None and entry.produces)
             if made and not slot.startswith("in") and name not in parts:
                 slots[name].append((name, slot, name if slot in ("out", "both") else f"{name}.{slot}"))
         elif name in parameters:

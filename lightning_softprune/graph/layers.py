@@ -1,7 +1,8 @@
 """What a layer looks like to a pruner: the one table of layer types.
 
 A *slot* is a run of channels at one side of a layer: ``"in"`` and ``"out"`` of a linear or convolution layer, or
-``"both"`` where input and output are the same channels (normalisation, depthwise convolution, attention, embedding).
+``"both"`` where input and output are the same channels (normalisation, depthwise convolution, attention, embedding; of
+a LayerNorm over several dimensions ``"both0"``, ``"both1"``, ...).
 A tensor's dimension may follow a slot: once, several times over (``in_proj_weight`` of attention holds queries, keys
 and values), or by one of its equal parts (the input dimension of a grouped convolution's weight).
 

@@ -253,7 +253,7 @@ def _result(
     trials, problem = evaluator.trials, evaluator.problem
     final = found.best or trials.unpruned(problem.unpruned_plan(), found.before)
     costs_after = problem.costs_of(final.plan)
-    shares = {name: getattr(costs_after, name) / (getattr(found.dense, name) or 1) for name in COSTS}
+    shares = {name: getattr(costs_after, name) / dense for name in COSTS if (dense := getattr(found.dense, name))}
     latencies = None if found.best is None else stopwatch.compare(found.best.plan)
     if latencies is not None:
         shares["latency"] = stopwatch.share_of_dense(final.plan)

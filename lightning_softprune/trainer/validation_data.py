@@ -104,7 +104,7 @@ def samples_of(batch: Any) -> int:
     """How many samples a batch has; 1 where that cannot be told."""
     try:
         return next((size for size in _extract_batch_size(batch) if size is not None), 1)
-    except (RecursionError, TypeError):
+    except Exception:  # whatever a class of the user's says to being iterated
         return 1
 
 

@@ -309,7 +309,7 @@ OTHERS = {
         nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 6))),
         "0",
     ),
-    "two axes": (nn.Sequential(nn.LayerNorm((2, 8))), nn.Sequential(nn.LayerNorm((2, 6))), "0"),
+    "two axes": (nn.Sequential(nn.LayerNorm((2, 8))), nn.Sequential(nn.LayerNorm(8)), "0"),
 }
 
 

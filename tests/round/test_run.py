@@ -721,3 +721,23 @@ def test_processes_that_found_different_plans_prune_nothing():
     for other in (its, None):
         with pytest.raises(RuntimeError, match="the processes found different plans, so nothing was pruned"):
             check_agreement(runner_with(other), mine)
+
+
+class OfParameters(AutoEncoder):
+    """Computes with parameters alone: no layer whose multiply-accumulates are counted."""
+
+    def __init__(self):
+        super().__init__()
+        del self.encoder, self.decoder
+        self.up, self.down = nn.Parameter(torch.randn(12, 16)), nn.Parameter(torch.randn(16, 12))
+
+    def forward(self, x):
+        return (x @ self.up).relu() @ self.down
+
+
+def test_what_the_dense_model_has_none_of_has_no_share(tmp_path, capsys):
+    module = made(OfParameters)
+    result = prune(module, **loaders(module), trainer=trainer_of(tmp_path))
+    assert (result.costs_before.macs, result.costs_after.macs) == (0, 0)
+    assert result.shares.keys().isdisjoint({"macs"})
+    assert "MACs -100" not in capsys.readouterr().out

@@ -175,6 +175,20 @@ class LayerNormed(nn.Module):
         return self.head(self.norm(self.body(x)).relu())
 
 
+class NormedMaps(nn.Module):
+    """A LayerNorm over channels and positions, and one over time and channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 6, 3, padding=1), nn.LayerNorm((6, 4, 4))
+        self.body, self.over_time, self.head = nn.Linear(6, 5), nn.LayerNorm((16, 5)), nn.Linear(5, 2)
+        randomise_statistics(self)
+
+    def forward(self, x):
+        h = self.body(self.norm(self.stem(x)).flatten(2).transpose(1, 2))
+        return self.head(self.over_time(h.tanh()).relu())
+
+
 class RMSNormed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -493,6 +507,7 @@ CASES = (
     Case(TransposedConv, (2, 1, 8, 8), {"down": 6, "up": 4, "grouped": 2}),
     Case(LayerNormed, (3, 5), {"body": 8}, masked=False),
     Case(RMSNormed, (3, 5), {"body": 8}, masked=False),
+    Case(NormedMaps, (3, 2, 4, 4), {"stem": 6, "body": 5}, masked=False),
     Case(GroupNormed, (3, 2, 4, 4), {"body": 4}, masked=False),
     Case(ChannelNormed, (3, 2, 4, 4), {"body": 6}),
     Case(InstanceNormed, (3, 2, 4, 4), {"body": 6}),

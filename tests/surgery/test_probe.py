@@ -7,6 +7,7 @@ from torch import nn
 
 from lightning_softprune import find_groups
 from lightning_softprune.surgery import Candidates, one_can_go, probe_groups, probe_with_counts
+from lightning_softprune.surgery.fingerprints import look_at
 from support import zoo
 from support.attending import group
 from support.masked import Net, assert_pruned_is_masked, plans
@@ -172,3 +173,53 @@ def test_inner_layers_whose_outputs_rounding_alone_changes_are_not_compared():
     assert_same(model, before)
     assert_pruned_is_masked(model, x, [groups["up"]], plans([groups["up"]]))
     assert not {group.name: group for group in find_groups(Stepping(by_number=True), x)}["up"].prunable
+
+
+class Spaced(nn.Module):
+    """Divides by a table of distances, as splines do, and says where the result is no number; its width is written."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.register_buffer("distances", torch.rand(8) + 1)
+
+    def forward(self, x):
+        result = self.head((self.body(x) / self.distances).view(len(x), self.width))
+        if result.isnan().any():
+            raise ValueError("no number")
+        return result
+
+
+def test_a_network_that_does_not_take_zeros_is_compared_with_its_tables_as_they_are():
+    torch.manual_seed(0)
+    model, x = Spaced(), torch.randn(5, 4)
+    before = snapshot(model)
+    body = find_groups(model, x)[0]
+    assert (body.name, body.prunable) == ("body", True)
+    assert [count.attribute for count in body.counts] == ["width"]
+    assert_same(model, before)
+
+
+class Sorted(nn.Module):
+    """Sums by kind; the number of kinds is that of its channels, and tells an operator how much memory to write."""
+
+    def __init__(self):
+        super().__init__()
+        self.kinds = 4
+        self.body, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.register_buffer("kind", torch.tensor([0, 1, 1, 2, 3]))
+
+    def forward(self, x):
+        starts = torch._convert_indices_from_coo_to_csr(self.kind, self.kinds)
+        return self.head(self.body(x).view(len(x), 4)) * starts.diff().sum()
+
+
+def test_a_count_that_would_let_an_operator_write_beyond_its_memory_is_an_error_of_the_try():
+    model, x, original = Sorted(), torch.randn(5, 4), torch._convert_indices_from_coo_to_csr
+    model.kinds = 3
+    with pytest.raises(IndexError, match="index 3 is out of bounds for a size of 3"):
+        look_at(model, lambda: model(x))
+    model.kinds = 4
+    assert "does not run with fewer channels" in find_groups(model, x)[0].reason
+    assert torch._convert_indices_from_coo_to_csr is original

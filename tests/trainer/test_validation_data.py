@@ -7,7 +7,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_softprune.round.journal.fingerprint import digest
 from lightning_softprune.trainer import ALL, BatchesReadAgain, Part
 from lightning_softprune.trainer.scorer import ValidationScorer
-from lightning_softprune.trainer.validation_data import bytes_of, free_memory
+from lightning_softprune.trainer.validation_data import bytes_of, free_memory, samples_of
 from support.fits import ORDINARY_FITS, Polite, Probe, Tiny, TwoLoaders, assert_equal, data, loader, trainer_of
 
 pytestmark = ORDINARY_FITS
@@ -158,3 +158,15 @@ def test_memory_is_that_of_tensors_wherever_they_lie():
 
     assert bytes_of([Graph(), torch.zeros(3, dtype=torch.half)]) == 20 + 16 + 6
     assert free_memory(torch.device("cpu")) > 2**20
+
+
+class OfSeveralKinds:
+    """A batch that is no collection: a graph with nodes of several kinds."""
+
+    def __iter__(self):
+        raise NotImplementedError
+
+
+def test_a_batch_that_cannot_be_iterated_counts_as_one_sample():
+    assert samples_of(OfSeveralKinds()) == 1
+    assert samples_of([torch.zeros(3, 2), OfSeveralKinds()]) == 3

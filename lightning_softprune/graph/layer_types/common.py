@@ -285,22 +285,39 @@ class GroupNormType(PassingOn):
 
 
 class LayerNormType(PassingOn):
-    """``nn.LayerNorm`` over the last dimension."""
+    """``nn.LayerNorm`` over the last dimension, or several: each is a slot, and loses channels where it has some."""
 
     types: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm,)
     averages_channels = True
-    named = "a LayerNorm"
 
-    def describe(self, module: nn.LayerNorm | nn.RMSNorm) -> Layout | str:
+    def describe(self, module: nn.LayerNorm | nn.RMSNorm) -> Layout:
         """See `LayerType`."""
-        if len(module.normalized_shape) != 1:
-            return f"{self.named} over more than one dimension"
-        return Layout({"both": module.normalized_shape[0]}, tuple(TensorAxis(name, 0, "both") for name in self.tensors))
+        slots = dict(zip(self._slots(module), module.normalized_shape, strict=True))
+        return Layout(
+            slots, tuple(TensorAxis(name, dim, slot) for name in self.tensors for dim, slot in enumerate(slots))
+        )
 
     def resize(self, module: Any, sizes: Mapping[str, int]) -> None:
         """See `LayerType`."""
-        if "both" in sizes:
-            module.normalized_shape = (sizes["both"],)
+        pairs = zip(self._slots(module), module.normalized_shape, strict=True)
+        module.normalized_shape = tuple(sizes.get(slot, size) for slot, size in pairs)
+
+    def taken(self, module: Any, inputs: Mapping[str | int, Any]) -> Iterator[Port]:
+        """The last dimensions."""
+        yield from self._ports(module, _argument(inputs, 0, "input"))
+
+    def given(self, module: Any, output: Any) -> Iterator[Port]:
+        """The last dimensions."""
+        yield from self._ports(module, output)
+
+    def _ports(self, module: Any, tensor: torch.Tensor) -> Iterator[Port]:
+        slots = self._slots(module)
+        yield from (Port(tensor, slot, dim) for dim, slot in enumerate(slots, tensor.ndim - len(slots)))
+
+    @staticmethod
+    def _slots(module: Any) -> list[str]:
+        number = len(module.normalized_shape)
+        return ["both"] if number == 1 else [f"both{dim}" for dim in range(number)]
 
 
 class RMSNormType(LayerNormType):
@@ -308,7 +325,6 @@ class RMSNormType(LayerNormType):
 
     types = (nn.RMSNorm,)
     tensors = ("weight",)
-    named = "an RMSNorm"
 
 
 class PReLUType(PassingOn):

@@ -121,11 +121,32 @@ def look_at(model: nn.Module, run: Callable[[], Any]) -> Seen:
     def mixes(module: nn.Module) -> bool:
         return isinstance(layout := layout_of(module), Layout) and "out" in layout.slots
 
-    with registered(forward_hook(module, hook_for(name, mixes(module))) for name, module in model.named_modules()):
+    hooks = (forward_hook(module, hook_for(name, mixes(module))) for name, module in model.named_modules())
+    with registered(hooks), _indices_checked():
         result = run()
     for name, value in _named(result):
         seen.shown.setdefault(name, []).extend(_fingerprint(t) for t in _numbers(value))
     return seen
+
+
+@contextmanager
+def _indices_checked() -> Iterator[None]:
+    """While this lasts, the one operator that writes beyond its memory where indices exceed a size raises instead.
+
+    A size may be an attribute that is tried as a count of channels. Other operators look at their indices themselves.
+    """
+    original = torch._convert_indices_from_coo_to_csr
+
+    def checked(input: torch.Tensor, size: int, **options: Any) -> torch.Tensor:
+        if input.numel() and int(input.max()) >= size:
+            raise IndexError(f"index {int(input.max())} is out of bounds for a size of {size}")
+        return original(input, size, **options)
+
+    torch._convert_indices_from_coo_to_csr = checked
+    try:
+        yield
+    finally:
+        torch._convert_indices_from_coo_to_csr = original
 
 
 def _named(result: Any) -> Iterator[tuple[str, Any]]:

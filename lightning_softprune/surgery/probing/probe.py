@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -183,14 +183,25 @@ def _unlike_masked(model: nn.Module, probe: _Probe, cuts: Mapping[int, tuple[int
 
 
 @contextmanager
-def mask_channels(model: nn.Module, group: PruningGroup, channels: Sequence[int]) -> Iterator[None]:
-    """While this lasts, everything that produces or reads these channels of a group is zero."""
+def mask_channels(
+    model: nn.Module, group: PruningGroup, channels: Sequence[int], *, buffers: bool = True
+) -> Iterator[None]:
+    """While this lasts, everything that produces or reads these channels of a group is zero.
+
+    Args:
+        model: The model.
+        group: A group of it.
+        channels: Its channels.
+        buffers: Whether that goes for tensors that are no parameters as well: a table of distances is divided by.
+    """
     modules = dict(model.named_modules())
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for member in group.members:
             gone = torch.from_numpy(np.flatnonzero(np.isin(member.owner, list(channels))))
             for tensor, dim, indices in _held(modules, member, gone):
+                if not buffers and not isinstance(tensor, nn.Parameter):
+                    continue
                 saved.append((tensor, tensor.detach().clone()))
                 with torch.no_grad():
                     tensor.index_fill_(dim, indices.to(tensor.device), 0)
@@ -348,11 +359,25 @@ class _Probe:
             raise
         except Exception:  # whatever the user's code says to fewer channels
             return False
+        own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
+        return any(self._is_alike(pruned, self._masked(cuts, buffers), own) for buffers in (True, False))
+
+    def _masked(self, cuts: Mapping[int, tuple[int, ...]], buffers: bool) -> Seen | None:
+        """What the model computes with these channels set to zero; `None` where its code does not take that."""
         with ExitStack() as stack:
             for i, channels in cuts.items():
-                stack.enter_context(mask_channels(self.model, self.groups[i], channels))
-            masked = look_at(self.model, self.run)
-        own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
+                stack.enter_context(mask_channels(self.model, self.groups[i], channels, buffers=buffers))
+            try:
+                return look_at(self.model, self.run)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # the user's code, which may say so where a loss is not a number
+                return None
+
+    def _is_alike(self, pruned: Seen, masked: Seen | None, own: Set[str]) -> bool:
+        """Whether layers that mix channels compute the same, but for those that lose some, and what is shown is too."""
+        if masked is None:
+            return False
         for steady, (one, _), (two, _) in zip(self.steady[:2], pruned.parts(), masked.parts(), strict=False):
             for name in one:
                 same = name in own or is_alike(one[name], two.get(name, []), _AS_MASKED)
