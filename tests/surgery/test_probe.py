@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_softprune import find_groups
 from lightning_softprune.surgery import Candidates, one_can_go, probe_groups, probe_with_counts
-from lightning_softprune.surgery.fingerprints import look_at
+from lightning_softprune.surgery.probing.fingerprints import look_at
 from support import zoo
 from support.attending import group
 from support.masked import Net, assert_pruned_is_masked, plans
