@@ -8,6 +8,7 @@ fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from lightning_softprune.graph import Grouping, Place, PruningGroup, groups_of_one_width
 
@@ -23,29 +24,51 @@ def best_reading(read: Read) -> list[PruningGroup]:
     Args:
         read: Makes groups of what was traced, and probes them.
     """
-    best, grouping = read({}, (), False)
-    choices: dict[str, int] = {}
+    best = _Reading({}, *read({}, (), False))
+    hopeful: _Reading | None = None
     for attempt in range(1, _MOST_READINGS):
-        working = {site for g in best if _is_fine(g) for site in grouping.splits.get(g.name, ())}
+        splits = best.grouping.splits
+        working = {site for g in best.groups if _is_fine(g) for site in splits.get(g.name, ())}
         failing = {
             site: attempt
-            for g in best
+            for g in best.groups
             if not _is_fine(g)
-            for site, alternatives in grouping.splits.get(g.name, {}).items()
+            for site, alternatives in splits.get(g.name, {}).items()
             if site not in working and attempt < alternatives
         }
         if not failing:
             break
-        found, other = read({**choices, **failing}, (), False)
-        if (_reached(found), _left(found)) > (_reached(best), _left(best)):
-            best, grouping, choices = found, other, {**choices, **failing}
+        choices = {**best.choices, **failing}
+        found = _Reading(choices, *read(choices, (), False))
+        if _reached(found.groups) > _reached(best.groups):
+            best, hopeful = found, None
+        elif _reached(found.groups) == _reached(best.groups) and _left(found.groups) > _left(best.groups):
+            hopeful = hopeful or found
+    groups = _with_others(read, best)
+    together = _with_others(read, hopeful, steps=False) if hopeful else groups
+    return together if _reached(together) > _reached(groups) else groups
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """Choices of dimensions, and the groups that they lead to."""
+
+    choices: Mapping[str, int]
+    groups: list[PruningGroup]
+    grouping: Grouping
+
+
+def _with_others(read: Read, reading: _Reading, steps: bool = True) -> list[PruningGroup]:
+    """The groups of a reading, those that fail in the user's code together with others, or in steps."""
+    best = reading.groups
     stuck = [g for g in best if g.crashed]
-    together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
+    together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, reading.grouping.loose)
     coupled = [united for united in (together, along if along != together else ()) if united]
-    for united, in_steps in (*((united, False) for united in coupled), *((united, True) for united in ((), *coupled))):
+    tries = [(united, False) for united in coupled] + [(united, True) for united in ((), *coupled) if steps]
+    for united, in_steps in tries:
         if not any(g.crashed for g in best):
             break
-        found, _ = read(choices, united, in_steps)
+        found, _ = read(reading.choices, united, in_steps)
         if _reached(found) > _reached(best):
             best = found
     return best

@@ -91,9 +91,11 @@ def test_another_dimension_of_a_reshape_is_tried_first_and_kept_by_what_follows(
     assert asked == [("", False), (1, "", False), (2, "", False)]
 
 
-def test_another_dimension_in_which_more_fail_in_code_is_kept_and_coupled():
+def test_another_dimension_in_which_more_fail_in_code_is_coupled_too():
     """What the code refuses may go with others; what meets a fixed width may not."""
     answers = {("", False): ("crashed", "wrong"), (1, "", False): ("crashed", "crashed")}
     best, asked = tried({**answers, (1, "coupled", False): ("fine", "fine")}, splits={"b": {"model.py:3": 2}})
     assert states(best) == [(True, 1), (True, 1)]
-    assert asked == [("", False), (1, "", False), (1, "coupled", False)]
+    assert asked == [("", False), (1, "", False), ("", True), (1, "coupled", False)]
+    best, _ = tried(answers, splits={"b": {"model.py:3": 2}})
+    assert [group.crashed for group in best] == [True, False]  # as it was read first, with its reasons

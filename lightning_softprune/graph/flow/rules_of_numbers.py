@@ -27,6 +27,14 @@ def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     "minimum",
     "prelu",
     "_prelu_kernel",
+    "hardswish",
+    "rrelu_with_noise",
+    "abs",
+    "rsub",
+    "floor_divide",
+    "fake_quantize_per_tensor_affine_cachemask",
+    "alias_copy",
+    "detach_copy",
 )
 def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
