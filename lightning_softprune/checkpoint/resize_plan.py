@@ -33,7 +33,7 @@ from lightning_softprune.checkpoint.shapes import (
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
-from lightning_softprune.utilities.names import is_inside
+from lightning_softprune.utilities.names import is_inside, joined
 from lightning_softprune.utilities.nested import integer_of, laid_out_like, with_integer
 
 
@@ -117,8 +117,9 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     elif hook is not None and not live.has(shapes) and hook.dense.has(shapes):
         target = dense = hook.dense
     else:
-        counts = {name: value for name, value in counts_in(state).items() if counts_of(model, [name])}
-        target, dense, exact = ModelShapes({}, shapes, counts), live, False
+        told = counts_in(state)
+        counts = {name: value for name, value in told.items() if counts_of(model, [name])}
+        target, dense, exact = ModelShapes(_told_layers(live, told), shapes, counts), live, False
     if exact and hook is not None:  # what this file does not know of was never pruned there
         target = target.completed(hook.dense)
     if strict:
@@ -140,6 +141,12 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
                 keep_record(model, record.dense, record.results, record.earlier)
 
     return PlannedResize(model, do, target.left_out)
+
+
+def _told_layers(live: ModelShapes, told: Mapping[str, int]) -> dict[str, Sizes]:
+    """The layers of a module whose sizes a state dict tells beside its tensors."""
+    found = {name: {slot: told.get(joined(name, slot), -1) for slot in sizes} for name, sizes in live.layers.items()}
+    return {name: sizes for name, sizes in found.items() if -1 not in sizes.values()}
 
 
 _DOUBTFUL = (

@@ -276,6 +276,15 @@ def counts_of(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def untold_sizes(model: nn.Module) -> dict[str, int]:
+    """The sizes of layers that have no tensors to tell them, as norms without weights, by layer and slot."""
+    found = {}
+    for name, module in model.named_modules():
+        if not any(True for _ in (*module.parameters(), *module.buffers())):
+            found.update({joined(name, slot): size for slot, size in recorded_sizes(module).items()})
+    return found
+
+
 def recorded_sizes(module: nn.Module) -> Sizes:
     """The sizes that a checkpoint records of a layer; nothing for other modules, and where weights are computed."""
     entry = layer_type(module)
