@@ -46,7 +46,9 @@ def left_alone(
                     "if it mirrors a module, name it in twins"
                 )
             else:
-                reason = reason_of(name) or f"no sliceable layer produces the channels of {name}"
+                single = all(parameter.numel() == 1 for parameter in module.parameters())
+                why = f"{name} has single numbers alone, and no channels" if single else ""
+                reason = reason_of(name) or why or f"no sliceable layer produces the channels of {name}"
             yield PruningGroup(name, "", "intra", 0, (Member(name, "out", np.empty(0, np.int64)),), False, reason)
             continue
         for parameter in own:

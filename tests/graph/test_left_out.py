@@ -131,6 +131,12 @@ def test_a_parameter_of_one_element_has_no_channels(numbers):
     assert "single number" not in found["table"].reason
 
 
+def test_a_layer_with_a_single_number_for_all_channels_has_none():
+    found = by_name(find_groups(nn.Sequential(nn.Linear(5, 6), nn.PReLU(), nn.Linear(6, 2)), torch.randn(3, 5)))
+    assert found["0"].prunable
+    assert found["1"].reason == "1 has single numbers alone, and no channels"
+
+
 def test_tied_weights_that_two_groups_would_tear_are_refused():
     found = groups_of("TornWeights")
     assert slots(found["body"]) == {f"{layer} ({side})" for layer in ("body", "other") for side in ("in", "out")} | {
@@ -199,3 +205,4 @@ def test_an_unseen_layer_takes_and_gives_the_same_whatever_its_weight_is_compute
     model.critic[0] = kinds[norm](nn.Linear(16, 8)) if norm in kinds else sphere(16, 8)
     body = by_name(refuse_unseen_readers(model, groups, seen))["body"]
     assert "critic.0, which no traced batch ran, may be coupled to its channels (it takes 16)" in body.reason
+    assert "or name it in twins if it mirrors a module" in body.reason
