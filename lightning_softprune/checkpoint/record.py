@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, tensor_sites
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, tensor_sites, untold_sizes
 from lightning_softprune.graph import layer_type
 from lightning_softprune.results import PruningResult
 from lightning_softprune.utilities.plain_types import LARGEST_INTEGER
@@ -97,7 +97,7 @@ def is_marked(state: Any) -> bool:
 
 
 class CountsHook:
-    """Writes the attributes of a pruned module that count channels into its state dicts, where no tensor is.
+    """Writes what no tensor tells of a pruned module into its state dicts: attributes that count channels, and sizes.
 
     It stays on the module, which is copied and pickled with it. Copies of a state dict in other types lose what it
     writes.
@@ -106,13 +106,13 @@ class CountsHook:
     def __call__(self, module: nn.Module, _: Any, __: str, versions: dict[str, Any]) -> None:
         """Called by the module's `state_dict`."""
         hook = save_hook(module)
-        counts = {} if hook is None else counts_of(module, hook.dense.counts)
-        if counts:
-            versions[RECORD] = counts
+        told = {} if hook is None else {**untold_sizes(module), **counts_of(module, hook.dense.counts)}
+        if told:
+            versions[RECORD] = told
 
 
 def counts_in(state: Any) -> dict[str, int]:
-    """The attributes that a state dict knows, by name, and their values."""
+    """The attributes and slots of layers that a state dict knows, by name, and their values."""
     versions = getattr(state, "_metadata", None)
     return {
         f"{prefix}.{name}".lstrip("."): value

@@ -24,6 +24,7 @@ from lightning_softprune.checkpoint.shapes import (
     counts_of,
     damaged,
     number_of_elements,
+    of_shape,
     owner_of,
     recorded_sizes,
     stored_elements,
@@ -33,8 +34,8 @@ from lightning_softprune.checkpoint.shapes import (
 )
 from lightning_softprune.graph import LayerType, Shape, Sizes, layer_type, layout_of, refresh, shape_mismatch
 from lightning_softprune.utilities.libraries import counterparts
-from lightning_softprune.utilities.names import is_inside
-from lightning_softprune.utilities.nested import integer_of, laid_out_like, with_integer
+from lightning_softprune.utilities.names import is_inside, joined
+from lightning_softprune.utilities.nested import integer_of, with_integer
 
 
 def resize(model: nn.Module, checkpoint_or_record: Mapping[str, Any]) -> None:
@@ -117,8 +118,9 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
     elif hook is not None and not live.has(shapes) and hook.dense.has(shapes):
         target = dense = hook.dense
     else:
-        counts = {name: value for name, value in counts_in(state).items() if counts_of(model, [name])}
-        target, dense, exact = ModelShapes({}, shapes, counts), live, False
+        told = counts_in(state)
+        counts = {name: value for name, value in told.items() if counts_of(model, [name])}
+        target, dense, exact = ModelShapes(_told_layers(live, told), shapes, counts), live, False
     if exact and hook is not None:  # what this file does not know of was never pruned there
         target = target.completed(hook.dense)
     if strict:
@@ -140,6 +142,12 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
                 keep_record(model, record.dense, record.results, record.earlier)
 
     return PlannedResize(model, do, target.left_out)
+
+
+def _told_layers(live: ModelShapes, told: Mapping[str, int]) -> dict[str, Sizes]:
+    """The layers of a module whose sizes a state dict tells beside its tensors."""
+    found = {name: {slot: told.get(joined(name, slot), -1) for slot in sizes} for name, sizes in live.layers.items()}
+    return {name: sizes for name, sizes in found.items() if -1 not in sizes.values()}
 
 
 _DOUBTFUL = (
@@ -401,8 +409,7 @@ class _ResizePlan:
         """Do it."""
         with torch.inference_mode(False), torch.no_grad():
             made = [
-                (_of_shape(tensor, shape, self.values.get(id(tensor))), owners)
-                for tensor, shape, owners in self.tensors
+                (of_shape(tensor, shape, self.values.get(id(tensor))), owners) for tensor, shape, owners in self.tensors
             ]
             device = next((place.tensor.device for place in self.places), torch.device("cpu"))
             unsaved = {id(value): value.detach().to(device, copy=True) for *_, value in self.missing.values()}
@@ -427,18 +434,3 @@ class _ResizePlan:
             layer._parameters["bias"] = None
         for module in {id(place.module): place.module for _, owners in made for place in owners}.values():
             refresh(module)
-
-
-def _of_shape(tensor: torch.Tensor, shape: Shape, values: torch.Tensor | None = None) -> torch.Tensor:
-    """A tensor of this shape like the given one: with these values, or its own as far as they go, and zeros beyond."""
-    new = laid_out_like(tensor.detach().new_zeros(shape), tensor)
-    if values is None:
-        common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
-        new[common].copy_(tensor.detach()[common])
-    else:
-        new.copy_(values)
-    if isinstance(tensor, nn.Parameter):
-        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
-        new.__dict__.update(tensor.__dict__)
-        return new
-    return new.requires_grad_(tensor.requires_grad and tensor.is_leaf)

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph import Shape, Sizes, layer_type
 from lightning_softprune.utilities.names import joined
-from lightning_softprune.utilities.nested import integer_of
+from lightning_softprune.utilities.nested import integer_of, laid_out_like
 from lightning_softprune.utilities.plain_types import LARGEST_INTEGER, shown
 
 RECORD = "softprune"
@@ -253,6 +253,21 @@ def tensor_sites_by_name(model: nn.Module) -> dict[str, TensorSite]:
     return {place.name: place for place in tensor_sites(model)}
 
 
+def of_shape(tensor: torch.Tensor, shape: Shape, values: torch.Tensor | None = None) -> torch.Tensor:
+    """A tensor of this shape like the given one: with these values, or its own as far as they go, and zeros beyond."""
+    new = laid_out_like(tensor.detach().new_zeros(shape), tensor)
+    if values is None:
+        common = tuple(slice(min(a, b)) for a, b in zip(tensor.shape, shape, strict=True))
+        new[common].copy_(tensor.detach()[common])
+    else:
+        new.copy_(values)
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+        new.__dict__.update(tensor.__dict__)
+        return new
+    return new.requires_grad_(tensor.requires_grad and tensor.is_leaf)
+
+
 def write_values(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
     """Write values into parameters and buffers of these names, in place, where they have the same shape."""
     with torch.inference_mode(False), torch.no_grad():
@@ -274,6 +289,15 @@ def counts_of(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     """The integer attributes of these names that a module has, and their values."""
     found = {name: integer_of(*owner_of(model, name)) for name in names}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def untold_sizes(model: nn.Module) -> dict[str, int]:
+    """The sizes of layers that have no tensors to tell them, as norms without weights, by layer and slot."""
+    found = {}
+    for name, module in model.named_modules():
+        if not any(True for _ in (*module.parameters(), *module.buffers())):
+            found.update({joined(name, slot): size for slot, size in recorded_sizes(module).items()})
+    return found
 
 
 def recorded_sizes(module: nn.Module) -> Sizes:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import hypothesis
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -19,7 +20,7 @@ from lightning_softprune.checkpoint import ModelShapes, keep_dense, keep_record
 from lightning_softprune.graph import Count
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
-from support.attending import KINDS, Position, Reader, groups_of_reader, made_reader, sequences
+from support.attending import KINDS, Position, Reader, group, groups_of_reader, made_reader, sequences
 from support.modules import FEATURES, AutoEncoder, fit, loaders, made, softpruning, trainer_of
 from support.results import make_result
 
@@ -96,6 +97,25 @@ def test_numbers_in_containers_come_with_a_state_dict_and_with_the_record(alone,
     assert (fresh.attn.numbers, fresh.attn.pairs) == ({"heads": 3, "window": 3}, [("heads", 3), ("window", 3)])
     fresh.load_state_dict(model.state_dict())
     assert_equal(fresh, model)
+
+
+def test_a_state_dict_tells_the_sizes_of_layers_without_weights_too(tmp_path):
+    def made_with_norm(seed=0):
+        model = made_reader(seed=seed)
+        model.head = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2))
+        return model
+
+    found = group("head.0", np.arange(8), ("head.0", "out"), ("head.1", "both"), ("head.2", "in"))
+    model = prune(made_with_norm(), Plan(((1, 4),)), [found])
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    state = in_memory(tmp_path / "weights.pt")
+    fresh = made_with_norm(seed=5)
+    resize(fresh, state)
+    fresh.load_state_dict(state)
+    assert fresh.head[1].normalized_shape == model.head[1].normalized_shape == (6,)
+    assert torch.equal(fresh(sequences()), model(sequences()))
+    with pytest.raises(ValueError, match=r"^head\.1: no tensor of this LayerNorm tells its size"):
+        resize(made_with_norm(), dict(state))  # which loses what stands beside the tensors
 
 
 def test_counts_of_a_state_dict_that_names_other_modules_do_not_matter():

@@ -240,8 +240,16 @@ def test_a_norm_with_a_forward_of_its_own_is_resized_also_without_weights(kind, 
     assert "norm (both)" in {str(member) for member in groups["body"].members}
 
 
-def test_an_activation_that_keeps_something_for_its_gradient_works_element_by_element():
-    check(*between(lambda net, x: F.logsigmoid(x), 6), {"body": 6})
+def quantized(x):
+    return torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [F.logsigmoid, F.hardswish, F.rrelu, quantized, lambda x: (x * 1).abs_(), lambda x: torch.rsub(x, x * x)],
+)
+def test_what_works_element_by_element_without_pytorch_saying_so_is_followed(function):
+    check(*between(lambda net, x: function(x), 6), {"body": 6})
 
 
 def test_a_width_per_head_that_is_divided_out_of_the_total_follows_the_heads():

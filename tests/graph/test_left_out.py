@@ -205,3 +205,4 @@ def test_an_unseen_layer_takes_and_gives_the_same_whatever_its_weight_is_compute
     model.critic[0] = kinds[norm](nn.Linear(16, 8)) if norm in kinds else sphere(16, 8)
     body = by_name(refuse_unseen_readers(model, groups, seen))["body"]
     assert "critic.0, which no traced batch ran, may be coupled to its channels (it takes 16)" in body.reason
+    assert "or name it in twins if it mirrors a module" in body.reason

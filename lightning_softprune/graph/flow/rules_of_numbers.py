@@ -31,6 +31,12 @@ def pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     "rrelu_with_noise",
     "complex",
     "polar",
+    "abs",
+    "rsub",
+    "floor_divide",
+    "fake_quantize_per_tensor_affine_cachemask",
+    "alias_copy",
+    "detach_copy",
 )
 def _pointwise(flow: Flow, operation: Operation) -> list[Labels]:
     return pointwise(flow, operation)
