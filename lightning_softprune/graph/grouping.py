@@ -225,6 +225,7 @@ class _Table:
         self.order = np.argsort(self.all, kind="stable")
         self.bounds = np.searchsorted(self.all[self.order], np.arange(self.all.max(initial=-1) + 2))
         self._averaged = set(self._apart(np.concatenate([np.zeros(0, np.int64), *couplings.averaged])))
+        self._shown = set(self._apart(np.concatenate([np.zeros(0, np.int64), *couplings.shown])))
         self._modules = dict(trace.model.named_modules())
         # looked up by class: there are as many of them as there are reshapes in the model
         self._splits: dict[int, dict[str, int]] = defaultdict(dict)
@@ -334,8 +335,9 @@ class _Table:
         return not self._chosen.isdisjoint(own.tolist())
 
     def is_given(self, own: IntArray) -> bool:
-        """Whether some of these classes are an output of the network."""
-        return any(number in self.pins and bool(self.pins[number].output) for number in own.tolist())
+        """Whether some of these classes are an output of the network, or shown by it."""
+        outputs = {number for number in own.tolist() if number in self.pins and self.pins[number].output}
+        return bool(outputs) or not self._shown.isdisjoint(own.tolist())
 
     def counts(self, group: PruningGroup, own: IntArray) -> tuple[Count, ...]:
         """Integer attributes that may count these classes, of modules that lay them out or hold members."""

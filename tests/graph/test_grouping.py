@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from lightning_softprune import find_groups
+from lightning_softprune.graph import groups_of as grouped
+from lightning_softprune.graph import trace_model
 from support.groups import Attending, Wide, by_name, groups_of, slots
 from support.zoo import CASES, PRUNABLE, find
 
@@ -196,3 +198,17 @@ def test_channels_that_are_reordered_on_the_way_to_their_reader_are_left_alone(r
     assert found["inner"].prunable
     if not prunable:
         assert "on the way to inner" in found["body"].reason or "by their place" in found["body"].reason
+
+
+def test_groups_that_an_output_or_what_a_step_returns_pins_are_told_apart():
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.inner, self.head = nn.Linear(3, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            h = self.body(x).relu()
+            return self.head(self.inner(h)), h
+
+    model, x = Returning(), torch.randn(4, 3)
+    assert grouped(trace_model(model, [lambda: model(x)])).given == {"body", "head"}

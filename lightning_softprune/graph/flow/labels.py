@@ -86,6 +86,7 @@ class Couplings:
         splits: Dimensions that were laid out over several.
         contracted: Atoms over which products of two tensors sum, in the order in which they do.
         averaged: Atoms over which something is computed that misses those that go (a mean, a softmax).
+        shown: Atoms of what leaves the steps.
         pinning: Whether pins count now; they do not where nobody reads what is computed.
         returned: Dimensions of what modules gave that hold atoms: name of the module, atoms.
         extents: Sizes of dimensions that hold atoms where the user's code names sizes: atoms, module.
@@ -100,6 +101,7 @@ class Couplings:
     returned: list[tuple[str, IntArray]] = field(default_factory=list)
     contracted: list[IntArray] = field(default_factory=list)
     averaged: list[IntArray] = field(default_factory=list)
+    shown: list[IntArray] = field(default_factory=list)
     pinning: bool = True
     crossed: CrossedAtoms = field(default_factory=CrossedAtoms)
     _edges: list[tuple[IntArray, IntArray]] = field(default_factory=list)

@@ -264,6 +264,7 @@ class Flow:
                     said = f"{self.describe(value)} is what a step returns, logs, keeps or hands to Python"
                     said = f"{said}; put a layer behind it, which keeps its width, to prune it"
                     self.couplings.pin(label, said)
+                    self.couplings.shown.append(label)
         return self.couplings
 
     def _write_through(self, operation: Operation) -> None:
