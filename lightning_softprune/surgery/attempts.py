@@ -87,16 +87,21 @@ def probe_with_counts(
         compared = [g for g in chosen if g.name not in candidates.averaged]
         return unlike_masked(model, compared, run, run_otherwise, dense)
 
+    def compared(found: list[PruningGroup]) -> list[PruningGroup]:
+        """What was found, without groups that run but are unlike the masked network."""
+        sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
+        wrong = {group.name for group in unlike(sized)}
+        left = [group.refuse(_UNLIKE) if group.name in wrong else group for group in found]
+        return probed(left) if wrong else left  # others may have run only because these lost channels beside them
+
     groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
+    found = compared(found)
     counted = _counted(groups, found, counts, probed, unlike)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
-        found = probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
+        chosen = [g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)]
+        found = compared(probed(chosen))
     if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
-    sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
-    wrong = {group.name for group in unlike(sized)}
-    if wrong:  # others may have run only because these lost channels beside them
-        found = probed([group.refuse(_UNLIKE) if group.name in wrong else group for group in found])
     return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
 
 
