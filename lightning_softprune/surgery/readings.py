@@ -41,10 +41,16 @@ def best_reading(read: Read) -> list[PruningGroup]:
     stuck = [g for g in best if g.crashed]
     together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, grouping.loose)
     coupled = [united for united in (together, along if along != together else ()) if united]
-    for united, in_steps in (*((united, False) for united in coupled), *((united, True) for united in ((), *coupled))):
+    otherwise = {**choices, **_failing(stuck, grouping, 1)}
+    tries = (
+        *((choices, united, False) for united in coupled),
+        *((otherwise, united, False) for united in coupled if otherwise != choices),
+        *((choices, united, True) for united in ((), *coupled)),
+    )
+    for chosen, united, in_steps in tries:
         if not any(g.crashed for g in best):
             break
-        found, _ = read(choices, united, in_steps)
+        found, _ = read(chosen, united, in_steps)
         if _reached(found) > _reached(best):
             best = found
     return best

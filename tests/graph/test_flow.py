@@ -420,6 +420,34 @@ def test_one_of_two_heads_goes_with_the_attribute_that_counts_them_where_the_cod
         assert_as_masked(model, x, [group], lambda n: [0])
 
 
+def test_a_width_that_is_chunked_and_laid_out_in_heads_loses_a_dimension_of_every_head():
+    class Chunked(nn.Module):
+        """A stream whose parts are convolved apart, in front of attention across channels that gives its shape back."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.qkv, self.out, self.second = (
+                nn.Linear(5, 32),
+                nn.Linear(32, 96),
+                nn.Linear(32, 32),
+                nn.Linear(32, 3),
+            )
+
+        def forward(self, x):
+            h = torch.cat([t.tanh() * (i + 1) for i, t in enumerate(self.first(x).chunk(4, -1))], -1)
+            b, t, c = h.shape
+            q, k, v = self.qkv(h).reshape(b, t, 3, 4, -1).permute(2, 0, 3, 4, 1).unbind(0)
+            mixed = ((q @ k.transpose(-1, -2)).tanh() @ v).permute(0, 3, 1, 2).reshape(b, t, c)
+            return self.second(h + self.out(mixed))
+
+    torch.manual_seed(0)
+    model, x = Chunked().eval(), torch.randn(4, 6, 5)
+    group = by_name(find_groups(model, x))["first"]
+    assert (group.prunable, group.num_channels) == (True, 8), group.reason
+    with torch.no_grad():
+        assert_as_masked(model, x, [group], lambda n: [1, 2, 5])
+
+
 def test_a_width_that_runs_only_beside_another_that_is_refused_is_read_otherwise():
     class Halved(nn.Module):
         def __init__(self):
