@@ -304,8 +304,10 @@ def _order_groups(module: nn.Module, optimizer: Optimizer, then: list[list[str |
 def _order_when_state_comes(
     module: nn.Module, optimizer: Optimizer, then: list[list[str | None]], created: set[str]
 ) -> None:
-    def before_loading(optimizer: Optimizer, _: dict[str, Any]) -> None:
-        handle.remove()
-        _order_groups(module, optimizer, then, created)
+    waiting = [module]
 
-    handle = optimizer.register_load_state_dict_pre_hook(before_loading)
+    def before_loading(optimizer: Optimizer, _: dict[str, Any]) -> None:
+        if waiting:  # once; a hook that removes itself breaks those behind it
+            _order_groups(waiting.pop(), optimizer, then, created)
+
+    optimizer.register_load_state_dict_pre_hook(before_loading)

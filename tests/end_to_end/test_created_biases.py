@@ -135,6 +135,28 @@ def test_beside_muon_the_optimizer_of_vectors_trains_the_bias(tmp_path):
     fit(again, tmp_path, pruning(), epochs=4, ckpt_path=tmp_path / "last.ckpt")
 
 
+class AdamWithHook(torch.optim.Adam):
+    """One that looks at its state before it is loaded, by a hook that it registers for that long."""
+
+    def load_state_dict(self, state_dict):
+        seen = []
+        handle = self.register_load_state_dict_pre_hook(lambda _, state: seen.append(len(state["state"])))
+        super().load_state_dict(state_dict)
+        handle.remove()
+        self.seen = seen
+
+
+def test_a_run_goes_on_whose_optimizer_has_a_hook_on_its_loading(tmp_path):
+    class Hooked(Net):
+        def configure_optimizers(self):
+            return AdamWithHook(self.parameters(), 1e-2)
+
+    fit(Hooked(), tmp_path, pruning(), ModelCheckpoint(tmp_path, save_last=True))
+    trainer = fit(Hooked(), tmp_path, pruning(), epochs=4, ckpt_path=tmp_path / "last.ckpt")
+    assert trainer.optimizers[0].seen == [len(list(trainer.lightning_module.parameters()))]
+    assert trainer.current_epoch == 4
+
+
 class Thawing(BaseFinetuning):
     """Freezes the backbone and trains it from an epoch on, also in a resumed run."""
 

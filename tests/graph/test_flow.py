@@ -404,6 +404,50 @@ def test_an_attribute_that_counts_the_heads_of_a_block_does_not_count_those_of_o
         assert_as_masked(model, x, [heads, stream], lambda n: [1, 2])
 
 
+def test_one_of_two_heads_goes_with_the_attribute_that_counts_them_where_the_code_runs_without_it():
+    def with_widths_that_follow(m, h):
+        q, k, v = m.qkv(h).reshape(*h.shape[:2], 3, m.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return ((q @ k.transpose(-1, -2) / 16**0.5 + m.bias).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    torch.manual_seed(0)
+    model, x = Attention(with_widths_that_follow), torch.randn(4, 6, 5)
+    model.num_heads, model.qkv = 2, nn.Linear(20, 96)
+    model.bias = nn.Parameter(torch.randn(2, 6, 6))
+    group = by_name(find_groups(model.eval(), x))["qkv"]
+    assert (group.prunable, group.num_channels) == (True, 2), group.reason
+    assert "num_heads" in {count.attribute for count in group.counts}
+    with torch.no_grad():
+        assert_as_masked(model, x, [group], lambda n: [0])
+
+
+def test_a_width_that_is_chunked_and_laid_out_in_heads_loses_a_dimension_of_every_head():
+    class Chunked(nn.Module):
+        """A stream whose parts are convolved apart, in front of attention across channels that gives its shape back."""
+
+        def __init__(self):
+            super().__init__()
+            self.first, self.qkv, self.out, self.second = (
+                nn.Linear(5, 32),
+                nn.Linear(32, 96),
+                nn.Linear(32, 32),
+                nn.Linear(32, 3),
+            )
+
+        def forward(self, x):
+            h = torch.cat([t.tanh() * (i + 1) for i, t in enumerate(self.first(x).chunk(4, -1))], -1)
+            b, t, c = h.shape
+            q, k, v = self.qkv(h).reshape(b, t, 3, 4, -1).permute(2, 0, 3, 4, 1).unbind(0)
+            mixed = ((q @ k.transpose(-1, -2)).tanh() @ v).permute(0, 3, 1, 2).reshape(b, t, c)
+            return self.second(h + self.out(mixed))
+
+    torch.manual_seed(0)
+    model, x = Chunked().eval(), torch.randn(4, 6, 5)
+    group = by_name(find_groups(model, x))["first"]
+    assert (group.prunable, group.num_channels) == (True, 8), group.reason
+    with torch.no_grad():
+        assert_as_masked(model, x, [group], lambda n: [1, 2, 5])
+
+
 def test_a_width_that_runs_only_beside_another_that_is_refused_is_read_otherwise():
     class Halved(nn.Module):
         def __init__(self):

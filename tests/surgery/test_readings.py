@@ -165,3 +165,10 @@ def test_reshapes_that_are_refused_without_a_crash_are_also_taken_otherwise_one_
     assert asked == [*asked_before, (1, "", False)]
     _, asked = tried({("", False): ("crashed", "crashed")}, splits=splits)
     assert (1, "", False) not in asked
+
+
+def test_what_is_coupled_is_also_read_with_the_other_dimensions_of_reshapes():
+    crashed, splits = ("crashed", "crashed"), {"b": {"model.py:3": 2}}
+    best, asked = tried({("", False): crashed, (1, "coupled", False): ("fine", "fine")}, splits=splits)
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == [("", False), (1, "", False), ("coupled", False), (1, "coupled", False)]

@@ -64,6 +64,10 @@ class Flow:
         self._labels: dict[int, Labels] = {}
         self._needed: set[int] | None = None  # aliases that something shown depends on; None: of all, or not known yet
         self._makers = {v.number: o for o in self.tape.operations for v in o.outputs if v is not None}
+        self._readers: dict[int, list[Operation]] = defaultdict(list)  # of what they take first
+        for operation in self.tape.operations:
+            for value in operation.inputs[:1]:
+                self._readers[value.number].append(operation)
         self._modules = dict(self.model.named_modules())
         self._slots: dict[tuple[str, str], IntArray] = {}
         self._parts: dict[int, tuple[Value, int, bool]] = {}  # of what, along which dimension, and whether that is gone
@@ -217,6 +221,23 @@ class Flow:
             if places:
                 return places[-1] if len(sizes) > 2 and len(places) > 1 else places[0]
         return None
+
+    def taken_apart(self, value: Value) -> set[int]:
+        """The dimensions whose indices are taken one by one further on, as those of queries, keys and values are."""
+        rank = len(self.shape(value))
+        found: set[int] = set()
+        for operation in self._readers[value.number]:
+            if operation.name in ("unbind", "select"):
+                found.add(dim_of(operation, rank))
+            elif operation.name in ("permute", "transpose"):
+                dims = list(range(rank))
+                if operation.name == "permute":
+                    dims = [int(dim) for dim in operation.arguments["dims"]]
+                else:
+                    one, other = (int(operation.arguments[name]) for name in ("dim0", "dim1"))
+                    dims[one], dims[other] = dims[other], dims[one]
+                found |= {dims[dim] % rank for dim in self.taken_apart(operation.result)}
+        return found
 
     # -------------------------------------------------------------------------------------------------- propagation
 

@@ -40,6 +40,9 @@ class Flow(Protocol):
     def hint(self, operation: Operation, sizes: Sequence[int]) -> int | None:
         """Which of some dimensions the code around counts as heads."""
 
+    def taken_apart(self, value: Value) -> set[int]:
+        """The dimensions whose indices are taken one by one further on."""
+
 
 Rule = Callable[[Flow, Operation], "list[Labels]"]
 

@@ -119,18 +119,20 @@ def _lay_out(flow: Flow, operation: Operation, moved: Moved, elements: IntArray,
         labels[moved.after[axis]] = FIXED
     found: dict[int, list[IntArray]] = {}
     for part in flow.couplings.crossed.factors(elements) or [elements]:
-        axis, label = _carried(flow, operation, part, large[:1])
+        axis, label = _carried(flow, operation, part, moved.after, large[:1])
         found.setdefault(axis, []).append(label)
     for axis, parts in found.items():
         labels[moved.after[axis]] = parts[0] if len(parts) == 1 else flow.couplings.cross(parts)
 
 
-def _carried(flow: Flow, operation: Operation, elements: IntArray, otherwise: list[int]) -> tuple[int, IntArray]:
+def _carried(
+    flow: Flow, operation: Operation, elements: IntArray, dims: Sequence[int], otherwise: list[int]
+) -> tuple[int, IntArray]:
     """The axis that carries atoms, and its label; along the others they are united."""
     axes = [axis for axis in range(elements.ndim) if varies(elements, axis)] or otherwise
     chosen = axes[0]
     if len(axes) > 1:
-        chosen = axes[_choice(flow, operation, [elements.shape[axis] for axis in axes], elements)]
+        chosen = axes[_choice(flow, operation, [dims[axis] for axis in axes], elements)]
     rows = np.moveaxis(elements, chosen, 0).reshape(elements.shape[chosen], -1)
     label = np.ascontiguousarray(rows[:, 0])
     for column in range(1, rows.shape[1] if len(axes) > 1 else 1):
@@ -138,8 +140,9 @@ def _carried(flow: Flow, operation: Operation, elements: IntArray, otherwise: li
     return chosen, label
 
 
-def _choice(flow: Flow, operation: Operation, sizes: list[int], elements: IntArray) -> int:
+def _choice(flow: Flow, operation: Operation, dims: list[int], elements: IntArray) -> int:
     """Which of some dimensions carries the atoms of one: a guess that probes confirm, or that is tried otherwise."""
+    sizes = [flow.shape(operation.result)[dim] for dim in dims]
     site = f"{operation.site.line} {operation.site.module if not operation.site.line else ''} {len(sizes)}"
     result = operation.outputs[0]
     rank = len(flow.shape(result)) if result is not None else 0
@@ -153,7 +156,9 @@ def _choice(flow: Flow, operation: Operation, sizes: list[int], elements: IntArr
         default = 0
     else:
         default = len(sizes) - 2  # heads stand in front of their widths
+    apart = flow.taken_apart(operation.result)
     order = [default, *(place for place in range(len(sizes)) if place != default)]
+    order.sort(key=lambda place: dims[place] in apart)  # these would have to stay
     chosen = order[flow.choices.get(site, 0) % len(order)]
     flow.couplings.splits.append(Split(site, tuple(sizes), chosen, elements[elements >= 0].ravel()))
     return chosen

@@ -2,9 +2,9 @@
 
 These are other dimensions of a reshape, first where groups do not work, then also where those beside them do; and
 groups of one width together, which code that gives the output of one the shape of another couples without a trace
-(``y.view(x.shape)``). With these may go what takes tensors that were made to fit (``layer(torch.zeros(len(x),
-x.shape[-1]))``). Then steps of several channels are tried, which probe most often, and last such groups of one width as
-an alternative has.
+(``y.view(x.shape)``), also with other dimensions of theirs. With these may go what takes tensors that were made to fit
+(``layer(torch.zeros(len(x), x.shape[-1]))``). Then steps of several channels are tried, which probe most often, and
+last such groups of one width as an alternative has.
 """
 
 from __future__ import annotations
@@ -49,9 +49,11 @@ def best_reading(read: Read) -> list[PruningGroup]:
     first = _Reading(best, grouping, choices)
     more = [one for one in otherwise if one.crashes() > first.crashes()]  # they have couplings of their own
     last = [(one.choices, united, False) for one in more[:1] for united in one.couplings()]
+    stuck = {**choices, **_other_dimensions([g for g in best if g.crashed], grouping, 1, beside=False)}
     couplings = first.couplings()
+    coupled = [(chosen, united, False) for chosen in (choices, stuck)[: 1 + (stuck != choices)] for united in couplings]
     steps = [(choices, united, True) for united in ((), *couplings)]
-    for tried, united, in_steps in (*((choices, united, False) for united in couplings), *steps, *last):
+    for tried, united, in_steps in (*coupled, *steps, *last):
         if not any(g.crashed for g in best):
             break
         found, _ = read(tried, united, in_steps)
