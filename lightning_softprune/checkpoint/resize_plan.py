@@ -249,7 +249,7 @@ class _ResizePlan:
         self.places = [place for place in tensor_sites(model, target.unsaved) if not place.lazy]
         self.shapes = self._with_aliases()
         self.resized: list[tuple[LayerType, nn.Module, Sizes]] = []
-        self.changes: set[tuple[int, int]] = set()  # sizes of layers, before and after
+        self.changes: set[tuple[int, int]] = set()  # sizes of layers and parameters, before and after
         self.created: list[tuple[nn.Module, int]] = []
         self.removed: list[nn.Module] = []
         self.counted: list[tuple[nn.Module, str, int]] = []
@@ -350,7 +350,7 @@ class _ResizePlan:
     def _plan_bare(self) -> None:
         """Tensors that no slot describes: parameters of the user's own modules, mostly."""
         layers = {id(place.module) for place in self.places if recorded_sizes(place.module)}
-        for place in self.places:
+        for place in sorted(self.places, key=lambda place: not place.is_parameter):
             now = tuple(place.tensor.shape)
             shape = self.shapes.get(place.name, now)
             if place.name in self.wanted or shape == now:
@@ -365,6 +365,7 @@ class _ResizePlan:
             if len(shape) != len(now) or (id(place.module) in layers and not self.exact):
                 raise ValueError(f"{owner}: {shape_mismatch(shape, now)}")
             self.wanted[place.name] = shape
+            self.changes |= dims
 
     def _plan_counts(self, model: nn.Module) -> None:
         """Attributes that count channels."""

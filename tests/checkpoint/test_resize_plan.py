@@ -136,10 +136,12 @@ class Heads(nn.Module):
 class Placed(nn.Module):
     """Buffers in the state dict: one as wide as the layers, and one that holds as much as was put into it."""
 
-    def __init__(self):
+    def __init__(self, bare=False):
         super().__init__()
-        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
         self.register_buffer("positions", torch.randn(5, 8))
+        self.up, self.down = nn.Linear(3, 8), nn.Linear(8, 2)
+        if bare:
+            self.up, self.down = (nn.ParameterList([torch.randn(size)]) for size in ((3, 8), (8, 2)))
         self.register_buffer("seen", torch.zeros(0, 8))
 
     def _load_from_state_dict(self, state, prefix, *args):
@@ -147,12 +149,14 @@ class Placed(nn.Module):
         super()._load_from_state_dict(state, prefix, *args)
 
     def forward(self, x):
-        return self.down(self.up(x) + self.positions)
+        up, down = (part if isinstance(part, nn.Linear) else part[0].__rmatmul__ for part in (self.up, self.down))
+        return down(up(x) + self.positions)
 
 
-def test_buffers_as_wide_as_pruned_layers_take_the_shape_that_a_state_dict_alone_tells():
+@pytest.mark.parametrize("bare", [False, True])
+def test_buffers_as_wide_as_pruned_layers_take_the_shape_that_a_state_dict_alone_tells(bare):
     x = torch.randn(5, 3)
-    pruned, fresh = prune(Placed(), x), Placed()
+    pruned, fresh = prune(Placed(bare), x), Placed(bare)
     pruned.seen = torch.ones(7, 8)
     expected = pruned(x)
     resize(fresh, pruned.state_dict())
