@@ -53,8 +53,8 @@ def refuse_unseen_readers(
         if group.prunable and hit is not None:
             group = group.refuse(
                 f"{hit[0]}, which no traced batch ran, may be coupled to its channels (it {hit[1]} {hit[2]}); have the "
-                "first batches of training or validation run it, or delete it (None in its place) if none ever does, or "
-                "name it in twins if it mirrors a module"
+                "first batches of training or validation run it, or delete it (None in its place) if none ever does, "
+                "or name it in twins if it mirrors a module"
             )
         checked.append(group)
     return checked
