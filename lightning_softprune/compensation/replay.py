@@ -21,6 +21,8 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from lightning_softprune.graph import tensor_at
+
 _ALONG = 5
 """Elements of an input that are compared, along each dimension."""
 
@@ -178,7 +180,8 @@ def _is_plain(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 def _is_batched(layer: nn.Module, source: torch.Tensor) -> bool:
-    return source.ndim >= layer.get_parameter("weight").ndim
+    weight = tensor_at(layer, "weight")  # no parameter where a hook computes it, as of weight norm
+    return weight is not None and source.ndim >= weight.ndim
 
 
 def _weights(layer: nn.Module) -> list[tuple[int, int]]:

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, remove_weight_norm
 
-from lightning_softprune import UniformBaseline, load_from_checkpoint, prune, record, resize
+from lightning_softprune import UniformBaseline, find_groups, load_from_checkpoint, prune, record, resize
 from lightning_softprune.calibration import rank
+from lightning_softprune.checkpoint import ModelShapes
+from lightning_softprune.compensation.replay import Replay
 from lightning_softprune.search.plan import Plan
-from lightning_softprune.surgery import apply_plan, repair_optimizers
+from lightning_softprune.surgery import References, apply_plan, repair_optimizers
 from support.modules import trainer_of
 from support.plans import assert_same, random_plan, snapshot
 from support.zoo import materialise, prunable
@@ -242,3 +244,25 @@ def test_a_round_chooses_and_computes_the_same_as_with_parameters_and_the_checkp
     normed.trainer.save_checkpoint(path)
     loaded = load_from_checkpoint(Regressor, path)
     torch.testing.assert_close(loaded.net(batch), normed.net(batch), rtol=0, atol=0)
+
+
+def test_a_weight_that_a_hook_computes_is_none_that_has_to_follow():
+    """It has the shape that another one had, and is written anew whenever the layer runs."""
+    layers = [old_weight_norm(nn.Linear(*sizes), 0) for sizes in ((5, 8), (8, 8), (8, 6), (6, 2))]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3])
+    groups, shapes = find_groups(model, torch.randn(3, 5)), ModelShapes.of(model).shapes
+    found = [group for group in groups if group.prunable]
+    assert [group.num_channels for group in found] == [8, 8, 6]
+    surgery = apply_plan(model, found, Plan(((), (0, 1), ())))
+    references = References(model, surgery, shapes)
+    assert layers[0].weight.shape == (8, 5)
+    model.table = torch.zeros(8, 8)
+    references.carry("self", model)
+    assert references.left == ["self.table"]
+
+
+def test_a_layer_whose_weight_a_hook_computes_is_spared():
+    model = nn.Sequential(old_weight_norm(nn.Linear(8, 8), 0)).eval().requires_grad_(False)
+    replay = Replay(model)
+    with model[0].register_forward_pre_hook(lambda *_: replay.spare(model[0])), replay.step(0):
+        assert not model(torch.randn(3, 8)).any()

@@ -108,8 +108,10 @@ class References:
             self._buffers(place, owner)
         outside = self._companions, self._level
         self._companions, self._level = self._asked, 0
+        computed = computed_of(owner) if isinstance(owner, nn.Module) else None  # what a hook of the layer's writes
+        known = _REGISTRIES if computed is None else {*_REGISTRIES, computed.name}
         for key, value in list(mapping.items()):
-            if key not in _REGISTRIES and not (isinstance(owner, Optimizer) and key in ("param_groups", "state")):
+            if key not in known and not (isinstance(owner, Optimizer) and key in ("param_groups", "state")):
                 followed = self._followed(f"{place}.{key}", value, depth)
                 if followed is not value:
                     self._set(mapping, key, followed)
