@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import LBFGS, Optimizer
 
 from lightning_softprune.surgery.apply import KeptByDim, Surgery, slice_tensor
 from lightning_softprune.utilities.nested import map_tensors, tensors_in
+from lightning_softprune.utilities.ownership import package_of
 
 _NO_SETTINGS = frozenset({"params", "param_names", "initial_lr"})
 """What else is in a parameter group: its parameters, and what schedulers note there."""
@@ -33,7 +35,8 @@ def repair_optimizers(optimizers: Iterable[Optimizer], surgery: Surgery) -> None
 
     State tensors of the parameter's shape (or with dimensions of size one in its place), or of that shape without one
     of its dimensions, as means over rows and columns have, are sliced by the kept indices; scalars are kept; LBFGS
-    starts its history afresh. Where a tensor cannot be sliced, a warning says so, and all that the optimizer keeps of
+    starts its history afresh. Where a tensor cannot be sliced, or an optimizer keeps other things of a parameter of the
+    new shape (means over rows and columns of large ones alone), a warning says so, and all that the optimizer keeps of
     this parameter is as in a new optimizer: what it makes in its first step, it makes together.
 
     Args:
@@ -151,17 +154,36 @@ def _trains_vectors(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
 
 def _moved(optimizer: Optimizer, group: Mapping[str, Any], like: torch.Tensor) -> bool | None:
     """Whether one step of a small optimizer moves a parameter of this shape; ``None`` if it fails, or ends in a NaN."""
-    before = torch.linspace(-1.0, 1.0, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape).sin()
-    parameter = nn.Parameter(before.clone())
-    parameter.grad = before.cos()
-    try:
-        small = _small_optimizer(optimizer, group, parameter)
-        with warnings.catch_warnings(), torch.enable_grad():
-            warnings.simplefilter("ignore")
-            small.step(closure=lambda: torch.zeros((), device=like.device))  # type: ignore[arg-type,return-value]
-    except Exception:  # whatever it says to a vector
-        return None
-    return None if not parameter.isfinite().all() else not torch.equal(parameter.detach(), before)
+    return _Stepped.of(optimizer, group, like).moved
+
+
+@dataclass(frozen=True)
+class _Stepped:
+    """What one step of a small optimizer of a group's settings does with a parameter of some shape.
+
+    Attributes:
+        moved: Whether it moves it; ``None`` if it fails, or ends in a NaN.
+        kept: Names of what it keeps of it; ``None`` if it fails.
+    """
+
+    moved: bool | None = None
+    kept: frozenset[Any] | None = None
+
+    @classmethod
+    def of(cls, optimizer: Optimizer, group: Mapping[str, Any], like: torch.Tensor) -> _Stepped:
+        """Take the step; the values of what is given do not matter."""
+        before = torch.linspace(-1.0, 1.0, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape).sin()
+        parameter = nn.Parameter(before.clone())
+        parameter.grad = before.cos()
+        try:
+            small = _small_optimizer(optimizer, group, parameter)
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                small.step(closure=lambda: torch.zeros((), device=like.device))  # type: ignore[arg-type,return-value]
+        except Exception:  # whatever it says to a vector
+            return cls()
+        moved = None if not parameter.isfinite().all() else not torch.equal(parameter.detach(), before)
+        return cls(moved, frozenset(small.state.get(parameter, {})))
 
 
 def _small_optimizer(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> Optimizer:
@@ -243,21 +265,34 @@ def _state_of_pruned(
 ) -> dict[str, Any]:
     """What an optimizer keeps of a parameter that takes another's place."""
     state = dict(optimizer.state.pop(old))
+    holders = [group for group in optimizer.param_groups if any(new is parameter for parameter in group["params"])]
+    group = (holders or [{}])[0]
     try:
-        return {name: forms.sliced(name, value, old, by_dim) for name, value in state.items()}
+        sliced = {name: forms.sliced(name, value, old, by_dim) for name, value in state.items()}
+        if not _keeps_other_things(optimizer, group, old, new):
+            return sliced
+        why = (
+            f"it keeps other things of a parameter of shape {tuple(new.shape)} than of one of shape {tuple(old.shape)}"
+        )
     except _DoesNotFollowError as error:
         name, shape = error.args
-        warnings.warn(
-            f"{type(optimizer).__name__}: the state {name!r} of shape {shape} does not follow its parameter's shape "
-            f"{tuple(old.shape)}; all that the optimizer keeps of this parameter starts afresh",
-            stacklevel=3,
-        )
-    holders = [group for group in optimizer.param_groups if any(new is parameter for parameter in group["params"])]
+        why = f"the state {name!r} of shape {shape} does not follow its parameter's shape {tuple(old.shape)}"
+    warnings.warn(
+        f"{type(optimizer).__name__}: {why}; all that the optimizer keeps of this parameter starts afresh", stacklevel=3
+    )
     try:
         stand_in = nn.Parameter(new.detach().clone())
-        return dict(_small_optimizer(optimizer, (holders or [{}])[0], stand_in).state.get(stand_in, {}))
+        return dict(_small_optimizer(optimizer, group, stand_in).state.get(stand_in, {}))
     except Exception:  # a constructor of another kind
         return {}
+
+
+def _keeps_other_things(optimizer: Optimizer, group: Mapping[str, Any], old: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether what an optimizer keeps of a parameter depends on its shape, and is something else now; by trying."""
+    if package_of(type(optimizer)) == "torch":
+        return False
+    then, now = (_Stepped.of(optimizer, group, like.new_empty(like.shape)).kept for like in (old, new))
+    return then is not None and now is not None and then != now
 
 
 def inner_optimizers(optimizers: Sequence[Optimizer], holders: Sequence[object]) -> list[Optimizer]:

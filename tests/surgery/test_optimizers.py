@@ -302,6 +302,32 @@ def test_sums_over_rows_and_columns_are_sliced_with_their_parameter(widths, recw
     assert not recwarn.list
 
 
+class FactoredWhereLarge(torch.optim.SGD):
+    """Keeps sums over rows and columns of large matrices, and all squares of others."""
+
+    def step(self, closure=None):
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                square, known = parameter.grad.square(), dict(self.state[parameter])
+                large = min(square.shape) > 6
+                seen = {"rows": square.mean(1), "columns": square.mean(0)} if large else {"squares": square}
+                self.state[parameter].update({name: new + known[name] if known else new for name, new in seen.items()})
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_of_large_parameters_alone_starts_afresh_where_they_are_small_now():
+    model = nn.Sequential(nn.Linear(9, 8, bias=False), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    optimizer, x = FactoredWhereLarge(model.parameters(), 0.0), torch.randn(4, 9)
+    train_on(model, optimizer, x)
+    squares = optimizer.state[model[2].weight]["squares"]
+    surgery = apply_plan(model, prunable(model, x), Plan(((0, 1, 5),)))
+    with pytest.warns(UserWarning, match=r"a parameter of shape \(5, 9\) than of one of shape \(8, 9\); all that"):
+        repair_optimizers([optimizer], surgery)
+    assert torch.equal(optimizer.state[model[2].weight]["squares"], squares[:, [2, 3, 4, 6, 7]])
+    train_on(model, optimizer, x)
+    assert list(optimizer.state[model[0].weight]) == ["squares"]
+
+
 def test_sums_of_which_no_parameter_tells_the_dimension_start_afresh():
     model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False))
     optimizer = Factored(model.parameters(), 0.0)
