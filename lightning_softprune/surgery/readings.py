@@ -2,8 +2,8 @@
 
 These are other dimensions of a reshape, first where groups do not work, then also where those beside them do; and
 groups of one width together, which code that gives the output of one the shape of another couples without a trace
-(``y.view(x.shape)``), those of such an alternative as well. With these may go what takes tensors that were made to
-fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are tried last: they probe most often.
+(``y.view(x.shape)``), last those of such an alternative. With these may go what takes tensors that were made to
+fit (``layer(torch.zeros(len(x), x.shape[-1]))``). Steps of several channels are tried late, as they probe most often.
 """
 
 from __future__ import annotations
@@ -43,9 +43,10 @@ def best_reading(read: Read) -> list[PruningGroup]:
                 otherwise.append(_Reading(found, other, tried))
     first = _Reading(best, grouping, choices)
     more = [one for one in otherwise if one.crashes() > first.crashes()]  # they have couplings of their own
-    coupled = [(choices, united, False) for united in first.couplings()]
-    coupled += [(reading.choices, united, False) for reading in more[:1] for united in reading.couplings()]
-    for tried, united, in_steps in (*coupled, *((choices, united, True) for united in ((), *first.couplings()))):
+    tries = [(choices, united, False) for united in first.couplings()]
+    tries += [(choices, united, True) for united in ([], *first.couplings())]
+    tries += [(reading.choices, united, False) for reading in more[:1] for united in reading.couplings()]
+    for tried, united, in_steps in tries:
         if not any(g.crashed for g in best):
             break
         found, _ = read(tried, united, in_steps)

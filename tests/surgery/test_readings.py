@@ -110,7 +110,10 @@ def test_groups_of_another_choice_of_dimensions_are_coupled_too_where_more_fail_
     answers = {("", False): first, (1, "", False): other, (1, "coupled", False): ("fine", "fine")}
     best, asked = tried(answers, splits={"b": {"model.py:3": 2}})
     assert states(best) == [(True, 1), (True, 1)]
-    assert asked == [("", False), (1, "", False), (1, "coupled", False)]
+    assert asked == [("", False), (1, "", False), ("", True), (1, "coupled", False)]
+    answers["", True] = (4, "wrong")
+    _, asked = tried(answers, splits={"b": {"model.py:3": 2}})
+    assert asked == [("", False), (1, "", False), ("", True)]  # nothing crashes any more
 
 
 def averaged_heads(net, x):
