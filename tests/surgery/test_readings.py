@@ -116,6 +116,13 @@ def test_groups_of_another_choice_of_dimensions_are_coupled_too_where_more_fail_
     assert asked == [("", False), (1, "", False), ("", True)]
 
 
+def test_groups_that_crash_are_coupled_with_other_dimensions_of_their_reshapes_before_steps():
+    answers = {("", False): ("crashed", "crashed"), (1, "coupled", False): ("fine", "fine")}
+    best, asked = tried(answers, splits={"a": {"model.py:3": 2}})
+    assert states(best) == [(True, 1), (True, 1)]
+    assert asked == [("", False), (1, "", False), ("coupled", False), (1, "coupled", False)]
+
+
 def averaged_heads(net, x):
     heads = net.body(x).view(len(x), net.heads, net.body.out_features // net.heads)
     return net.head(net.norm(heads.tanh().mean(1)))

@@ -48,12 +48,13 @@ def best_reading(read: Read) -> list[PruningGroup]:
                     otherwise.append(_Reading(found, other, tried))
     first = _Reading(best, grouping, choices)
     more = [one for one in otherwise if one.crashes() > first.crashes()]  # they have couplings of their own
-    last = [(one.choices, united, False) for one in more[:1] for united in one.couplings()]
     stuck = {**choices, **_other_dimensions([g for g in best if g.crashed], grouping, 1, beside=False)}
     couplings = first.couplings()
-    coupled = [(chosen, united, False) for chosen in (choices, stuck)[: 1 + (stuck != choices)] for united in couplings]
-    steps = [(choices, united, True) for united in ((), *couplings)]
-    for tried, united, in_steps in (*coupled, *steps, *last):
+    tries = [(choices, united, False) for united in couplings]
+    tries += [(stuck, united, False) for united in couplings if stuck != choices]
+    tries += [(choices, united, True) for united in ([], *couplings)]
+    tries += [(reading.choices, united, False) for reading in more[:1] for united in reading.couplings()]
+    for tried, united, in_steps in tries:
         if not any(g.crashed for g in best):
             break
         found, _ = read(tried, united, in_steps)
