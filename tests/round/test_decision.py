@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from lightning_softprune.round.decision import Verdict, decide
+from lightning_softprune.round.decision import Verdict, decide, plans_to_be_healed
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.round.trials import Trials
 from lightning_softprune.search import Objective, Plan, UniformBaseline, parse_constraint
@@ -39,15 +39,18 @@ class Counted:
         return self
 
 
+def asked(**options):
+    return RoundSettings(
+        "acc", "max", 0.1, UniformBaseline(), None, (), None, None, "random", "none", 1, None, 1, 0, False, **options
+    )
+
+
 def decided(*scores, before=0.9, on_violation="skip", constraints=(), limits=None):
     parsed = tuple(parse_constraint(text, "constraints") for text in constraints)
     trials = Trials(Objective("acc", "max", parsed), mlp_space([8, 10, 12, 4], target=0.7, tolerance=0.1), 0.7)
     for plan, score in zip(PLANS, scores, strict=False):
         trials.add(plan, (0.6, 0.6), {"acc": score}, 0.0)
-    settings = RoundSettings(
-        "acc", "max", 0.1, UniformBaseline(), None, (), None, None, "random", "none", 1, None, 1, 0, False,
-        limits=limits, constraints=parsed, on_violation=on_violation,
-    )  # fmt: skip
+    settings = asked(limits=limits, constraints=parsed, on_violation=on_violation)
     return decide(Alone(), settings, Counted(), trials, {"acc": before}, Timed()), trials
 
 
@@ -75,3 +78,12 @@ def test_where_no_plan_is_feasible_the_verdict_says_why(scores, options, verdict
     assert re.search(sentence, decision.sentence)
     nearest = (trials.ranked() or [trials.least_violating()])[0]
     assert decision.plan is (nearest if on_violation == "prune" else None)
+
+
+@pytest.mark.parametrize("healing", [0, 8])
+def test_a_plan_that_misses_constraints_alone_may_be_healed_where_anything_is(healing):
+    texts = ["acc >= 0.95"]
+    _, trials = decided(0.8, 0.9, constraints=texts)
+    settings = asked(healing=healing, constraints=tuple(parse_constraint(text, "constraints") for text in texts))
+    found = plans_to_be_healed(trials, settings, None, lambda *_: pytest.fail("with a target, none is tried"))
+    assert found == ([trials.done[1]] if healing else [])

@@ -223,3 +223,29 @@ def test_a_count_that_would_let_an_operator_write_beyond_its_memory_is_an_error_
     model.kinds = 4
     assert "does not run with fewer channels" in find_groups(model, x)[0].reason
     assert torch._convert_indices_from_coo_to_csr is original
+
+
+class Copied(nn.Module):
+    """Attention that keeps its sizes twice, one of them for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {"heads": 4}
+        self._sizes = dict(self.sizes)
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (
+            part(x).view(*x.shape[:2], sizes["heads"], 3).transpose(1, 2)
+            for part, sizes in ((self.q, self.sizes), (self.k, self._sizes), (self.v, self.sizes))
+        )
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+def test_a_private_copy_of_sizes_follows_what_it_is_a_copy_of():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 12), Copied(), nn.Linear(12, 2)), torch.randn(2, 5, 3)
+    groups = [group for group in find_groups(model, x) if group.prunable]
+    counted = {group.name: {count.attribute for count in group.counts} for group in groups}
+    assert counted["1.q"] == {"sizes[heads]", "_sizes[heads]"}
+    assert_pruned_is_masked(model, x, groups, plans(groups))

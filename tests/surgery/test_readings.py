@@ -116,6 +116,12 @@ def test_groups_of_another_choice_of_dimensions_are_coupled_too_where_more_fail_
     assert asked == [("", False), (1, "", False), ("", True)]
 
 
+def test_groups_of_another_choice_of_dimensions_in_which_no_more_fail_in_code_are_not_coupled():
+    answers = {("", False): ("crashed", "crashed"), (1, "", False): ("crashed", "wrong")}
+    _, asked = tried(answers, splits={"b": {"model.py:3": 2}})
+    assert asked[-2:] == [("", True), ("coupled", True)]
+
+
 def test_groups_that_crash_are_coupled_with_other_dimensions_of_their_reshapes_before_steps():
     answers = {("", False): ("crashed", "crashed"), (1, "coupled", False): ("fine", "fine")}
     best, asked = tried(answers, splits={"a": {"model.py:3": 2}})
