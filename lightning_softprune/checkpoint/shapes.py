@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -295,7 +296,7 @@ def untold_sizes(model: nn.Module) -> dict[str, int]:
     """The sizes of layers that have no tensors to tell them, as norms without weights, by layer and slot."""
     found = {}
     for name, module in model.named_modules():
-        if not any(True for _ in (*module.parameters(), *module.buffers())):
+        if next(itertools.chain(module.parameters(), module.buffers()), None) is None:
             found.update({joined(name, slot): size for slot, size in recorded_sizes(module).items()})
     return found
 

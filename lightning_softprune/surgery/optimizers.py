@@ -171,7 +171,7 @@ class _Stepped:
 
     @classmethod
     def of(cls, optimizer: Optimizer, group: Mapping[str, Any], like: torch.Tensor) -> _Stepped:
-        """Take the step; the values of what is given do not matter."""
+        """Take the step; of what is given, the shape, type and device matter."""
         before = torch.linspace(-1.0, 1.0, like.numel(), dtype=like.dtype, device=like.device).reshape(like.shape).sin()
         parameter = nn.Parameter(before.clone())
         parameter.grad = before.cos()
@@ -291,7 +291,7 @@ def _keeps_other_things(optimizer: Optimizer, group: Mapping[str, Any], old: tor
     """Whether what an optimizer keeps of a parameter depends on its shape, and is something else now; by trying."""
     if package_of(type(optimizer)) == "torch":
         return False
-    then, now = (_Stepped.of(optimizer, group, like.new_empty(like.shape)).kept for like in (old, new))
+    then, now = (_Stepped.of(optimizer, group, like).kept for like in (old, new))
     return then is not None and now is not None and then != now
 
 

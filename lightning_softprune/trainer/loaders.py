@@ -228,6 +228,8 @@ class _ReadAhead:
         return next(self._own)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # how to copy or pickle this one
+            raise AttributeError(name)
         return getattr(vars(self)["_one_shot"], name)
 
     def beside(self) -> Iterator[Any]:

@@ -7,7 +7,8 @@ from torch import nn
 
 from lightning_softprune import find_groups
 from lightning_softprune.surgery import Candidates, one_can_go, probe_groups, probe_with_counts
-from lightning_softprune.surgery.probing.fingerprints import look_at
+from lightning_softprune.surgery.probing.fingerprints import look_at, look_at_dense
+from lightning_softprune.surgery.probing.probe import unlike_masked
 from support import zoo
 from support.attending import group
 from support.masked import Net, assert_pruned_is_masked, plans
@@ -249,3 +250,19 @@ def test_a_private_copy_of_sizes_follows_what_it_is_a_copy_of():
     counted = {group.name: {count.attribute for count in group.counts} for group in groups}
     assert counted["1.q"] == {"sizes[heads]", "_sizes[heads]"}
     assert_pruned_is_masked(model, x, groups, plans(groups))
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_what_is_unlike_the_masked_network_is_compared_again_only_where_tables_could_be_why(table):
+    """Its outputs are divided by the number of channels, which masking does not change."""
+
+    def forward(net, x):
+        h = net.body(x) + net.table
+        return net.head(h / h.shape[1])
+
+    buffers = {"table": torch.randn(8) if table else torch.zeros(())}
+    net, x, runs = Net(forward, buffers, body=nn.Linear(4, 8), head=nn.Linear(8, 2)), torch.randn(5, 4), []
+    (body,) = [one for one in zoo.trace_groups(net, [lambda: net(x)]) if one.name == "body"]
+    dense = look_at_dense(net, lambda: net(x))
+    assert unlike_masked(net, [body], lambda: runs.append(0) or net(x), None, dense) == [body]
+    assert len(runs) == 2 + table

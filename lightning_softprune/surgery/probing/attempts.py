@@ -89,6 +89,8 @@ def probe_with_counts(
         compared = [g for g in chosen if g.name not in candidates.averaged]
         return unlike_masked(model, compared, run, run_otherwise, dense)
 
+    tests = _Tests(probed, unlike)
+
     def as_masked(found: Sequence[PruningGroup]) -> list[PruningGroup]:
         """The groups; those that run, and not as the masked network does, are refused."""
         sized = [g for g in found if g.prunable and (g.name in chosen_dims or _is_a_pair_of_blocks(g))]
@@ -98,16 +100,16 @@ def probe_with_counts(
         # others may have run only because these lost channels beside them
         return probed([group.refuse(_UNLIKE) if group.name in wrong else group for group in found])
 
-    groups, found, apart = _probed_by_kind(groups, counts, probed, unlike)
+    groups, found, apart = _probed_by_kind(groups, counts, tests)
     found = as_masked(found)
-    counted = _counted(groups, found, counts, probed, unlike)
+    counted = _counted(groups, found, counts, tests)
     if apart or any(group.counts != before.counts for group, before in zip(counted, groups, strict=True)):
         found = as_masked(
             probed([g if g.counts or one.prunable else one for g, one in zip(counted, found, strict=True)])
         )
     if any(group.crashed for group in found):
         run()  # where the whole model does not run any more either, that is not the groups' fault
-    return _in_steps(counted, found, counts, round_to, probed, unlike) if candidates.in_steps else found
+    return _in_steps(counted, found, counts, round_to, tests) if candidates.in_steps else found
 
 
 def _in_steps(
@@ -115,8 +117,7 @@ def _in_steps(
     found: Sequence[PruningGroup],
     counts: _Claims,
     round_to: int,
-    probed: _Probing,
-    unlike: _Probing,
+    tests: _Tests,
 ) -> list[PruningGroup]:
     """What was found; groups that run with fewer channels by two, four, ... at a time take the smallest such step."""
     failed = [i for i, g in enumerate(groups) if g.prunable and found[i].crashed]
@@ -127,12 +128,12 @@ def _in_steps(
             largest[i] = replace(groups[i], step=steps[-1])
 
     def running(tried: Mapping[int, PruningGroup]) -> dict[int, PruningGroup]:
-        after = dict(zip(tried, probed(list(tried.values())), strict=True)) if tried else {}
-        return {i: group for i, group in after.items() if group.prunable and not unlike([group])}
+        after = dict(zip(tried, tests.probed(list(tried.values())), strict=True)) if tried else {}
+        return {i: group for i, group in after.items() if group.prunable and not tests.unlike([group])}
 
     if largest:  # what fails with these fails with smaller ones
         stepped = list(largest.values())
-        stepped = _counted(stepped, probed(stepped), counts, probed, unlike)
+        stepped = _counted(stepped, tests.probed(stepped), counts, tests)
         largest = running(dict(zip(largest, stepped, strict=True)))
     result, left = list(found), largest
     for step in _STEPS:
@@ -151,36 +152,48 @@ def _is_a_pair_of_blocks(group: PruningGroup) -> bool:
     return group.num_channels == 2 and any((member.owner == 0).sum() > 1 for member in group.members)
 
 
-_Probing = Callable[[Sequence[PruningGroup]], list[PruningGroup]]
+@dataclass(frozen=True)
+class _Tests:
+    """How groups are tried.
+
+    Attributes:
+        probed: The groups as a probe finds them.
+        unlike: Those of the groups that do not compute what the masked network does.
+    """
+
+    probed: Callable[[Sequence[PruningGroup]], list[PruningGroup]]
+    unlike: Callable[[Sequence[PruningGroup]], list[PruningGroup]]
+
+    def are_passed_by(self, group: PruningGroup) -> bool:
+        """Whether a group runs, and computes that; which is the cheaper test comes first."""
+        return not self.unlike([group]) and self.probed([group])[0].prunable
 
 
 def _counted(
     groups: Sequence[PruningGroup],
     found: Sequence[PruningGroup],
     counts: _Claims,
-    probed: _Probing,
-    unlike: _Probing,
+    tests: _Tests,
 ) -> list[PruningGroup]:
     """The groups, those that fail with the attributes they run with, where there are such.
 
     An attribute counts one group: those that some are found to need are no choice for others that still fail then.
     """
-    counted = _counted_at_once(groups, found, counts, probed, unlike)
+    counted = _counted_at_once(groups, found, counts, tests)
     taken = {(count.module, count.attribute) for group in counted for count in group.counts}
     left = {
         group.name: [one for one in own if (one.count.module, one.count.attribute) not in taken]
         for group, own in ((group, counts.get(group.name, ())) for group in counted if not group.counts)
     }
     left = {name: own for name, own in left.items() if len(own) < len(counts.get(name, ()))}
-    return _counted_at_once(counted, found, left, probed, unlike) if left else counted
+    return _counted_at_once(counted, found, left, tests) if left else counted
 
 
 def _counted_at_once(
     groups: Sequence[PruningGroup],
     found: Sequence[PruningGroup],
     counts: _Claims,
-    probed: _Probing,
-    unlike: _Probing,
+    tests: _Tests,
 ) -> list[PruningGroup]:
     """The same, as far as they do not depend on each other."""
     alike: dict[_Choices, list[int]] = defaultdict(list)
@@ -194,10 +207,10 @@ def _counted_at_once(
         for chosen in choices:
             for i in (left[0], *left[1:2]):  # where the first has a reason of its own, another may not
                 trial = _with_counts(groups[i], counts[groups[i].name], chosen)
-                if not unlike([trial]) and probed([trial])[0].prunable:  # the cheaper first
+                if tests.are_passed_by(trial):
                     for other in left:
                         counted[other] = _with_counts(groups[other], counts[groups[other].name], chosen)
-                    after = probed([counted[other] for other in left])  # together: they are many blocks alike
+                    after = tests.probed([counted[other] for other in left])  # together: they are many blocks alike
                     left = [other for other, tried in zip(left, after, strict=True) if not tried.prunable]
                     break
             if not left:
@@ -208,20 +221,18 @@ def _counted_at_once(
 
 
 def _probed_by_kind(
-    groups: Sequence[PruningGroup], counts: _Claims, probed: _Probing, unlike: _Probing
+    groups: Sequence[PruningGroup], counts: _Claims, tests: _Tests
 ) -> tuple[list[PruningGroup], list[PruningGroup], bool]:
     """The groups with what their kind needs, how they do, and whether some were probed without it, apart."""
-    counted = _as_the_first_of_their_kind(groups, counts, probed, unlike)
-    found = probed(counted)
+    counted = _as_the_first_of_their_kind(groups, counts, tests)
+    found = tests.probed(counted)
     failed = [i for i, one in enumerate(found) if counted[i].counts and not one.prunable]
-    for i, one in zip(failed, probed([groups[i] for i in failed]) if failed else (), strict=True):
+    for i, one in zip(failed, tests.probed([groups[i] for i in failed]) if failed else (), strict=True):
         counted[i], found[i] = groups[i], one
     return counted, found, bool(failed)
 
 
-def _as_the_first_of_their_kind(
-    groups: Sequence[PruningGroup], counts: _Claims, probed: _Probing, unlike: _Probing
-) -> list[PruningGroup]:
+def _as_the_first_of_their_kind(groups: Sequence[PruningGroup], counts: _Claims, tests: _Tests) -> list[PruningGroup]:
     """The groups, with those attributes that the first of many blocks alike needs: else each would fail alone first."""
     kinds: dict[object, list[int]] = defaultdict(list)
     for i, group in enumerate(groups):
@@ -229,13 +240,13 @@ def _as_the_first_of_their_kind(
             kinds[_kind(group, counts[group.name])].append(i)
     many = [members for members in kinds.values() if len(members) >= _MANY]
     result = list(groups)
-    for members, first in zip(many, probed([groups[one] for one, *_ in many]) if many else (), strict=True):
+    for members, first in zip(many, tests.probed([groups[one] for one, *_ in many]) if many else (), strict=True):
         if first.prunable:
             continue
         lead = groups[members[0]]
         for chosen in _choices(counts[lead.name]):
             trial = _with_counts(lead, counts[lead.name], chosen)
-            if not unlike([trial]) and probed([trial])[0].prunable:  # the cheaper first
+            if tests.are_passed_by(trial):
                 for i in members:
                     result[i] = _with_counts(groups[i], counts[groups[i].name], chosen)
                 break

@@ -56,7 +56,7 @@ class Dense:
 
     seen: Seen
     steady: tuple[set[str], ...]
-    _wavering: set[str] | None = None
+    _wavering: set[str] | None = field(default=None, init=False)
 
     def wavering(self, model: nn.Module, run: Callable[[], Any]) -> set[str]:
         """The modules whose outputs change by more than they may where parameters change by no more than rounding.

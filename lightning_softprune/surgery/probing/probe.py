@@ -360,7 +360,14 @@ class _Probe:
         except Exception:  # whatever the user's code says to fewer channels
             return False
         own = {member.module for i in cuts for member in self.groups[i].members if not member.slot.startswith("in")}
-        return any(self._is_alike(pruned, self._masked(cuts, buffers), own) for buffers in (True, False))
+        if self._is_alike(pruned, self._masked(cuts, buffers=True), own):
+            return True
+        return self._have_tables(cuts) and self._is_alike(pruned, self._masked(cuts, buffers=False), own)
+
+    def _have_tables(self, cuts: Mapping[int, tuple[int, ...]]) -> bool:
+        """Whether some groups have tensors that are no layer's and no parameters."""
+        names = {member.module for i in cuts for member in self.groups[i].members if member.slot.startswith("dim")}
+        return not names <= {name for name, _ in self.model.named_parameters()}
 
     def _masked(self, cuts: Mapping[int, tuple[int, ...]], buffers: bool) -> Seen | None:
         """What the model computes with these channels set to zero; `None` where its code does not take that."""

@@ -35,8 +35,8 @@ def best_reading(read: Read) -> list[PruningGroup]:
             others = _other_dimensions(best, grouping, attempt, beside)
             if not others:
                 break
-            apart = [{site: attempt} for site in _refused(best, grouping, attempt)] if len(others) > 1 else []
-            for some in (others, *apart[: 0 if beside else _MOST_APART]):  # where results of two meet, one may be right
+            apart = [] if beside or len(others) == 1 else _refused(best, grouping, attempt)[:_MOST_APART]
+            for some in (others, *({site: attempt} for site in apart)):  # where results of two meet, one may be right
                 tried = {**choices, **some}
                 left = _other_dimensions(best, grouping, attempt, beside)
                 if not some.keys() <= left.keys() or tried in [choices, *(reading.choices for reading in otherwise)]:
