@@ -356,7 +356,7 @@ class _Table:
             for module in sorted(modules & self._modules.keys() - self.trace.layouts.keys())
             for key, kept in vars(self._modules[module]).items()
             for key, value in (integers_in(key, kept) if key not in _OF_EVERY_MODULE else ())
-            if value in sizes and (type(kept) is not int or not key.startswith("_"))
+            if value in sizes
         )
 
 

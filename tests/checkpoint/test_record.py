@@ -15,6 +15,7 @@ from lightning_softprune import (
     load_from_checkpoint,
 )
 from lightning_softprune.checkpoint import ModelShapes, keep_record
+from lightning_softprune.checkpoint.record import order_parameters
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
 from support.checkpoints import ROUNDS, Scheduled, data, file_of, keep_all, mlp, run, sizes
@@ -385,3 +386,22 @@ def test_the_users_hook_may_make_an_old_checkpoint_fit(tmp_path):
     )
     assert torch.equal(module.encoder[0].weight, net.encoder[0].weight)
     assert torch.equal(load_from_checkpoint(Renamed, path).encoder[0].weight, net.encoder[0].weight)
+
+
+def test_parameters_are_in_the_recorded_order_when_the_state_comes_whatever_moved_them_since():
+    """As a callback does that restores parameter groups of its own, behind ours."""
+
+    module = torch.nn.Linear(3, 2)
+    saved, optimizer = torch.optim.Adam([module.bias, module.weight]), torch.optim.Adam(module.parameters())
+    module.weight.square().sum().backward()
+    saved.step()
+    order_parameters(module, [optimizer], {"optimizers": [[["bias", "weight"]]], "created_biases": ["bias"]})
+    held = optimizer.param_groups[0]["params"]
+    assert [id(parameter) for parameter in held] == [id(module.bias), id(module.weight)]
+    held.reverse()
+    optimizer.load_state_dict(saved.state_dict())
+    assert [parameter.shape for parameter in optimizer.param_groups[0]["params"]] == [(2,), (2, 3)]
+    assert optimizer.state[module.weight]["exp_avg"].shape == (2, 3)
+    optimizer.param_groups[0]["params"].reverse()
+    optimizer.load_state_dict(optimizer.state_dict())  # the next is not ours
+    assert [parameter.shape for parameter in optimizer.param_groups[0]["params"]] == [(2, 3), (2,)]

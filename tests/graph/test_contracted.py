@@ -168,3 +168,17 @@ def test_a_frozen_tower_is_a_target():
     assert "is multiplied by what other gives, which is frozen, as a target is; put a layer behind" in group.reason
     model.one.requires_grad_(False)  # where nothing is trained, nothing is told apart
     assert trace_groups(model, [step])[0].prunable
+
+
+def test_how_many_channels_are_made_of_each_is_read_by_their_numbers():
+    """Kernels made by a layer, of a convolution that is transposed and depthwise."""
+
+    def enlarged(net, x):
+        kernels = net.make(net.codes)[:, :, None, None]
+        return net.last(F.conv_transpose2d(net.stem(x), kernels, groups=len(kernels)))
+
+    parts = {"codes": nn.Parameter(torch.randn(12, 4)), "make": nn.Linear(4, 3)}
+    net = Net(enlarged, stem=nn.Conv2d(3, 12, 1), last=nn.Conv2d(36, 2, 1), **parts)
+    groups = by_name(trace_groups(net, [lambda: net(torch.randn(2, 3, 5, 5))]))
+    assert groups["stem"].prunable
+    assert "makes 3 channels of each, by their numbers" in groups["make"].reason

@@ -252,6 +252,21 @@ def test_a_private_copy_of_sizes_follows_what_it_is_a_copy_of():
     assert_pruned_is_masked(model, x, groups, plans(groups))
 
 
+def test_a_number_that_a_module_keeps_for_itself_counts_its_heads():
+    """As many as there are samples, so that a size that is written down cannot pass."""
+
+    def forward(net, x):
+        q, k, v = (part(x).view(*x.shape[:2], net._heads, -1).transpose(1, 2) for part in (net.q, net.k, net.v))
+        return net.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(3, 12) for name in "qkv"}
+    model, x = Net(forward, **layers, _heads=4, out=nn.Linear(12, 2)).eval(), torch.randn(4, 5, 3)
+    groups = [group for group in find_groups(model, x) if group.prunable]
+    assert [(g.name, g.num_channels, [c.attribute for c in g.counts]) for g in groups] == [("q", 4, ["_heads"])]
+    assert_pruned_is_masked(model, x, groups, plans(groups))
+
+
 @pytest.mark.parametrize("table", [False, True])
 def test_what_is_unlike_the_masked_network_is_compared_again_only_where_tables_could_be_why(table):
     """Its outputs are divided by the number of channels, which masking does not change."""

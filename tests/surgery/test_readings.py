@@ -118,7 +118,8 @@ def test_groups_of_another_choice_of_dimensions_are_coupled_too_where_more_fail_
 
 def test_groups_of_another_choice_of_dimensions_in_which_no_more_fail_in_code_are_not_coupled():
     answers = {("", False): ("crashed", "crashed"), (1, "", False): ("crashed", "wrong")}
-    _, asked = tried(answers, splits={"b": {"model.py:3": 2}})
+    _, asked = tried(answers, splits={"b": {"model.py:3": 3}})  # with the third, as many fail as with the first
+    assert asked[:3] == [("", False), (1, "", False), (2, "", False)]
     assert asked[-2:] == [("", True), ("coupled", True)]
 
 

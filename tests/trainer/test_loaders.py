@@ -274,6 +274,29 @@ class Caches:
             yield batch
 
 
+class InPlace(HoldsGenerator):
+    """Changes what it gets of its source."""
+
+    def __iter__(self):
+        for batch in self.source:
+            batch[0].add_(1)
+            yield batch
+
+
+class LooksAhead(HoldsGenerator):
+    """Keeps what it has read and not yet given, as those do that shuffle a stream."""
+
+    def __init__(self):
+        super().__init__()
+        self.held = []
+
+    def __iter__(self):
+        while True:
+            while len(self.held) < 2:
+                self.held.append(next(self.source))
+            yield self.held.pop(0)
+
+
 class HoldsRunningLoader(HoldsGenerator):
     def __init__(self):
         self.source = iter(endless())
@@ -290,6 +313,8 @@ HELD = {
     "wrapped": lambda: Nested(HoldsGenerator()),
     "in a dataset": lambda: DataLoader(HoldsGeneratorInDataset(), SIZE),
     "cached": Caches,
+    "changed in place": InPlace,
+    "looking ahead": LooksAhead,
 }
 
 
