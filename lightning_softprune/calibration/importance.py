@@ -266,7 +266,7 @@ def _sum_members(
                     continue
                 weight, grad = computed.value(module), gradients.of(module)
             along = _sums(weight, axis.dim, value, grad)
-            indices = along.reshape(axis.repeat, -1).sum(0).cpu().numpy()
+            indices = along.reshape(axis.repeat, -1, axis.each).sum((0, 2)).cpu().numpy()
             shares = np.tile(indices / axis.parts, axis.parts)  # the parts of a grouped layer lose the same channels
             score += _per_channel(member, shares, group)
     return score

@@ -216,7 +216,7 @@ def _parameter_terms(model: nn.Module, sizes: Mapping[Slot, int], judged: Set[st
         for axis in layout.axes if isinstance(layout, Layout) else ():
             tensor = attribute_at(module, axis.tensor)
             if isinstance(tensor, nn.Parameter) and (name, axis.slot) in sizes:
-                follows.setdefault(id(tensor), {})[axis.dim] = ((name, axis.slot), axis.repeat / axis.parts)
+                follows.setdefault(id(tensor), {})[axis.dim] = ((name, axis.slot), axis.repeat * axis.each / axis.parts)
     for name, parameter in model.named_parameters():
         if judged is not None and name not in judged:
             continue

@@ -2,9 +2,9 @@
 
 A *slot* is a run of channels at one side of a layer: ``"in"`` and ``"out"`` of a linear or convolution layer, or
 ``"both"`` where input and output are the same channels (normalisation, depthwise convolution, attention, embedding; of
-a LayerNorm over several dimensions ``"both0"``, ``"both1"``, ...).
-A tensor's dimension may follow a slot: once, several times over (``in_proj_weight`` of attention holds queries, keys
-and values), or by one of its equal parts (the input dimension of a grouped convolution's weight).
+a LayerNorm over several dimensions ``"both0"``, ``"both1"``, ...). A tensor's dimension may follow a slot: once,
+several times over (``in_proj_weight`` of attention holds queries, keys and values), or by one of its equal parts (the
+input dimension of a grouped convolution's weight).
 
 This table is the single place that knows layer types. Slicing, the geometry of weights, counting of
 multiply-accumulates and the sizes in checkpoints are all derived from it, so a layer type that is added here
@@ -36,7 +36,7 @@ Sizes = dict[str, int]
 class TensorAxis:
     """Dimension ``dim`` of the tensor ``tensor`` (a name relative to the layer) follows the slot ``slot``.
 
-    The dimension holds ``repeat`` copies of the slot one after another, or one of ``parts`` equal parts of it.
+    It holds ``repeat`` copies of the slot one after another, each index ``each`` times in a row, or one of ``parts``.
     """
 
     tensor: str
@@ -44,6 +44,7 @@ class TensorAxis:
     slot: str
     repeat: int = 1
     parts: int = 1
+    each: int = 1
 
     def expand(self, kept: torch.Tensor, size: int) -> torch.Tensor:
         """Turn the slot's kept indices into the dimension's kept indices.
@@ -54,9 +55,8 @@ class TensorAxis:
         """
         if self.parts > 1:
             return kept[kept < size // self.parts]
-        if self.repeat > 1:
-            return torch.cat([kept + copy * size for copy in range(self.repeat)])
-        return kept
+        places = (kept[:, None] * self.each + torch.arange(self.each, device=kept.device)).flatten()
+        return torch.cat([places + copy * size * self.each for copy in range(self.repeat)])
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,14 @@ class Port:
         slot: The slot.
         dim: The dimension, not negative.
         repeat: It holds so many copies of the slot one after another (both directions of a recurrent layer).
+        each: It holds each index of the slot so many times in a row (a channel multiplier).
     """
 
     tensor: torch.Tensor
     slot: str
     dim: int
     repeat: int = 1
+    each: int = 1
 
 
 @dataclass
@@ -286,7 +288,7 @@ class LayerType:
             shape, tensor = shapes.get(axis.tensor), tensor_at(module, axis.tensor)
             if shape is not None and tensor is not None:
                 check_rank(shape, tensor)
-                sizes.setdefault(axis.slot, shape[axis.dim] * axis.parts // axis.repeat)
+                sizes.setdefault(axis.slot, shape[axis.dim] * axis.parts // (axis.repeat * axis.each))
         return sizes if sizes.keys() == layout.slots.keys() else None
 
     def shapes_at(self, module: Any, sizes: Mapping[str, int]) -> dict[str, Shape]:
@@ -306,7 +308,7 @@ class LayerType:
             tensor = tensor_at(module, axis.tensor)
             if tensor is not None:
                 shape = list(result.get(axis.tensor, tensor.shape))
-                shape[axis.dim] = sizes[axis.slot] * axis.repeat // axis.parts
+                shape[axis.dim] = sizes[axis.slot] * axis.repeat * axis.each // axis.parts
                 result[axis.tensor] = tuple(shape)
         return result
 
@@ -356,9 +358,7 @@ def layout_of(module: nn.Module) -> Layout | str | None:
         a layer (a container, an activation, a module with bare parameters of its own).
     """
     entry = layer_type(module)
-    if entry is None:
-        return None
-    return entry.layout(module)
+    return None if entry is None else entry.layout(module)
 
 
 def geometry_of(module: nn.Module) -> WeightGeometry | None:

@@ -18,8 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ("Autoencoder", "classifier", "classifier produces an output of the network"),
         ("Autoencoder", "decoder.2", "decoder.2 produces an output of the network"),
-        ("DepthwiseMultiplier", "stem", "feeds multiplied: a depthwise convolution with a channel multiplier"),
-        ("DepthwiseMultiplier", "multiplied", "a depthwise convolution with a channel multiplier"),
         ("ConstantView", "body", "the model does not run with fewer channels: RuntimeError"),
         ("RawResidual", "back", "add in the module itself (zoo.py:"),
         ("Unused", "spare.0", "spare.0 was run by neither validation_step nor training_step"),

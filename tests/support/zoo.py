@@ -376,11 +376,14 @@ class DepthwiseMultiplier(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(1, 4, 3, padding=1)
         self.multiplied = nn.Conv2d(4, 8, 3, padding=1, groups=4)
-        self.inner = nn.Conv2d(8, 5, 1)
+        self.norm = nn.BatchNorm2d(8)
+        self.enlarged = nn.ConvTranspose2d(8, 24, 2, stride=2, groups=8)
+        self.inner = nn.Conv2d(24, 5, 1)
         self.head = nn.Conv2d(5, 2, 1)
 
     def forward(self, x):
-        return self.head(self.inner(self.multiplied(self.stem(x).relu()).relu()).relu())
+        x = self.norm(self.multiplied(self.stem(x).relu())).relu()
+        return self.head(self.inner(self.enlarged(x).relu()).relu())
 
 
 class ConstantView(nn.Module):
@@ -521,7 +524,7 @@ CASES = (
     Case(Frozen, (3, 5), {"backbone.0": 8, "backbone.2": 6}),
     Case(Recurrent, (2, 3, 4), {"body": 6, "inner": 5, "gru": 7, "after": 6}),
     Case(WeightNormed, (3, 4), {"body": 6, "normed": 5, "after": 6}),
-    Case(DepthwiseMultiplier, (2, 1, 5, 5), {"inner": 5}),
+    Case(DepthwiseMultiplier, (2, 1, 5, 5), {"stem": 4, "inner": 5}),
     Case(ConstantView, (3, 4), {"inner": 5}),
     Case(RawResidual, (3, 6), {"body": 9}),
     Case(Unused, (3, 4), {"body": 6}),

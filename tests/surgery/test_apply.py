@@ -243,6 +243,18 @@ def test_dropout_survives_and_attributes_speak_of_the_new_sizes():
     assert "4, 4, kernel_size=(3, 3)" in repr(model.depthwise)
 
 
+def test_what_is_given_of_each_channel_goes_with_it():
+    model, x = BY_NAME["DepthwiseMultiplier"].make()
+    kernels, biases = model.multiplied.weight.detach().clone(), model.enlarged.bias.detach().clone()
+    groups = prunable(model, x)
+    apply_plan(model, groups, plan_for(groups, stem=(1,)))
+    sizes = [(one.in_channels, one.out_channels, one.groups) for one in (model.multiplied, model.enlarged)]
+    assert sizes == [(3, 6, 3), (6, 18, 6)]
+    assert torch.equal(model.multiplied.weight, kernels[[0, 1, 4, 5, 6, 7]])
+    assert torch.equal(model.enlarged.bias, torch.cat([biases[:6], biases[12:]]))
+    assert model.norm.num_features == 6
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @every_case
 def test_undo_brings_back_the_same_objects_bit_by_bit(case, seed):

@@ -184,7 +184,7 @@ class Flow:
         atoms = self.atoms(layer, axis.slot)
         if axis.parts > 1:
             return atoms[: len(atoms) // axis.parts]
-        return np.tile(atoms, axis.repeat) if axis.repeat > 1 else atoms
+        return _copied(atoms, axis.repeat, axis.each)
 
     def _tie(self, owners: Sequence[tuple[str, TensorAxis]]) -> None:
         """Layers that share a tensor lose the same of it."""
@@ -336,7 +336,7 @@ class Flow:
     def _made_labels(self, operation: Operation) -> list[Label]:
         """The labels of what is read of an operation's outputs."""
         if operation.layer:
-            return [self.labels(value)[dim] for value, _, dim, _ in operation.given if self.is_read(value)]
+            return [self.labels(value)[dim] for value, _, dim, *_ in operation.given if self.is_read(value)]
         made = [value for value in operation.outputs if value is not None and self.is_read(value)]
         return [label for value in made for label in self.labels(value)]
 
@@ -376,12 +376,11 @@ class Flow:
             return [list(self.labels(operation.inputs[0])) for _ in operation.outputs]  # one slope for all channels
         for slot, part, other in entry.linked(self._modules[name]) if entry is not None else ():
             self.couplings.unite(self.atoms(name, slot), self.atoms(joined(name, part), other))
-        ports = {(value.number, dim) for value, _, dim, _ in operation.taken}
+        ports = {(value.number, dim) for value, _, dim, *_ in operation.taken}
         leading: dict[int, Label] = {}
         first = operation.taken[0] if operation.taken else None
-        for value, slot, dim, repeat in operation.taken:
-            atoms = self.atoms(name, slot)
-            atoms = np.tile(atoms, repeat) if repeat > 1 else atoms
+        for value, slot, dim, repeat, each in operation.taken:
+            atoms = _copied(self.atoms(name, slot), repeat, each)
             label = self.labels(value)[dim]
             if is_atoms(label):
                 self.couplings.unite(atoms, label)
@@ -404,9 +403,8 @@ class Flow:
             if output is not None:
                 dims = range(len(self.shape(output)))
                 labels[output.number] = [leading.get(d, FIXED) if len(dims) == rank else FIXED for d in dims]
-        for value, slot, dim, repeat in operation.given:
-            atoms = self.atoms(name, slot)
-            labels[value.number][dim] = np.tile(atoms, repeat) if repeat > 1 else atoms
+        for value, slot, dim, repeat, each in operation.given:
+            labels[value.number][dim] = _copied(self.atoms(name, slot), repeat, each)
         return [labels[value.number] for value in operation.outputs if value is not None]
 
     def _goes_through(self, operation: Operation, value: Value, dim: int) -> bool:
@@ -426,6 +424,11 @@ class Flow:
             for label in self.labels(value):
                 self.couplings.pin(label, f"feeds {operation.layer}: {reason}")
         return [[FIXED] * len(self.shape(value)) for value in operation.outputs if value is not None]
+
+
+def _copied(atoms: IntArray, repeat: int, each: int) -> IntArray:
+    """Each of the indices so many times in a row, and all of that so many times one after another."""
+    return np.tile(np.repeat(atoms, each), repeat) if repeat > 1 or each > 1 else atoms
 
 
 def _is_product(operation: Operation) -> bool:

@@ -67,7 +67,7 @@ class Operation:
         site: Where it was.
         pointwise: Whether it works element by element.
         layer: The layer's name.
-        taken, given: A layer's ports: value, slot, dimension, repeats.
+        taken, given: A layer's ports: value, slot, dimension, copies of all, and of each index.
     """
 
     name: str
@@ -76,8 +76,8 @@ class Operation:
     site: Site
     pointwise: bool = False
     layer: str = ""
-    taken: tuple[tuple[Value, str, int, int], ...] = ()
-    given: tuple[tuple[Value, str, int, int], ...] = ()
+    taken: tuple[tuple[Value, str, int, int, int], ...] = ()
+    given: tuple[tuple[Value, str, int, int, int], ...] = ()
 
     @property
     def result(self) -> Value:
@@ -357,8 +357,8 @@ class Recorder:
         site = Site(name, "")
         self.tape.operations.append(Operation(kind, arguments, outputs, site, False, name, tuple(taken), tuple(given)))
 
-    def _port(self, port: Port) -> tuple[Value, str, int, int]:
-        return self.value(port.tensor), port.slot, port.dim, port.repeat
+    def _port(self, port: Port) -> tuple[Value, str, int, int, int]:
+        return self.value(port.tensor), port.slot, port.dim, port.repeat, port.each
 
 
 class _Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -72,8 +73,9 @@ class LinearType(LayerType):
 class ConvolutionType(LayerType):
     """Convolutions of one to three dimensions, also grouped, depthwise and transposed.
 
-    A depthwise convolution has the same channels at both sides. Its number of groups goes with its channels, and what
-    was grouped before a prune may look depthwise after it: checkpoints record all three numbers.
+    A depthwise convolution has the same channels at both sides, or gives several of each (a channel multiplier). Its
+    number of groups goes with its channels, and what was grouped before a prune may look depthwise after it:
+    checkpoints record all three numbers.
     """
 
     types = (_ConvNd,)
@@ -83,11 +85,12 @@ class ConvolutionType(LayerType):
     def describe(self, module: _ConvNd) -> Layout | str:
         """See `LayerType`."""
         groups = module.groups
-        if groups > 1 and groups == module.in_channels:
-            if module.out_channels != groups:
-                return "a depthwise convolution with a channel multiplier"
-            return Layout({"both": groups}, (TensorAxis("weight", 0, "both"), TensorAxis("bias", 0, "both")))
         first, second = self._sides(module)
+        if groups > 1 and self._is_depthwise(self._numbers(module)):
+            each = self._given_of_each(module)
+            along = each if first == "out" else 1
+            both = TensorAxis("weight", 0, "both", each=along), TensorAxis("bias", 0, "both", each=each)
+            return Layout({"both": groups}, both)
         axes = (
             TensorAxis("weight", 0, first),
             TensorAxis("weight", 1, second, parts=groups),
@@ -99,13 +102,19 @@ class ConvolutionType(LayerType):
     def resize(self, module: _ConvNd, sizes: Mapping[str, int]) -> None:
         """See `LayerType`."""
         if "both" in sizes:
-            module.in_channels = module.out_channels = module.groups = sizes["both"]
+            each, module.in_channels = self._given_of_each(module), sizes["both"]
+            module.groups, module.out_channels = sizes["both"], each * sizes["both"]
         module.in_channels = sizes.get("in", module.in_channels)
         module.out_channels = sizes.get("out", module.out_channels)
 
     def channel_dim(self, module: _ConvNd, tensor: torch.Tensor) -> int:
         """In front of the positions."""
         return tensor.ndim - len(module.kernel_size) - 1
+
+    def given(self, module: _ConvNd, output: Any) -> Iterator[Port]:
+        """Of a depthwise one, so many of each channel."""
+        for port in super().given(module, output):
+            yield replace(port, each=self._given_of_each(module)) if port.slot == "both" else port
 
     def goes_through(self, module: _ConvNd, dim: int, rank: int) -> bool:
         """The batch, and positions along which the kernel is a single one and moves by one."""
@@ -145,7 +154,7 @@ class ConvolutionType(LayerType):
     def macs(self, module: _ConvNd, seen: Applications) -> tuple[MacTerm, ...]:
         """See `LayerType`."""
         if "both" in self.mac_sizes(module):
-            return (MacTerm(seen.applied, ("both",)),)
+            return (MacTerm(seen.applied * self._given_of_each(module), ("both",)),)
         return (MacTerm(seen.applied / module.groups, ("in", "out")),)
 
     def mac_sizes(self, module: _ConvNd) -> Sizes:
@@ -159,7 +168,7 @@ class ConvolutionType(LayerType):
         """See `LayerType`."""
         if module._parameters.get("weight") is None and self.computed(module) is None:
             return {}
-        return {"in": module.in_channels, "out": module.out_channels, "groups": module.groups}
+        return self._numbers(module)
 
     def sizes_from(self, module: _ConvNd, shapes: Mapping[str, Shape]) -> Sizes | None:
         """See `LayerType`."""
@@ -169,9 +178,11 @@ class ConvolutionType(LayerType):
             return None
         check_rank(weight, module.weight)
         now = self.recorded_sizes(module)
-        if self._is_depthwise(now) and now["groups"] > 1:
-            return dict.fromkeys(now, weight[0])
         first, second = self._sides(module)
+        if self._is_depthwise(now) and now["groups"] > 1:
+            each = self._given_of_each(module)
+            channels = weight[0] // each if first == "out" else weight[0]
+            return {**dict.fromkeys(now, channels), "out": each * channels}
         return {**now, first: weight[0], second: weight[1] * module.groups}
 
     def shapes_at(self, module: _ConvNd, sizes: Mapping[str, int]) -> dict[str, Shape]:
@@ -197,8 +208,18 @@ class ConvolutionType(LayerType):
         return ("in", "out") if isinstance(module, _ConvTransposeNd) else ("out", "in")
 
     @staticmethod
+    def _numbers(module: _ConvNd) -> Sizes:
+        return {"in": module.in_channels, "out": module.out_channels, "groups": module.groups}
+
+    @staticmethod
     def _is_depthwise(sizes: Mapping[str, int]) -> bool:
-        return sizes["in"] == sizes["out"] == sizes["groups"]
+        """Whether each channel is read by itself."""
+        return sizes["in"] == sizes["groups"]
+
+    @staticmethod
+    def _given_of_each(module: _ConvNd) -> int:
+        """How many channels it gives of each that it reads, where it is depthwise."""
+        return module.out_channels // max(module.groups, 1)
 
 
 class PassingOn(LayerType):
