@@ -8,7 +8,7 @@ prune.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -67,8 +67,8 @@ def find_groups(
     Args:
         model: A LightningModule, or any ``nn.Module``. It is run, and is unchanged afterwards.
         batch: For a LightningModule, a batch as its loaders yield it, on the module's device: its `validation_step` is
-            run (and `training_step`, where optimization is automatic). For another module, its input, or a tuple of
-            inputs. ``None``: the LightningModule's `example_input_array`.
+            run (and `training_step`, where optimization is automatic). For another module, its input, a tuple of
+            inputs, or a mapping by its forward's names. ``None``: the LightningModule's `example_input_array`.
         components: Component name -> module-name patterns.
         ignore: Patterns of modules that must keep their outputs and inputs.
         layers: Layer types of your own, as for :func:`register_layer`; they are known from here on.
@@ -103,7 +103,7 @@ def find_groups(
             raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
         steps = {}
     if not steps:
-        steps = {"": lambda: model(*batch) if isinstance(batch, tuple) else model(batch)}
+        steps = {"": partial(_called, model, batch)}
     runs = {name: _put_back(model, step) for name, step in steps.items()}
     outside = metrics_in(model)
     with isolated_rng(0), torch.inference_mode(False), Transaction(model), compiler_off():
@@ -143,6 +143,24 @@ def _module_steps(model: pl.LightningModule, batch: Any) -> dict[str, Step]:
             begin = True
         steps[name] = step_of(name, begin)
     return steps
+
+
+def _called(model: nn.Module, batch: Any) -> Any:
+    """What a model returns for inputs: one, a tuple of them, or a mapping by their names."""
+    if isinstance(batch, tuple):
+        return model(*batch)
+    if isinstance(batch, Mapping) and _takes_by_name(model, batch):
+        return model(**batch)
+    return model(batch)
+
+
+def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
+    """Whether a model's forward has these names for its inputs; else it takes the mapping itself."""
+    try:
+        inspect.signature(model.forward).bind(**inputs)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _run_once(model: nn.Module, steps: list[Step]) -> None:

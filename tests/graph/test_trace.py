@@ -109,3 +109,33 @@ def test_compiled_parts_run_as_they_were_written_while_groups_are_found():
     with torch.no_grad():
         plain(x)
     assert len(compiled) == 1
+
+
+class Named(nn.Module):
+    """Inputs by name, one of which need not be given."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, values, scale=None):
+        return self.head(self.body(values) * (1.0 if scale is None else scale))
+
+
+class OfADictionary(Named):
+    """A dictionary as its one input."""
+
+    def forward(self, inputs, **options):
+        return super().forward(**inputs, **options)
+
+
+@pytest.mark.parametrize("kind", [Named, OfADictionary])
+def test_inputs_are_given_by_name_where_the_forward_has_these_names(kind):
+    for inputs in ({"values": torch.randn(3, 4)}, {"scale": torch.tensor(2.0), "values": torch.randn(3, 4)}):
+        groups = find_groups(kind(), inputs)
+        assert [(group.name, group.prunable) for group in groups] == [("body", True), ("head", False)]
+
+
+def test_a_mistake_in_the_models_own_code_is_told_as_it_is():
+    with pytest.raises(TypeError, match="must be Tensor, not str"):
+        find_groups(Named(), {"values": "text"})
