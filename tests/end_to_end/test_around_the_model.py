@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -10,6 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_softprune import PruningResult, load_from_checkpoint, prune
 from support.modules import FEATURES, AutoEncoder, count, fit, loaders, made, softpruning
@@ -288,6 +290,53 @@ def test_what_functions_and_slots_hold_is_rolled_back(tmp_path, hide):
     with pytest.raises(ZeroDivisionError):
         fit(tmp_path, module, softpruning(), FailsOnceTold())
     assert [*map(id, module.decayed())] == [*map(id, weights)]
+
+
+def by_reference(weights):
+    references = [weakref.ref(weight) for weight in weights]
+    return lambda: [reference() for reference in references]
+
+
+def by_weak_name(weights):
+    named = weakref.WeakValueDictionary({str(number): weight for number, weight in enumerate(weights)})
+    return lambda: [*named.values()]
+
+
+def by_weak_key(weights):
+    marks = WeakIdKeyDictionary(dict.fromkeys(weights, "trained"))
+    return lambda: [*marks.keys()]
+
+
+def by_weak_member(weights):
+    members = weakref.WeakSet(weights)
+    return lambda: [*members]
+
+
+WEAK = [by_reference, by_weak_name, by_weak_key, by_weak_member]
+
+
+@pytest.mark.parametrize("hide", WEAK)
+def test_what_is_held_weakly_is_live_after_a_round_and_after_one_that_is_rolled_back(tmp_path, hide):
+    module, callback = made(), softpruning()
+    module.decayed = hide(list(module.encoder.parameters()))
+    before = {*map(id, module.encoder.parameters())}
+    with pytest.raises(ZeroDivisionError):
+        fit(tmp_path, module, softpruning(), FailsOnceTold())
+    assert {*map(id, module.decayed())} == before
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert {*map(id, module.decayed())} == {*map(id, module.encoder.parameters())} != before
+
+
+def test_numbers_that_are_held_weakly_by_parameter_follow(tmp_path):
+    class Marked(Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.marks = WeakIdKeyDictionary({p: torch.ones_like(p) for p in pl_module.encoder.parameters()})
+
+    module, marked = made(), Marked()
+    fit(tmp_path, module, softpruning(), marked)
+    live = {id(parameter): parameter.shape for parameter in module.encoder.parameters()}
+    assert {id(parameter): mark.shape for parameter, mark in marked.marks.items()} == live
 
 
 class Keyed(Callback):

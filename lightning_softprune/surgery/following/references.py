@@ -34,6 +34,7 @@ from lightning_softprune.surgery.following.hooked import HeldByHooks, held_by_ho
 from lightning_softprune.surgery.following.judgement import Judgement
 from lightning_softprune.surgery.following.mirrors import Mirrors
 from lightning_softprune.surgery.following.places import hidden_places, is_foreign
+from lightning_softprune.surgery.following.weakly import in_place_of, of_weak_container, pointed_to
 from lightning_softprune.utilities.names import is_inside, joined
 from lightning_softprune.utilities.ownership import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
@@ -158,8 +159,7 @@ class References:
         self._companions, self._level, self._asked = outside
 
     def _set(self, mapping: Any, key: Any, value: Any) -> None:
-        before = mapping[key]
-        self._undo.append(lambda: mapping.__setitem__(key, before))
+        self._undo.append(functools.partial(mapping.__setitem__, key, mapping[key]))
         mapping[key] = value
 
     def _refill(self, container: Any, add: Callable[[Any], None], before: Any, after: Any) -> None:
@@ -174,8 +174,8 @@ class References:
 
     def _followed(self, place: str, value: Any, depth: int) -> Any:
         """What takes a value's place: itself, if it is none of ours or was changed as the object that it is."""
-        if isinstance(value, nn.Parameter) and id(value) in self.new:
-            return self.new[id(value)]
+        if (after := in_place_of(value, self.new)) is not value:
+            return after
         if isinstance(value, torch.Tensor):
             strange = tuple(value.shape) in self._sliced and not isinstance(value, nn.Parameter)
             if strange and value.ndim and self._companions:
@@ -199,10 +199,11 @@ class References:
         elif isinstance(value, (list, deque)):
             self._sequence(place, value, depth)
         elif isinstance(value, set):
-            after = set(self._items([place] * len(value), list(value), depth))
-            if after != value:
-                before = set(value)
-                self._refill(value, value.update, before, after)
+            members = set(self._items([place] * len(value), list(value), depth))
+            if members != value:
+                self._refill(value, value.update, set(value), members)
+        elif (content := of_weak_container(value)) is not None:
+            self._followed(place, content, depth)
         elif isinstance(value, functools.partial):
             self._followed(place, value.keywords, depth - 1)
             self._hidden(place, value, depth)
@@ -273,14 +274,12 @@ class References:
 
     def _keyed(self, key: object, item: object) -> torch.Tensor | None:
         """The same, of what lies under a parameter, or under its identity, in a dictionary."""
-        number = id(key) if isinstance(key, nn.Parameter) else key
+        number = id(pointed_to(key)) if isinstance(pointed_to(key), nn.Parameter) else key
         known = self._old.get(number) if type(number) is int else None
         return None if known is None else self._beside_owner(known[0], item)
 
     def _key(self, key: Any) -> Any:
-        if isinstance(key, nn.Parameter):
-            return self.new.get(id(key), key)
-        return id(self.new[key]) if type(key) is int and key in self.new else key
+        return id(self.new[key]) if type(key) is int and key in self.new else in_place_of(key, self.new)
 
     def _of_new_bias(self, bias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
         """What a bias that compensation has created has in a list or dictionary beside `tensor`."""
