@@ -67,6 +67,20 @@ def test_hooks_on_parameters_go_on(tmp_path, how):
     assert all(len(parameter._backward_hooks or ()) <= 1 for parameter in module.parameters())
 
 
+@pytest.mark.parametrize("mode", ["all", "any"])
+def test_a_hook_that_waits_for_several_gradients_goes_on(tmp_path, mode):
+    module, seen = made(), []
+    weights = [module.encoder[0].weight, module.decoder[-1].weight]
+    handle = torch.autograd.graph.register_multi_grad_hook(weights, seen.append, mode=mode)
+    fit(tmp_path, module, softpruning(), max_epochs=3)
+    assert len(seen) == 3 * 4
+    live = [module.encoder[0].weight, module.decoder[-1].weight]
+    last = [gradient.shape for gradient in seen[-1]] if mode == "all" else seen[-1].shape
+    assert last == [weight.shape for weight in live] if mode == "all" else last in [weight.shape for weight in live]
+    handle.remove()
+    assert not any(weight._backward_hooks for weight in live)
+
+
 class Square(AutoEncoder):
     """Weights of one shape."""
 

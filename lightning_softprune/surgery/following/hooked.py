@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -50,6 +51,44 @@ def hooks_of(parameter: nn.Parameter) -> list[Any]:
     return [hook for hooks in kinds for hook in (hooks or {}).values()]
 
 
+def nodes_to_replace(
+    parameters: Iterable[nn.Parameter], new: Mapping[int, nn.Parameter]
+) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Lists of the nodes that accumulate gradients, in closures of hooks, and what they are for the pruned model.
+
+    A hook that waits for several gradients (`torch.autograd.graph.register_multi_grad_hook`) asks which of them come.
+
+    Args:
+        parameters: Those whose hooks are looked at.
+        new: What has taken the place of parameters, by the identities of these.
+    """
+    seen: set[int] = set()
+    for hook in (hook for parameter in parameters for hook in hooks_of(parameter)):
+        for nodes, _, _ in _variables(hook):
+            if type(nodes) is list and id(nodes) not in seen:
+                seen.add(id(nodes))
+                after = [_node_now(node, new) for node in nodes]
+                if any(one is not other for one, other in zip(nodes, after, strict=True)):
+                    yield nodes, after
+
+
+def _node_now(node: Any, new: Mapping[int, nn.Parameter]) -> Any:
+    """The node at which the gradient of a parameter arrives, for the one that has taken its place; else itself."""
+    parameter = new.get(id(getattr(node, "variable", None)))
+    if parameter is None or not parameter.requires_grad:
+        return node
+    with torch.enable_grad():
+        made = parameter.view_as(parameter).grad_fn
+    return node if made is None else made.next_functions[0][0]
+
+
+def _variables(hook: Any) -> Iterator[tuple[Any, Any, str]]:
+    """What a function keeps in its closure, with the cell, and what people call it."""
+    for cell in getattr(hook, "__closure__", None) or ():
+        with suppress(ValueError):  # empty
+            yield cell.cell_contents, cell, f"a variable of {hook.__qualname__}"
+
+
 def _held_by(hook: Any) -> Iterator[tuple[tuple[int, Any], HeldByHooks]]:
     while isinstance(hook, functools.partial):
         place = f"an argument of {hook!r:.60}"
@@ -59,14 +98,10 @@ def _held_by(hook: Any) -> Iterator[tuple[tuple[int, Any], HeldByHooks]]:
         for key, held in _items(hook.keywords, hook, by_method=False):
             yield key, replace(held, place=place)
         hook = hook.func
-    for cell in getattr(hook, "__closure__", None) or ():
-        try:
-            value = cell.cell_contents
-        except ValueError:  # empty
-            continue
+    for value, cell, place in _variables(hook):
         if isinstance(value, torch.Tensor):
             read, put = (functools.partial(function, cell, "cell_contents") for function in (getattr, setattr))
-            yield (id(cell), None), HeldByHooks(f"a variable of {hook.__qualname__}", read, put, False, hook)
+            yield (id(cell), None), HeldByHooks(place, read, put, False, hook)
     owner = getattr(hook, "__self__", hook)
     attributes = getattr(owner, "__dict__", None)
     if isinstance(attributes, dict) and not isinstance(owner, nn.Module):

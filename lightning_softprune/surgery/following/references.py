@@ -30,7 +30,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
-from lightning_softprune.surgery.following.hooked import HeldByHooks, held_by_hooks
+from lightning_softprune.surgery.following.hooked import HeldByHooks, held_by_hooks, nodes_to_replace
 from lightning_softprune.surgery.following.judgement import Judgement
 from lightning_softprune.surgery.following.mirrors import Mirrors
 from lightning_softprune.surgery.following.places import hidden_places, is_foreign
@@ -269,8 +269,7 @@ class References:
         """What takes the place of the companion of one parameter; `None` if it is none."""
         if owner is None or not self._asked or type(tensor) is not torch.Tensor or tensor.shape != owner.shape:
             return None
-        by_dim = self._old[id(owner)][1]
-        return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad and tensor.is_leaf)
+        return slice_tensor(tensor, self._old[id(owner)][1]).requires_grad_(tensor.requires_grad and tensor.is_leaf)
 
     def _keyed(self, key: object, item: object) -> torch.Tensor | None:
         """The same, of what lies under a parameter, or under its identity, in a dictionary."""
@@ -406,6 +405,8 @@ class References:
     def carry_hooks(self) -> None:
         """Tensors in the hooks of parameters (a mask of a gradient) follow; the hooks themselves have followed."""
         parameters = [*(new for _, new, _ in self.surgery.parameters), *self.model.parameters()]
+        for nodes, after in nodes_to_replace(parameters, self.new):
+            self._refill(nodes, nodes.extend, list(nodes), after)
         for held in held_by_hooks(parameters):
             value = held.read()
             possible = self._possible(held, value)
