@@ -36,6 +36,7 @@ from lightning_softprune.trainer import (
 )
 from lightning_softprune.utilities.checks import near_miss
 from lightning_softprune.utilities.ownership import is_raised_by_us
+from lightning_softprune.utilities.wording import counted
 
 
 def monitored(metrics: Mapping[str, float], objective: Objective) -> float:
@@ -92,8 +93,8 @@ def check_prunable(problem: PruningProblem, goal: Goal) -> None:
         )
 
 
-def check_reachable(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
-    """Refuse budgets that no plan meets, and say how near plans come."""
+def check_reachable(problem: PruningProblem, space: SearchSpace, settings: RoundSettings, target: float | None) -> None:
+    """Refuse budgets that no plan meets, and say how near plans come, and what is in the way."""
     names = [name for name in settings.limits or {} if name != "latency"]
     least = [] if space.shares is None else space.shares(space.realise(space.high[None]))[0].tolist()
     for name, limit, share in zip(names, space.limits, least, strict=True):
@@ -110,7 +111,8 @@ def check_reachable(space: SearchSpace, settings: RoundSettings, target: float |
     asked = f"target_sparsity={target:g} with tolerance={space.tolerance:g}"
     if not names:
         raise MisconfigurationException(
-            f"{asked} is out of reach: the nearest reachable sparsity is {space.sparsity_of(nearest):.4f}"
+            f"{asked} is out of reach: the nearest reachable sparsity is {space.sparsity_of(nearest):.4f} "
+            f"({_kept_whole(problem, settings.round_to)}{problem.coverage})"
         )
     ways = [f"within the limits, the nearest reachable sparsity is {space.sparsity_of(nearest):.4f}"]
     for number, name in enumerate(names):
@@ -124,6 +126,12 @@ def check_reachable(space: SearchSpace, settings: RoundSettings, target: float |
     raise MisconfigurationException(
         f"{asked} (of the {settings.cost}) and limits={settings.limits} cannot be met together: {'; '.join(ways)}"
     )
+
+
+def _kept_whole(problem: PruningProblem, round_to: int) -> str:
+    """How many groups are too narrow to lose anything, where kept channels are a multiple of a number."""
+    narrow = sum(group.num_channels <= round_to for group in problem.groups) if round_to > 1 else 0
+    return f"round_to={round_to} keeps {counted(narrow, 'group')} whole; " if narrow else ""
 
 
 # ------------------------------------------------------------------------------------------------- before training
@@ -226,13 +234,13 @@ class _Look:
         sparsity = float(space.sparsity(np.array([problem.unpruned_plan().counts]))[0])
         if not problem.groups or goal.asks_no_more(sparsity, space.tolerance):
             return  # it is left as it is
-        check_reachable(space, settings, goal.target)
+        check_reachable(problem, space, settings, goal.target)
         check_strategy(space, settings, goal.target)
         if last.target is not None and not settings.bounds:  # a round may go as far as its bounds, the next one further
             settings = last.asked(self.settings)
             space = problem.space(settings, dense, last.target)
             if space.sparsity_of(space.high) < space.floor:
-                check_reachable(space, settings, last.target)
+                check_reachable(problem, space, settings, last.target)
 
 
 def check_strategy(space: SearchSpace, settings: RoundSettings, target: float | None) -> None:

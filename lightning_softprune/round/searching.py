@@ -47,7 +47,7 @@ def search(
     """
     trials, trainer = evaluator.trials, evaluator.runner.trainer
     space = trials.space
-    check_reachable(space, settings, trials.target)
+    check_reachable(evaluator.problem, space, settings, trials.target)
     strategy = copy.deepcopy(settings.search)
     strategy.is_global_zero = trainer.is_global_zero
     if goal.earlier is not None:
@@ -138,7 +138,7 @@ def try_one_plan(evaluator: Evaluator, settings: RoundSettings, *_: object) -> t
         MisconfigurationException: The budgets are out of reach, or the strategy cannot serve this space.
     """
     trials = evaluator.trials
-    check_reachable(trials.space, settings, trials.target)
+    check_reachable(evaluator.problem, trials.space, settings, trials.target)
     space = trials.space if trials.target is not None else trials.space.halfway()
     check_strategy(trials.space, settings, trials.target)
 

@@ -613,7 +613,12 @@ def test_prune_keeps_modes_and_twice_is_measured_against_the_module_as_given(tmp
         ({"target_sparsty": 0.5}, TypeError, "target_sparsty"),
         ({"target_sparsity": 2.0}, ValueError, "target_sparsity: 2.0"),
         ({"monitor": "val_acc"}, MisconfigurationException, "monitor='val_acc' is not logged"),
-        ({"target_sparsity": 0.99999}, MisconfigurationException, "out of reach"),
+        (
+            {"target_sparsity": 0.99999},
+            MisconfigurationException,
+            r"out of reach: the nearest reachable sparsity is 0\.\d{4} \(\d+ % of the parameters are in prunable groups",
+        ),
+        ({"round_to": 64}, MisconfigurationException, r"is 0\.0000 \(round_to=64 keeps \d groups whole; "),
     ],
 )
 def test_prune_with_wrong_arguments_leaves_the_module_alone(tmp_path, arguments, error, message):
