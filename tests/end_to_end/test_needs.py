@@ -616,7 +616,7 @@ def test_prune_keeps_modes_and_twice_is_measured_against_the_module_as_given(tmp
         (
             {"target_sparsity": 0.99999},
             MisconfigurationException,
-            r"out of reach: the nearest reachable sparsity is 0\.\d{4} \(\d+ % of the parameters are in prunable groups",
+            r"the nearest reachable sparsity is 0\.\d{4} \(\d+ % of the parameters are in prunable groups",
         ),
         ({"round_to": 64}, MisconfigurationException, r"is 0\.0000 \(round_to=64 keeps \d groups whole; "),
     ],
