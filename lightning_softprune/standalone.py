@@ -24,6 +24,7 @@ from lightning_softprune.graph import (
     check_layers,
     checked_layers,
     coverage,
+    find_yardsticks,
     record_usage,
     register_layers,
 )
@@ -102,14 +103,14 @@ def find_groups(
         if batch is None:
             raise ValueError("batch: None, and the model has no example_input_array; pass a batch to run the model on")
         steps = {}
-    if not steps:
-        steps = {"": partial(_called, model, batch)}
+    steps = steps or {"": partial(_called, model, batch)}
     runs = {name: _put_back(model, step) for name, step in steps.items()}
-    outside = metrics_in(model)
+    validating = runs.get("validation_step", next(iter(runs.values())))
     with isolated_rng(0), torch.inference_mode(False), Transaction(model), compiler_off():
         _run_once(model, list(steps.values()))
+        outside = _no_part_of(model, validating)
         with record_usage(model, outside) as judged:
-            run_steps([runs.get("validation_step", next(iter(runs.values())))])
+            run_steps([validating])
         traced = [*runs.values(), *_in_training(model, steps)]
         how = StepsToTrace(traced, judged.parameters, outside, lambda: [*runs.values()], predicting=predicting)
         found = prepare_groups(model, how, components, ignore or ())
@@ -161,6 +162,13 @@ def _takes_by_name(model: nn.Module, inputs: Mapping[Any, Any]) -> bool:
     except (TypeError, ValueError):
         return False
     return True
+
+
+def _no_part_of(model: nn.Module, validating: Step) -> dict[str, str]:
+    """What only measures -> why it is left alone: metrics, and frozen networks of losses and teachers."""
+    outside = metrics_in(model)
+    trained = {name for name, one in model.named_parameters(remove_duplicate=False) if one.requires_grad}
+    return outside | find_yardsticks(model, validating, outside, trained)
 
 
 def _run_once(model: nn.Module, steps: list[Step]) -> None:

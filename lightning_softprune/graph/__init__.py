@@ -6,6 +6,7 @@ A module is traced by running its own steps (`trace`), its channels are followed
 """
 
 from lightning_softprune.graph.components import (
+    Component,
     Form,
     assign_components,
     check_twins,
@@ -56,7 +57,7 @@ from lightning_softprune.graph.layers import (
     write_weight,
 )
 from lightning_softprune.graph.reach import Groups, coverage
-from lightning_softprune.graph.trace import trace_model
+from lightning_softprune.graph.trace import find_yardsticks, trace_model
 from lightning_softprune.graph.unseen import refuse_unseen_readers
 from lightning_softprune.graph.usage import record_usage, refuse_unjudged
 
@@ -64,6 +65,7 @@ __all__ = [
     "BY_NUMBER",
     "LAYER_TYPES",
     "Applications",
+    "Component",
     "ComputedWeight",
     "CostModel",
     "Count",
@@ -89,6 +91,7 @@ __all__ = [
     "computed_of",
     "coverage",
     "equal_parts",
+    "find_yardsticks",
     "form_of",
     "geometry_of",
     "groups_of",

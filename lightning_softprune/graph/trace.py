@@ -6,7 +6,7 @@ dimensions behind a reshape carries the channels (whole heads, or one dimension 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,17 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from lightning_softprune.graph.flow import Couplings, Flow, Recorder, Tape, TooLongError, is_atoms, named_tensors
+from lightning_softprune.graph.flow import (
+    Couplings,
+    Flow,
+    Recorder,
+    Tape,
+    TooLongError,
+    frozen_networks,
+    is_atoms,
+    named_tensors,
+    yardsticks_in,
+)
 from lightning_softprune.graph.layers import Layout, layer_type, layout_of, linked_parts, parts_of_layers
 from lightning_softprune.utilities.arrays import IntArray
 from lightning_softprune.utilities.hooks import is_about_gradients
@@ -107,6 +117,23 @@ def trace_model(model: nn.Module, steps: Sequence[Step], outside: Mapping[str, s
     if any(name not in tape.names for name, _ in named_tensors(model)):
         tape = _recorded(model, steps, whole, reasons)  # it makes some of its tensors when it first runs
     return Trace(model, tape, layouts, reasons, whole)
+
+
+def find_yardsticks(
+    model: nn.Module, step: Step, outside: Mapping[str, str], trained: Collection[str]
+) -> dict[str, str]:
+    """Frozen networks of losses, and teachers -> why they are left alone, like what is outside of the model.
+
+    Args:
+        model: The model.
+        step: Runs what validation runs; only where something is frozen.
+        outside: Modules that are left alone with all that is in them -> why.
+        trained: Names of the parameters that are trained.
+    """
+    if not any(not any(is_inside(name, other) for other in outside) for name in frozen_networks(model, trained)):
+        return {}
+    found = yardsticks_in(model, trace_model(model, [step], outside).tape, trained)
+    return {name: reason for name, reason in found.items() if name not in outside}
 
 
 def _recorded(model: nn.Module, steps: Sequence[Step], whole: Mapping[str, Layout], reasons: Mapping[str, str]) -> Tape:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn.parameter import is_lazy
 
 from lightning_softprune.graph import record_usage
-from lightning_softprune.round.preparing import PruningProblem, prepare_problem, sketch_problem
+from lightning_softprune.round.preparing import PruningProblem, leave_yardsticks_alone, prepare_problem, sketch_problem
 from lightning_softprune.round.settings import Goal, RoundSettings
 from lightning_softprune.search import Objective, SearchSpace, mode_of
 from lightning_softprune.surgery import Transaction
@@ -216,6 +216,7 @@ class _Look:
         """Raises what is wrong, and notes what may be."""
         goal, last = self.goals[0], self.goals[-1]
         settings = goal.asked(self.settings)
+        leave_yardsticks_alone(runner, settings)
         with record_usage(self.module, runner.left_alone) as judged:
             metrics = runner.metrics()
         missing = settings.objective.unlogged(metrics)

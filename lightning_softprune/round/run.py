@@ -31,7 +31,7 @@ from lightning_softprune.round.feasibility import check_prunable, objective_of
 from lightning_softprune.round.holders import all_optimizers
 from lightning_softprune.round.journal import BASELINE, Journal, open_journal
 from lightning_softprune.round.latency import Stopwatch
-from lightning_softprune.round.preparing import prepare_problem
+from lightning_softprune.round.preparing import leave_yardsticks_alone, prepare_problem
 from lightning_softprune.round.racing import choose_part, race
 from lightning_softprune.round.rehearsal import Rehearsed, rehearse_plan
 from lightning_softprune.round.searching import search, try_one_plan
@@ -79,6 +79,7 @@ def run_round(trainer: pl.Trainer, module: pl.LightningModule, settings: RoundSe
         _runner(trainer, module, settings, seed) as runner,
         _journal(runner, settings, goal) as journal,
     ):
+        leave_yardsticks_alone(runner, settings)
         with record_usage(module, runner.left_alone) as judged, phases("baseline"):
             journal.confirm(BASELINE, runner.metrics)
             before, baseline_seconds = journal.scored(BASELINE, runner.metrics)

@@ -71,6 +71,9 @@ class ModuleRunner:
         only_batch: A training batch as `training_step` is about to get it: then this one alone, and the first of each
             validation loader, are looked at, no training loader is read, and every process is on its own.
 
+    Attributes:
+        left_alone: Modules that are no part of the network, neither pruned nor counted, with the reason: metrics.
+
     Raises:
         MisconfigurationException: On entering, see `ValidationScorer`.
     """
@@ -86,6 +89,7 @@ class ModuleRunner:
         only_batch: LoadedBatch | None = None,
     ) -> None:
         self.trainer, self.module, self.seed = trainer, module, seed
+        self.left_alone = metrics_in(module)
         self._read_at_once = calibration_batches
         self._first_batches: FirstBatches | None = None
         self._traced: StepsOfAllKinds | None = None
@@ -354,11 +358,6 @@ class ModuleRunner:
     def trains_by_itself(self) -> bool:
         """Whether `training_step` can be run alone: it is there, and optimization is automatic."""
         return self.module.automatic_optimization and is_overridden("training_step", self.module)
-
-    @property
-    def left_alone(self) -> dict[str, str]:
-        """Modules that are no part of the network, with the reason: metrics are neither pruned nor counted."""
-        return metrics_in(self.module)
 
     def tracing(self, samples: int | None = None) -> Steps:
         """The steps that tracing runs: what validation runs, and what training runs where optimization is automatic.

@@ -97,6 +97,112 @@ def test_only_what_validation_judges_is_pruned_and_counted(tmp_path, kind, part)
     assert all("validation does not use" in reason or "a metric" in reason or "output" in reason for reason in reasons)
 
 
+class Measured(AutoEncoder):
+    """A frozen network beside the trained one, which validation runs as well; what they do with each other is a method.
+
+    The metric that is monitored does not depend on it.
+    """
+
+    def __init__(self, by, inputs=FEATURES, outputs=FEATURES):
+        super().__init__()
+        self.by, self.beside = by, mlp(inputs, 40, 20, outputs).requires_grad_(False)
+
+    def loss(self, batch):
+        return getattr(self, self.by)(batch[0], self(batch[0]))
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("val_whole", self.loss(batch))
+
+    def perceptual(self, x, out):
+        return F.l1_loss(self.beside(out), self.beside(x)) + 0.1 * F.mse_loss(out, x)
+
+    def perceptual_of_features(self, x, out):
+        first = self.beside[:2]
+        return sum((a - b).square().mean() for a, b in zip(map(first, (out, out)), map(first, (x, x)), strict=True))
+
+    def regression(self, x, out):
+        return F.mse_loss(out, self.beside(x))
+
+    def distillation(self, x, out):
+        return F.kl_div(out.log_softmax(-1), self.beside(x).softmax(-1), reduction="batchmean")
+
+    def cosine(self, x, out):
+        return 1 - F.cosine_similarity(out, self.beside(x)).mean()
+
+    def branch(self, x, out):
+        return F.mse_loss(out + self.beside(x), x)
+
+    def input_stage(self, x, out):
+        return F.mse_loss(self(self.beside(x)), x) + 0 * out.sum()
+
+    def output_stage(self, x, out):
+        return F.mse_loss(self.beside(out), x)
+
+
+class Unheld(Measured):
+    """It is not told to be frozen, but no optimizer holds it."""
+
+    def __init__(self, by):
+        super().__init__(by)
+        self.beside.requires_grad_()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], 1e-3)
+
+
+MEASURING = ["perceptual", "perceptual_of_features", "regression", "distillation", "cosine"]
+
+
+@pytest.mark.parametrize(("kind", "by"), [*((Measured, by) for by in MEASURING), (Unheld, "perceptual")])
+def test_a_frozen_network_that_only_measures_is_neither_pruned_nor_counted_where_validation_runs_it(tmp_path, kind, by):
+    module, callback = made(kind, by=by), softpruning(target_sparsity=0.5)
+    judged, whole = count(module.encoder) + count(module.decoder), widths(module.beside)
+    fit(tmp_path, module, callback)
+    (result,) = callback.results
+    assert widths(module.beside) == whole
+    assert result.costs_before.params == judged
+    assert abs(result.sparsity - 0.5) <= 0.03
+    kind = "a loss network" if by.startswith("perceptual") else "a teacher"
+    reasons = {left.reason.partition(":")[0] for left in result.left_out if left.name.startswith("beside")}
+    assert f"it is inside of beside, {kind}" in reasons
+    batch = next(iter(loaders(module)["val_dataloaders"]))
+    found = [group for group in find_groups(made(Measured, by=by), batch) if group.name.startswith("beside")]
+    assert found
+    assert not any(group.prunable for group in found)
+
+
+@pytest.mark.parametrize("by", ["branch", "input_stage", "output_stage"])
+def test_a_frozen_part_of_the_network_is_pruned(by):
+    batch = next(iter(loaders(made())["val_dataloaders"]))
+    groups = {group.name: group for group in find_groups(made(Measured, by=by), batch)}
+    assert groups["beside.0"].prunable
+    assert groups["beside.2"].prunable
+
+
+def test_what_the_user_has_a_word_for_is_what_it_says(tmp_path):
+    """A target network is a twin; what is to be ignored counts."""
+
+    def target(module):
+        module.beside = mlp(FEATURES, 16, 8).requires_grad_(False)  # of the encoder's shape
+        module.regression = lambda x, out: F.mse_loss(module.encoder(x), module.beside(x))
+        return module
+
+    module, callback = target(made(Measured, by="regression")), softpruning(twins={"beside": "encoder"})
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert widths(module.beside) == widths(module.encoder)
+    assert module.beside[0].out_features < 16
+    module, callback = made(Measured, by="regression"), softpruning(ignore=["beside"], target_sparsity=0.1)
+    parameters = count(module)
+    fit(tmp_path, module, callback)
+    assert callback.results[0].costs_before.params == parameters
+    assert widths(module.beside) == [40, 20, FEATURES]
+
+
 def test_the_readers_that_only_training_runs_follow_and_do_not_count(tmp_path):
     module, callback = made(WithProjection), softpruning(target_sparsity=0.5, bounds={"encoder.2": [0.5, 0.5]})
     fit(tmp_path, module, callback)

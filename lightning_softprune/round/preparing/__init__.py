@@ -2,6 +2,13 @@
 
 from lightning_softprune.round.preparing.prepare import prepare_problem, sketch_problem
 from lightning_softprune.round.preparing.problem import PruningProblem
-from lightning_softprune.round.preparing.tracing import StepsToTrace, prepare_groups
+from lightning_softprune.round.preparing.tracing import StepsToTrace, leave_yardsticks_alone, prepare_groups
 
-__all__ = ["PruningProblem", "StepsToTrace", "prepare_groups", "prepare_problem", "sketch_problem"]
+__all__ = [
+    "PruningProblem",
+    "StepsToTrace",
+    "leave_yardsticks_alone",
+    "prepare_groups",
+    "prepare_problem",
+    "sketch_problem",
+]

@@ -12,10 +12,12 @@ from torch import nn
 
 from lightning_softprune.graph import (
     Applications,
+    Component,
     Grouping,
     Place,
     PruningGroup,
     assign_components,
+    find_yardsticks,
     groups_of,
     mirror_counts,
     mirror_twins,
@@ -96,6 +98,20 @@ def prepare_groups(
             return with_outputs_of(how.predicting, "predict_step", best_reading(read), trace)
         finally:
             forget_weights()
+
+
+def leave_yardsticks_alone(runner: ModuleRunner, settings: RoundSettings) -> None:
+    """Find the frozen networks that validation only measures by: they are no part of the network, as metrics are not.
+
+    What the user has a word for, in `twins` or `ignore`, is what that says.
+    """
+    named = Component("named", (*(settings.twins or {}), *settings.ignore))
+    held = {id(one) for each in runner.trainer.optimizers for group in each.param_groups for one in group["params"]}
+    parameters = runner.module.named_parameters(remove_duplicate=False)
+    trained = {name for name, one in parameters if one.requires_grad and (not held or id(one) in held)}
+    found = find_yardsticks(runner.module, runner.validation_step(), runner.left_alone, trained)
+    found = {name: reason for name, reason in found.items() if not named.contains(name)}
+    runner.left_alone.update(runner.broadcast(found))
 
 
 Traced = tuple[Sequence[PruningGroup], Mapping[str, Applications]]
