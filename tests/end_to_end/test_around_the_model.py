@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -385,6 +386,8 @@ class Shadow(Callback):
             self.shadow = OrderedDict((n, t.clone()) for n, t in source.state_dict().items())
         elif self.form == "list":
             self.shadow = [p.detach().clone() for p in source.parameters()]
+        elif self.form == "parameters":
+            self.shadow = nn.ParameterList([nn.Parameter(p.detach().clone(), False) for p in source.parameters()])
         elif self.form == "averaged":
             self.shadow = AveragedModel(source)
         elif self.form == "wrapped":
@@ -412,7 +415,7 @@ class Shadow(Callback):
             assert [id(p) for p, _ in self.shadow] == [*map(id, source.parameters())]
             return [(average, p) for p, average in self.shadow]
         theirs = self.shadow["average"] if self.form == "wrapped" else self.shadow
-        theirs = self.shadow if self.form == "list" else theirs.parameters()
+        theirs = self.shadow if self.form in ("list", "parameters") else theirs.parameters()
         return list(zip(theirs, source.parameters(), strict=True))
 
     @torch.no_grad()
@@ -421,7 +424,7 @@ class Shadow(Callback):
             average.lerp_(tensor, 0.3)
 
 
-FORMS = ["dict", "state", "list", "module", "averaged", "wrapped", "by parameter", "by identity", "pairs"]
+FORMS = ["dict", "state", "list", "parameters", "module", "averaged", "wrapped", "by parameter", "by identity", "pairs"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -450,6 +453,36 @@ def test_an_average_of_the_users_own_follows(tmp_path, form, part, bias):
     for name, before, after in zip(oracle["names"], oracle["before"], oracle["after"], strict=True):
         assert torch.equal(oracle["surgery"].slice(f"{part}.{name}", before), after)
         assert after.shape == named(module)[f"{part}.{name}"].shape
+
+
+class Flat(Callback):
+    """All parameters, or those that are trained, in one vector; and one that only looks like it."""
+
+    def on_train_start(self, trainer, pl_module):
+        pl_module.encoder[0].requires_grad_(False)
+        self.all = parameters_to_vector(pl_module.parameters()).detach().clone()
+        self.trained = parameters_to_vector(p for p in pl_module.parameters() if p.requires_grad).detach().clone()
+        self.other = torch.arange(len(self.all) + 1)
+
+
+class Told(Callback):
+    def on_softprune(self, surgery):
+        self.surgery = surgery
+
+
+def test_a_vector_of_all_parameters_follows(tmp_path):
+    module, flat, told = made(), Flat(), Told()
+    fit(tmp_path, module, softpruning(compensation="none"), flat, told, max_epochs=3)
+    dense = made()
+    for after, trained in ((flat.all, False), (flat.trained, True)):
+        names = [n for n, p in module.named_parameters() if p.requires_grad or not trained]
+        now = [named(module)[name] for name in names]
+        assert len(after) == sum(parameter.numel() for parameter in now)
+        parts = after.split([parameter.numel() for parameter in now])
+        values = {name: part.reshape(p.shape) for name, p, part in zip(names, now, parts, strict=True)}
+        for name, value in values.items():  # as they were before the first step
+            assert torch.equal(value, told.surgery.slice(name, named(dense)[name].detach()))
+    assert len(flat.other) == count(dense) + 1
 
 
 class Averages(Callback):

@@ -5,11 +5,11 @@ Here everything else follows that can be found from the *holders*: the modules o
 run's other callbacks.
 
 - A *reference* is a parameter itself, in whatever container: the new parameter takes its place.
-- A *companion* has one tensor per parameter: a dictionary by parameters' names (a shadow of the weights), a list in
-  their order, a module with the same parameters. Its tensors are sliced as the parameters were. It is an attribute of
-  its holder, or one of several alike in a container: deeper down, and among other things, lie records of how the model
-  was, which nobody goes on with. A tensor of a parameter's shape that lies beside it, in a pair or in a dictionary that
-  has the parameter as a key, is its companion wherever it lies.
+- A *companion* has one tensor per parameter, or one for all: a dictionary by parameters' names (a shadow of the
+  weights), a list in their order, a vector, a module with the same parameters. It is sliced as the parameters were. It
+  is an attribute of its holder, or one of several alike in a container: deeper down, and among other things, lie
+  records of how the model was, which nobody goes on with. A tensor of a parameter's shape that lies beside it, in a
+  pair or in a dictionary that has the parameter as a key, is its companion wherever it lies.
 
 What has the shape of a sliced parameter and is neither is named in a warning: its owner has to see to it, which is what
 `on_softprune(surgery)` is for.
@@ -30,12 +30,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_softprune.graph import Layout, Shape, computed_of, layer_type, layout_of, refresh, set_sizes
 from lightning_softprune.surgery.apply import Surgery, slice_tensor
+from lightning_softprune.surgery.following.companions import Companions
 from lightning_softprune.surgery.following.hooked import HeldByHooks, held_by_hooks, nodes_to_replace
 from lightning_softprune.surgery.following.judgement import Judgement
 from lightning_softprune.surgery.following.mirrors import Mirrors
 from lightning_softprune.surgery.following.places import hidden_places, is_foreign
-from lightning_softprune.surgery.following.weakly import in_place_of, of_weak_container, pointed_to
-from lightning_softprune.utilities.names import is_inside, joined
+from lightning_softprune.surgery.following.weakly import in_place_of, of_weak_container
+from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.ownership import packages_of
 from lightning_softprune.utilities.snapshot import ATOMS
 
@@ -62,13 +63,9 @@ class References:
         self._mirrors = Mirrors(model, surgery, shapes)
         self.judged: Mapping[int, Judgement] = {}  # by identity of the module
         self.doubtful: list[str] = []
-        self._old = {id(old): (old, by_dim) for old, _, by_dim in surgery.parameters}
         self._packages = packages_of(type(model))
         self.left: list[str] = []
-        created = {name for name, *_ in surgery.created}
-        self._names = [name for name, _ in model.named_parameters() if name not in created and name in shapes]
-        self._bias_of = {id(weight): bias for _, weight, bias in surgery.created}
-        self._created = {f"{name.removesuffix('bias')}weight": (name, bias) for name, _, bias in surgery.created}
+        self._slices = Companions(model, surgery, shapes)
         self._sliced = {tuple(shapes[name]) for name, by_dim in surgery.kept.items() if by_dim and name in shapes}
         self._undo: list[Callable[[], None]] = []
         self._unsettled: list[tuple[HeldByHooks, Any]] = []  # kept by hooks of those who are told of the surgery
@@ -133,7 +130,7 @@ class References:
         carried = {id(item): item for item in items if isinstance(item, nn.Parameter) and id(item) in self.new}
         owner = next(iter(carried.values())) if len(carried) == 1 else None
         after = [
-            self._followed(place, item, depth - 1) if (beside := self._beside_owner(owner, item)) is None else beside
+            self._followed(place, item, depth - 1) if (beside := self._beside(owner, item)) is None else beside
             for place, item in zip(places, items, strict=True)
         ]
         self._companions, self._level = outside
@@ -177,6 +174,9 @@ class References:
         if (after := in_place_of(value, self.new)) is not value:
             return after
         if isinstance(value, torch.Tensor):
+            flat = self._slices.flat(value) if self._companions else None
+            if flat is not None:
+                return flat.requires_grad_(value.requires_grad and value.is_leaf)
             strange = tuple(value.shape) in self._sliced and not isinstance(value, nn.Parameter)
             if strange and value.ndim and self._companions:
                 self.left.append(place)
@@ -213,7 +213,7 @@ class References:
         return value
 
     def _immutable(self, place: str, value: Any, depth: int) -> Any:
-        companion = self._in_order(list(value)) if isinstance(value, tuple) else None
+        companion = self._in_order(value) if isinstance(value, tuple) else None
         after = companion or self._items([f"{place}[{n}]" for n in range(len(value))], list(value), depth)
         if len(after) == len(value) and all(a is b for a, b in zip(after, value, strict=True)):
             return value
@@ -227,8 +227,11 @@ class References:
 
     def _mapping(self, place: str, value: dict[Any, Any], depth: int) -> None:
         before = dict(value)
-        prefix = self._prefix({key: item for key, item in value.items() if isinstance(item, torch.Tensor)})
-        keyed = {key: mine for key, item in before.items() if (mine := self._keyed(key, item)) is not None}
+        tensors = {key: item for key, item in value.items() if isinstance(item, torch.Tensor)}
+        prefix = self._slices.prefix(tensors) if self._companions else None
+        keyed = {}
+        if self._asked:
+            keyed = {key: mine for key, item in before.items() if (mine := self._slices.under(key, item)) is not None}
         held = {
             key: item
             for key, item in before.items()
@@ -245,94 +248,27 @@ class References:
                 continue
             if key in keyed:
                 after[new] = keyed[key]
-                created = self._bias_of.get(id(new) if isinstance(new, nn.Parameter) else new)
-                if created is not None:
-                    after[created if isinstance(new, nn.Parameter) else id(created)] = self._of_new_bias(created, item)
-                continue
-            name = f"{prefix}{key}"
-            after[key] = self._sliced_as(name, item)
-            if name in self._created:
-                bias, tensor = self._created[name]
-                after[bias.removeprefix(prefix or "")] = self._of_new_bias(tensor, item)
+                created = self._slices.new_bias_under(new, item)
+            else:
+                name = f"{prefix}{key}"
+                after[key] = self._slices.of(name, item)
+                created = self._slices.with_new_bias(name, item)
+                created = created and (created[0].removeprefix(prefix or ""), created[1])
+            if created is not None:
+                after[created[0]] = created[1]
         if [*map(id, after)] != [*map(id, before)] or any(after[key] is not before[key] for key in before):
             self._refill(value, value.update, before, after)
-
-    # ----------------------------------------------------------------------------------------------------- companions
-
-    def _sliced_as(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        by_dim = self.surgery.kept.get(name) or {}
-        if not by_dim:
-            return tensor
-        return slice_tensor(tensor, by_dim).requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-    def _beside_owner(self, owner: nn.Parameter | None, tensor: object) -> torch.Tensor | None:
-        """What takes the place of the companion of one parameter; `None` if it is none."""
-        if owner is None or not self._asked or type(tensor) is not torch.Tensor or tensor.shape != owner.shape:
-            return None
-        return slice_tensor(tensor, self._old[id(owner)][1]).requires_grad_(tensor.requires_grad and tensor.is_leaf)
-
-    def _keyed(self, key: object, item: object) -> torch.Tensor | None:
-        """The same, of what lies under a parameter, or under its identity, in a dictionary."""
-        number = id(pointed_to(key)) if isinstance(pointed_to(key), nn.Parameter) else key
-        known = self._old.get(number) if type(number) is int else None
-        return None if known is None else self._beside_owner(known[0], item)
 
     def _key(self, key: Any) -> Any:
         return id(self.new[key]) if type(key) is int and key in self.new else in_place_of(key, self.new)
 
-    def _of_new_bias(self, bias: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-        """What a bias that compensation has created has in a list or dictionary beside `tensor`."""
-        return bias.detach().clone().to(tensor.device, tensor.dtype)
+    # ----------------------------------------------------------------------------------------------------- companions
 
-    def _prefix(self, tensors: Mapping[Any, torch.Tensor]) -> str | None:
-        """The module whose parameters' names a dictionary has as keys, with a dot behind; `None` if there is none.
+    def _beside(self, owner: nn.Parameter | None, tensor: object) -> torch.Tensor | None:
+        return self._slices.beside(owner, tensor) if self._asked else None
 
-        Nor is there one where several modules have these and lose different channels.
-        """
-        if not self._companions or not tensors or not all(isinstance(key, str) for key in tensors):
-            return None
-        found = []
-        for path, _ in self.model.named_modules():
-            prefix = f"{path}." if path else ""
-            if all(self.shapes.get(f"{prefix}{key}") == tuple(item.shape) for key, item in tensors.items()):
-                found.append(prefix)
-        alike = self._are_cut_alike([[f"{prefix}{key}" for key in tensors] for prefix in found])
-        return found[0] if found and alike else None
-
-    def _are_cut_alike(self, candidates: Sequence[Sequence[str]]) -> bool:
-        """Whether lists of parameters' names have lost the same, one by one."""
-        if len(candidates) < 2:
-            return True
-
-        def cut(name: str) -> object:
-            by_dim = self.surgery.kept.get(name) or {}
-            return name in self._created, {dim: kept.tolist() for dim, kept in by_dim.items()}
-
-        first = [cut(name) for name in candidates[0]]
-        return all([cut(name) for name in names] == first for names in candidates[1:])
-
-    def _in_order(self, items: list[Any]) -> list[Any] | None:
-        """The list for the pruned model, if this one has one tensor for each parameter; `None` if it has not."""
-        if not self._companions or not 0 < len(items) <= len(self._names):
-            return None
-        if not all(type(item) is torch.Tensor for item in items):
-            return None
-        parameters = dict(self.model.named_parameters())
-        trained = [name for name in self._names if parameters[name].requires_grad]
-        shapes, found = [tuple(item.shape) for item in items], []
-        for path, _ in self.model.named_modules():
-            for names in (self._names, trained):
-                own = [name for name in names if not path or is_inside(name, path)]
-                if [self.shapes[name] for name in own] == shapes:
-                    found.append(own)
-        if not found or not self._are_cut_alike(found):
-            return None
-        after = []
-        for name, item in zip(found[0], items, strict=True):
-            after.append(self._sliced_as(name, item))
-            if name in self._created:
-                after.append(self._of_new_bias(self._created[name][1], item))
-        return after
+    def _in_order(self, items: Sequence[Any]) -> list[Any] | None:
+        return self._slices.in_order(items) if self._companions else None
 
     def _module(self, place: str, module: nn.Module, depth: int, *, is_copy: bool = True) -> None:
         """A module outside of the model: copies of parts of it follow; in any other, parameters of ours may be.
@@ -350,11 +286,19 @@ class References:
         inner: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         strange = not inner or any(id(parameter) in self.new for parameter in module.parameters())
         layers = sum(bool(part._parameters) for part in module.modules())
-        prefix = self._prefix(inner) if not strange and (is_copy or layers > 1) else None
+        is_copy = self._companions and not strange and (is_copy or layers > 1)
+        prefix = self._slices.prefix(inner) if is_copy else None
         if prefix is not None:
             if judgement is Judgement.IN_DOUBT:
                 self.doubtful.append(place)
             self._copy(module, prefix)
+            return
+        listed = list(module) if isinstance(module, nn.ParameterList) and not strange else []
+        companion = self._in_order([one.detach() for one in listed]) if listed else None
+        if companion is not None:
+            after = {str(n): nn.Parameter(one, listed[0].requires_grad) for n, one in enumerate(companion)}
+            self._refill(module._parameters, module._parameters.update, dict(module._parameters), after)
+            self._set(vars(module), "_size", len(after))
             return
         for key, parameter in module._parameters.items():
             if id(parameter) in self.new:
@@ -387,13 +331,13 @@ class References:
                         held[key] = self.surgery.recounted(name, tensor)
                     if not isinstance(tensor, torch.Tensor):
                         continue
-                    sliced = self._sliced_as(name, tensor)
+                    sliced = self._slices.of(name, tensor)
                     if sliced is not tensor and isinstance(tensor, nn.Parameter):
                         sliced = nn.Parameter(sliced.detach(), requires_grad=tensor.requires_grad)
                     held[key] = sliced
-                    if name in self._created:
-                        bias = self._of_new_bias(self._created[name][1], tensor)
-                        module._parameters["bias"] = nn.Parameter(bias, requires_grad=tensor.requires_grad)
+                    created = self._slices.with_new_bias(name, tensor)
+                    if created is not None:
+                        module._parameters["bias"] = nn.Parameter(created[1], requires_grad=tensor.requires_grad)
             refresh(module)
         names = {id(module): f"{prefix}{path}".rstrip(".") for path, module in copy.named_modules()}
         for module, found, weight in computed:
