@@ -58,6 +58,18 @@ def as_scores(m, x):
     return (m.net(x) @ m.frozen(x).t()).logsumexp(-1).mean()
 
 
+def in_one_batch(m, x):
+    return F.mse_loss(*m.frozen(torch.cat([m.net(x), x])).chunk(2))
+
+
+def side_by_side(m, x):
+    return m.frozen(torch.cat([m.net(x)[:, :3], x[:, :3]], 1)).mean()
+
+
+def behind_prompts(m, x):
+    return m.frozen(torch.cat([m.prompts, x])).mean() + m.net(x).mean()
+
+
 LOSS, TEACHER = "a loss network: frozen, and given targets", "a teacher: frozen, and compared"
 
 
@@ -68,6 +80,9 @@ LOSS, TEACHER = "a loss network: frozen, and given targets", "a teacher: frozen,
         (lambda m, x: between(m, x, m.frozen[0]), LOSS),
         (lambda m, x: between(m, x, lambda y: F.linear(y, m.frozen[0].weight)), None),  # whoever reads that
         (lambda m, x: between(m, x, m.functional), LOSS),
+        (in_one_batch, LOSS),
+        (side_by_side, None),
+        (behind_prompts, None),
         (weighed_by_a_learned_number, LOSS),
         (lambda m, x: F.mse_loss(m.net(x), m.frozen(x)), TEACHER),
         (lambda m, x: F.smooth_l1_loss(m.net(x), m.frozen(x)), TEACHER),

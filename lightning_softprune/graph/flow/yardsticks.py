@@ -4,8 +4,8 @@ Validation may run them, and they are no part of the network all the same: to pr
 plans are judged, and serves nobody. A tape tells them from frozen parts of the network, behind which something trained
 comes, or which nothing but trained layers feed:
 
-- A *loss network* (of a perceptual loss) is given what trained layers have made, and in another call, through the same
-  layers, what none has: the targets.
+- A *loss network* (of a perceptual loss) is given what trained layers have made and, through the same layers, in
+  another call or further down the batch, what none has: the targets.
 - A *teacher* is given nothing that trained layers have made, and what it gives is compared with what they give.
 """
 
@@ -91,6 +91,7 @@ class _Reading:
         self._parameters = {number: name for number, name in tape.sources.items() if name in parameters}
         self._bare = set(self._parameters)  # parameters, and what is made of nothing but these
         self._hanging = {number for number, name in self._parameters.items() if name in trained}
+        self._mixed: set[int] = set()  # batches of which a part hangs on what is trained
         self._of: dict[int, frozenset[str]] = {}  # the networks that a value has come through
         self._within: dict[str, str | None] = {}
         for operation in tape.operations:
@@ -107,8 +108,10 @@ class _Reading:
         network = self._network_of(operation)
         through = frozenset().union(*(self._of.get(value.number, ()) for value in inputs))
         if network is not None:
+            given = {any(map(self._hangs, inputs))}
+            given |= {False} if any(value.number in self._mixed for value in inputs) else set()
             for part in self._parts_of(operation):
-                self._networks[network].calls[part].add(any(self._hangs(value) for value in inputs))
+                self._networks[network].calls[part] |= given
             through |= {network}
         else:
             for name in through:
@@ -118,6 +121,8 @@ class _Reading:
             self._hanging.update(made)
         if inputs and all(value.number in self._bare for value in inputs):
             self._bare.update(made)
+        if any(value.number in self._mixed for value in inputs) or self._mixes(operation):
+            self._mixed.update(made)
         self._of.update(dict.fromkeys(made, through))
 
     def _meet(self, network: _Network, name: str, operation: Operation, learns: bool) -> None:
@@ -131,6 +136,13 @@ class _Reading:
         others = [value for value in inputs if name not in self._of.get(value.number, ())]
         if any(map(self._hangs, others)) and not all(map(self._hangs, come)):
             network.met_by.add(operation.name)
+
+    def _mixes(self, operation: Operation) -> bool:
+        """Whether an operation puts outputs and targets into one batch; a prompt that is trained is neither."""
+        if operation.name != "cat" or operation.arguments.get("dim", 0) != 0:
+            return False
+        hanging = {self._hangs(value) for value in operation.inputs if value.number not in self._bare}
+        return len(hanging) == 2
 
     def _hangs(self, value: Value) -> bool:
         """Whether anything trained has had to do with a value."""
