@@ -35,6 +35,7 @@ from lightning_softprune.trainer import (
     GradientsWhereNeeded,
     MisconfigurationException,
     Step,
+    StillParameters,
     as_far_as_it_runs,
     attributes_of,
     callbacks_of,
@@ -53,6 +54,7 @@ from lightning_softprune.trainer import (
 )
 from lightning_softprune.utilities.checks import check_names
 from lightning_softprune.utilities.libraries import counterpart, counterparts, library_of
+from lightning_softprune.utilities.snapshot import Snapshot
 
 
 def find_groups(
@@ -187,12 +189,19 @@ def _in_training(model: nn.Module, steps: dict[str, Step]) -> list[Step]:
 
 def _put_back(model: nn.Module, step: Step, mode: Callable[[nn.Module], object] = nn.Module.eval) -> Step:
     """The step in eval mode, or another, leaving nothing behind."""
+    still = StillParameters()
 
     def run() -> Any:
-        with Transaction(model):
-            clone_inference_tensors_and_reset_metrics(model)
-            mode(model)
-            return step()
+        memory = Snapshot()
+        memory.contents(model)
+        try:
+            memory.take_gradients()
+            with still(model):
+                clone_inference_tensors_and_reset_metrics(model)
+                mode(model)
+                return step()
+        finally:
+            memory.restore()
 
     return run
 

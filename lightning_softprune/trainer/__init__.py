@@ -16,6 +16,7 @@ from lightning_softprune.trainer.fit_loop import (
     take_epoch_back_in,
 )
 from lightning_softprune.trainer.isolation import (
+    StillParameters,
     clone_inference_tensors_and_reset_metrics,
     has_inference_tensors,
     isolated_rng,
@@ -68,6 +69,7 @@ __all__ = [
     "Part",
     "Step",
     "Steps",
+    "StillParameters",
     "UntrainedCopies",
     "as_far_as_it_runs",
     "as_if_at_epoch",

@@ -1,5 +1,6 @@
 """Say what you need: budgets, constraints, components, one-shot and dry run. Scores are checked by plain validation."""
 
+import copy
 import json
 import math
 import random
@@ -861,6 +862,34 @@ def test_wrong_arguments_say_what_is_allowed(arguments, error, parts):
     with pytest.raises(error) as raised:
         SoftPruning(**arguments)
     assert all(part in str(raised.value) for part in parts), str(raised.value)
+
+
+class Moving(AutoEncoder):
+    """Its steps move a weight, a buffer and a list, and read gradients that are pending."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen = []
+
+    def loss(self, batch):
+        with torch.no_grad():
+            self.encoder[0].weight.mul_(1.01)
+            self.steps += 1
+        self.seen.append(self.decoder[0].weight.grad is None)
+        return super().loss(batch)
+
+
+def test_find_groups_leaves_what_steps_move_as_it_was():
+    module = made(Moving)
+    module.decoder[0].weight.grad = torch.ones_like(module.decoder[0].weight)
+    before, gradient = copy.deepcopy(module.state_dict()), module.decoder[0].weight.grad
+    groups = find_groups(module, next(iter(loaders(AutoEncoder())["val_dataloaders"])))
+    assert [group.name for group in groups if group.prunable] == ["encoder.0", "encoder.2", "decoder.0"]
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert module.decoder[0].weight.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert module.seen == []
 
 
 def test_find_groups_lists_everything_with_reasons():
