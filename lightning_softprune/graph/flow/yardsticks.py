@@ -21,7 +21,12 @@ from torch import nn
 from lightning_softprune.graph.flow.tape import Operation, Tape, Value
 from lightning_softprune.utilities.names import is_inside, joined
 
-_COMPARING = frozenset({"sub", "rsub", "mul", "mse_loss", "smooth_l1_loss", "huber_loss", "xlogy", "_cdist_forward"})
+_COMPARING = frozenset(
+    [
+        *("sub", "rsub", "mul", "eq", "ne", "xlogy", "_cdist_forward", "mse_loss", "smooth_l1_loss", "huber_loss"),
+        *("nll_loss_forward", "nll_loss2d_forward", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
+    ]
+)
 """Operators by which losses compare two tensors; a network adds, concatenates or multiplies matrices."""
 
 
