@@ -94,7 +94,9 @@ def _needs_of(name: str, module: nn.Module) -> Iterator[_Need]:
             both = layout.slots.get("both")
             others = [size for slot, size in layout.slots.items() if slot not in ("in", "out", "both")]
             found.extend((full, size, None, False) for size in others)
-            found.append((full, layout.slots.get("in", both), layout.slots.get("out", both), _is_flat(layer)))
+            each = max((axis.each for axis in layout.axes), default=1)  # it gives so many of each channel
+            gives = None if both is None else both * each
+            found.append((full, layout.slots.get("in", both), layout.slots.get("out", gives), _is_flat(layer)))
         else:
             sizes = {size for parameter in layer.parameters(recurse=False) for size in parameter.shape}
             found.extend((full, size, None, False) for size in sorted(sizes))

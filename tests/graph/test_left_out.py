@@ -204,3 +204,23 @@ def test_an_unseen_layer_takes_and_gives_the_same_whatever_its_weight_is_compute
     body = by_name(refuse_unseen_readers(model, groups, seen))["body"]
     assert "critic.0, which no traced batch ran, may be coupled to its channels (it takes 16)" in body.reason
     assert "or name it in twins if it mirrors a module" in body.reason
+
+
+@pytest.mark.parametrize(("width", "what"), [(4, "takes 4"), (8, "gives 8"), (6, "")])
+def test_an_unseen_layer_gives_as_many_of_each_channel_as_it_has_kernels_for_it(width, what):
+    class Spare(nn.Module):
+        """A convolution that nothing runs."""
+
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Conv2d(3, width, 1), nn.Conv2d(width, 2, 1)
+            self.spare = nn.Conv2d(4, 8, 3, groups=4)
+
+        def forward(self, x):
+            return self.head(self.body(x).relu())
+
+    model = Spare()
+    seen = {name for name, _ in model.named_parameters() if not name.startswith("spare")}
+    body = by_name(refuse_unseen_readers(model, find(model, torch.randn(2, 3, 5, 5)), seen))["body"]
+    assert body.prunable == (what == "")
+    assert what in body.reason
