@@ -46,10 +46,7 @@ def left_alone(
             if name in trace.reasons:
                 reason = trace.reasons[name]
             elif name not in trace.tape.ran:
-                reason = (
-                    f"{name} was run by neither validation_step nor training_step; "
-                    "if it mirrors a module, name it in twins"
-                )
+                reason = f"{name} was run by {_no_step(model)}; if it mirrors a module, name it in twins"
             elif own and all(module.get_parameter(parameter).numel() == 1 for parameter in own):
                 reason = f"{name} has no channels: its {own[0]} is a single number"
             else:
@@ -59,15 +56,22 @@ def left_alone(
         for parameter in own:
             full = joined(name, parameter)
             if full not in covered:
-                reason = reason_of(full) or _why_left(full, parameter, module, full in used)
+                reason = reason_of(full) or _why_left(full, parameter, module, "" if full in used else _no_step(model))
                 yield PruningGroup(full, "", "intra", 0, (Member(full, "dim0", np.empty(0, np.int64)),), False, reason)
 
 
-def _why_left(name: str, parameter: str, owner: nn.Module, is_used: bool) -> str:
+def _no_step(model: nn.Module) -> str:
+    """Which steps were traced, and did not run something."""
+    if getattr(model, "automatic_optimization", True):
+        return "neither validation_step nor training_step"
+    return "no validation_step, and training_step, with manual optimization, is not traced"
+
+
+def _why_left(name: str, parameter: str, owner: nn.Module, unused: str) -> str:
     if owner.get_parameter(parameter).numel() == 1:
         return f"{name} is a single number: it has no channels"
-    if not is_used:
-        return f"{name} is used by neither validation_step nor training_step"
+    if unused:
+        return f"{name} is used by {unused}"
     kind = type(owner).__name__
     return f"{name} is a parameter of {kind}, which is no layer that can be sliced; describe it with register_layer"
 

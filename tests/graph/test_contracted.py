@@ -182,3 +182,28 @@ def test_how_many_channels_are_made_of_each_is_read_by_their_numbers():
     groups = by_name(trace_groups(net, [lambda: net(torch.randn(2, 3, 5, 5))]))
     assert groups["stem"].prunable
     assert "makes 3 channels of each, by their numbers" in groups["make"].reason
+
+
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize("write", ["add_", "copy_"])
+def test_a_codebook_that_a_product_updates_is_no_output_but_goes_with_the_width(shown, write):
+    """Codes are moved to the mean of what is nearest to them, after they were read; a log may show the product."""
+
+    def quantised(net, x):
+        z = net.stem(x)
+        nearest = torch.cdist(z, net.codes).argmin(1)
+        codes = net.codes[nearest]
+        means = F.one_hot(nearest, len(net.codes)).float().t() @ z.detach()
+        if write == "add_":
+            net.codes.mul_(0.9).add_(means, alpha=0.1)
+        else:
+            net.codes.copy_(0.9 * net.codes + 0.1 * means)
+        out = net.last(z + (codes - z).detach())
+        return (out, means) if shown else out
+
+    torch.manual_seed(0)
+    net = Net(quantised, {"codes": torch.randn(9, 6)}, stem=nn.Linear(4, 6), last=nn.Linear(6, 2))
+    stem = by_name(trace_groups(net, [lambda: net(torch.randn(5, 4))]))["stem"]
+    assert stem.prunable != shown
+    if not shown:
+        assert {str(member) for member in stem.members} == {"stem (out)", "codes (dim1)", "last (in)"}

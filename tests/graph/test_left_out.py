@@ -1,5 +1,6 @@
 """What is left alone says why."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import nn
@@ -224,3 +225,26 @@ def test_an_unseen_layer_gives_as_many_of_each_channel_as_it_has_kernels_for_it(
     body = by_name(refuse_unseen_readers(model, find(model, torch.randn(2, 3, 5, 5)), seen))["body"]
     assert body.prunable == (what == "")
     assert what in body.reason
+
+
+class ByHand(pl.LightningModule):
+    """Two networks, one of which training alone runs, by steps of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.body = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3))
+        self.critic, self.scale = nn.Linear(3, 4), nn.Parameter(torch.ones(4))
+
+    def training_step(self, batch, batch_idx):
+        self.critic(self.body(batch)).mul(self.scale).mean().backward()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.body(batch).square().mean())
+
+
+def test_what_training_by_hand_alone_runs_is_said_not_to_be_traced():
+    found = by_name(find_groups(ByHand(), torch.randn(2, 5)))
+    said = "no validation_step, and training_step, with manual optimization, is not traced"
+    assert found["critic"].reason.startswith(f"critic was run by {said}")
+    assert found["scale"].reason == f"scale is used by {said}"

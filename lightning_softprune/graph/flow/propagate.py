@@ -243,9 +243,10 @@ class Flow:
 
     def run(self) -> Couplings:
         """Carry the labels through all operations; those that nothing shown depends on couple, and pin nothing."""
-        live, feeding = self._live()
+        live, feeding, storing = self._live()
         ends = Outputs(self)
-        for number, (operation, alive, feeds) in enumerate(zip(self.tape.operations, live, feeding, strict=True)):
+        for number, operation in enumerate(self.tape.operations):
+            alive, feeds, stores = live[number], feeding[number], storing[number]
             contracted = len(self.couplings.contracted)
             # of what a backward pass makes inside of torch.func nobody sees what it depends on
             self.couplings.pinning = alive or operation.layer in self.tape.apart
@@ -272,7 +273,7 @@ class Flow:
             self._write_through(operation)
             if alive:
                 ends.follow(number, operation, self.couplings.contracted[contracted:])
-            if alive and not feeds and (self._mixes(operation) or _is_product(operation)):
+            if alive and not feeds and (self._mixes(operation) or (_is_product(operation) and not stores)):
                 ends.add(number, operation, self._made_labels(operation))
         self.couplings.pinning = True
         ends.pin(live)
@@ -340,8 +341,11 @@ class Flow:
         made = [value for value in operation.outputs if value is not None and self.is_read(value)]
         return [label for value in made for label in self.labels(value)]
 
-    def _live(self) -> tuple[list[bool], list[bool]]:
-        """For each operation: whether anything shown depends on it, and whether a later layer does."""
+    def _live(self) -> tuple[list[bool], list[bool], list[bool]]:
+        """For each operation: whether anything shown depends on it, whether a later layer does, whether it is stored.
+
+        That is, nothing but tensors of the model's own do, which are written, and go with it (a codebook).
+        """
         tape = self.tape
         made = {tape.aliases[v.number] for o in tape.operations for v in o.outputs if v is not None}
         made -= {tape.aliases[number] for number in tape.sources}
@@ -350,7 +354,8 @@ class Flow:
         everything = not needed
         read: set[int] = set()
         used = set(tape.shown)
-        live, feeding = [], []
+        own, seen = {tape.aliases[number] for number in tape.sources}, set(needed)
+        live, feeding, storing = [], [], []
         for operation in reversed(tape.operations):
             outputs = {tape.aliases[value.number] for value in operation.outputs if value is not None}
             inputs = {tape.aliases[value.number] for value in operation.inputs}
@@ -363,10 +368,14 @@ class Flow:
                 used.update(value.number for value in operation.inputs)
                 if self._mixes(operation) or operation.name == "cut" or feeds:
                     read |= inputs
+            is_seen = everything or bool(outputs & (seen | outside - own)) or not outputs
+            if is_seen:
+                seen |= inputs
             live.append(alive)
             feeding.append(feeds)
+            storing.append(alive and not is_seen)
         self._needed = None if everything else needed
-        return live[::-1], feeding[::-1]
+        return live[::-1], feeding[::-1], storing[::-1]
 
     def _through_layer(self, operation: Operation) -> list[Labels]:
         name = operation.layer
