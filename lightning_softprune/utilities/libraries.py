@@ -133,7 +133,11 @@ def lazily(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         place, _, there = homes[name].partition(":")
-        value = getattr(import_module(f"{package}.{place}"), there or name)
+        try:
+            home = import_module(f"{package}.{place}")
+        except AttributeError as error:  # of a library that is broken; it would read as if there were no such name
+            raise ImportError(f"{package}.{place} cannot be imported: {error}") from error
+        value = getattr(home, there or name)
         setattr(sys.modules[package], name, value)  # from now on it is there
         return value
 

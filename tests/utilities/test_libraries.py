@@ -1,5 +1,6 @@
 """Names of one library of Lightning, and what becomes of them when the other is imported: on two small packages."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -110,3 +111,23 @@ except ModuleNotFoundError as error:
     assert error.name == "pytorch_lightning"
 assert isinstance(Below(), ours.Callback) and counterparts(callbacks.Deep) == (callbacks.Deep,)
 """)
+
+
+def test_what_keeps_a_lazy_name_from_being_imported_is_said(tmp_path, monkeypatch):
+    """A library that is broken raises an `AttributeError`, which Python would take for a name that is not there."""
+    (tmp_path / "drowsy").mkdir()
+    (tmp_path / "drowsy" / "__init__.py").write_text(
+        "from lightning_softprune.utilities.libraries import lazily\n"
+        "__getattr__ = lazily(__name__, {'bed': 'room', 'night': 'room'})\n"
+    )
+    (tmp_path / "drowsy" / "room.py").write_text("import math\nbed = math.pillow\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match=r"drowsy\.room cannot be imported: module 'math' has no attribute 'pillow'"):
+        from drowsy import bed  # noqa: F401
+    (tmp_path / "drowsy" / "room.py").write_text("bed = 1\n")
+    importlib.invalidate_caches()
+    from drowsy import bed as found
+
+    assert found == 1
+    with pytest.raises(ImportError, match="cannot import name 'night'"):
+        from drowsy import night  # noqa: F401
