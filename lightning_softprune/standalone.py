@@ -194,14 +194,10 @@ def _put_back(model: nn.Module, step: Step, mode: Callable[[nn.Module], object] 
     def run() -> Any:
         memory = Snapshot()
         memory.contents(model)
-        try:
-            memory.take_gradients()
-            with still(model):
-                clone_inference_tensors_and_reset_metrics(model)
-                mode(model)
-                return step()
-        finally:
-            memory.restore()
+        with memory.around(), still(model):
+            clone_inference_tensors_and_reset_metrics(model)
+            mode(model)
+            return step()
 
     return run
 

@@ -130,10 +130,8 @@ def find_yardsticks(
         outside: Modules that are left alone with all that is in them -> why.
         trained: Names of the parameters that are trained.
     """
-    if not any(not any(is_inside(name, other) for other in outside) for name in frozen_networks(model, trained)):
-        return {}
-    found = yardsticks_in(model, trace_model(model, [step], outside).tape, trained)
-    return {name: reason for name, reason in found.items() if name not in outside}
+    frozen = [n for n in frozen_networks(model, trained) if not any(is_inside(n, other) for other in outside)]
+    return yardsticks_in(model, trace_model(model, [step], outside).tape, frozen, trained) if frozen else {}
 
 
 def _recorded(model: nn.Module, steps: Sequence[Step], whole: Mapping[str, Layout], reasons: Mapping[str, str]) -> Tape:

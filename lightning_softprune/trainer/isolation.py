@@ -125,12 +125,8 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
     Yields:
         Nothing.
     """
-    memory = memory or remembered(trainer, pl_module)
-    try:
-        memory.take_gradients()
+    with (memory or remembered(trainer, pl_module)).around():
         yield
-    finally:
-        memory.restore()
 
 
 class StillParameters:

@@ -10,8 +10,8 @@ import operator
 import random
 from array import array
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
@@ -266,6 +266,15 @@ class Snapshot:
         for parameter, _, gradient in self._parameters:
             if gradient is not None:
                 parameter.grad = None
+
+    @contextmanager
+    def around(self) -> Iterator[None]:
+        """While this lasts, pending gradients are set aside; everything is put back at its end."""
+        try:
+            self.take_gradients()
+            yield
+        finally:
+            self.restore()
 
     def accept(self, tensor: Tensor) -> None:
         """What a tensor is now, and not what it was, is put back from now on."""

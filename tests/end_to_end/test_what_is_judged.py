@@ -183,19 +183,20 @@ def test_a_frozen_part_of_the_network_is_pruned(by):
     assert groups["beside.2"].prunable
 
 
-def test_what_the_user_has_a_word_for_is_what_it_says(tmp_path):
-    """A target network is a twin; what is to be ignored counts."""
-
-    def target(module):
-        module.beside = mlp(FEATURES, 16, 8).requires_grad_(False)  # of the encoder's shape
-        module.regression = lambda x, out: F.mse_loss(module.encoder(x), module.beside(x))
-        return module
-
-    module, callback = target(made(Measured, by="regression")), softpruning(twins={"beside": "encoder"})
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_target_network_that_is_a_twin_is_pruned_as_one(tmp_path, inside):
+    """Also inside of a frozen module of its own."""
+    module, target = made(Measured, by="regression"), mlp(FEATURES, 16, 8)  # of the encoder's shape
+    module.beside = (nn.Sequential(target) if inside else target).requires_grad_(False)
+    module.regression = lambda x, out: F.mse_loss(module.encoder(x), module.beside(x))
+    callback, parameters = softpruning(twins={"beside.0" if inside else "beside": "encoder"}), count(module)
     fit(tmp_path, module, callback)
-    assert callback.results[0].applied
-    assert widths(module.beside) == widths(module.encoder)
-    assert module.beside[0].out_features < 16
+    assert callback.results[0].costs_before.params == parameters
+    assert widths(target) == widths(module.encoder)
+    assert target[0].out_features < 16
+
+
+def test_what_is_ignored_counts(tmp_path):
     module, callback = made(Measured, by="regression"), softpruning(ignore=["beside"], target_sparsity=0.1)
     parameters = count(module)
     fit(tmp_path, module, callback)

@@ -347,14 +347,14 @@ class Flow:
         That is, nothing but tensors of the model's own do, which are written, and go with it (a codebook).
         """
         tape = self.tape
-        made = {tape.aliases[v.number] for o in tape.operations for v in o.outputs if v is not None}
-        made -= {tape.aliases[number] for number in tape.sources}
+        own = {tape.aliases[number] for number in tape.sources}
+        made = {tape.aliases[v.number] for o in tape.operations for v in o.outputs if v is not None} - own
         outside = {tape.aliases[v.number] for o in tape.operations for v in o.inputs} - made
         needed = {tape.aliases[number] for number in tape.shown}
         everything = not needed
         read: set[int] = set()
         used = set(tape.shown)
-        own, seen = {tape.aliases[number] for number in tape.sources}, set(needed)
+        seen = set(needed)
         live, feeding, storing = [], [], []
         for operation in reversed(tape.operations):
             outputs = {tape.aliases[value.number] for value in operation.outputs if value is not None}

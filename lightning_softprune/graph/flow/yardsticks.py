@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -47,16 +47,16 @@ def frozen_networks(model: nn.Module, trained: Collection[str]) -> list[str]:
     return found
 
 
-def yardsticks_in(model: nn.Module, tape: Tape, trained: Collection[str]) -> dict[str, str]:
+def yardsticks_in(model: nn.Module, tape: Tape, frozen: Sequence[str], trained: Collection[str]) -> dict[str, str]:
     """The frozen networks that only measure -> why they are left alone.
 
     Args:
         model: The model.
         tape: What validation computes.
+        frozen: Names of frozen networks.
         trained: See `frozen_networks`.
     """
-    networks = frozen_networks(model, trained)
-    return _Reading(model, tape, networks, frozenset(trained)).reasons() if networks else {}
+    return _Reading(model, tape, frozen, trained).reasons()
 
 
 @dataclass
@@ -88,11 +88,13 @@ class _Network:
 class _Reading:
     """Reads a tape once, and notes of each value what it hangs on."""
 
-    def __init__(self, model: nn.Module, tape: Tape, networks: list[str], trained: frozenset[str]) -> None:
-        self._tape, self._names = tape, networks
-        self._networks = {name: _Network() for name in networks}
-        self._learning = {name.rpartition(".")[0] for name in trained}  # modules with trained parameters of their own
-        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    def __init__(self, model: nn.Module, tape: Tape, frozen: Sequence[str], trained: Collection[str]) -> None:
+        self._tape = tape
+        self._networks = {name: _Network() for name in frozen}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        learning = {id(parameters[name]) for name in trained}
+        modules = model.named_modules()
+        self._learning = {name for name, one in modules if not learning.isdisjoint(map(id, one.parameters()))}
         self._parameters = {number: name for number, name in tape.sources.items() if name in parameters}
         self._bare = set(self._parameters)  # parameters, and what is made of nothing but these
         self._hanging = {number for number, name in self._parameters.items() if name in trained}
@@ -109,7 +111,7 @@ class _Reading:
 
     def _note(self, operation: Operation) -> None:
         inputs = operation.inputs
-        learns = any(is_inside(module, operation.layer) for module in self._learning) if operation.layer else False
+        learns = bool(operation.layer) and operation.layer in self._learning
         network = self._network_of(operation)
         through = frozenset().union(*(self._of.get(value.number, ()) for value in inputs))
         if network is not None:
@@ -156,7 +158,7 @@ class _Reading:
     def _network_of(self, operation: Operation) -> str | None:
         place = operation.layer or operation.site.module
         if place not in self._within:
-            self._within[place] = next((name for name in self._names if is_inside(place, name)), None)
+            self._within[place] = next((name for name in self._networks if is_inside(place, name)), None)
         return self._within[place]
 
     def _parts_of(self, operation: Operation) -> Iterator[str]:

@@ -31,6 +31,7 @@ from lightning_softprune.graph import (
 from lightning_softprune.round.settings import RoundSettings
 from lightning_softprune.surgery import Candidates, best_reading, forget_weights, probe_with_counts
 from lightning_softprune.trainer import ModuleRunner, Step, Steps, run_steps
+from lightning_softprune.utilities.names import is_inside
 from lightning_softprune.utilities.threads import are_tiny, one_thread
 
 PROBE_SAMPLES = 4
@@ -105,12 +106,17 @@ def leave_yardsticks_alone(runner: ModuleRunner, settings: RoundSettings) -> Non
 
     What the user has a word for, in `twins` or `ignore`, is what that says.
     """
-    named = Component("named", (*(settings.twins or {}), *settings.ignore))
+    twins = settings.twins or {}
+    named = Component("named", (*twins, *settings.ignore))
     held = {id(one) for each in runner.trainer.optimizers for group in each.param_groups for one in group["params"]}
     parameters = runner.module.named_parameters(remove_duplicate=False)
     trained = {name for name, one in parameters if one.requires_grad and (not held or id(one) in held)}
     found = find_yardsticks(runner.module, runner.validation_step(), runner.left_alone, trained)
-    found = {name: reason for name, reason in found.items() if not named.contains(name)}
+    found = {
+        name: reason
+        for name, reason in found.items()
+        if not named.contains(name) and not any(is_inside(twin, name) for twin in twins)
+    }
     runner.left_alone.update(runner.broadcast(found))
 
 

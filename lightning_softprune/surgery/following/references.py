@@ -286,8 +286,8 @@ class References:
         inner: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         strange = not inner or any(id(parameter) in self.new for parameter in module.parameters())
         layers = sum(bool(part._parameters) for part in module.modules())
-        is_copy = self._companions and not strange and (is_copy or layers > 1)
-        prefix = self._slices.prefix(inner) if is_copy else None
+        may_be = self._companions and not strange and (is_copy or layers > 1)
+        prefix = self._slices.prefix(inner) if may_be else None
         if prefix is not None:
             if judgement is Judgement.IN_DOUBT:
                 self.doubtful.append(place)
