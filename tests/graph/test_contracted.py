@@ -207,3 +207,26 @@ def test_a_codebook_that_a_product_updates_is_no_output_but_goes_with_the_width(
     assert stem.prunable != shown
     if not shown:
         assert {str(member) for member in stem.members} == {"stem (out)", "codes (dim1)", "last (in)"}
+
+
+@pytest.mark.parametrize("write", ["add_", "copy_"])
+def test_what_is_written_into_a_tensor_of_the_batch_keeps_its_width(write):
+    def remembering(net, x, memory):
+        z = net.stem(x)
+        getattr(memory, write)(z.detach())
+        return net.last(z)
+
+    net = Net(remembering, stem=nn.Linear(4, 6), last=nn.Linear(6, 2))
+    batch = torch.randn(5, 4), torch.zeros(5, 6)
+    stem = by_name(trace_groups(net, [lambda: net(*batch)]))["stem"]
+    assert not stem.prunable
+    assert "meets a tensor whose width is fixed: an input of shape (5, 6)" in stem.reason
+
+
+def test_a_product_that_nobody_sees_is_an_output_where_nothing_is_shown():
+    model, a, b = Towers(), torch.randn(4, 6), torch.randn(4, 7)
+
+    def step():
+        model.one(a).t() @ model.other(b)
+
+    assert [group.prunable for group in trace_groups(model, [step])] == [False, False]

@@ -62,6 +62,15 @@ def in_one_batch(m, x):
     return F.mse_loss(*m.frozen(torch.cat([m.net(x), x])).chunk(2))
 
 
+def in_one_batch_scaled(m, x):
+    return F.mse_loss(*m.frozen(torch.cat([m.net(x), x]) / 2).chunk(2))
+
+
+def with_a_normed_adapter_behind(m, x):
+    """The parameters of the adapter are not its own, but those of modules inside of it."""
+    return F.mse_loss(m.net(x), m.normed(m.frozen(x)))
+
+
 def side_by_side(m, x):
     return m.frozen(torch.cat([m.net(x)[:, :3], x[:, :3]], 1)).mean()
 
@@ -81,11 +90,15 @@ LOSS, TEACHER = "a loss network: frozen, and given targets", "a teacher: frozen,
         (lambda m, x: between(m, x, lambda y: F.linear(y, m.frozen[0].weight)), None),  # whoever reads that
         (lambda m, x: between(m, x, m.functional), LOSS),
         (in_one_batch, LOSS),
+        (in_one_batch_scaled, LOSS),
         (side_by_side, None),
         (behind_prompts, None),
         (weighed_by_a_learned_number, LOSS),
         (lambda m, x: F.mse_loss(m.net(x), m.frozen(x)), TEACHER),
         (lambda m, x: F.smooth_l1_loss(m.net(x), m.frozen(x)), TEACHER),
+        (lambda m, x: F.huber_loss(m.net(x), m.frozen(x)), TEACHER),
+        (lambda m, x: torch.rsub(m.net(x), m.frozen(x)).square().mean(), TEACHER),
+        (lambda m, x: (m.net(x).argmax(-1) != m.frozen(x).argmax(-1)).float().mean(), TEACHER),
         (lambda m, x: F.kl_div(m.net(x).log_softmax(-1), m.frozen(x).softmax(-1)), TEACHER),
         (lambda m, x: F.cross_entropy(m.net(x), m.frozen(x).softmax(-1)), TEACHER),
         (lambda m, x: F.cross_entropy(m.net(x), m.frozen(x).argmax(-1)), TEACHER),
@@ -98,6 +111,7 @@ LOSS, TEACHER = "a loss network: frozen, and given targets", "a teacher: frozen,
         (with_learned_weights, None),
         (with_a_learned_vector, None),
         (with_an_adapter_behind, None),
+        (with_a_normed_adapter_behind, None),
         (prototypes, None),
         (codes_and_outputs, None),
         (summed, None),
@@ -125,6 +139,7 @@ def test_what_only_measures_is_told_from_parts_of_the_network(forward, kind):
     sizes = {"vector": (6,), "number": (), "prompts": (3, 6)}
     bare = {name: nn.Parameter(torch.randn(size)) for name, size in sizes.items()}
     layers = {"net": nn.Linear(6, 6), "layer": nn.Linear(6, 6), "frozen": frozen, "functional": Functional()}
+    layers["normed"] = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6, bias=False))
     model, x = Net(forward, **layers, **bare), torch.randn(5, 6)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = find_yardsticks(model, lambda: model(x), {}, trained)

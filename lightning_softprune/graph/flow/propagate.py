@@ -347,9 +347,11 @@ class Flow:
         That is, nothing but tensors of the model's own do, which are written, and go with it (a codebook).
         """
         tape = self.tape
-        own = {tape.aliases[number] for number in tape.sources}
-        made = {tape.aliases[v.number] for o in tape.operations for v in o.outputs if v is not None} - own
-        outside = {tape.aliases[v.number] for o in tape.operations for v in o.inputs} - made
+        given = {tape.aliases[number] for number in tape.sources}
+        made: set[int] = set()
+        for operation in tape.operations:
+            given |= {tape.aliases[value.number] for value in operation.inputs} - made
+            made |= {tape.aliases[value.number] for value in operation.outputs if value is not None} - given
         needed = {tape.aliases[number] for number in tape.shown}
         everything = not needed
         read: set[int] = set()
@@ -359,7 +361,8 @@ class Flow:
         for operation in reversed(tape.operations):
             outputs = {tape.aliases[value.number] for value in operation.outputs if value is not None}
             inputs = {tape.aliases[value.number] for value in operation.inputs}
-            alive = everything or bool(outputs & needed) or bool(outputs & outside) or not outputs
+            shows = everything or not outputs
+            alive = shows or bool(outputs & (needed | given))
             if alive and not everything and operation.name in _VIEWS:  # the memory is read, but maybe not through it
                 alive = any(value.number in used for value in operation.outputs if value is not None)
             feeds = bool(outputs & read)
@@ -368,12 +371,12 @@ class Flow:
                 used.update(value.number for value in operation.inputs)
                 if self._mixes(operation) or operation.name == "cut" or feeds:
                     read |= inputs
-            is_seen = everything or bool(outputs & (seen | outside - own)) or not outputs
+            is_seen = shows or bool(outputs & seen)
             if is_seen:
                 seen |= inputs
             live.append(alive)
             feeding.append(feeds)
-            storing.append(alive and not is_seen)
+            storing.append(not is_seen)
         self._needed = None if everything else needed
         return live[::-1], feeding[::-1], storing[::-1]
 
