@@ -18,6 +18,17 @@ from support.zoo import PRUNABLE, prunable
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+class Multiplied(nn.Module):
+    """A depthwise convolution that gives two channels of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).tanh()).flatten(1)
+
+
 class MLP(nn.Module):
     def __init__(self):
         super().__init__()
@@ -75,6 +86,10 @@ def touched(kind, value):
             [value(m.b.weight)[i].sum() + value(m.c.weight)[:, i].sum() for i in range(4)],
         ]
 
+    def of_multiplied(m):
+        a, b, c = value(m.a.weight), value(m.b.weight), value(m.c.weight)
+        return [[a[i].sum() + b[2 * i : 2 * i + 2].sum() + c[:, 2 * i : 2 * i + 2].sum() for i in range(4)]]
+
     def of_convolution(m):
         a, b, c = value(m.a.weight), value(m.b.weight), value(m.c.weight)
         # channel i of the first group is input i of the first part and input i of the second
@@ -86,7 +101,7 @@ def touched(kind, value):
             second.append(b[i].sum() + b[i + 2].sum() + columns[0] + columns[1])
         return [first, second]
 
-    return of_convolution
+    return of_multiplied if kind is Multiplied else of_convolution
 
 
 def numbers(nested):
@@ -102,7 +117,7 @@ def looked_at(request, monkeypatch):
 
 @pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", [MLP, Conv])
+@pytest.mark.parametrize("kind", [MLP, Conv, Multiplied])
 def test_magnitude_is_the_squared_norm_of_all_weights_of_a_channel(kind, seed):
     model, batches, groups = make(kind, seed)
     expected = numbers(touched(kind, lambda weight: weight.detach().double() ** 2)(model))
@@ -112,7 +127,7 @@ def test_magnitude_is_the_squared_norm_of_all_weights_of_a_channel(kind, seed):
 
 @pytest.mark.usefixtures("looked_at")
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("kind", [MLP, Conv])
+@pytest.mark.parametrize("kind", [MLP, Conv, Multiplied])
 def test_taylor_is_the_squared_first_order_change_summed_over_batches(kind, seed):
     model, batches, groups = make(kind, seed)
     expected = None

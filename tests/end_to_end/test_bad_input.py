@@ -378,6 +378,26 @@ def test_a_target_out_of_reach_gives_the_nearest_sparsity(tmp_path, arguments, n
     assert abs(found - target) == pytest.approx(min(abs(s - target) for s in sparsities), abs=6e-5)
 
 
+def test_what_only_measures_is_no_part_of_what_can_be_reached(tmp_path):
+    """A frozen network of the loss, however large, is known to stay before anything is trained."""
+
+    class Measured(AutoEncoder):
+        def __init__(self):
+            super().__init__()
+            self.perceptual = nn.Sequential(nn.Linear(FEATURES, 200), nn.ReLU(), nn.Linear(200, 3))
+            self.perceptual.requires_grad_(False)
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            out, target = self.perceptual(self(batch[0])), self.perceptual(batch[0])
+            self.log("val_perceptual", nn.functional.mse_loss(out, target))
+
+    arguments = {"target_sparsity": 0.95, "tolerance": 0.001}
+    messages = [str(refused(tmp_path, made(kind), softpruning(**arguments))) for kind in (AutoEncoder, Measured)]
+    nearest = [message.split("nearest reachable sparsity is ")[1].split()[0] for message in messages]
+    assert nearest[0] == nearest[1]
+
+
 def size(hidden, latent, back):
     widths = [FEATURES, hidden, latent, back, FEATURES]
     return sum(a * b + b for a, b in itertools.pairwise(widths))

@@ -75,7 +75,7 @@ def nodes_to_replace(
 def _node_now(node: Any, new: Mapping[int, nn.Parameter]) -> Any:
     """The node at which the gradient of a parameter arrives, for the one that has taken its place; else itself."""
     parameter = new.get(id(getattr(node, "variable", None)))
-    if parameter is None or not parameter.requires_grad:
+    if parameter is None:
         return node
     with torch.enable_grad():
         made = parameter.view_as(parameter).grad_fn
