@@ -175,6 +175,20 @@ def test_a_frozen_network_that_only_measures_is_neither_pruned_nor_counted_where
     assert not any(group.prunable for group in found)
 
 
+@pytest.mark.filterwarnings("ignore:.LightningModule.configure_optimizers. returned")
+def test_without_optimizers_frozen_is_what_requires_no_gradients():
+    class Unoptimized(Measured):
+        def configure_optimizers(self):
+            return None
+
+    module = made(Unoptimized, by="perceptual")
+    judged = count(module.encoder) + count(module.decoder)
+    result = prune(module, **loaders(module), search=softpruning().search, target_sparsity=0.5, tolerance=0.1,
+                   verbose=False, report=False)  # fmt: skip
+    assert widths(module.beside) == [40, 20, FEATURES]
+    assert result.costs_before.params == judged
+
+
 @pytest.mark.parametrize("by", ["branch", "input_stage", "output_stage"])
 def test_a_frozen_part_of_the_network_is_pruned(by):
     batch = next(iter(loaders(made())["val_dataloaders"]))
