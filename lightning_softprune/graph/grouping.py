@@ -163,13 +163,14 @@ def with_outputs_of(step: Step | None, name: str, groups: Sequence[PruningGroup]
 
 
 def groups_of_one_width(
-    failing: Sequence[PruningGroup], loose: Mapping[Place, int] | None = None
+    failing: Sequence[PruningGroup], loose: Mapping[Place, int] | None = None, *, in_parts: bool = False
 ) -> list[tuple[Place, Place]]:
     """Slots of groups that do not run alone, and that have one size: each with that of the group with most members.
 
     Args:
         failing: The groups.
         loose: Slots that are in no group, and their sizes: they go along with groups of their size.
+        in_parts: Whether all parts of a group that have this size go together, as those of a fused layer's outputs.
     """
     united: list[tuple[Place, Place]] = []
     done: set[str] = set()
@@ -182,12 +183,22 @@ def groups_of_one_width(
         for other in failing:
             places = [m for m in other.members if len(m.owner) in widths and (m.owner >= 0).all()]
             if other.name != lead.name and other.name not in done and places:
-                united.append((widths[len(places[0].owner)], (places[0].module, places[0].slot)))
+                chosen = _apart(places) if in_parts else places[:1]
+                united += [(widths[len(place.owner)], (place.module, place.slot)) for place in chosen]
                 done.add(other.name)
         united += [(widths[size], place) for place, size in (loose or {}).items() if size in widths and size > 1]
         loose = {place: size for place, size in (loose or {}).items() if size not in widths}
         done.add(lead.name)
     return united
+
+
+def _apart(members: Sequence[Member]) -> list[Member]:
+    """Members of a group, one for each part of its channels."""
+    found: list[Member] = []
+    for member in members:
+        if not any(np.isin(member.owner, other.owner).any() for other in found):
+            found.append(member)
+    return found
 
 
 def _roots(trace: Trace, table: _Table, twins: Collection[str]) -> Iterator[tuple[str, str, str]]:

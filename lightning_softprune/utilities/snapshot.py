@@ -77,6 +77,7 @@ class Snapshot:
         self._seen: dict[int, object] = {}  # holds on to the objects, so that no id is used twice
         self._undo: list[Callable[[], None]] = []
         self._dicts: list[tuple[dict[Any, Any], dict[Any, Any]]] = []
+        self._empty: list[dict[Any, Any]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._tensors: list[tuple[Tensor, torch.Size, Tensor]] = []
         self._classes: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -113,9 +114,13 @@ class Snapshot:
                         continue
                     if queue is not objects and (kind is dict or kind is OrderedDict):  # by far the most: modules' own
                         self._seen[id(value)] = value
-                        items = dict(value) if value else {}
+                        items = dict(value)
                         self._dicts.append((value, items))
-                        queue.extend([item for item in items.values() if type(item) not in _CONSTANTS])
+                        for item in items.values():
+                            if (type(item) is OrderedDict or type(item) is dict) and not item:  # no hooks
+                                self._empty.append(item)
+                            elif type(item) not in _CONSTANTS:
+                                queue.append(item)
                         continue
                     if issubclass(kind, _KNOWN):
                         self._seen[id(value)] = value
@@ -292,6 +297,9 @@ class Snapshot:
         for mapping, items in self._dicts:
             if items or dict.__len__(mapping):
                 _restore_dict(mapping, items)
+        for empty in self._empty:
+            if empty:
+                empty.clear()
         for module, kind in self._classes:
             if type(module) is not kind:
                 module.__class__ = kind

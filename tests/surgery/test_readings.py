@@ -186,3 +186,24 @@ def test_what_is_coupled_is_also_read_with_the_other_dimensions_of_reshapes():
     best, asked = tried({("", False): crashed, (1, "coupled", False): ("fine", "fine")}, splits=splits)
     assert states(best) == [(True, 1), (True, 1)]
     assert asked == [("", False), (1, "", False), ("coupled", False), (1, "coupled", False)]
+
+
+class Modulation(nn.Module):
+    """A fused layer gives a query, a context and gates; the code takes the first two for as wide as what it takes."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused, self.context, self.mixed = nn.Linear(8, 17), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        width = x.shape[-1]
+        query, context, gates = self.fused(x).split((width, width, 1), -1)
+        return x + self.mixed(query * self.context(context).relu() * gates)
+
+
+def test_all_parts_of_a_fused_layer_that_the_code_takes_for_one_width_go_together():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 8), Modulation(), Modulation(), nn.Linear(8, 2)), torch.randn(5, 3)
+    groups = [group for group in find_groups(model, x) if group.prunable]
+    assert [(g.name, g.num_channels, len(g.members)) for g in groups] == [("0", 8, 14)]
+    assert_pruned_is_masked(model, x, groups, plans(groups))

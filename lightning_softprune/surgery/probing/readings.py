@@ -3,8 +3,9 @@
 These are other dimensions of a reshape, first where groups do not work, then also where those beside them do; and
 groups of one width together, which code that gives the output of one the shape of another couples without a trace
 (``y.view(x.shape)``), also with other dimensions of theirs. With these may go what takes tensors that were made to fit
-(``layer(torch.zeros(len(x), x.shape[-1]))``). Then steps of several channels are tried, which probe most often, and
-last such groups of one width as an alternative has.
+(``layer(torch.zeros(len(x), x.shape[-1]))``), and all parts of a fused layer's outputs, where the code takes each for
+as wide (``fused(x).split(2 * [x.shape[-1]], -1)``). Then steps of several channels are tried, which probe most often,
+and last such groups of one width as an alternative has.
 """
 
 from __future__ import annotations
@@ -76,10 +77,16 @@ class _Reading:
         return sum(group.crashed for group in self.groups)
 
     def couplings(self) -> list[list[tuple[Place, Place]]]:
-        """What such groups may go together with: each other, and then what is made to fit too."""
+        """What such groups may go together with: each other, then what is made to fit too, and all parts of each."""
         stuck = [group for group in self.groups if group.crashed]
-        together, along = groups_of_one_width(stuck), groups_of_one_width(stuck, self.grouping.loose)
-        return [united for united in (together, along if along != together else []) if united]
+        found: list[list[tuple[Place, Place]]] = [[]]
+        for united in (
+            groups_of_one_width(stuck),
+            groups_of_one_width(stuck, self.grouping.loose),
+            groups_of_one_width(stuck, in_parts=True),
+        ):
+            found += [united] if united not in found else []
+        return found[1:]
 
 
 def _other_dimensions(groups: Sequence[PruningGroup], grouping: Grouping, attempt: int, beside: bool) -> dict[str, int]:
