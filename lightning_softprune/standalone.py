@@ -39,12 +39,12 @@ from lightning_softprune.trainer import (
     as_far_as_it_runs,
     attributes_of,
     callbacks_of,
-    clone_inference_tensors_and_reset_metrics,
     code_in_training,
     compiler_off,
     has_inference_tensors,
     is_overridden,
     isolated_rng,
+    make_fresh,
     metrics_in,
     one_epoch_more,
     reads_its_mode,
@@ -175,7 +175,7 @@ def _no_part_of(model: nn.Module, validating: Step) -> dict[str, str]:
 
 def _run_once(model: nn.Module, steps: list[Step]) -> None:
     """Let the model make what it makes when it first runs, as it has long done in a fit (a table of positions)."""
-    clone_inference_tensors_and_reset_metrics(model)
+    make_fresh(model)
     model.eval()
     run_steps(steps)
 
@@ -195,7 +195,7 @@ def _put_back(model: nn.Module, step: Step, mode: Callable[[nn.Module], object] 
         memory = Snapshot()
         memory.contents(model)
         with memory.around(), still(model):
-            clone_inference_tensors_and_reset_metrics(model)
+            make_fresh(model)
             mode(model)
             return step()
 
@@ -316,7 +316,7 @@ def _run_round(
     """The callback's round in a fit of the trainer's; the model is as before where anything in that fit fails."""
     flags = {name: module.training for name, module in model.named_modules()}
     if has_inference_tensors(model):
-        clone_inference_tensors_and_reset_metrics(model)
+        make_fresh(model)
     try:
         # The fit validates what the round has committed, and may fail in that. Values come back to their own device.
         with isolated_rng(), one_epoch_more(trainer, callback), Transaction(model) as transaction:

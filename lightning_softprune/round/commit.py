@@ -13,6 +13,7 @@ from lightning_softprune.surgery import Judgement, References, Surgery, Transact
 from lightning_softprune.trainer import (
     ModuleRunner,
     forget_compiled,
+    forget_evaluations,
     record_new_parameters,
     users_callbacks,
     wrap_again,
@@ -58,6 +59,7 @@ def commit(
                 hook(surgery)
         _warn_of(references.left_by_listeners())
         keep_dense(module, dense, {name: before for name, (before, _) in surgery.counts.items()}, surgery.unsaved)
+        forget_evaluations(module)
         forget_compiled()
         wrap_again(trainer, module)  # last: the dense wrapper serves until nothing can fail any more
     except BaseException:

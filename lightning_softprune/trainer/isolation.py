@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import numpy as np
@@ -114,8 +115,9 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
     What that is, :func:`remembered` says. Objects stay the same objects, also when an exception passes through.
 
     Pending gradients are set aside meanwhile (inside, every `parameter.grad` starts as `None`, as in Lightning's
-    validation) and come back untouched. Parameter values (but see `StillParameters`) and the optimizers' state are not
-    looked after, so a change that should last (the final prune) belongs outside.
+    validation) and come back untouched. Parameter values (but for those that a change of mode moves, and see
+    `StillParameters`) and the optimizers' state are not looked after, so a change that should last (the final prune)
+    belongs outside.
 
     Args:
         trainer: The trainer in charge.
@@ -125,7 +127,8 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
     Yields:
         Nothing.
     """
-    with (memory or remembered(trainer, pl_module)).around():
+    memory = memory or remembered(trainer, pl_module)
+    with StillParameters(_moved_by_modes(pl_module))(pl_module), memory.around():
         yield
 
 
@@ -134,10 +137,13 @@ class StillParameters:
 
     Which these are, the first step shows that runs to its end, of which all values are compared; after it, those alone
     are copied. A parameter that only another step moves is not found.
+
+    Args:
+        moved: The names of those that are moved, where that is known.
     """
 
-    def __init__(self) -> None:
-        self._moved: set[str] | None = None
+    def __init__(self, moved: Set[str] | None = None) -> None:
+        self._moved = moved
 
     @contextmanager
     def __call__(self, module: nn.Module) -> Iterator[None]:
@@ -159,6 +165,11 @@ class StillParameters:
             raise
         moved = self._restore(before)
         self._moved = moved if self._moved is None else self._moved
+
+    @property
+    def moved(self) -> Set[str]:
+        """The names of those that are moved, as far as that is known."""
+        return self._moved or frozenset()
 
     @staticmethod
     def _restore(before: Mapping[str, tuple[nn.Parameter, Tensor]]) -> set[str]:
@@ -213,13 +224,15 @@ def attributes_replaced(owner: object, **values: object) -> Iterator[None]:
                 setattr(owner, name, value)
 
 
-def clone_inference_tensors_and_reset_metrics(module: nn.Module) -> None:
+def make_fresh(module: nn.Module) -> None:
     """Replace the module's tensors that were made in inference mode by ordinary ones.
 
     `Trainer.validate` runs in that mode. Outside of it torch neither changes such tensors in place nor lets gradients
-    pass by them. Metrics start afresh. Wrap it in `untouched`, which puts the originals back.
+    pass by them. Metrics start afresh, and what modules have made of their parameters to evaluate is forgotten. Wrap it
+    in `untouched`, which puts the originals back.
     """
     _reset_metrics(module)
+    forget_evaluations(module)
     for child in module.modules():
         for holder in (child._buffers, vars(child)):
             for name, value in holder.items():
@@ -228,10 +241,57 @@ def clone_inference_tensors_and_reset_metrics(module: nn.Module) -> None:
 
 
 def is_fresh(module: nn.Module) -> bool:
-    """Whether :func:`clone_inference_tensors_and_reset_metrics` would find nothing to do."""
+    """Whether :func:`make_fresh` would find nothing to do."""
     return not has_inference_tensors(module) and not any(
-        isinstance(child, (Metric, MetricCollection)) for child in module.modules()
+        isinstance(child, (Metric, MetricCollection)) or _has_own_modes(child) for child in module.modules()
     )
+
+
+def forget_evaluations(module: nn.Module) -> None:
+    """Let modules drop what they have made of their parameters to evaluate, as their own `train` does.
+
+    These are tables of a head's biases, or adapters that are merged into weights; Lightning sets flags, and calls it
+    once. Every module stays in the mode that it is in.
+    """
+    for child in filter(_has_own_modes, module.modules()):
+        modes = [(part, part.training) for part in child.modules()]
+        child.train()
+        for part, training in modes:
+            part.training = training
+
+
+def _has_own_modes(module: nn.Module) -> bool:
+    """Whether a module does more than set flags when it is told to train."""
+    return type(module).train is not nn.Module.train
+
+
+_moved: WeakKeyDictionary[nn.Module, Set[str]] = WeakKeyDictionary()
+
+
+def _moved_by_modes(module: nn.Module) -> Set[str]:
+    """The names of parameters whose values a change of mode moves (weights that adapters are merged into).
+
+    That is tried once for each module that has others with modes of their own, and remembered: with noise on all
+    values, since adapters that are zero move nothing yet.
+    """
+    if not any(map(_has_own_modes, module.modules())):
+        return frozenset()
+    if module not in _moved:
+        memory, found = Snapshot(opaque()), set[str]()
+        memory.contents(module)
+        with StillParameters()(module), isolated_rng(0):
+            with unwatched():
+                for parameter in module.parameters():
+                    if not is_lazy(parameter) and parameter.is_floating_point():
+                        parameter.detach().add_(torch.randn_like(parameter), alpha=0.01)
+            for then in (module.train, module.eval):  # to undo a merge and to do it again may move nothing
+                still = StillParameters()
+                with still(module), memory.around():
+                    forget_evaluations(module)
+                    then()
+                found |= still.moved
+        _moved[module] = found
+    return _moved[module]
 
 
 def has_inference_tensors(module: nn.Module) -> bool:

@@ -19,9 +19,9 @@ from torch import nn
 from lightning_softprune.trainer.batches import FirstBatches, read_training_batches
 from lightning_softprune.trainer.isolation import (
     StillParameters,
-    clone_inference_tensors_and_reset_metrics,
     is_fresh,
     isolated_rng,
+    make_fresh,
     metrics_in,
     remembered,
     untouched,
@@ -264,10 +264,10 @@ class ModuleRunner:
         def again() -> None:
             memory.restore()
             memory.take_gradients()
-            clone_inference_tensors_and_reset_metrics(self.module)
+            make_fresh(self.module)
 
         with untouched(self.trainer, self.module, memory):
-            clone_inference_tensors_and_reset_metrics(self.module)
+            make_fresh(self.module)
             yield again
 
     @property
@@ -331,7 +331,7 @@ class ModuleRunner:
         kept = still(self.module) if name == "training_step" else nullcontext()
         with kept, untouched(self.trainer, self.module, self._memory):
             if not self._is_fresh:
-                clone_inference_tensors_and_reset_metrics(self.module)
+                make_fresh(self.module)
             mode(self.module)
             batch = batch._replace(data=head_of_batch(batch.data, samples))
             before = attributes_of(self.module) if shown else {}
@@ -427,7 +427,7 @@ class ModuleRunner:
         with isolated_rng(self.seed):
             for raw in self.training_batches(1) if self.trains_by_itself else ():
                 with StillParameters()(self.module), untouched(self.trainer, self.module), torch.enable_grad():
-                    clone_inference_tensors_and_reset_metrics(self.module)
+                    make_fresh(self.module)
                     batch = transfer(self.trainer, self.module, raw, step="training_step")
                     run_step(self.trainer, self.module, "training_step", LoadedBatch(batch), autocast=True)
 

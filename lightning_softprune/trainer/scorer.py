@@ -28,8 +28,8 @@ from torchmetrics import SumMetric
 
 from lightning_softprune.trainer.isolation import (
     attributes_replaced,
-    clone_inference_tensors_and_reset_metrics,
     isolated_rng,
+    make_fresh,
     untouched,
 )
 from lightning_softprune.trainer.lightning_names import MisconfigurationException, is_overridden
@@ -331,7 +331,7 @@ class ValidationScorer:
             moved_already(trainer, module) if data.moves else nullcontext(),
             data.reading(),
         ):
-            clone_inference_tensors_and_reset_metrics(module)
+            make_fresh(module)
             loop.run()
             self.directions, self.sums = _directions(loop), _sums(loop)
             return {key: float(value) for key, value in seen.logged.items() if torch.as_tensor(value).numel() == 1}
@@ -379,7 +379,7 @@ def time_validation_step(
             return time.perf_counter() - started
 
     with untouched(trainer, pl_module), isolated_rng(0), torch.no_grad():
-        clone_inference_tensors_and_reset_metrics(pl_module)
+        make_fresh(pl_module)
         pl_module.eval()
         first = run(begin=True)
         if samples is None and first > seconds:

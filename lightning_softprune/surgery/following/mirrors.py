@@ -82,7 +82,8 @@ class Mirrors:
         return after, left
 
     def _settled(self, buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        suspect = [key for key, buffer in buffers.items() if buffer.ndim and tuple(buffer.shape) in self._sliced]
+        values = {key: one for key, one in buffers.items() if one.ndim and one.dtype is not torch.int64}  # no positions
+        suspect = [key for key, one in values.items() if tuple(one.shape) in self._sliced]
         if not suspect:
             return {}, []
         names = self._by_name(buffers)

@@ -178,7 +178,7 @@ class References:
             if flat is not None:
                 return flat.requires_grad_(value.requires_grad and value.is_leaf)
             strange = tuple(value.shape) in self._sliced and not isinstance(value, nn.Parameter)
-            if strange and value.ndim and self._companions:
+            if strange and value.ndim and value.dtype is not torch.int64 and self._companions:  # which are positions
                 self.left.append(place)
             return value
         function = isinstance(value, (FunctionType, MethodType))

@@ -311,7 +311,7 @@ def _choices(claims: Sequence[_Claim]) -> _Choices:
         depths[claim.name] = max(depths.get(claim.name, 0), depth)
         kinds[claim.name].add(claim.in_kind)
         sides[claim.name].add(claim.on_its_side)
-    names = sorted(depths, key=lambda name: (-depths[name], name))[:_MOST_NAMES]
+    names = sorted(depths, key=lambda name: (-depths[name], "[" in name, name))[:_MOST_NAMES]  # numbers in lists last
     everywhere = [chosen for size in (1, 2) for chosen in itertools.combinations(names, size)]
     everywhere += [tuple(names)] if len(names) > 2 else []
     own = [(name, f"{name}: own") for name in names if len(sides[name]) == 2]
