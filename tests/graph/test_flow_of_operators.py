@@ -915,6 +915,30 @@ def test_what_works_on_pixels_leaves_channels_free(name):
     check(net, x, {"body": 6})
 
 
+POOLED_TOKENS = {
+    "mean": lambda net, x: F.avg_pool2d(x[:, None], (2, 1), ceil_mode=True)[:, 0],
+    "max": lambda net, x: F.max_pool2d(x[:, None], (3, 1), stride=(2, 1), padding=(1, 0))[:, 0],
+    "blurred": lambda net, x: F.avg_pool2d(x[:, None], (3, 1), stride=1, padding=(1, 0))[:, 0],
+}
+ALONG_CHANNELS = {
+    "windows": lambda net, x: F.avg_pool2d(x[:, None], 2)[:, 0].repeat(1, 1, 2),
+    "steps": lambda net, x: F.max_pool2d(x[:, None], 1, stride=(1, 2))[:, 0].repeat(1, 1, 2),
+    "padding": lambda net, x: F.avg_pool2d(x[:, None], (1, 3), stride=1, padding=(0, 1))[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", POOLED_TOKENS)
+def test_pooling_beside_channels_leaves_them_free(name):
+    net, x = between(POOLED_TOKENS[name], 6, shape=(2, 4, 5))
+    check(net, x, {"body": 6})
+
+
+@pytest.mark.parametrize("name", ALONG_CHANNELS)
+def test_pooling_along_channels_is_refused(name):
+    net, x = between(ALONG_CHANNELS[name], 6, shape=(2, 4, 5))
+    check(net, x, {}, {"body": "pools or resizes along its channels"})
+
+
 PICKS = {
     "gather": lambda net, x: x.gather(-1, net.index.expand(len(x), -1)),
     "index_select": lambda net, x: x.index_select(1, net.index),

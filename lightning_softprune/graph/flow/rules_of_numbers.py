@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import BY_NUMBER, Flow, aligned, argument, dim_of, rule, said, sized
 from lightning_softprune.graph.flow.rules_of_shape import alike
@@ -188,12 +190,30 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("fractional_max_pool2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
 @rule("grid_sampler_2d", "grid_sampler_3d", "max_unpool2d")
 def _pool(flow: Flow, operation: Operation) -> list[Labels]:
-    labels = flow.labels(operation.inputs[0])
+    labels = list(flow.labels(operation.inputs[0]))
     dims = next((n for name, n in _SPATIAL.items() if name in operation.name.replace("_", "")), 2)
-    for label in labels[len(labels) - dims :]:
-        flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
-    kept = [*labels[: len(labels) - dims], *[FIXED] * dims]
-    return [list(kept) for _ in operation.outputs]
+    first = len(labels) - dims
+    for dim in range(dims):
+        if not _leaves(operation, dim, dims):
+            flow.couplings.pin(labels[first + dim], said(operation, "pools or resizes along its channels"))
+            labels[first + dim] = FIXED
+    return [list(labels) for _ in operation.outputs]
+
+
+def _leaves(operation: Operation, dim: int, dims: int) -> bool:
+    """Whether a pooling leaves one of its dimensions as it is: windows of one, next to each other."""
+    windows = operation.arguments.get("kernel_size")
+    if windows is None:
+        return False
+    sizes = _each(windows, dims)
+    strides, paddings = (operation.arguments.get(name) for name in ("stride", "padding"))
+    return (sizes[dim], _each(strides or sizes, dims)[dim], _each(paddings or 0, dims)[dim]) == (1, 1, 0)
+
+
+def _each(numbers: Any, dims: int) -> list[int]:
+    """An argument for each dimension; one number, or a list of one, is for all."""
+    found = list(numbers) if isinstance(numbers, (list, tuple)) else [numbers]
+    return found * dims if len(found) == 1 else found
 
 
 @rule("index", "_unsafe_index")
