@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -271,27 +271,41 @@ _moved: WeakKeyDictionary[nn.Module, Set[str]] = WeakKeyDictionary()
 def _moved_by_modes(module: nn.Module) -> Set[str]:
     """The names of parameters whose values a change of mode moves (weights that adapters are merged into).
 
-    That is tried once for each module that has others with modes of their own, and remembered: with noise on all
-    values, since adapters that are zero move nothing yet.
+    That is tried once for each module that has others with modes of their own, and remembered.
     """
     if not any(map(_has_own_modes, module.modules())):
         return frozenset()
     if module not in _moved:
-        memory, found = Snapshot(opaque()), set[str]()
+        memory = Snapshot(opaque())
         memory.contents(module)
-        with StillParameters()(module), isolated_rng(0):
-            with unwatched():
-                for parameter in module.parameters():
-                    if not is_lazy(parameter) and parameter.is_floating_point():
-                        parameter.detach().add_(torch.randn_like(parameter), alpha=0.01)
+        kept = {
+            name: (parameter, parameter.detach().clone())
+            for name, parameter in module.named_parameters()
+            if not is_lazy(parameter) and parameter.is_floating_point()
+        }
+        found: set[str] = set()
+        try:
             for then in (module.train, module.eval):  # to undo a merge and to do it again may move nothing
-                still = StillParameters()
-                with still(module), memory.around():
+                with memory.around():
+                    _fill((parameter, _other(value)) for parameter, value in kept.values())
                     forget_evaluations(module)
                     then()
-                found |= still.moved
+                    found |= {name for name, (now, value) in kept.items() if not torch.equal(now, _other(value))}
+        finally:
+            _fill(kept.values())
         _moved[module] = found
     return _moved[module]
+
+
+def _other(value: Tensor) -> Tensor:
+    """Other values: adapters that are zero yet move nothing."""
+    return value * 1.01 + 0.01
+
+
+def _fill(values: Iterable[tuple[nn.Parameter, Tensor]]) -> None:
+    with unwatched(), torch.no_grad():
+        for parameter, value in values:
+            parameter.copy_(value)
 
 
 def has_inference_tensors(module: nn.Module) -> bool:
