@@ -169,7 +169,7 @@ class Replay:
 def _is_known(layer: nn.Module) -> bool:
     """Whether a layer computes by PyTorch's own code, from its weights and its input alone, and changes nothing."""
     forward = getattr_static(layer, "forward", None)  # TorchScript's cannot be asked for on the class
-    own = isinstance(forward, FunctionType) and forward.__module__.startswith("torch.nn.modules.")
+    own = isinstance(forward, FunctionType) and str(forward.__module__).startswith("torch.nn.modules.")
     own = own and "forward" not in vars(layer)
     weights = [*layer._parameters.values(), *layer._buffers.values()]
     return own and not layer._modules and any(one is not None for one in weights)

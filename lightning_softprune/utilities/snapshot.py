@@ -194,8 +194,7 @@ class Snapshot:
                 self._lists.append((value, values))
                 inner = [item for item in values if type(item) not in _CONSTANTS]
         elif issubclass(kind, (tuple, frozenset)):
-            each = tuple.__iter__(value) if issubclass(kind, tuple) else frozenset.__iter__(value)
-            inner = [item for item in each if type(item) not in _CONSTANTS]
+            inner = [item for item in elements_of(value) if type(item) not in _CONSTANTS]
         elif issubclass(kind, Tensor):
             if isinstance(value, nn.Parameter):
                 self._parameters.append((value, value.requires_grad, value.grad))
@@ -324,6 +323,16 @@ class Snapshot:
 
 
 # Contents are read and written by the methods of Python's own types: users' subclasses may have changed them.
+
+
+def elements_of(value: Any) -> list[Any]:
+    """What a sequence or a set holds.
+
+    >>> elements_of((1, 2)), elements_of({3})
+    ([1, 2], [3])
+    """
+    kind = next(kind for kind in (tuple, frozenset, list, deque, set) if issubclass(type(value), kind))
+    return [*kind.__iter__(value)]
 
 
 def _copy(mapping: dict[Any, Any]) -> dict[Any, Any]:

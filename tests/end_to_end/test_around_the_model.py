@@ -1100,3 +1100,31 @@ def test_prune_measures_against_the_module_as_given(tmp_path):
     result = prune(module, **loaders(module), target_sparsity=0.3, tolerance=0.05, verbose=False, report=False,
                    search=softpruning().search)  # fmt: skip
     assert result.sparsity == pytest.approx(1 - count(module) / size, abs=1e-6)
+
+
+class Silent(tuple):
+    """A pair that does not say how long it is, as e3nn's representations of groups."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+class Unlisted(list):
+    def __iter__(self):
+        raise NotImplementedError
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+def test_containers_that_are_no_sequences_and_generated_code_are_left_alone(tmp_path):
+    module, callback = made(), softpruning(epochs=1)
+    module.kept = Silent((1, Silent((2, "x")))), Unlisted([module.encoder[0].weight])
+    made_up = {}
+    exec("def forward(self, x): return self.layer(x)", made_up)  # such a function is of no module
+    module.decoder[2] = type("Made", (nn.Module,), {"forward": made_up["forward"]})()
+    module.decoder[2].layer = nn.Linear(16, FEATURES)
+    module.decoder[2].register_buffer("scale", torch.ones(()))
+    fit(tmp_path, module, callback)
+    assert callback.results[0].applied
+    assert list.__getitem__(module.kept[1], 0) is module.encoder[0].weight

@@ -38,7 +38,7 @@ from lightning_softprune.surgery.following.places import hidden_places, is_forei
 from lightning_softprune.surgery.following.weakly import in_place_of, of_weak_container
 from lightning_softprune.utilities.names import joined
 from lightning_softprune.utilities.ownership import packages_of
-from lightning_softprune.utilities.snapshot import ATOMS
+from lightning_softprune.utilities.snapshot import ATOMS, elements_of
 
 _DEPTH, _MOST = 6, 20_000
 _REGISTRIES = frozenset({"_parameters", "_buffers", "_modules", "_trainer", "_fabric"})
@@ -199,9 +199,10 @@ class References:
         elif isinstance(value, (list, deque)):
             self._sequence(place, value, depth)
         elif isinstance(value, set):
-            members = set(self._items([place] * len(value), list(value), depth))
-            if members != value:
-                self._refill(value, value.update, set(value), members)
+            before = elements_of(value)
+            members = set(self._items([place] * len(before), before, depth))
+            if members != set(before):
+                self._refill(value, value.update, set(before), members)
         elif (content := of_weak_container(value)) is not None:
             self._followed(place, content, depth)
         elif isinstance(value, functools.partial):
@@ -213,14 +214,15 @@ class References:
         return value
 
     def _immutable(self, place: str, value: Any, depth: int) -> Any:
-        companion = self._in_order(value) if isinstance(value, tuple) else None
-        after = companion or self._items([f"{place}[{n}]" for n in range(len(value))], list(value), depth)
-        if len(after) == len(value) and all(a is b for a, b in zip(after, value, strict=True)):
+        items = elements_of(value)
+        companion = self._in_order(items) if isinstance(value, tuple) else None
+        after = companion or self._items([f"{place}[{n}]" for n in range(len(items))], items, depth)
+        if len(after) == len(items) and all(a is b for a, b in zip(after, items, strict=True)):
             return value
         return type(value)(*after) if hasattr(value, "_fields") else type(value)(after)
 
     def _sequence(self, place: str, value: Any, depth: int) -> None:
-        items = list(value)
+        items = elements_of(value)
         after = self._in_order(items) or self._items([f"{place}[{n}]" for n in range(len(items))], items, depth)
         if len(after) != len(items) or any(a is not b for a, b in zip(after, items, strict=True)):
             self._refill(value, value.extend, items, after)
