@@ -107,7 +107,7 @@ def _gradients_of(
             return None
         try:
             torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
-        except RuntimeError:  # something in the network has no derivative, or there is no memory for it
+        except Exception:  # no derivative, or none in eval mode by its own code, or no memory for it
             return None
     return [
         (name, shape, torch.stack(seen).any(0) if seen else torch.zeros(shape, dtype=torch.bool))

@@ -91,7 +91,7 @@ def test_positions_count_where_a_gradient_comes_back_to_them(kind):
 
 
 class _NoDerivative(torch.autograd.Function):
-    asked = 0
+    asked, error = 0, RuntimeError
 
     @staticmethod
     def forward(ctx, x):
@@ -100,10 +100,12 @@ class _NoDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         _NoDerivative.asked += 1
-        raise RuntimeError("none is known")
+        raise _NoDerivative.error("none is known")
 
 
-def test_all_positions_count_without_a_loss_and_one_batch_tells_where_they_do():
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])  # a reversible block has kept no state in eval mode
+def test_all_positions_count_without_a_loss_and_one_batch_tells_where_they_do(monkeypatch, error):
+    monkeypatch.setattr(_NoDerivative, "error", error)
     whole, _, _ = networks("last")
     x, runs = torch.randn(4, 5, 3, dtype=torch.float64), []
     assert not find_read_positions(whole, ["second"], [lambda: None, lambda: whole(x).detach()])
