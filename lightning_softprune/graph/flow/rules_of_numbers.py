@@ -186,7 +186,7 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
 @rule("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d")
 @rule("fractional_max_pool2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
-@rule("grid_sampler_2d", "grid_sampler_3d", "max_unpool2d")
+@rule("max_unpool2d")
 def _pool(flow: Flow, operation: Operation) -> list[Labels]:
     labels = flow.labels(operation.inputs[0])
     dims = next((n for name, n in _SPATIAL.items() if name in operation.name.replace("_", "")), 2)
@@ -194,6 +194,16 @@ def _pool(flow: Flow, operation: Operation) -> list[Labels]:
         flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
     kept = [*labels[: len(labels) - dims], *[FIXED] * dims]
     return [list(kept) for _ in operation.outputs]
+
+
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def _grid_sampler(flow: Flow, operation: Operation) -> list[Labels]:
+    labels, places = flow.labels(argument(operation, "input")), flow.labels(argument(operation, "grid"))
+    for label in labels[2:]:
+        flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
+    flow.couplings.pin(places[-1], said(operation, "picks by an index that has its width"))
+    batch = flow.couplings.merge(labels[0], places[0], said(operation, "meets a tensor whose width is fixed"))
+    return [[batch, labels[1], *places[1:-1]]]
 
 
 @rule("index", "_unsafe_index")
