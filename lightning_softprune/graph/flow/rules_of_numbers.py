@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import BY_NUMBER, Flow, aligned, argument, dim_of, rule, said, sized
+from lightning_softprune.graph.flow.rules_of_masks import dims_of_mask, goes_over_rows, pick_rows, write_rows
 from lightning_softprune.graph.flow.rules_of_shape import alike
 from lightning_softprune.graph.flow.tape import Operation, Value
 
@@ -210,12 +211,18 @@ def _grid_sampler(flow: Flow, operation: Operation) -> list[Labels]:
 def _index(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.result
     labels, indices = list(flow.labels(source)), argument(operation, "indices")
+    for label in (label for index in indices if isinstance(index, Value) for label in flow.labels(index)):
+        flow.couplings.pin(label, said(operation, "picks by an index that has its width"))
+    over = dims_of_mask(flow, operation)
+    if over and len(flow.shape(result)) == len(labels) - len(over) + 1:
+        if goes_over_rows(flow, operation):
+            return [pick_rows(flow, operation, over)]
+        for dim in over:
+            flow.couplings.pin(labels[dim], _picks(operation, flow.shape(source)[dim]))
+        return [[*labels[: over.start], FIXED, *labels[over.stop :]]]
     used = [dim for dim, index in enumerate(indices) if isinstance(index, Value)]
     for dim in used:
         flow.couplings.pin(labels[dim], _picks(operation, flow.shape(source)[dim]))
-    for index in (index for index in indices if isinstance(index, Value)):
-        for label in flow.labels(index):
-            flow.couplings.pin(label, said(operation, "picks by an index that has its width"))
     new = len(flow.shape(result)) - (len(labels) - len(used))
     if used and used != list(range(used[0], used[0] + len(used))):
         return [[FIXED] * new + [label for dim, label in enumerate(labels) if dim not in used]]
@@ -251,15 +258,16 @@ def _with_index(flow: Flow, operation: Operation, labels: Labels, dim: int) -> L
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "select_scatter")
-@rule("slice_scatter", "index_reduce", "index_put", "_index_put_impl", "masked_scatter")
+@rule("slice_scatter", "index_reduce", "index_put", "_index_put_impl")
 def _scatter(flow: Flow, operation: Operation) -> list[Labels]:
     target = operation.inputs[0]
     labels = list(flow.labels(target))
     rest = [value for value in operation.inputs[1:] if value.number != target.number]
     if operation.name in ("index_put", "_index_put_impl"):
-        indexed = [d for d, i in enumerate(argument(operation, "indices")) if isinstance(i, Value)]
-    elif operation.name == "masked_scatter":
-        indexed = list(range(len(labels)))
+        over = dims_of_mask(flow, operation)
+        if over and goes_over_rows(flow, operation):
+            return write_rows(flow, operation, over, argument(operation, "values"))
+        indexed = [*over] or [d for d, i in enumerate(argument(operation, "indices")) if isinstance(i, Value)]
     else:
         indexed = [dim_of(operation, len(labels))] if labels else []
     for dim in indexed:
