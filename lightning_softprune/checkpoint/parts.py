@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, owner_of
+from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, owner_of, untold_sizes
 from lightning_softprune.utilities.names import joined
 
 
 @dataclass
 class PartHook:
-    """Writes the attributes of one module that count channels into state dicts, beside the versions of its class.
+    """Writes what no tensor tells of one module into state dicts, beside the version of its class.
 
-    It stays on the module, which is copied and pickled with it.
+    That is attributes that count channels, and the sizes of a layer without tensors. It stays on the module, which is
+    copied and pickled with it.
 
     Attributes:
         counts: The names of these attributes.
@@ -32,7 +33,7 @@ class PartHook:
 
     def __call__(self, module: nn.Module, _: Any, __: str, versions: dict[str, Any]) -> None:
         """Called by the `state_dict` of the module, and of those around it."""
-        if told := counts_of(module, sorted(self.counts)):
+        if told := {**untold_sizes(module, inside=False), **counts_of(module, sorted(self.counts))}:
             before = versions.get(RECORD)
             versions[RECORD] = {**before, **told} if isinstance(before, dict) else told
 
@@ -49,6 +50,9 @@ def keep_in_parts(model: nn.Module, form: ModelShapes) -> None:
             owner, attribute = owner_of(model, name)
             if owner is not None:
                 getattr(_hook_of(owner) or _hooked(owner), kind).add(attribute)
+    for layer in model.modules():
+        if untold_sizes(layer, inside=False) and _hook_of(layer) is None:
+            _hooked(layer)
 
 
 def form_of_part(model: nn.Module) -> ModelShapes:

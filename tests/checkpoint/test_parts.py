@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from lightning_softprune import record, resize, resizing
 from lightning_softprune.checkpoint import ModelShapes, is_recorded, keep_dense, keep_record
 from lightning_softprune.search.plan import Plan
 from lightning_softprune.surgery import apply_plan
-from support.attending import KINDS, groups_of_reader, made_reader
+from support.attending import KINDS, group, groups_of_reader, made_reader
 from support.results import make_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,6 +59,23 @@ def test_the_state_dict_of_a_part_tells_its_numbers_of_heads(tmp_path):
         fresh.load_state_dict(state)
     assert_attends_alike(fresh, part)
     assert fresh.num_heads == 3
+
+
+def test_the_state_dict_of_a_part_tells_the_sizes_of_layers_without_weights():
+    def made_with_norm(seed=0):
+        model = made_reader(seed=seed)
+        model.head = nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 2))
+        return model
+
+    model, fresh = made_with_norm(), made_with_norm(seed=5)
+    dense = ModelShapes.of(model)
+    found = group("head.0", np.arange(8), ("head.0", "out"), ("head.1", "both"), ("head.2", "in"))
+    apply_plan(model, [found], Plan(((1, 4),)))
+    keep_dense(model, dense, {}, {})
+    resize(fresh.head, model.head.state_dict())
+    assert fresh.head[1].normalized_shape == (6,)
+    with pytest.raises(ValueError, match="tells its size"):
+        resize(made_with_norm().head, dict(model.head.state_dict()))
 
 
 def test_a_part_around_a_part_knows_what_is_inside_of_it():
