@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_softprune.checkpoint.asking import asked, asking, patched
 from lightning_softprune.checkpoint.load import resizing_class
+from lightning_softprune.checkpoint.parts import form_of_part
 from lightning_softprune.checkpoint.reading import read_record, tensor_shapes
 from lightning_softprune.checkpoint.record import SaveHook, save_hook
 from lightning_softprune.checkpoint.resize_plan import plan_resize, resize_together
@@ -43,7 +44,7 @@ def record(module: nn.Module) -> dict[str, Any]:
     """
     hook = save_hook(module)
     if hook is None:
-        hook = SaveHook(cast(pl.LightningModule, module), ModelShapes.of(module), [])
+        hook = SaveHook(cast(pl.LightningModule, module), form_of_part(module), [])
     silent = copy.copy(hook)
     silent.before = lambda _: None  # nobody saves a checkpoint: the module's own hook is not called
     checkpoint: dict[str, Any] = {}

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_softprune.checkpoint.parts import keep_in_parts
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, tensor_sites, untold_sizes
 from lightning_softprune.graph import layer_type
 from lightning_softprune.results import PruningResult
@@ -108,7 +109,8 @@ class CountsHook:
         hook = save_hook(module)
         told = {} if hook is None else {**untold_sizes(module), **counts_of(module, hook.dense.counts)}
         if told:
-            versions[RECORD] = told
+            before = versions.get(RECORD)
+            versions[RECORD] = {**before, **told} if isinstance(before, dict) else told
 
 
 def counts_in(state: Any) -> dict[str, int]:
@@ -136,6 +138,7 @@ def keep_dense(
     hook = save_hook(module) or _hooked(module, dense)
     before = hook.dense
     hook.dense = replace(before, counts={**counts, **before.counts}, unsaved={**copied(unsaved), **before.unsaved})
+    keep_in_parts(module, hook.dense)
 
 
 def keep_record(

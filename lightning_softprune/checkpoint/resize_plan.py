@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_softprune.checkpoint.doubts import doubtful_counts
+from lightning_softprune.checkpoint.parts import keep_in_parts
 from lightning_softprune.checkpoint.reading import read_source, tensor_shapes
 from lightning_softprune.checkpoint.record import counts_in, keep_record, save_hook
 from lightning_softprune.checkpoint.shapes import (
@@ -133,6 +134,7 @@ def plan_resize(model: nn.Module, source: Any, strict: bool) -> PlannedResize:
 
     def do() -> None:
         plan.apply()
+        keep_in_parts(model, target)
         if doubtful:
             rank_zero_warn(_DOUBTFUL.format(", ".join(doubtful)))
         if isinstance(model, counterparts(pl.LightningModule)):

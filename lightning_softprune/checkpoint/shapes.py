@@ -292,10 +292,15 @@ def counts_of(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def untold_sizes(model: nn.Module) -> dict[str, int]:
-    """The sizes of layers that have no tensors to tell them, as norms without weights, by layer and slot."""
+def untold_sizes(model: nn.Module, inside: bool = True) -> dict[str, int]:
+    """The sizes of layers that have no tensors to tell them, as norms without weights, by layer and slot.
+
+    Args:
+        model: The model.
+        inside: Whether layers inside of it are looked at too.
+    """
     found = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if inside else [("", model)]:
         if next(itertools.chain(module.parameters(), module.buffers()), None) is None:
             found.update({joined(name, slot): size for slot, size in recorded_sizes(module).items()})
     return found

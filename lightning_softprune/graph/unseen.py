@@ -21,6 +21,9 @@ from lightning_softprune.utilities.names import is_inside
 _Need = tuple[str, str, int, bool]
 """A layer, whether it takes or gives, how many channels, and whether these may be an image's, flattened."""
 
+_Found = tuple[str, _Need]
+"""The unseen module that a layer lies in, and what the layer needs."""
+
 
 def refuse_unseen_readers(
     model: nn.Module, groups: Sequence[PruningGroup], seen: Set[str], known: Collection[str] = ()
@@ -44,23 +47,24 @@ def refuse_unseen_readers(
         flat = {len(member.owner) for member in group.members if _is_spatial(model, member.module)}
         hit = next(
             (
-                (name, does, size)
-                for name, does, size, flattens in needs
+                (whole, name, does, size)
+                for whole, (name, does, size, flattens) in needs
                 if size > 1 and (size in sizes or (flattens and any(n > 1 and size % n == 0 for n in flat)))
             ),
             None,
         )
         if group.prunable and hit is not None:
+            whole, name, does, size = hit
             group = group.refuse(
-                f"{hit[0]}, which no traced batch ran, may be coupled to its channels (it {hit[1]} {hit[2]}); have the "
-                "first batches of training or validation run it, or delete it (None in its place) if none ever does, "
-                "or name it in twins if it mirrors a module"
+                f"{name}, which no traced batch ran, may be coupled to its channels (it {does} {size}); have the first "
+                f"batches of training or validation run it, or delete {'it' if whole == name else whole} (None in its "
+                "place) if none ever does, or name it in twins if it mirrors a module"
             )
         checked.append(group)
     return checked
 
 
-def _needs(model: nn.Module, seen: Set[str], known: Collection[str], covered: Set[str]) -> Iterator[_Need]:
+def _needs(model: nn.Module, seen: Set[str], known: Collection[str], covered: Set[str]) -> Iterator[_Found]:
     """What the layers in unseen modules take from outside and give to it."""
     used = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in seen}
     done: list[str] = []
@@ -71,11 +75,11 @@ def _needs(model: nn.Module, seen: Set[str], known: Collection[str], covered: Se
         if any(is_inside(name, other) for other in (*done, *known)) or any(is_inside(o, name) for o in covered):
             continue
         done.append(name)
-        yield from _needs_of(name, module)
+        yield from ((name, need) for need in _needs_of(name, module))
     for name, parameter in model.named_parameters():
         outer = [*done, *known, *covered]
         if name not in seen and not any(is_inside(name, other) for other in outer) and _is_bare(model, name):
-            yield from ((name, "takes", size, False) for size in parameter.shape)
+            yield from ((name, (name, "takes", size, False)) for size in parameter.shape)
 
 
 def _is_bare(model: nn.Module, name: str) -> bool:

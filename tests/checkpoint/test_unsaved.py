@@ -122,6 +122,7 @@ def test_counts_of_a_state_dict_that_names_other_modules_do_not_matter():
     state = prune(made_reader(), ONLY_HEADS).state_dict()
     state._metadata["elsewhere"] = {"softprune": {"num_heads": 2, "attn": "x"}}
     state._metadata[""]["softprune"] |= {"attn.nothing": 1, "attn.num_heads": 10**30}
+    state._metadata["attn"]["softprune"] |= {"nothing": 1, "num_heads": 10**30}
     fresh = made_reader(seed=5)
     resize(fresh, state)
     assert (fresh.attn.num_heads, fresh.attn.all_head_size) == (4, 9)

@@ -358,7 +358,7 @@ def test_a_head_that_nothing_runs_pins_what_it_could_read_until_it_is_deleted():
         return next(group for group in groups if group.name == "encoder.2")
 
     module = made(Tasks, late=True)
-    assert "or delete it (None in its place)" in latent().reason
+    assert "or delete other (None in its place)" in latent().reason
     assert "other.0, which no traced batch ran" in latent(ignore=["other"]).reason  # whose inputs stay
     module.other = None
     assert latent().prunable

@@ -939,6 +939,34 @@ def test_pooling_along_channels_is_refused(name):
     check(net, x, {}, {"body": "pools or resizes along its channels"})
 
 
+def test_heads_whose_values_are_sampled_at_places_of_their_own_are_lost_with_their_places():
+    """As in deformable attention: the batch is multiplied by the heads, of the values and of the places."""
+
+    def forward(net, x):
+        values = net.values(x).view(len(x), 4, 4, net.num_heads, 3).permute(0, 3, 4, 1, 2).flatten(0, 1)
+        places = net.places(x).view(len(x), 16, net.num_heads, 2, 2).transpose(1, 2).flatten(0, 1).tanh()
+        found = F.grid_sample(values, places, align_corners=False).mean(-1)
+        return net.head(found.view(len(x), -1, 16).transpose(1, 2))
+
+    parts = {"values": nn.Linear(5, 12), "places": nn.Linear(5, 16), "head": nn.Linear(12, 2), "num_heads": 4}
+    groups = check(Net(forward, **parts), torch.randn(2, 16, 5), {"values": 4})
+    assert {str(member) for member in groups["values"].members} == {"values (out)", "places (out)", "head (in)"}
+
+
+def test_a_width_that_becomes_coordinates_or_the_batch_of_a_fixed_grid_is_refused():
+    def coordinates(net, x):
+        return F.grid_sample(x.new_ones(len(x), 6, 3, 3), net.body(x).tanh(), align_corners=False).permute(0, 2, 3, 1)
+
+    net = Net(lambda net, x: net.head(coordinates(net, x)), body=nn.Linear(5, 2), head=nn.Linear(6, 2))
+    check(net, torch.randn(2, 4, 4, 5), {}, {"body": "picks by an index that has its width"})
+
+    def batch(net, x):
+        return F.grid_sample(net.body(x).T[:, None, None], torch.zeros(6, 1, 3, 2), align_corners=False)[:, 0, 0].T
+
+    net = Net(lambda net, x: net.head(batch(net, x)), body=nn.Linear(5, 6), head=nn.Linear(6, 2))
+    check(net, torch.randn(3, 5), {}, {"body": "fewer channels"})
+
+
 PICKS = {
     "gather": lambda net, x: x.gather(-1, net.index.expand(len(x), -1)),
     "index_select": lambda net, x: x.index_select(1, net.index),

@@ -1,7 +1,8 @@
 """The table of rules: how each elementary operator moves and unites labels.
 
 A rule is called with the flow and an operation and returns the labels of the outputs. An operator without a rule pins
-all that it is given. `rules_of_shape`, `rules_of_windows`, `rules_of_products` and `rules_of_numbers` hold the entries.
+all that it is given. `rules_of_shape`, `rules_of_windows`, `rules_of_products`, `rules_of_masks` and `rules_of_numbers`
+hold the entries.
 """
 
 from __future__ import annotations

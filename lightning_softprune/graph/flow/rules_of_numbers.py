@@ -6,6 +6,7 @@ from typing import Any
 
 from lightning_softprune.graph.flow.labels import FIXED, FREE, Labels, is_atoms
 from lightning_softprune.graph.flow.rules import BY_NUMBER, Flow, aligned, argument, dim_of, rule, said, sized
+from lightning_softprune.graph.flow.rules_of_masks import dims_of_mask, goes_over_rows, pick_rows, write_rows
 from lightning_softprune.graph.flow.rules_of_shape import alike
 from lightning_softprune.graph.flow.tape import Operation, Value
 
@@ -188,7 +189,7 @@ _SPATIAL = {"1d": 1, "2d": 2, "3d": 3}
 @rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
 @rule("upsample_bicubic2d", "upsample_trilinear3d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "max_pool2d")
 @rule("fractional_max_pool2d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d")
-@rule("grid_sampler_2d", "grid_sampler_3d", "max_unpool2d")
+@rule("max_unpool2d")
 def _pool(flow: Flow, operation: Operation) -> list[Labels]:
     labels = list(flow.labels(operation.inputs[0]))
     dims = next((n for name, n in _SPATIAL.items() if name in operation.name.replace("_", "")), 2)
@@ -216,16 +217,32 @@ def _each(numbers: Any, dims: int) -> list[int]:
     return found * dims if len(found) == 1 else found
 
 
+@rule("grid_sampler_2d", "grid_sampler_3d")
+def _grid_sampler(flow: Flow, operation: Operation) -> list[Labels]:
+    labels, places = flow.labels(argument(operation, "input")), flow.labels(argument(operation, "grid"))
+    for label in labels[2:]:
+        flow.couplings.pin(label, said(operation, "pools or resizes along its channels"))
+    flow.couplings.pin(places[-1], said(operation, "picks by an index that has its width"))
+    batch = flow.couplings.merge(labels[0], places[0], said(operation, "meets a tensor whose width is fixed"))
+    return [[batch, labels[1], *places[1:-1]]]
+
+
 @rule("index", "_unsafe_index")
 def _index(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.result
     labels, indices = list(flow.labels(source)), argument(operation, "indices")
+    for label in (label for index in indices if isinstance(index, Value) for label in flow.labels(index)):
+        flow.couplings.pin(label, said(operation, "picks by an index that has its width"))
+    over = dims_of_mask(flow, operation)
+    if over and len(flow.shape(result)) == len(labels) - len(over) + 1:
+        if goes_over_rows(flow, operation):
+            return [pick_rows(flow, operation, over)]
+        for dim in over:
+            flow.couplings.pin(labels[dim], _picks(operation, flow.shape(source)[dim]))
+        return [[*labels[: over.start], FIXED, *labels[over.stop :]]]
     used = [dim for dim, index in enumerate(indices) if isinstance(index, Value)]
     for dim in used:
         flow.couplings.pin(labels[dim], _picks(operation, flow.shape(source)[dim]))
-    for index in (index for index in indices if isinstance(index, Value)):
-        for label in flow.labels(index):
-            flow.couplings.pin(label, said(operation, "picks by an index that has its width"))
     new = len(flow.shape(result)) - (len(labels) - len(used))
     if used and used != list(range(used[0], used[0] + len(used))):
         return [[FIXED] * new + [label for dim, label in enumerate(labels) if dim not in used]]
@@ -261,15 +278,16 @@ def _with_index(flow: Flow, operation: Operation, labels: Labels, dim: int) -> L
 
 
 @rule("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy", "index_fill", "select_scatter")
-@rule("slice_scatter", "index_reduce", "index_put", "_index_put_impl", "masked_scatter")
+@rule("slice_scatter", "index_reduce", "index_put", "_index_put_impl")
 def _scatter(flow: Flow, operation: Operation) -> list[Labels]:
     target = operation.inputs[0]
     labels = list(flow.labels(target))
     rest = [value for value in operation.inputs[1:] if value.number != target.number]
     if operation.name in ("index_put", "_index_put_impl"):
-        indexed = [d for d, i in enumerate(argument(operation, "indices")) if isinstance(i, Value)]
-    elif operation.name == "masked_scatter":
-        indexed = list(range(len(labels)))
+        over = dims_of_mask(flow, operation)
+        if over and goes_over_rows(flow, operation):
+            return write_rows(flow, operation, over, argument(operation, "values"))
+        indexed = [*over] or [d for d, i in enumerate(argument(operation, "indices")) if isinstance(i, Value)]
     else:
         indexed = [dim_of(operation, len(labels))] if labels else []
     for dim in indexed:

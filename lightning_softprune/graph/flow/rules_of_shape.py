@@ -404,7 +404,7 @@ def _channel_shuffle(flow: Flow, operation: Operation) -> list[Labels]:
     return [labels]
 
 
-@rule("as_strided", "as_strided_copy", "diagonal", "diag_embed", "masked_select", "nonzero", "take", "rot90")
+@rule("as_strided", "as_strided_copy", "diagonal", "diag_embed", "nonzero", "take", "rot90")
 def _unfollowed(flow: Flow, operation: Operation) -> list[Labels]:
     source, result = operation.inputs[0], operation.outputs[0]
     if result is not None and flow.shape(source) == flow.shape(result) and operation.name.startswith("as_strided"):
