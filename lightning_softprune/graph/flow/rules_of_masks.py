@@ -38,12 +38,12 @@ def pick_rows(flow: Flow, operation: Operation, over: range) -> Labels:
     labels, first, last = list(flow.labels(operation.inputs[0])), over[0], over[-1]
     channels, size = labels[last], flow.shape(operation.result)[first]
     for label in labels[first:last]:
-        flow.couplings.pin(label, said(operation, "takes its channels apart", BY_NUMBER))
+        flow.couplings.pin(label, said(operation, "tells its channels apart by their place", BY_NUMBER))
     picked: Label = FIXED
     if is_atoms(channels):
         picked = np.tile(channels, size // len(channels))
         if not size:
-            flow.couplings.pin(channels, said(operation, "takes its channels apart", BY_NUMBER))
+            flow.couplings.pin(channels, said(operation, "tells its channels apart by their place", BY_NUMBER))
     return [*labels[:first], picked, *labels[last + 1 :]]
 
 
