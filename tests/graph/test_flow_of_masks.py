@@ -85,3 +85,18 @@ def test_rows_of_a_fixed_width_fix_what_they_are_written_into():
 
     net = Net(forward, body=nn.Linear(3, 6), head=nn.Linear(6, 2))
     check(net, torch.randn(2, 6, 3), {}, {"body": "writes into a fixed width"})
+
+
+def test_a_mask_of_rows_picks_from_a_parameter_whose_rows_have_a_place():
+    """As masked autoencoders pick from their positions: the mask is made of numbers, and one for all samples."""
+
+    def forward(net, x):
+        rows, _ = rows_of(x)
+        picked = net.up(net.body(x)[rows].reshape(len(x), -1, net.up.in_features))
+        places = net.places.expand(len(x), -1, -1)[rows]
+        return net.head(picked + places.reshape(len(x), -1, net.places.shape[-1]))
+
+    parts = {"body": nn.Linear(4, 5), "up": nn.Linear(5, 8), "head": nn.Linear(8, 2)}
+    net = Net(forward, places=nn.Parameter(torch.randn(1, 6, 8)), **parts)
+    groups = check(net, torch.randn(2, 6, 4), {"body": 5, "up": 8})
+    assert {member.module for member in groups["up"].members} == {"up", "places", "head"}

@@ -40,10 +40,10 @@ def pick_rows(flow: Flow, operation: Operation, over: range) -> Labels:
     for label in labels[first:last]:
         flow.couplings.pin(label, said(operation, "tells its channels apart by their place", BY_NUMBER))
     picked: Label = FIXED
-    if is_atoms(channels):
+    if is_atoms(channels) and size and size % len(channels) == 0:
         picked = np.tile(channels, size // len(channels))
-        if not size:
-            flow.couplings.pin(channels, said(operation, "tells its channels apart by their place", BY_NUMBER))
+    else:  # no whole rows after all
+        flow.couplings.pin(channels, said(operation, "tells its channels apart by their place", BY_NUMBER))
     return [*labels[:first], picked, *labels[last + 1 :]]
 
 
