@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
@@ -128,7 +128,8 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
         Nothing.
     """
     memory = memory or remembered(trainer, pl_module)
-    with StillParameters(_moved_by_modes(pl_module))(pl_module), memory.around():
+    moved = _moved_by_modes(pl_module)
+    with StillParameters(moved)(pl_module) if moved else nullcontext(), memory.around():
         yield
 
 

@@ -22,6 +22,11 @@ from lightning_softprune.utilities.names import joined
 _JOINTS = ("", "_", "__", "-")
 
 
+def is_of_positions(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of which nothing else is known has positions in it, and nothing about a parameter."""
+    return tensor.dtype is torch.int64
+
+
 class Mirrors:
     """Finds what buffers have to become.
 
@@ -82,8 +87,7 @@ class Mirrors:
         return after, left
 
     def _settled(self, buffers: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
-        values = {key: one for key, one in buffers.items() if one.ndim and one.dtype is not torch.int64}  # no positions
-        suspect = [key for key, one in values.items() if tuple(one.shape) in self._sliced]
+        suspect = [key for key, buffer in buffers.items() if buffer.ndim and tuple(buffer.shape) in self._sliced]
         if not suspect:
             return {}, []
         names = self._by_name(buffers)
@@ -96,7 +100,7 @@ class Mirrors:
                 found = _different([kept for of, kept, read in self._hooked if of == shape and key in read])
             if len(found) == 1:
                 after[key] = slice_tensor(buffers[key], found[0])
-            elif found or (len(shape) > 1 and self._sliced.count(shape) == 1):
+            elif found or (len(shape) > 1 and self._sliced.count(shape) == 1 and not is_of_positions(buffers[key])):
                 left.append(key)
         return after, left
 

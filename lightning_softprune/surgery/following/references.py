@@ -33,7 +33,7 @@ from lightning_softprune.surgery.apply import Surgery, slice_tensor
 from lightning_softprune.surgery.following.companions import Companions
 from lightning_softprune.surgery.following.hooked import HeldByHooks, held_by_hooks, nodes_to_replace
 from lightning_softprune.surgery.following.judgement import Judgement
-from lightning_softprune.surgery.following.mirrors import Mirrors
+from lightning_softprune.surgery.following.mirrors import Mirrors, is_of_positions
 from lightning_softprune.surgery.following.places import hidden_places, is_foreign
 from lightning_softprune.surgery.following.weakly import in_place_of, of_weak_container
 from lightning_softprune.utilities.names import joined
@@ -178,7 +178,7 @@ class References:
             if flat is not None:
                 return flat.requires_grad_(value.requires_grad and value.is_leaf)
             strange = tuple(value.shape) in self._sliced and not isinstance(value, nn.Parameter)
-            if strange and value.ndim and value.dtype is not torch.int64 and self._companions:  # which are positions
+            if strange and value.ndim and self._companions and not is_of_positions(value):
                 self.left.append(place)
             return value
         function = isinstance(value, (FunctionType, MethodType))
