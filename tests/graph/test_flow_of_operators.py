@@ -855,6 +855,11 @@ def test_bilinear_and_distances_contract_both_sides():
     check(net, torch.randn(3, 5), {"a": 6})
 
 
+def test_distances_of_many_rows_are_another_operator_that_contracts_both_sides_too():
+    net = Net(lambda net, x: torch.cdist(net.a(x), net.b(x)), a=nn.Linear(5, 6), b=nn.Linear(5, 6))
+    check(net, torch.randn(30, 5), {"a": 6})  # from 26 rows on it is not computed in one
+
+
 # ------------------------------------------------------------------------------------------------------- norms, pooling
 
 

@@ -90,7 +90,7 @@ def _dot(flow: Flow, operation: Operation) -> list[Labels]:
     return [[]]
 
 
-@rule("_cdist_forward", "cdist")
+@rule("_cdist_forward", "_euclidean_dist", "cdist")
 def _cdist(flow: Flow, operation: Operation) -> list[Labels]:
     one, other = (flow.labels(value) for value in operation.inputs[:2])
     _contract(flow, operation, one[-1], other[-1])

@@ -23,7 +23,8 @@ from lightning_softprune.utilities.names import is_inside, joined
 
 _COMPARING = frozenset(
     [
-        *("sub", "rsub", "mul", "eq", "ne", "_cdist_forward", "mse_loss", "smooth_l1_loss", "huber_loss"),
+        *("sub", "rsub", "mul", "eq", "ne", "_cdist_forward", "_euclidean_dist"),
+        *("mse_loss", "smooth_l1_loss", "huber_loss"),
         *("nll_loss_forward", "nll_loss2d_forward", "binary_cross_entropy", "binary_cross_entropy_with_logits"),
     ]
 )
