@@ -33,9 +33,14 @@ class PartHook:
 
     def __call__(self, module: nn.Module, _: Any, __: str, versions: dict[str, Any]) -> None:
         """Called by the `state_dict` of the module, and of those around it."""
-        if told := {**untold_sizes(module, inside=False), **counts_of(module, sorted(self.counts))}:
-            before = versions.get(RECORD)
-            versions[RECORD] = {**before, **told} if isinstance(before, dict) else told
+        tell(versions, {**untold_sizes(module, inside=False), **counts_of(module, sorted(self.counts))})
+
+
+def tell(versions: dict[str, Any], told: dict[str, int]) -> None:
+    """Write what no tensor tells beside the version of a class, and beside what another hook has written there."""
+    if told:
+        before = versions.get(RECORD)
+        versions[RECORD] = {**before, **told} if isinstance(before, dict) else told
 
 
 def keep_in_parts(model: nn.Module, form: ModelShapes) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_softprune.checkpoint.parts import keep_in_parts
+from lightning_softprune.checkpoint.parts import keep_in_parts, tell
 from lightning_softprune.checkpoint.shapes import RECORD, ModelShapes, copied, counts_of, tensor_sites, untold_sizes
 from lightning_softprune.graph import layer_type
 from lightning_softprune.results import PruningResult
@@ -107,10 +107,8 @@ class CountsHook:
     def __call__(self, module: nn.Module, _: Any, __: str, versions: dict[str, Any]) -> None:
         """Called by the module's `state_dict`."""
         hook = save_hook(module)
-        told = {} if hook is None else {**untold_sizes(module), **counts_of(module, hook.dense.counts)}
-        if told:
-            before = versions.get(RECORD)
-            versions[RECORD] = {**before, **told} if isinstance(before, dict) else told
+        if hook is not None:
+            tell(versions, {**untold_sizes(module), **counts_of(module, hook.dense.counts)})
 
 
 def counts_in(state: Any) -> dict[str, int]:

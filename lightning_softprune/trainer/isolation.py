@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
@@ -128,8 +128,7 @@ def untouched(trainer: pl.Trainer, pl_module: pl.LightningModule, memory: Snapsh
         Nothing.
     """
     memory = memory or remembered(trainer, pl_module)
-    moved = _moved_by_modes(pl_module)
-    with StillParameters(moved)(pl_module) if moved else nullcontext(), memory.around():
+    with _still_in_modes(pl_module), memory.around():
         yield
 
 
@@ -166,11 +165,6 @@ class StillParameters:
             raise
         moved = self._restore(before)
         self._moved = moved if self._moved is None else self._moved
-
-    @property
-    def moved(self) -> Set[str]:
-        """The names of those that are moved, as far as that is known."""
-        return self._moved or frozenset()
 
     @staticmethod
     def _restore(before: Mapping[str, tuple[nn.Parameter, Tensor]]) -> set[str]:
@@ -256,9 +250,24 @@ def forget_evaluations(module: nn.Module) -> None:
     """
     for child in filter(_has_own_modes, module.modules()):
         modes = [(part, part.training) for part in child.modules()]
-        child.train()
+        child.train(True)
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode, afresh, whatever tensors are in its places: what that moves of these is put back."""
+    with _still_in_modes(module):
+        make_fresh(module)
+        module.eval()
+        yield
+
+
+def _still_in_modes(module: nn.Module) -> AbstractContextManager[None]:
+    """The values of parameters that a change of mode moves are put back when the block ends."""
+    moved = _moved_by_modes(module)
+    return StillParameters(moved)(module) if moved else nullcontext()
 
 
 def _has_own_modes(module: nn.Module) -> bool:
@@ -266,17 +275,18 @@ def _has_own_modes(module: nn.Module) -> bool:
     return type(module).train is not nn.Module.train
 
 
-_moved: WeakKeyDictionary[nn.Module, Set[str]] = WeakKeyDictionary()
+_moved: WeakKeyDictionary[nn.Module, tuple[list[str], Set[str]]] = WeakKeyDictionary()
 
 
 def _moved_by_modes(module: nn.Module) -> Set[str]:
     """The names of parameters whose values a change of mode moves (weights that adapters are merged into).
 
-    That is tried once for each module that has others with modes of their own, and remembered.
+    That is tried once for each module with the parts of it that have modes of their own, and remembered.
     """
-    if not any(map(_has_own_modes, module.modules())):
+    parts = [name for name, part in module.named_modules() if _has_own_modes(part)]
+    if not parts:
         return frozenset()
-    if module not in _moved:
+    if module not in _moved or _moved[module][0] != parts:
         memory = Snapshot(opaque())
         memory.contents(module)
         kept = {
@@ -286,16 +296,16 @@ def _moved_by_modes(module: nn.Module) -> Set[str]:
         }
         found: set[str] = set()
         try:
-            for then in (module.train, module.eval):  # to undo a merge and to do it again may move nothing
+            for mode in (True, False):  # to undo a merge and to do it again may move nothing
                 with memory.around():
                     _fill((parameter, _other(value)) for parameter, value in kept.values())
                     forget_evaluations(module)
-                    then()
+                    module.train(mode)
                     found |= {name for name, (now, value) in kept.items() if not torch.equal(now, _other(value))}
         finally:
             _fill(kept.values())
-        _moved[module] = found
-    return _moved[module]
+        _moved[module] = parts, found
+    return _moved[module][1]
 
 
 def _other(value: Tensor) -> Tensor:

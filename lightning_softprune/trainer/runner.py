@@ -7,7 +7,7 @@ for. Where several processes train together, every process runs its share, and a
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from torch import nn
 from lightning_softprune.trainer.batches import FirstBatches, read_training_batches
 from lightning_softprune.trainer.isolation import (
     StillParameters,
+    evaluating,
     is_fresh,
     isolated_rng,
     make_fresh,
@@ -254,10 +255,10 @@ class ModuleRunner:
 
     @contextmanager
     def undisturbed(self) -> Iterator[Callable[[], None]]:
-        """What steps change around the parameters is put back; metrics start afresh, gradients are set aside.
+        """What steps change around the parameters is put back; gradients are set aside.
 
         Yields:
-            Makes all of it as it was when the block began, for another step.
+            Makes all of it as it was when the block began, for another step; metrics start afresh.
         """
         memory = remembered(self.trainer, self.module)
 
@@ -267,8 +268,11 @@ class ModuleRunner:
             make_fresh(self.module)
 
         with untouched(self.trainer, self.module, memory):
-            make_fresh(self.module)
             yield again
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """See `trainer.isolation.evaluating`."""
+        return evaluating(self.module)
 
     @property
     def scales_losses(self) -> bool:

@@ -22,7 +22,7 @@ class Adapted(nn.Linear):
         self.weight.requires_grad_(False)
         self.merged = False
 
-    def train(self, mode=True):
+    def train(self, mode):  # as PyTorch calls it
         super().train(mode)
         if mode == self.merged:
             self.weight.data += (-1 if mode else 1) * self.up.detach() @ self.down.detach()
@@ -46,6 +46,11 @@ class WithAdapter(AutoEncoder):
 
 def candidates(**arguments):
     return softpruning(search=RandomSearch(num_candidates=4), tolerance=0.1, **arguments)
+
+
+def in_order(_, group):
+    """The first channels go first, whatever state the weights are in."""
+    return torch.arange(group.num_channels)
 
 
 def pruned(tmp_path, layer, epoch, **arguments):
@@ -78,6 +83,47 @@ def test_adapters_that_a_validation_has_merged_are_pruned_so(tmp_path):
     merging, score = pruned(tmp_path, Adapted, 1)
     assert merging.score_before == pytest.approx(plain.score_before, abs=1e-4)
     assert merging.score_after == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("validated", [False, True])  # as Lightning has left them merged
+def test_the_dense_network_that_heals_is_merged_once_a_batch(tmp_path, validated):
+    """With adapters that do not learn, both kinds learn the same."""
+
+    def healed(layer):
+        module = made(WithAdapter, layer=layer)
+        for parameter in (module.encoder[2].down, module.encoder[2].up):
+            nn.init.normal_(parameter.requires_grad_(False), std=0.3)
+        callback = candidates(
+            epochs=9, healing=4, importance=in_order, compensation="none", bounds={"encoder.2#2": (0, 0)}
+        )
+        every = 9 if validated else 10
+        fit(tmp_path, module, callback, max_epochs=10, num_sanity_val_steps=0, check_val_every_n_epoch=every)
+        return callback.results[0].healing
+
+    plain, merging = healed(NeverMerged), healed(Adapted)
+    assert len(plain.errors) == 4
+    assert merging.errors == pytest.approx(plain.errors, rel=1e-2)
+    assert merging.score == pytest.approx(plain.score, rel=1e-2)
+
+
+def test_adapters_that_come_after_a_first_fit_are_found(tmp_path):
+    """In a network that had modes of its own before, as those of transformers have."""
+
+    class Eager(WithAdapter):
+        def train(self, mode):
+            return super().train(mode)
+
+    scores = []
+    for layer in (NeverMerged, Adapted):
+        module = made(Eager, layer=nn.Linear)
+        fit(tmp_path, module, candidates(target_sparsity=0.1, epochs=0), max_epochs=1)
+        torch.manual_seed(0)
+        module.encoder[2] = layer(module.encoder[0].out_features, module.encoder[2].out_features)
+        nn.init.normal_(module.encoder[2].up)
+        again = candidates(target_sparsity=0.4, epochs=0, compensation="none", importance=in_order)
+        fit(tmp_path, module, again, max_epochs=1, num_sanity_val_steps=0)
+        scores.append([trial.score for trial in again.results[0].trials])
+    assert scores[1] == pytest.approx(scores[0], abs=1e-3)
 
 
 def test_looking_for_groups_leaves_merged_weights_as_they_were(tmp_path):

@@ -175,10 +175,13 @@ class Classroom:
         runner, module = self.runner, self.runner.module
         step = runner.teaching_step(raw, number)
         with runner.undisturbed() as again, torch.enable_grad():
-            with self.dense.in_place(), torch.no_grad():
-                module.eval()
-                with watch_outputs(module, self.judged) as wanted:
-                    step()
+            with (
+                self.dense.in_place(),
+                runner.evaluating(),
+                torch.no_grad(),
+                watch_outputs(module, self.judged) as wanted,
+            ):
+                step()
             again()
             module.eval()
             for part, training in self.modes.items():
