@@ -202,13 +202,12 @@ def _pool(flow: Flow, operation: Operation) -> list[Labels]:
 
 
 def _leaves(operation: Operation, dim: int, dims: int) -> bool:
-    """Whether a pooling leaves one of its dimensions as it is: windows of one, next to each other."""
+    """Whether a pooling leaves one of its dimensions as it is: windows of one, which take no padding, side by side."""
     windows = operation.arguments.get("kernel_size")
     if windows is None:
         return False
     sizes = _each(windows, dims)
-    strides, paddings = (operation.arguments.get(name) for name in ("stride", "padding"))
-    return (sizes[dim], _each(strides or sizes, dims)[dim], _each(paddings or 0, dims)[dim]) == (1, 1, 0)
+    return sizes[dim] == _each(operation.arguments.get("stride") or sizes, dims)[dim] == 1
 
 
 def _each(numbers: Any, dims: int) -> list[int]:
