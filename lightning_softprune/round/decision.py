@@ -25,6 +25,7 @@ class Verdict(enum.Enum):
 
     FEASIBLE = enum.auto()
     NOTHING_SCORED = enum.auto()
+    MISSED_BUDGETS = enum.auto()
     NOT_A_NUMBER = enum.auto()
     UNMET_CONSTRAINTS = enum.auto()
     TOO_SLOW = enum.auto()
@@ -186,6 +187,8 @@ def _explain_infeasible(trials: Trials, before: Mapping[str, float]) -> Decision
     if all(math.isnan(scored.trial.score) for scored in trials.done):
         so_before = ", and was so before anything was pruned" if math.isnan(before[monitor]) else ""
         return Decision(None, Verdict.NOT_A_NUMBER, f"{monitor} is nan for each of {number}{so_before}")
+    if all(scored.budget_gap for scored in trials.done):
+        return Decision(None, Verdict.MISSED_BUDGETS, _missed(trials))
     nearest = trials.least_violating()
     if nearest is not None and nearest.violation:
         missed = ", ".join(trials.objective.shortfalls(nearest.trial.metrics))
@@ -195,3 +198,15 @@ def _explain_infeasible(trials: Trials, before: Mapping[str, float]) -> Decision
         )
         return Decision(None, Verdict.UNMET_CONSTRAINTS, sentence)
     return Decision(None, Verdict.NOT_A_NUMBER, f"none of {number} has a finite {monitor}{at}")
+
+
+def _missed(trials: Trials) -> str:
+    """Say how near the plans have come to target and limits, where some plan meets them and none was found."""
+    sparsity = min(trials.done, key=lambda scored: scored.budget_gap).trial.sparsity
+    asked = ["meets the limits"] if len(trials.space.limits) else []
+    if trials.target is not None:
+        asked.insert(0, f"is within {trials.space.tolerance:g} of a sparsity of {trials.target:g}")
+    return (
+        f"none of the {trials.plans()} scored plans {' and '.join(asked)}; the nearest has {sparsity:.4f}. Where "
+        "single channels weigh much, some searches step over the target: a larger tolerance, or another search, helps"
+    )

@@ -45,9 +45,9 @@ def asked(**options):
     )
 
 
-def decided(*scores, before=0.9, on_violation="skip", constraints=(), limits=None):
+def decided(*scores, before=0.9, on_violation="skip", constraints=(), limits=None, tolerance=0.1):
     parsed = tuple(parse_constraint(text, "constraints") for text in constraints)
-    trials = Trials(Objective("acc", "max", parsed), mlp_space([8, 10, 12, 4], target=0.7, tolerance=0.1), 0.7)
+    trials = Trials(Objective("acc", "max", parsed), mlp_space([8, 10, 12, 4], target=0.7, tolerance=tolerance), 0.7)
     for plan, score in zip(PLANS, scores, strict=False):
         trials.add(plan, (0.6, 0.6), {"acc": score}, 0.0)
     settings = asked(limits=limits, constraints=parsed, on_violation=on_violation)
@@ -78,6 +78,14 @@ def test_where_no_plan_is_feasible_the_verdict_says_why(scores, options, verdict
     assert re.search(sentence, decision.sentence)
     nearest = (trials.ranked() or [trials.least_violating()])[0]
     assert decision.plan is (nearest if on_violation == "prune" else None)
+
+
+@pytest.mark.parametrize("scores", [(0.8,), (0.8, math.nan)])
+def test_plans_that_miss_the_target_are_not_said_to_have_no_score(scores):
+    decision, trials = decided(*scores, tolerance=0.01)
+    assert decision.verdict is Verdict.MISSED_BUDGETS
+    nearest = min((scored.trial.sparsity for scored in trials.done), key=lambda sparsity: abs(sparsity - 0.7))
+    assert f"within 0.01 of a sparsity of 0.7; the nearest has {nearest:.4f}" in decision.sentence
 
 
 @pytest.mark.parametrize("healing", [0, 8])
