@@ -12,8 +12,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from lightning_softprune.checkpoint.asking import asked, asking, patched
@@ -83,6 +85,7 @@ def resizing(record: Mapping[str, Any] | None = None) -> Iterator[None]:
             stack.enter_context(resizing_class(lightning_module))
         stack.enter_context(patched([nn.Module], "load_state_dict", _resizing_first))
         stack.enter_context(patched(_pretrained(), "_load_pretrained_model", _built_first))
+        stack.enter_context(patched(_pretrained(), "_initialize_missing_keys", _initialized_as_built))
         stack.enter_context(asking(records=record))
         yield
 
@@ -104,12 +107,39 @@ def _built_first(original: staticmethod[..., Any]) -> Any:
     return staticmethod(load)
 
 
+def _initialized_as_built(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Of transformers: what computes the buffers that no file has, from the configuration, and so in its shapes."""
+
+    @functools.wraps(original)
+    def initialize(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        pruned = {}
+        for name, (shape, value) in _AS_BUILT.pop(self, {}).items():
+            path, _, attribute = name.rpartition(".")
+            buffers = self.get_submodule(path)._buffers
+            if (buffer := buffers.get(attribute)) is not None:
+                pruned[name] = buffers, attribute, value.to(buffer, copy=True)
+                buffers[attribute] = buffer.new_empty(shape)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffers, attribute, value in pruned.values():
+                buffers[attribute] = value
+
+    return initialize
+
+
+_AS_BUILT: WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, torch.Tensor]]] = WeakKeyDictionary()
+"""Models that are being loaded -> buffers of no state dict that were resized: the shape before, and the values."""
+
+
 def _resize_as_recorded(model: nn.Module) -> None:
     """Give a model the shape of the innermost record that names its tensors; the files are read later."""
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for given in reversed(asked().records):
-        if given is not None and names <= ModelShapes.from_dict(given).shapes.keys():
+        if given is not None and names <= (form := ModelShapes.from_dict(given)).shapes.keys():
+            built = {name: buffer.shape for name, buffer in model.named_buffers(remove_duplicate=False)}
             resize_together([plan_resize(model, given, strict=True)])
+            _AS_BUILT[model] = {name: (built[name], value) for name, value in form.unsaved.items() if name in built}
             return
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import sys
 import threading
+import types
 
 import lightning.pytorch as pl
 import pytest
@@ -347,3 +349,61 @@ def test_from_pretrained_builds_the_model_in_the_shape_of_the_record(tmp_path):
         other = transformers.BertModel(transformers.BertConfig(hidden_size=8, num_attention_heads=2, vocab_size=9))
         other.save_pretrained(tmp_path / "other")
         same_weights(other, transformers.BertModel.from_pretrained(tmp_path / "other"))
+
+
+class Built(nn.Module):
+    """Built from a configuration, filled from files, and then with what is computed from the configuration again."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.register_buffer("scale", torch.arange(1.0, 7.0), persistent=False)
+
+    def forward(self, x):
+        return self.head(self.body(x) * self.scale)
+
+    @classmethod
+    def from_pretrained(cls, state):
+        return cls._load_pretrained_model(cls(), state)
+
+    @staticmethod
+    def _load_pretrained_model(model, state):
+        for name, value in state.items():
+            model.get_parameter(name).data.copy_(value)
+        model.scale = torch.empty_like(model.scale)
+        model._initialize_missing_keys()
+        return model
+
+    def _initialize_missing_keys(self):
+        self.scale.copy_(torch.arange(1.0, 7.0))
+
+
+class Holding(pl.LightningModule):
+    """Trains what a library builds."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Built()
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_buffers_that_a_library_computes_from_the_configuration_are_those_of_the_record(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.modeling_utils", types.SimpleNamespace(PreTrainedModel=Built))
+    module, data = Holding(), torch.utils.data.DataLoader(torch.randn(8, 4), 4)
+    prune(module, train_dataloaders=data, val_dataloaders=data, target_sparsity=0.5, **QUIET)
+    model = module.net.eval()
+    assert 0 < len(model.scale) < 6
+    method = Built._initialize_missing_keys
+    with resizing(record(model)):
+        loaded = Built.from_pretrained(model.state_dict())
+    assert Built._initialize_missing_keys is method
+    assert torch.equal(loaded.scale, model.scale)
+    assert torch.equal(loaded(torch.ones(3, 4)), model(torch.ones(3, 4)))
