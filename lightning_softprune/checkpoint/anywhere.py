@@ -112,24 +112,27 @@ def _initialized_as_built(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def initialize(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        pruned = {}
+        pruned: list[tuple[dict[str, Any], str, torch.Tensor]] = []
         for name, (shape, value) in _AS_BUILT.pop(self, {}).items():
             path, _, attribute = name.rpartition(".")
-            buffers = self.get_submodule(path)._buffers
-            if (buffer := buffers.get(attribute)) is not None:
-                pruned[name] = buffers, attribute, value.to(buffer, copy=True)
-                buffers[attribute] = buffer.new_empty(shape)
+            module = self.get_submodule(path)
+            if (buffer := module._buffers.get(attribute)) is not None:
+                pruned.append((module._buffers, attribute, value.to(buffer, copy=True)))
+                module._buffers[attribute] = buffer if shape is None else buffer.new_empty(shape)
+            elif isinstance(kept := vars(module).get(attribute), torch.Tensor) and kept.is_meta:
+                device = next((tensor.device for tensor in self.parameters()), value.device)
+                pruned.append((vars(module), attribute, value.to(device, copy=True)))
         try:
             return original(self, *args, **kwargs)
         finally:
-            for buffers, attribute, value in pruned.values():
-                buffers[attribute] = value
+            for held, attribute, value in pruned:
+                held[attribute] = value
 
     return initialize
 
 
-_AS_BUILT: WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size, torch.Tensor]]] = WeakKeyDictionary()
-"""Models that are being loaded -> buffers of no state dict that were resized: the shape before, and the values."""
+_AS_BUILT: WeakKeyDictionary[nn.Module, dict[str, tuple[torch.Size | None, torch.Tensor]]] = WeakKeyDictionary()
+"""Models that are being loaded -> pruned tensors of no state dict: a buffer's shape before, and the values."""
 
 
 def _resize_as_recorded(model: nn.Module) -> None:
@@ -139,7 +142,7 @@ def _resize_as_recorded(model: nn.Module) -> None:
         if given is not None and names <= (form := ModelShapes.from_dict(given)).shapes.keys():
             built = {name: buffer.shape for name, buffer in model.named_buffers(remove_duplicate=False)}
             resize_together([plan_resize(model, given, strict=True)])
-            _AS_BUILT[model] = {name: (built[name], value) for name, value in form.unsaved.items() if name in built}
+            _AS_BUILT[model] = {name: (built.get(name), value) for name, value in form.unsaved.items()}
             return
 
 

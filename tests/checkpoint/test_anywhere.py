@@ -358,19 +358,21 @@ class Built(nn.Module):
         super().__init__()
         self.body, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
         self.register_buffer("scale", torch.arange(1.0, 7.0), persistent=False)
+        self.shift = torch.arange(6.0)
 
     def forward(self, x):
-        return self.head(self.body(x) * self.scale)
+        return self.head(self.body(x) * self.scale + self.shift)
 
     @classmethod
     def from_pretrained(cls, state):
-        return cls._load_pretrained_model(cls(), state)
+        with torch.device("meta"):
+            model = cls()
+        return cls._load_pretrained_model(model, state)
 
     @staticmethod
     def _load_pretrained_model(model, state):
-        for name, value in state.items():
-            model.get_parameter(name).data.copy_(value)
-        model.scale = torch.empty_like(model.scale)
+        model.load_state_dict(state, assign=True)
+        model.scale = torch.empty_like(model.scale, device="cpu")
         model._initialize_missing_keys()
         return model
 
@@ -406,4 +408,5 @@ def test_buffers_that_a_library_computes_from_the_configuration_are_those_of_the
         loaded = Built.from_pretrained(model.state_dict())
     assert Built._initialize_missing_keys is method
     assert torch.equal(loaded.scale, model.scale)
+    assert torch.equal(loaded.shift, model.shift)
     assert torch.equal(loaded(torch.ones(3, 4)), model(torch.ones(3, 4)))
